@@ -1,0 +1,51 @@
+# `make` alone lists the targets. Everything runs in .venv, which `make venv` fills once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYPROJECTS := packages/inl-core/pyproject.toml packages/complexity-lm/pyproject.toml packages/complexity-dit/pyproject.toml
+
+# where `make demo` writes: make demo OUT=runs/another
+OUT = runs/demo
+# parallel test processes: make test JOBS=4
+JOBS = 2
+
+# Offline tests and one OpenMP thread a process: more threads than idle cores make torch slower.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-slow lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## create .venv with the three packages and their tools
+
+$(STAMP): constraints.txt $(PYPROJECTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make venv PYTHON=python3.12" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the three packages into $(VENV) (torch alone is several GB; usually 2 to 5 minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e "packages/inl-core[dev]" -e "packages/complexity-lm[dev]" -e "packages/complexity-dit[dev,eval]"
+	@touch $@
+	@echo "$(VENV) is ready."
+
+demo: venv ## train a small model on the art set, paint with it, measure it
+	$(BIN)/complexity-dit demo --out $(OUT)
+
+test: venv lint ## lint, then every test that is not slow
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+test-slow: venv ## the tests that take more than 20 s each
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: venv ## ruff (rules and format) and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist packages/*/build packages/*/dist .pytest_cache .ruff_cache .hypothesis
+	find packages tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""ComplexityDiT: a diffusion transformer with INL dynamics, as a diffusers pipeline."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from complexity_dit.config import TrainConfig
+    from complexity_dit.errors import UserError
+    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+__version__ = "0.1.0"
+
+# Importing diffusers takes seconds: `import complexity_dit` and `--help` should not.
+_HOMES = {
+    "ComplexityDiTPipeline": "pipeline",
+    "ComplexityDiTTransformer2DModel": "transformer",
+    "TrainConfig": "config",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "ComplexityDiTPipeline",
+    "ComplexityDiTTransformer2DModel",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,133 @@
+"""The command line: `complexity-dit demo | train | sample | evaluate`."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from complexity_dit import __version__
+from complexity_dit.errors import UserError
+
+
+def build_parser() -> "ArgumentParser":  # noqa: F821
+    """All commands; options and their help come from the dataclasses they fill."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from complexity_dit.config import TrainConfig
+    from complexity_dit.evaluate import EvalConfig
+    from complexity_dit.sample import SampleConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="complexity-dit", description=__doc__, version=__version__)
+    commands = parser.add_subcommands()
+
+    demo = ArgumentParser(description="Train on the embedded art set, paint, measure.")
+    demo.add_argument("--out", type=str, default="runs/demo", help="folder of the demo")
+    commands.add_subcommand("demo", demo)
+
+    train = ArgumentParser(description="Train a model, or go on with a run.")
+    train.add_argument("--config", action="config", help="a YAML with any of the options below")
+    train.add_class_arguments(TrainConfig, None)
+    commands.add_subcommand("train", train)
+
+    sample = ArgumentParser(description="Paint with a trained pipeline.")
+    sample.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
+    sample.add_argument(
+        "--out", type=str, required=True, help="FILE.png (grid), FILE.npz, or a folder of PNGs"
+    )
+    sample.add_argument("--num_images", type=int | None, default=None, help="how many")
+    sample.add_argument(
+        "--labels",
+        type=dict[str, list[str]] | None,
+        default=None,
+        help="--labels.style NAME [NAME ...] for any label field; several names take turns",
+    )
+    sample.add_argument("--overwrite", type=bool, default=False, help="replace what --out has")
+    sample.add_class_arguments(SampleConfig, None)
+    commands.add_subcommand("sample", sample)
+
+    evaluate = ArgumentParser(description="FID and KID of a pipeline or a folder of pictures.")
+    evaluate.add_argument("target", type=str, help="pipeline folder, or a folder of pictures")
+    evaluate.add_argument(
+        "--reference",
+        type=str,
+        required=True,
+        help="art | imagefolder:PATH | hub:NAME (their held-out pictures), a folder, or an .npz",
+    )
+    evaluate.add_argument("--out", type=str, default="runs/evaluation", help="gets result.json")
+    evaluate.add_class_arguments(EvalConfig, None)
+    commands.add_subcommand("evaluate", evaluate)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse and run one command."""
+    parser = build_parser()
+    parsed = parser.instantiate(parser.parse_args(_join_labels(arguments)))
+    command = parsed.subcommand
+    options = parsed[command].as_dict()
+    if command == "demo":
+        from complexity_dit.demo import demo
+
+        demo(options["out"])
+    elif command == "train":
+        from complexity_dit.config import TrainConfig
+        from complexity_dit.train import train
+
+        options.pop("config")
+        print(f"the pipeline is in {train(TrainConfig(**options))}")
+    elif command == "sample":
+        from complexity_dit.sample import SampleConfig, sample
+
+        own = {k: options.pop(k) for k in ("pipeline", "out", "num_images", "labels", "overwrite")}
+        sample(**own, sampling=SampleConfig(**options))
+    elif command == "evaluate":
+        from complexity_dit.evaluate import EvalConfig, evaluate
+
+        own = {k: options.pop(k) for k in ("target", "reference", "out")}
+        evaluate(**own, config=EvalConfig(**options))
+
+
+def _join_labels(arguments: Sequence[str]) -> list[str]:
+    """Turn `--labels.style Cubism Fauvism` into `--labels.style=["Cubism","Fauvism"]`.
+
+    The fields of `--labels` are known only to the pipeline, so the parser cannot declare them as
+    options that take several values.
+    """
+    import json
+
+    joined: list[str] = []
+    i = 0
+    while i < len(arguments):
+        name, equals, value = arguments[i].partition("=")
+        i += 1
+        if not name.startswith("--labels."):
+            joined.append(arguments[i - 1])
+            continue
+        values = [value] if equals else []
+        while not equals and i < len(arguments) and not arguments[i].startswith("--"):
+            values.append(arguments[i])
+            i += 1
+        joined.append(f"{name}={json.dumps(values)}")
+    return joined
+
+
+def main() -> None:
+    """Run a command; wrong input ends with its message and exit status 2, not with a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for chatty in ("httpx", "datasets", "fsspec", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        sys.exit(_fail(f"complexity-dit: error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("complexity-dit: interrupted; checkpoints already written are whole", 130))
+
+
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""From a config and its data to the network and its training state."""
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from complexity_dit.config import TrainConfig
+from complexity_dit.data import PaintingDataset
+from complexity_dit.errors import UserError
+from complexity_dit.state import TrainState
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+
+def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTransformer2DModel:
+    """The network of a config, with one label table for each field of the data."""
+    settings = {
+        "sample_size": config.data.resolution,
+        "patch_size": config.model.patch_size,
+        "in_channels": 3,
+        "label_fields": list(data.label_names),
+        "num_classes": [len(names) for names in data.label_names.values()],
+        "dynamics_placement": config.model.dynamics_placement,
+        "dynamics_adaptive": config.model.dynamics_adaptive,
+    }
+    try:
+        return ComplexityDiTTransformer2DModel.from_size(
+            config.model.size, **(settings | config.model.overrides)
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"this model cannot be built: {error}") from error
+
+
+def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
+    """Optimizer, schedule and EMA round a model.
+
+    Weight decay acts on matrices of the backbone only: not on norms and biases (vectors), label
+    tables, or anything of the dynamics, whose resting values are not zero.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or "label_embed" in name or "dynamics" in name
+        (plain if exempt else decayed).append(parameter)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    lr_scheduler = get_scheduler(
+        optim.schedule,
+        optimizer,
+        num_warmup_steps=optim.warmup_steps,
+        num_training_steps=config.steps,
+    )
+    ema = EMAModel(
+        model.parameters(),
+        decay=config.ema.decay,
+        use_ema_warmup=True,
+        power=config.ema.power,
+        foreach=True,
+    )
+    return TrainState(model, ema, optimizer, lr_scheduler)

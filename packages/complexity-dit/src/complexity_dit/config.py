@@ -1,0 +1,123 @@
+"""One full run as dataclasses; every field's sentence is its `--help`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from complexity_dit.data import DataConfig
+from complexity_dit.objective import ObjectiveConfig
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    size: str = "tiny"
+    """Named size: nano, tiny, mini (CPU), S, B, L, XL."""
+
+    patch_size: int = 4
+    """Side of a patch in pixels (or latent cells); one patch is one token."""
+
+    dynamics_placement: Literal["stream", "branch", "force", "none"] = "branch"
+    """Where INL dynamics act in a layer; none is the plain transformer."""
+
+    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "token"
+    """What the coefficients of the dynamics depend on; lite has fixed ones."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+    weight_decay: float = 0.01
+    """Decay of matrices; norms, biases, mu and label tables are never decayed."""
+
+    warmup_steps: int = 200
+    """Steps of linear warm-up."""
+
+    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up."""
+
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass
+class EMAConfig:
+    """The moving average whose weights are saved, sampled and evaluated (diffusers' EMAModel)."""
+
+    decay: float = 0.9995
+    """Largest decay per step."""
+
+    power: float = 0.75
+    """Warm-up: the decay at step s is 1 - (1 + s)^-power until it reaches `decay`."""
+
+
+@dataclass
+class TrainConfig:
+    """One full run. The defaults are the demo: a small model that paints the embedded art set."""
+
+    out: str = "runs/train"
+    """Folder of the run."""
+
+    resume: str = "none"
+    """auto: go on from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
+
+    seed: int = 0
+    """Seed of the initialisation, data order, noise and label dropout."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    batch_size: int = 64
+    """Images a step, over all processes."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that a step's batch is split into, to save memory."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass; weights and optimizer stay in fp32."""
+
+    compile: bool = False
+    """Compile the repeated blocks (torch.compile, fullgraph); costs about a minute at the start."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    loader_workers: int = 0
+    """Processes that prepare batches; 0 is best for pictures that fit in memory."""
+
+    log_every: int = 20
+    """Steps between writes of train_log.csv (a row a step) and tensorboard."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always makes one."""
+
+    keep_last: int = 2
+    """Checkpoints to keep; 0 keeps all."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which paintings."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it learns to predict."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it learns."""
+
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """Which average of its weights is kept."""

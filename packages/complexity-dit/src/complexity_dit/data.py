@@ -1,0 +1,254 @@
+"""From a source string to square pictures with label ids, split by the hash of each file's bytes.
+
+A source is read once through ``datasets``: one cached ``map`` decodes, crops and hashes every
+image, so a second load only maps the cache file. Pillow does the decoding here, not ``datasets``,
+so that a broken file can be named.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import datasets
+import numpy as np
+import torch
+
+from complexity_dit.errors import UserError
+from complexity_dit.images import VERSION
+from complexity_dit.labels import read_labels, resolve_label
+from complexity_dit.sources import read_rows
+
+__all__ = [
+    "DataConfig",
+    "PaintingDataset",
+    "load_data",
+    "random_batch_indices",
+    "resolve_label",
+]
+
+SPLITS = ("train", "heldout", "all")
+RAM_LIMIT = 2 * 2**30
+"""Bytes of pixels up to which a split is copied into memory; a larger one stays memory-mapped."""
+
+_LOGGED = 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class DataConfig:
+    """Which pictures to read, at what size, and which of them are held out."""
+
+    source: str = "art"
+    """Where the pictures come from: `art` (drawn by this package), `imagefolder:PATH` (a folder
+    with or without metadata.csv) or `hub:NAME` (a dataset of the Hugging Face hub, or a folder
+    that `datasets.load_dataset` can read)."""
+
+    resolution: int = 32
+    """Side of the square training pictures in pixels; smaller images are skipped and counted."""
+
+    label_fields: list[str] | None = None
+    """Columns used as labels; by default every ClassLabel column and every text column whose
+    names repeat at least twice on average; `[]` for none."""
+
+    holdout: float = 0.1
+    """Fraction held out for evaluation, chosen by the hash of each file's bytes: adding files
+    never moves one across, and byte-identical files stay on one side."""
+
+    num_images: int = 8192
+    """How many pictures the `art` source draws; other sources always give all they have."""
+
+    flip: bool = True
+    """Mirror half of the training pictures left to right, at random."""
+
+    strict: bool = False
+    """Stop at the first unreadable or too small image instead of skipping it."""
+
+    image_column: str | None = None
+    """Column that holds the picture; by default `image`, or the only image column there is."""
+
+    num_workers: int = 0
+    """Processes that decode the pictures the first time a source is read; 0 uses this one."""
+
+
+class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """One split of a source: square uint8 pictures with label ids. Made by ``load_data``.
+
+    Attributes:
+        label_names: Names in id order by field, over the whole data, so both splits agree.
+        labels: Ids, int64 of shape (N, F), -1 where missing; fields in the order of label_names.
+        resolution: Side of the pictures in pixels.
+        fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
+            resolution, the split and the version of the preprocessing.
+        skipped: Images of this split that could not be used.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        kept: Sequence[int],
+        labels: torch.Tensor,
+        label_names: dict[str, list[str]],
+        resolution: int,
+        split: str,
+        skipped: int,
+    ) -> None:
+        """Take the prepared rows of a source and the indices of those that form the split."""
+        self.label_names = label_names
+        self.labels = labels[torch.as_tensor(kept, dtype=torch.int64)]
+        self.resolution = resolution
+        self.skipped = skipped
+        self._rows = rows
+        self._kept = torch.as_tensor(kept, dtype=torch.int64)
+        self.fingerprint = self._fingerprint(split)
+        self._pixels: torch.Tensor | None = None
+        if len(kept) * 3 * resolution**2 <= RAM_LIMIT:
+            self._pixels = self._gather(self._kept)
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return ``pixel_values`` (uint8, 3 × H × W, RGB) and ``labels`` (int64, F)."""
+        return {"pixel_values": self.pixels([index])[0], "labels": self.labels[index]}
+
+    def pixels(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Return the pictures at ``indices`` as one uint8 tensor (n, 3, H, W)."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        if self._pixels is not None:
+            return self._pixels[chosen]
+        return self._gather(self._kept[chosen])
+
+    def _gather(self, positions: torch.Tensor) -> torch.Tensor:
+        column = self._rows.data.column("pixels")
+        out = np.empty((len(positions), 3 * self.resolution**2), dtype=np.uint8)
+        for row, position in zip(out, positions.tolist(), strict=True):
+            row[:] = np.frombuffer(column[position].as_buffer(), dtype=np.uint8)
+        return torch.from_numpy(out).view(-1, 3, self.resolution, self.resolution)
+
+    def _fingerprint(self, split: str) -> str:
+        files = self._rows.data.column("sha256").take(self._kept.numpy()).to_pylist()
+        lines = sorted(
+            f"{file} {ids}" for file, ids in zip(files, self.labels.tolist(), strict=True)
+        )
+        head = f"{VERSION} {split} {self.resolution} {self.label_names}"
+        return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()
+
+
+def load_data(config: DataConfig, split: str) -> PaintingDataset:
+    """Read a source and return one split of it.
+
+    A file is held out when the first 64 bits of its bytes' sha256, as a fraction of 2⁶⁴, are
+    below ``config.holdout``. For ``art`` the "file" is the RGB bytes of the picture drawn at
+    32 px, whatever the training resolution, so the split does not change with the resolution.
+    The splits that a folder or a hub dataset comes with are put together first.
+
+    An image is turned upright (EXIF), made RGB, and its largest centred square is scaled down to
+    ``config.resolution`` (see ``square_pixels``). One that cannot be decoded, is over Pillow's
+    limit of 89 megapixels, is missing, or is smaller than the resolution on either side is named
+    in a warning, skipped and counted, or stops the run with ``config.strict``.
+
+    Args:
+        config: What to read.
+        split: "train", "heldout" or "all".
+
+    Raises:
+        UserError: The source, the labels or a setting cannot be used, or the split is empty.
+    """
+    _check(config, split)
+    started = time.perf_counter()
+    rows, columns = read_rows(config)
+    label_names, labels = read_labels(columns, config.label_fields)
+
+    names, reasons, hashes = (
+        rows.data.column(name).to_pylist() for name in ("name", "reason", "sha256")
+    )
+    mine = [_in_split(sha, config.holdout, split) for sha in hashes]
+    kept = [i for i, reason in enumerate(reasons) if mine[i] and not reason]
+    bad = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
+    if len(bad) == len(rows):
+        raise UserError(f"none of the {len(rows)} images of {config.source} can be used; {bad[0]}")
+    if bad and config.strict:
+        raise UserError(f"{bad[0]} (strict=true stops here; strict=false skips such images)")
+    if not kept:
+        raise UserError(
+            f"split {split!r} of {config.source} is empty: holdout={config.holdout} of "
+            f"{len(rows) - len(bad)} usable images leaves none; change holdout or add images"
+        )
+    skipped = [f"{names[i]}: {reason}" for i, reason in enumerate(reasons) if mine[i] and reason]
+    for line in skipped[:_LOGGED]:
+        log.warning("skipped %s", line)
+    if skipped:
+        log.warning("skipped %d of the %d images of %r", len(skipped), sum(mine), split)
+    dataset = PaintingDataset(
+        rows, kept, labels, label_names, config.resolution, split, len(skipped)
+    )
+    fields = ", ".join(f"{field} ({len(n)})" for field, n in label_names.items()) or "no labels"
+    took = time.perf_counter() - started
+    log.info("%s %s: %d images, %s, %.1f s", config.source, split, len(dataset), fields, took)
+    return dataset
+
+
+def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
+    """Return the items that samples ``start`` to ``start + count - 1`` of a training run read.
+
+    Sample k is item ``permutation(seed, k // num_items)[k % num_items]``: every epoch reads each
+    item once, in its own order. The order is a function of the arguments alone, so a run that
+    resumes at sample k, or splits a batch over processes, needs no sampler state.
+
+    Args:
+        num_items: Size of the data, at least 1.
+        seed: Seed of the order.
+        start: Number of the first sample, from 0.
+        count: How many samples.
+
+    Returns:
+        int64 of shape (count,), values in [0, num_items).
+    """
+    if num_items < 1 or start < 0 or count < 0:
+        raise ValueError(
+            f"num_items {num_items} must be at least 1, start {start} and count {count} at least 0"
+        )
+    parts, position, end = [torch.empty(0, dtype=torch.int64)], start, start + count
+    while position < end:
+        epoch, offset = divmod(position, num_items)
+        take = min(num_items - offset, end - position)
+        parts.append(_permutation(num_items, seed, epoch)[offset : offset + take])
+        position += take
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
+    # Hashed, so that (seed, epoch + 1) and (seed + 1, epoch) are unrelated.
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(num_items, generator=generator)
+
+
+def _in_split(sha: str, holdout: float, split: str) -> bool:
+    heldout = int(sha[:16], 16) / 2**64 < holdout
+    return split == "all" or heldout == (split == "heldout")
+
+
+def _check(config: DataConfig, split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} must be one of {', '.join(SPLITS)}")
+    if config.resolution < 1:
+        raise UserError(f"resolution {config.resolution} must be at least 1 pixel")
+    if not 0 <= config.holdout < 1:
+        raise UserError(f"holdout {config.holdout} must be at least 0 and below 1")
+    if config.num_images < 1:
+        raise UserError(f"num_images {config.num_images} must be at least 1")
+    if config.num_workers < 0:
+        raise UserError(f"num_workers {config.num_workers} must be 0 or more")
+    scheme, _, rest = config.source.partition(":")
+    if config.source != "art" and (scheme not in ("imagefolder", "hub") or not rest):
+        raise UserError(
+            f"source {config.source!r} must be art, imagefolder:PATH or hub:NAME "
+            "(for example hub:huggan/wikiart)"
+        )

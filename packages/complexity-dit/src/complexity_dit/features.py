@@ -1,0 +1,166 @@
+"""From images to features: fixed network chunks, and a cache on disk for images that stay."""
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from complexity_dit.errors import UserError
+from complexity_dit.image_sets import ImageSet
+from complexity_dit.inception import FeatureExtractor, cache_dir, written_aside
+
+logger = logging.getLogger(__name__)
+
+FEATURE_CHUNK = 32
+"""Images in one call of the feature network; the last chunk is padded to it."""
+
+SHRUNK_SIZE = 8
+SHRUNK_FILTER = "area mean down to 8x8, bicubic up, rounded to uint8"
+
+
+def extract_features(
+    batches: Iterable[NDArray[np.uint8]],
+    extractor: FeatureExtractor,
+    total: int | None = None,
+    desc: str = "features",
+) -> NDArray[np.float32]:
+    """Features of images, the same whatever the batches.
+
+    Args:
+        batches: uint8 (n, H, W, 3) arrays, any n, one H and W.
+        extractor: The network.
+        total: Number of images, for the progress bar.
+        desc: Its text.
+
+    Returns:
+        (N, D) float32 in the order of the images.
+
+    Raises:
+        UserError: No image at all, or batches that are not uint8 (n, H, W, 3) of one size.
+    """
+    features: list[NDArray[np.float32]] = []
+    pending: list[NDArray[np.uint8]] = []
+    held, shape = 0, None
+
+    def run(images: NDArray[np.uint8]) -> None:
+        n = len(images)
+        # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.
+        padded = np.concatenate(
+            [images, np.zeros((FEATURE_CHUNK - n, *images.shape[1:]), np.uint8)]
+        )
+        tensor = torch.from_numpy(padded).permute(0, 3, 1, 2).contiguous()
+        features.append(extractor(tensor)[:n].numpy())
+        bar.update(n)
+
+    with tqdm(total=total, desc=desc, unit="image") as bar:
+        for batch in batches:
+            if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
+                raise UserError(
+                    f"images are {batch.dtype} of shape {batch.shape}; expected uint8 (n, H, W, 3)"
+                )
+            shape = shape or batch.shape[1:]
+            if batch.shape[1:] != shape:
+                raise UserError(f"images of {batch.shape[1:]} and of {shape}; make them one size")
+            pending.append(batch)
+            held += len(batch)
+            if held >= FEATURE_CHUNK:
+                images = np.concatenate(pending)
+                whole = held - held % FEATURE_CHUNK
+                for start in range(0, whole, FEATURE_CHUNK):
+                    run(images[start : start + FEATURE_CHUNK])
+                pending, held = [images[whole:]], held - whole
+        if held:
+            run(np.concatenate(pending))
+    if not features:
+        raise UserError("no images to take features of")
+    return np.concatenate(features)
+
+
+def draw(count: int, n: int, seed: int) -> NDArray[np.int64]:
+    """The first min(n, count) entries of a seeded permutation of ``count`` images."""
+    return np.random.default_rng(seed).permutation(count)[:n].astype(np.int64)
+
+
+def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images shrunk to 8 x 8 and back (`SHRUNK_FILTER`): colours stay, structure goes.
+
+    Args:
+        images: uint8 (n, H, W, 3).
+
+    Returns:
+        uint8 of the same shape.
+    """
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    small = F.interpolate(x, (SHRUNK_SIZE, SHRUNK_SIZE), mode="area")
+    back = F.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False)
+    return back.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def set_features(
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    extractor: FeatureExtractor,
+    cache: bool,
+    transform: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    transform_name: str = "",
+) -> NDArray[np.float32]:
+    """Features of some images of a set, through the cache on disk when it may be used."""
+    key = json.dumps(
+        {
+            "images": images.fingerprint,
+            "rows": array_hash(rows),
+            "extractor": [extractor.name, extractor.weights_sha256],
+            "how": [extractor.resize, extractor.dtype, extractor.device.type, FEATURE_CHUNK],
+            "transform": transform_name and f"{transform_name}: {SHRUNK_FILTER}",
+        }
+    )
+    path = cache_dir() / f"features-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    if cache and path.is_file():
+        kept = _read_features(path, key, len(rows))
+        if kept is not None:
+            return kept
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(rows), FEATURE_CHUNK):
+            batch = images.read(rows[start : start + FEATURE_CHUNK].tolist())
+            yield transform(batch) if transform else batch
+
+    desc = " ".join(filter(None, ["features of", images.name, transform_name]))
+    features = extract_features(batches(), extractor, len(rows), desc)
+    if cache:
+        try:
+            with written_aside(path) as scratch:
+                np.savez(scratch, features=features, key=np.array(key))
+        except OSError as error:
+            logger.warning("features could not be kept for the next evaluation (%s)", error)
+    return features
+
+
+def _read_features(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
+    try:
+        # Opened here because np.load leaks the handle of a broken zip.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            features: NDArray[np.float32] = file["features"]
+            if str(file["key"]) == key and len(features) == n:
+                return features
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s is not readable (%s): features are computed again", path, error)
+    return None
+
+
+def array_hash(*arrays: NDArray[Any]) -> str:
+    """sha256 over the types, shapes and bytes of arrays, in hex."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""What the network is asked to predict: pure functions from (image, noise, time) to a target.
+
+Flow matching (Lipman et al., arXiv 2210.02747; rectified flow, Liu et al., arXiv 2209.03003) with
+logit-normal times (Esser et al., arXiv 2403.03206) is the default; epsilon and v prediction on the
+linear DDPM schedule are there for comparison with DiT.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass
+class ObjectiveConfig:
+    """The training target and the distribution of noise levels."""
+
+    prediction_type: Literal["flow", "epsilon", "v_prediction"] = "flow"
+    """flow: velocity of the straight path from image to noise; the others use the DDPM schedule."""
+
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of the noise level t in (0, 1)."""
+
+    logit_mean: float = 0.0
+    """Mean of logit(t) for logit_normal; above 0 favours high noise."""
+
+    logit_std: float = 1.0
+    """Standard deviation of logit(t) for logit_normal."""
+
+    shift: float = 1.0
+    """Time shift s: t becomes s*t / (1 + (s - 1)*t), in sampling too; above 1 for large images."""
+
+    label_dropout: float = 0.1
+    """Probability that each label of an image is replaced by the null row, for guidance."""
+
+
+def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:
+    """Noise levels t in (0, 1), shape (count,), fp32: 0 is the clean image, 1 is pure noise."""
+    if config.time_sampling == "logit_normal":
+        normal = torch.randn(count, generator=generator)
+        times = torch.sigmoid(config.logit_mean + config.logit_std * normal)
+    else:
+        times = torch.rand(count, generator=generator)
+    return config.shift * times / (1 + (config.shift - 1) * times)
+
+
+def noisy_input_and_target(
+    clean: Tensor, noise: Tensor, times: Tensor, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's input, its timestep, and what it should predict.
+
+    Args:
+        clean: Images or latents, (B, C, Y, X).
+        noise: Standard normal noise of the same shape.
+        times: Noise levels in (0, 1), (B,).
+        config: The objective.
+
+    Returns:
+        Noisy input (B, C, Y, X); timestep in [0, 1000], (B,) as diffusers' schedulers count it;
+        target (B, C, Y, X).
+    """
+    if config.prediction_type == "flow":
+        # x_t = (1 - t) x + t eps, so dx_t/dt = eps - x; diffusers' flow schedulers call t sigma.
+        t = times.view(-1, 1, 1, 1).to(clean)
+        return (1 - t) * clean + t * noise, times * NUM_TRAIN_TIMESTEPS, noise - clean
+    schedule = DDPMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+    steps = (times * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
+    noisy = schedule.add_noise(clean, noise, steps)
+    if config.prediction_type == "epsilon":
+        return noisy, steps, noise
+    return noisy, steps, schedule.get_velocity(clean, noise, steps)
+
+
+def drop_labels(labels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Replace each label, independently, by -1 (the null row) with the given probability.
+
+    Fields are dropped one by one rather than together, so that guidance works from any subset of
+    labels, and a painting with a style but no genre is an input that the network has seen.
+    """
+    dropped = torch.rand(labels.shape, generator=generator) < probability
+    return torch.where(dropped, -1, labels)
+
+
+def build_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
+    """The stock diffusers scheduler that samples from a model trained on this objective."""
+    if config.prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=config.shift)
+    return DDIMScheduler(
+        NUM_TRAIN_TIMESTEPS,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",  # starts at the noisiest step (Lin et al., arXiv 2305.08891)
+    )

@@ -1,0 +1,259 @@
+"""Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from complexity_dit.errors import UserError
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.seeding import generator_for
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SampleConfig:
+    """How pictures are painted; all of it is part of a result's settings."""
+
+    seed: int = 0
+    """Seed of the set; the noise of image i comes from (seed, i) alone."""
+
+    num_inference_steps: int = 25
+    """Denoising steps."""
+
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is off."""
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels in [0, 1] within which guidance acts."""
+
+    height: int | None = None
+    """Height in pixels; the training size by default."""
+
+    width: int | None = None
+    """Width in pixels; the training size by default."""
+
+    batch_size: int = 64
+    """Pictures painted together; bits do not depend on it. Best is a multiple of chunk_size."""
+
+    chunk_size: int = 16
+    """Pictures in one network call, padded if need be; a set's bits are defined at this size."""
+
+
+def iter_samples(
+    pipe: ComplexityDiTPipeline,
+    labels: Tensor,
+    config: SampleConfig,
+    indices: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Paint images of a seeded set.
+
+    Args:
+        pipe: The pipeline.
+        labels: Label ids of the whole set, (N, F) int64, -1 for not given; row i is image i's.
+        config: Seed, sampler and batch.
+        indices: Which images to paint, ascending; None means all N. Give each process its share.
+        progress: Show a progress bar.
+
+    Yields:
+        Indices, and their pictures as uint8 (n, Y, X, 3), rounded to nearest.
+
+    Raises:
+        UserError: If a number in the config is out of range.
+    """
+    if config.batch_size < 1 or config.chunk_size < 1:
+        raise UserError(
+            f"batch_size {config.batch_size} and chunk_size {config.chunk_size} must be at least 1"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    indices = list(range(len(labels)) if indices is None else indices)
+    with tqdm(total=len(indices), desc="painting", unit="image", disable=not progress) as bar:
+        for batch in _consecutive_batches(indices, config.batch_size):
+            images = pipe(
+                class_labels=labels[batch],
+                generator=[generator_for(config.seed, "sample", i) for i in batch],
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                guidance_interval=config.guidance_interval,
+                height=config.height,
+                width=config.width,
+                chunk_size=config.chunk_size,
+                chunk_offset=batch[0] % config.chunk_size,
+                output_type="np",
+            ).images
+            yield batch, (images * 255).round().clip(0, 255).astype(np.uint8)
+            bar.update(len(batch))
+
+
+def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Runs of at most `size` consecutive indices, so that each image keeps its chunk position."""
+    batch: list[int] = []
+    for index in indices:
+        if batch and (index != batch[-1] + 1 or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def grid_labels(pipe: ComplexityDiTPipeline, columns: int, field: str | None = None) -> Tensor:
+    """Labels of a grid with one row for each name of a field (the first field by default).
+
+    Returns:
+        (rows * columns, F) int64, all other fields not given.
+    """
+    names = pipe.label_names
+    if not names:
+        return torch.full((columns * columns, 0), -1, dtype=torch.long)
+    position = list(names).index(field) if field else 0
+    labels = torch.full((len(list(names.values())[position]) * columns, len(names)), -1)
+    labels[:, position] = torch.arange(len(labels)) // columns
+    return labels
+
+
+def save_grid(
+    images: np.ndarray, columns: int, captions: Sequence[str], path: Path, scale: int | None = None
+) -> None:
+    """Write a PNG grid with one caption at the left of each row.
+
+    Args:
+        images: uint8 (N, Y, X, 3), row by row.
+        columns: Pictures in a row.
+        captions: One for each row; empty strings leave no margin.
+        path: Where to write; written aside and renamed.
+        scale: Integer enlargement (nearest pixel); None enlarges small pictures to about 96 pixels.
+    """
+    count, height, width, _ = images.shape
+    scale = scale or max(1, round(96 / height))
+    rows, gap = -(-count // columns), 4
+    font = ImageFont.load_default(size=16)
+    margin = max((int(font.getlength(c)) + 16 for c in captions if c), default=0)
+    cell_h, cell_w = height * scale + gap, width * scale + gap
+    sheet = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        picture = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
+        sheet.paste(picture, (margin + gap + column * cell_w, gap + row * cell_h))
+    for row, caption in enumerate(captions[:rows]):
+        y = gap + row * cell_h + height * scale // 2
+        draw.text((8, y), caption, fill="black", font=font, anchor="lm")
+    save_image(sheet, path)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it, so that no half-written file has the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    image.save(aside, format="PNG")
+    os.replace(aside, path)
+
+
+def sample(
+    pipeline: str,
+    out: str,
+    num_images: int | None = None,
+    labels: dict[str, list[str]] | None = None,
+    sampling: SampleConfig | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Paint with a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
+
+    Args:
+        pipeline: Pipeline folder (or Hub id).
+        out: A path ending in .png writes one grid; in .npz an ADM-style `arr_0` (N, Y, X, 3);
+            anything else is a folder that gets 000000.png, 000001.png, and so on.
+        num_images: How many; a grid of all labels of the first field by default, else 64.
+        labels: Names or ids for each label field, e.g. `--labels.style Cubism Fauvism`; several
+            names take turns.
+        sampling: Seed, sampler and batch.
+        overwrite: Replace an existing file, or add to an existing folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If `out` exists, or a label is unknown.
+    """
+    sampling = sampling or SampleConfig()
+    target = Path(out)
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; choose another --out or pass --overwrite true")
+    pipe = load_pipeline(pipeline)
+    rows = _sample_labels(pipe, labels or {}, num_images, is_grid=target.suffix == ".png")
+    batches = iter_samples(pipe, rows, sampling)
+    if target.suffix == ".png":
+        columns = 8
+        images = np.concatenate([batch for _, batch in batches])
+        save_grid(images, columns, _row_captions(pipe, rows, columns), target)
+    elif target.suffix == ".npz":
+        images = np.concatenate([batch for _, batch in batches])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.partial.npz")
+        np.savez(aside, arr_0=images)
+        os.replace(aside, target)
+    else:
+        for indices, batch in batches:
+            for i, image in zip(indices, batch, strict=True):
+                save_image(Image.fromarray(image), target / f"{i:06d}.png")
+    print(f"wrote {len(rows)} pictures to {target}")
+    return target
+
+
+def _sample_labels(
+    pipe: ComplexityDiTPipeline, labels: dict[str, list[str]], num_images: int | None, is_grid: bool
+) -> Tensor:
+    """Label rows for the command line: given names take turns, in blocks of a row for a grid."""
+    if num_images is not None and num_images < 1:
+        raise UserError(f"num_images {num_images} must be at least 1")
+    if not labels and is_grid:
+        rows = grid_labels(pipe, columns=8)
+        return rows if num_images is None else rows[torch.arange(num_images) % len(rows)]
+    combinations = max((len(names) for names in labels.values()), default=1)
+    turns = {f: [names[i % len(names)] for i in range(combinations)] for f, names in labels.items()}
+    table = pipe.get_label_ids(**turns)
+    count = num_images or (8 * combinations if is_grid else 64)
+    block = 8 if is_grid else 1
+    return table[torch.arange(count) // block % len(table)]
+
+
+def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor, columns: int) -> list[str]:
+    """What the pictures of each grid row have in common, in words."""
+    captions = []
+    for row in rows.split(columns):
+        parts = [
+            names[int(row[0, f])].replace("_", " ")
+            for f, names in enumerate(pipe.label_names.values())
+            if row[0, f] >= 0 and bool((row[:, f] == row[0, f]).all())
+        ]
+        captions.append(", ".join(parts))
+    return captions
+
+
+def load_pipeline(path: str) -> ComplexityDiTPipeline:
+    """Load a pipeline folder or Hub id; a wrong path gets one clear line.
+
+    Raises:
+        UserError: If there is no such folder, or it is not a ComplexityDiT pipeline.
+    """
+    folder = Path(path)
+    looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))
+    if looks_local and not (folder / ComplexityDiTPipeline.config_name).is_file():
+        raise UserError(
+            f"{path} is no pipeline folder (no {ComplexityDiTPipeline.config_name} in it); "
+            "pass the `pipeline` folder that training wrote, or a Hub id"
+        )
+    try:
+        return ComplexityDiTPipeline.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load the pipeline {path}: {error}") from error

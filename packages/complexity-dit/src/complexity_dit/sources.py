@@ -1,0 +1,244 @@
+"""The three kinds of source, each read through one cached ``datasets`` map.
+
+Every source becomes two tables with the same rows: the prepared images (``pixels`` as the bytes of
+a uint8 (3, H, W) picture, ``sha256`` of the file, its ``name``, and the ``reason`` when it cannot
+be used) and the columns as they came, from which labels are read.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import logging
+import os
+import urllib.error
+import urllib.request
+import warnings
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import numpy as np
+import PIL
+from datasets import config as datasets_config
+from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from fsspec.core import url_to_fs
+from huggingface_hub import constants
+
+from complexity_dit import art
+from complexity_dit.errors import UserError
+from complexity_dit.images import VERSION, square_pixels
+
+if TYPE_CHECKING:
+    from complexity_dit.data import DataConfig
+
+_ART_HASH_SIZE = 32
+_HUB_TIMEOUT_S = 4.0
+_WAY_OUT = "download it elsewhere and use source=imagefolder:PATH"
+_ROW_COLUMNS = {"pixels": "binary", "sha256": "string", "name": "string", "reason": "string"}
+
+log = logging.getLogger(__name__)
+
+
+def read_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Read, decode and hash a whole source, or map what an earlier call cached.
+
+    Returns:
+        The prepared images and the source's own columns, row by row the same pictures.
+
+    Raises:
+        UserError: The source cannot be read, has no images, or (``config.strict``) has a bad one.
+    """
+    try:
+        if config.source == "art":
+            return _art_rows(config)
+        table = _read_source(config.source)
+        image = _image_column(table, config.image_column)
+        return _image_rows(table.select_columns(image), image, config), table
+    except OSError as error:
+        raise UserError(f"stopped while reading {config.source}: {error}") from error
+
+
+def _art_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Draw the art set (cached by what the painter paints) and look up its labels."""
+    count = config.num_images
+    labels = [art.labels_of(i) for i in range(count)]
+    features = {f: datasets.ClassLabel(names=list(names)) for f, names in art.LABEL_NAMES.items()}
+    columns = datasets.Dataset.from_dict(
+        {field: [row[field] for row in labels] for field in features},
+        features=datasets.Features(features),
+    )
+    probe = [art.paint(i, _ART_HASH_SIZE).tobytes() for i in range(min(count, 32))]
+    key = Hasher.hash([VERSION, inspect.getsource(art), probe, count, config.resolution])
+    folder = Path(datasets_config.HF_DATASETS_CACHE) / "complexity_dit_art"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = datasets.Dataset.from_dict({"index": range(count)}).map(
+        _paint_row,
+        fn_kwargs={"resolution": config.resolution},
+        new_fingerprint=key,
+        cache_file_name=str(folder / f"{key}.arrow"),
+        desc=f"painting the art set at {config.resolution} px",
+        **_map_settings(config, ["index"]),
+    )
+    return rows, columns
+
+
+def _read_source(source: str) -> datasets.Dataset:
+    scheme, _, name = source.partition(":")
+    try:
+        if scheme == "imagefolder":
+            return _read_folder(name)
+        if not os.path.isdir(name):
+            _reach_hub(name)
+        parts = datasets.load_dataset(name)
+        if len(parts) > 1:
+            sizes = ", ".join(f"{split} ({len(part)})" for split, part in parts.items())
+            log.info("%s: its splits %s are put together", source, sizes)
+        return datasets.concatenate_datasets(list(parts.values()))
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = (str(cause) or type(cause).__name__).splitlines()[0]
+        help_text = _WAY_OUT if scheme == "hub" else "check the folder and its metadata file"
+        raise UserError(f"cannot read {source}: {said}; {help_text}") from error
+
+
+def _read_folder(name: str) -> datasets.Dataset:
+    folder = Path(name).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"imagefolder:{name}: {folder} is not a folder; give one with images in it")
+    suffixes = {*ImageFolder.EXTENSIONS, ".zip"}
+    if not any(path.suffix.lower() in suffixes for path in folder.rglob("*")):
+        raise UserError(f"imagefolder:{name}: there are no images in {folder}")
+    # With one pattern for everything, a file called "the-train-in-the-snow.jpg" stays a picture;
+    # left alone, `datasets` takes such names for the train split and drops all other files.
+    pattern = escape(str(folder)) + "/**"
+    builder = datasets.load_dataset_builder("imagefolder", data_files=[pattern])
+    if not os.path.exists(builder.cache_dir):
+        with warnings.catch_warnings():
+            # Building leaves metadata.csv open in a reference cycle: close it here, quietly.
+            warnings.simplefilter("ignore", ResourceWarning)
+            builder.download_and_prepare()
+            gc.collect()
+    rows = cast(datasets.Dataset, builder.as_dataset(split="train"))
+    parts = sorted(p.name for p in folder.iterdir() if p.name in ("train", "test", "validation"))
+    if parts:
+        log.info("imagefolder:%s: its splits %s are put together", name, ", ".join(parts))
+    return rows
+
+
+def _reach_hub(name: str) -> None:
+    """Ask the hub for its front page, so that no network means one line and not 23 s of retries."""
+    if constants.HF_HUB_OFFLINE or datasets_config.HF_HUB_OFFLINE:
+        return
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
+            return
+    except urllib.error.HTTPError as error:
+        said: Any = error
+        if error.code < 500:
+            return
+    except OSError as error:
+        said = getattr(error, "reason", error)
+    raise UserError(
+        f"hub:{name}: cannot reach {constants.ENDPOINT} ({said}); {_WAY_OUT}, or set "
+        "HF_HUB_OFFLINE=1 if this machine has already cached it"
+    )
+
+
+def _image_column(rows: datasets.Dataset, asked: str | None) -> str:
+    found = [name for name, f in rows.features.items() if isinstance(f, datasets.Image)]
+    if asked is None and "image" in found:
+        return "image"
+    if asked is None and len(found) == 1:
+        return found[0]
+    if asked in found:
+        return str(asked)
+    wanted = "no image_column is set" if asked is None else f"image_column {asked!r} is not one"
+    raise UserError(
+        f"the image columns of the data are {found} among {rows.column_names}; {wanted}"
+    )
+
+
+def _map_settings(config: DataConfig, remove: list[str]) -> dict[str, Any]:
+    return {
+        "remove_columns": remove,
+        "num_proc": config.num_workers or None,
+        # Rows are collected before they are written: bound them by bytes, not by number.
+        "writer_batch_size": max(1, min(1000, 2**25 // (3 * config.resolution**2))),
+        "features": datasets.Features(
+            {name: datasets.Value(kind) for name, kind in _ROW_COLUMNS.items()}
+        ),
+    }
+
+
+def _image_rows(images: datasets.Dataset, column: str, config: DataConfig) -> datasets.Dataset:
+    images = images.cast_column(column, datasets.Image(decode=False))
+    # The key is made by hand: `datasets` hashes an importable function by its name alone, and
+    # `strict` must share the cache of the tolerant run.
+    key = Hasher.hash([VERSION, PIL.__version__, images._fingerprint, column, config.resolution])
+    return images.map(
+        _prepare_row,
+        with_indices=True,
+        fn_kwargs={
+            "column": column,
+            "resolution": config.resolution,
+            "strict": config.strict,
+        },
+        new_fingerprint=key,
+        desc=f"decoding images at {config.resolution} px",
+        **_map_settings(config, [column]),
+    )
+
+
+def _prepare_row(
+    row: dict[str, Any], index: int, *, column: str, resolution: int, strict: bool
+) -> dict[str, Any]:
+    image = row[column] or {"path": None, "bytes": None}
+    name = f"{image['path']} (row {index})" if image["path"] else f"the image of row {index}"
+    data, pixels, reason = b"", b"", ""
+    try:
+        data = _file_bytes(image)
+        pixels = square_pixels(data, resolution).tobytes()
+    except UserError as error:
+        if strict:
+            raise UserError(
+                f"{name}: {error} (strict=true stops here; strict=false skips such images)"
+            ) from error
+        reason = str(error)
+    sha = hashlib.sha256(data).hexdigest()
+    return {"pixels": pixels, "sha256": sha, "name": name, "reason": reason}
+
+
+def _file_bytes(image: dict[str, Any]) -> bytes:
+    if image["bytes"] is not None:
+        return image["bytes"]
+    if image["path"] is None:
+        raise UserError("has no image")
+    try:
+        if "://" not in image["path"]:
+            return Path(image["path"]).read_bytes()
+        # A member of an archive: "zip://a.jpg::/x.zip".
+        files, member = url_to_fs(image["path"])
+        return files.cat_file(member)
+    except FileNotFoundError as error:
+        raise UserError("is not there") from error
+
+
+def _paint_row(row: dict[str, Any], *, resolution: int) -> dict[str, Any]:
+    picture = np.asarray(art.paint(row["index"], resolution).convert("RGB")).transpose(2, 0, 1)
+    canonical = art.paint(row["index"], _ART_HASH_SIZE).convert("RGB").tobytes()
+    return {
+        "pixels": picture.tobytes(),
+        "sha256": hashlib.sha256(canonical).hexdigest(),
+        "name": f"art {row['index']}",
+        "reason": "",
+    }

@@ -1,0 +1,228 @@
+"""TrainState: everything that a run needs to go on, and checkpoints that are whole or absent.
+
+A checkpoint folder holds
+
+    pipeline/               the EMA weights as a pipeline folder, ready to sample from
+    model.safetensors       the raw weights
+    optimizer.safetensors   AdamW's moments
+    state.json              step, EMA and schedule counters, the run's config
+
+There is no generator state and no data position to save: both are functions of (seed, step), see
+`seeding`. Folders are written aside, flushed to disk and renamed, so a final name is always whole.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from complexity_dit.errors import UserError
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """What training updates.
+
+    Attributes:
+        model: The unwrapped raw model.
+        ema: Its exponential moving average.
+        optimizer: The optimizer (accelerate's wrapper or plain).
+        lr_scheduler: The learning-rate schedule.
+        step: Optimizer steps done.
+    """
+
+    model: ComplexityDiTTransformer2DModel
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
+
+    def pipeline(
+        self, scheduler: SchedulerMixin, id2label: dict[str, dict[int, str]]
+    ) -> ComplexityDiTPipeline:
+        """A pipeline with a copy of the EMA weights; the model in training is not touched."""
+        model = ComplexityDiTTransformer2DModel.from_config(self.model.config)
+        self.ema.copy_to(model.parameters())
+        return ComplexityDiTPipeline(model, scheduler, id2label=id2label)
+
+    def save(
+        self,
+        checkpoints: Path,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, dict[int, str]],
+        config: dict[str, Any],
+    ) -> Path:
+        """Write `checkpoints/step-XXXXXXXX`.
+
+        Raises:
+            UserError: If the disk refuses; nothing half-written stays, older checkpoints are whole.
+        """
+        ema = self.ema.state_dict()
+        ema.pop("shadow_params")
+        tensors, groups = _flatten_optimizer(self.optimizer.state_dict())
+        meta = {
+            "step": self.step,
+            "ema": ema,
+            "optimizer_groups": groups,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "config": config,
+        }
+        target = checkpoints / f"step-{self.step:08d}"
+        try:
+            with written_aside(target) as folder:
+                self.pipeline(scheduler, id2label).save_pretrained(folder / "pipeline")
+                save_file(_named(self.model), folder / "model.safetensors")
+                save_file(tensors, folder / "optimizer.safetensors")
+                (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+        except Exception as error:  # safetensors reports a full disk as its own error type
+            kept = latest_checkpoint(checkpoints)
+            raise UserError(
+                f"could not write {target}: {error}; the last good checkpoint is {kept or 'none'}: "
+                "free space (or choose another --out) and go on with --resume auto"
+            ) from error
+        return target
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Continue exactly where `checkpoint` was written.
+
+        Returns:
+            The config that the checkpoint was trained with.
+
+        Raises:
+            UserError: If a file is missing or unreadable, or the shapes are another model's.
+        """
+        try:
+            meta = json.loads((checkpoint / "state.json").read_text())
+            weights = load_file(checkpoint / "model.safetensors")
+            moments = load_file(checkpoint / "optimizer.safetensors")
+            shadow = load_file(
+                checkpoint / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+            )
+        except (
+            Exception
+        ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
+            raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
+        _load_weights(self.model, weights, checkpoint)
+        self.ema.load_state_dict(meta["ema"])
+        for (name, _), parameter in zip(
+            self.model.named_parameters(), self.ema.shadow_params, strict=True
+        ):
+            parameter.copy_(shadow[name])
+        self.optimizer.load_state_dict(_unflatten_optimizer(moments, meta["optimizer_groups"]))
+        self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+        self.step = meta["step"]
+        return meta["config"]
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Load weights of exactly this model, or say which tensors differ."""
+    own = _named(model)
+    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if missing or extra or shapes:
+        differences = (
+            shapes + [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in extra]
+        )
+        raise UserError(
+            f"{source} is a checkpoint of another model ({len(differences)} tensors differ): "
+            f"{'; '.join(differences[:3])}; use the config it was trained with, or another --out"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as named tensors and JSON, so that no pickle is needed."""
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, entries in state["state"].items()
+        for name, value in entries.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _unflatten_optimizer(tensors: dict[str, Tensor], groups: list[dict]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` only when everything in it is on disk.
+
+    On an error the scratch folder is removed and `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        yield aside
+        for path in aside.rglob("*"):
+            _flush(path)
+        _flush(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder, so that a rename cannot overtake its contents after a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint with the most steps in a folder, or None."""
+    found = all_checkpoints(checkpoints)
+    return found[-1] if found else None
+
+
+def all_checkpoints(checkpoints: Path) -> list[Path]:
+    """Whole checkpoints in a folder, by step."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name))
+
+
+def drop_old_checkpoints(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
+    for old in all_checkpoints(checkpoints)[:-keep_last] if keep_last else []:
+        shutil.rmtree(old)

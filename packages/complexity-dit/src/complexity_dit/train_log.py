@@ -1,0 +1,86 @@
+"""The loss curve: one row a step, written in batches, exact across resumes."""
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from complexity_dit.config import TrainConfig
+from complexity_dit.errors import UserError
+from complexity_dit.state import latest_checkpoint
+
+LOG_FIELDS = ("step", "loss", "grad_norm", "lr")
+
+
+class TrainLog:
+    """Losses of every step, kept on the device until a flush writes them out.
+
+    Asking for each loss at once would make the device wait for the host at every step.
+    """
+
+    def __init__(self, out: Path, start_step: int, accelerator: Accelerator) -> None:
+        self.out, self.path, self.accelerator = out, out / "train_log.csv", accelerator
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.start_step, self.start_time = start_step, time.perf_counter()
+        if accelerator.is_main_process:
+            self._keep_rows_up_to(start_step)
+
+    def _keep_rows_up_to(self, step: int) -> None:
+        """A resumed run repeats the steps after its checkpoint: drop what was logged of them."""
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss, grad_norm, lr))
+
+    def flush(self, config: TrainConfig) -> dict[str, str]:
+        """Write pending rows; stop the run if one of them is not finite.
+
+        Returns:
+            Text for the progress bar.
+
+        Raises:
+            UserError: Naming the first step whose loss or gradient norm is not finite.
+        """
+        mean = self.accelerator.reduce(
+            torch.stack([loss for _, loss, _, _ in self.pending]), "mean"
+        )
+        rows = [
+            (step, loss, float(norm), lr)
+            for (step, _, norm, lr), loss in zip(self.pending, mean.tolist(), strict=True)
+        ]
+        self.pending.clear()
+        self._stop_if_not_finite(rows, config)
+        step, _, grad_norm, lr = rows[-1]
+        seconds = time.perf_counter() - self.start_time
+        speed = (step - self.start_step) * config.batch_size / seconds
+        if self.accelerator.is_main_process:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows(rows)
+        average = sum(row[1] for row in rows) / len(rows)
+        self.accelerator.log(
+            {"loss": average, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}, step
+        )
+        return {"loss": f"{average:.4f}", "images/s": f"{speed:.0f}"}
+
+    def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
+        for step, loss, grad_norm, _ in rows:
+            # fp16's gradient scaler meets infinite norms by design and skips those steps.
+            bad_norm = config.mixed_precision != "fp16" and not math.isfinite(grad_norm)
+            if bad_norm or not math.isfinite(loss):
+                kept = latest_checkpoint(self.out / "checkpoints")
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}; training stopped. The "
+                    f"last good checkpoint is {kept or 'none'}: lower --optim.lr (now "
+                    f"{config.optim.lr:g}) or raise --optim.warmup_steps, then --resume auto"
+                )

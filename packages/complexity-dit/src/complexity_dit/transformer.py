@@ -1,0 +1,468 @@
+"""ComplexityDiT: a diffusion transformer whose layers carry INL dynamics.
+
+All blocks are in this one file, as diffusers does it. Shape suffixes:
+B batch · C channels · Y, X pixels · N tokens · D hidden · H heads · E head width · F label fields.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
+
+PLACEMENTS = ("stream", "branch", "force", "none")
+ADAPTIVES = ("token", "channel", "layer", "lite")
+
+# name: (hidden_size, num_layers, num_attention_heads); S to XL are the sizes of DiT (Peebles & Xie,
+# arXiv 2212.09748), those above them are for a CPU.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 6, 6),
+    "mini": (256, 8, 8),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+# What `None` means for a dynamics coefficient. The paper's values suit a layer that integrates a
+# stream or a branch; as a force the sub-layer output must arrive nearly whole (dt = 1, gate ~ 1).
+DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
+    "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+}
+
+
+def _swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
+    """Inner width of the SwiGLU MLP: ``mlp_ratio * hidden_size`` rounded up to a multiple of 64."""
+    return -(-int(hidden_size * mlp_ratio) // 64) * 64
+
+
+def _build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
+    """One dynamics layer from the model's config (one each for attention and MLP in `force`)."""
+    defaults = DYNAMICS_DEFAULTS[config["dynamics_placement"]]
+    alpha, beta, gate, dt = (
+        defaults[key] if config[f"dynamics_{key}"] is None else config[f"dynamics_{key}"]
+        for key in ("alpha", "beta", "gate", "dt")
+    )
+    bounds = {
+        "velocity_max": config["dynamics_velocity_max"],
+        "mu_min": config["dynamics_mu_min"],
+        "mu_max": config["dynamics_mu_max"],
+    }
+    # The controller draws its own random numbers. Forking keeps the outer stream where a model
+    # without dynamics has it, so that all placements share the same backbone initialisation.
+    with torch.random.fork_rng(devices=[]):
+        if config["dynamics_adaptive"] == "lite":
+            return INLDynamicsLite(config["hidden_size"], alpha, beta, gate, dt, **bounds)
+        return INLDynamics(
+            config["hidden_size"],
+            init_alpha=alpha,
+            init_beta=beta,
+            init_gate=gate,
+            dt=dt,
+            beta_max=config["dynamics_beta_max"],
+            adaptive=config["dynamics_adaptive"],
+            controller_hidden=config["dynamics_controller_hidden"],
+            **bounds,
+        )
+
+
+class ComplexityDiTAttnProcessor:
+    """Self-attention: QK-norm and 2-D rotary, then whichever attention backend is set."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "ComplexityDiTAttention", x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor
+    ) -> Tensor:
+        q_BNHE = attn.to_q(x_BND).unflatten(-1, (attn.heads, attn.head_dim))
+        k_BNHE = attn.to_k(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        q_BNHE, k_BNHE = ops.qk_norm_rope(
+            q_BNHE, k_BNHE, attn.norm_q.weight, attn.norm_k.weight, cos_NE, sin_NE, attn.norm_q.eps
+        )
+        out_BNHE = dispatch_attention_fn(
+            q_BNHE,
+            k_BNHE,
+            v_BNHE,
+            enable_gqa=attn.kv_heads != attn.heads,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](out_BNHE.flatten(-2))
+
+
+class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
+    """Grouped-query self-attention with RMS-normalised queries and keys."""
+
+    _default_processor_cls = ComplexityDiTAttnProcessor
+    _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, hidden_size: int, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, hidden_size // heads
+        self.to_q = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
+        self.to_k = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.to_v = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
+        self.norm_q = RMSNorm(self.head_dim, eps=eps)
+        self.norm_k = RMSNorm(self.head_dim, eps=eps)
+        self.set_processor(ComplexityDiTAttnProcessor())
+
+    def forward(self, x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+        return self.processor(self, x_BND, cos_NE, sin_NE)
+
+
+class ComplexityDiTFeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, inner_size, bias=False)
+        self.up = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate(x_BND), self.up(x_BND)))
+
+
+class ComplexityDiTBlock(nn.Module):
+    """AdaLN-Zero block; `placement` says where the second-order dynamics act (DESIGN 3.2)."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        hidden_size, eps = config["hidden_size"], config["norm_eps"]
+        heads = config["num_attention_heads"]
+        self.placement = config["dynamics_placement"]
+        self.velocity_norm_eps = eps if config["dynamics_velocity_norm"] else None
+        self.norm1 = ModulatedRMSNorm(hidden_size, eps=eps)
+        self.attn = ComplexityDiTAttention(
+            hidden_size, heads, config["num_key_value_heads"] or heads, eps
+        )
+        self.norm2 = ModulatedRMSNorm(hidden_size, eps=eps)
+        self.mlp = ComplexityDiTFeedForward(
+            hidden_size, _swiglu_width(hidden_size, config["mlp_ratio"])
+        )
+        self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
+        self.dynamics = None if self.placement == "none" else _build_dynamics(config)
+        self.dynamics_mlp = _build_dynamics(config) if self.placement == "force" else None
+
+    def forward(
+        self, h_BND: Tensor, v_BND: Tensor | None, c_BD: Tensor, cos_NE: Tensor, sin_NE: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer of depth.
+
+        Args:
+            h_BND: Hidden state ("position").
+            v_BND: Velocity carried through depth; None at the first layer and without dynamics.
+            c_BD: Activated condition (time plus labels).
+            cos_NE: Rotary cosines.
+            sin_NE: Rotary sines.
+
+        Returns:
+            The next hidden state and velocity.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
+
+        branch_BND = self.attn(self.norm1(h_BND, shift1, scale1), cos_NE, sin_NE)
+        if self.placement == "force":
+            h_BND, v_BND = self._pushed(self.dynamics, h_BND, v_BND, branch_BND, gate1)
+        else:
+            if self.placement == "branch":
+                branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
+            h_BND = ops.gated_residual(h_BND, branch_BND, gate1)
+
+        branch_BND = self.mlp(self.norm2(h_BND, shift2, scale2))
+        if self.placement == "force":
+            h_BND, v_BND = self._pushed(self.dynamics_mlp, h_BND, v_BND, branch_BND, gate2)
+        else:
+            h_BND = ops.gated_residual(h_BND, branch_BND, gate2)
+            if self.placement == "stream":
+                h_BND, v_BND = self.dynamics(h_BND, v_BND)
+        return h_BND, v_BND
+
+    def _pushed(
+        self,
+        dynamics: nn.Module,
+        h_BND: Tensor,
+        v_BND: Tensor | None,
+        branch_BND: Tensor,
+        gate_BD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The sub-layer output as the external force f of equation (2)."""
+        if v_BND is not None and self.velocity_norm_eps is not None:
+            v_BND = ops.rms_norm(v_BND, None, self.velocity_norm_eps)
+        return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
+
+
+class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    """A diffusion transformer over patches with INL dynamics in every layer.
+
+    The condition is the sum of a timestep embedding and one embedding per label field; each field's
+    table has one row more than it has labels, the *null row*, which stands for "not given" (missing
+    in the data, dropped for guidance, or not asked for).
+
+    Args:
+        sample_size: Default height and width of the input, in pixels or latent cells.
+        patch_size: Side of a square patch; one patch is one token.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; None means `in_channels`.
+        hidden_size: Width of a token.
+        num_layers: Number of blocks.
+        num_attention_heads: Attention heads; must divide `hidden_size`, head width a multiple of 4.
+        num_key_value_heads: Heads of keys and values (GQA); None means as many as query heads.
+        mlp_ratio: Inner width of the SwiGLU over `hidden_size`, rounded up to a multiple of 64.
+        label_fields: Names of the label fields, e.g. `["style", "genre"]`; the order is that of the
+            columns of `class_labels` (two lists, because diffusers sorts the keys of a dict).
+        num_classes: Number of labels of each field, without the null row, e.g. `[8, 10]`.
+        norm_eps: Epsilon of every RMS norm.
+        rope_theta: Base of the rotary frequencies.
+        dynamics_placement: `stream`, `branch`, `force` or `none`.
+        dynamics_adaptive: Coefficients per `token`, `channel`, `layer`, or fixed (`lite`).
+        dynamics_alpha: Initial inertia; None means the placement's default.
+        dynamics_beta: Initial correction; None means the placement's default.
+        dynamics_gate: Initial gate; None means the placement's default.
+        dynamics_dt: Integration step; None means the placement's default.
+        dynamics_controller_hidden: Width of the token controller.
+        dynamics_beta_max: Upper bound of beta; None switches it off.
+        dynamics_velocity_max: Bound of the velocity; None switches it off.
+        dynamics_mu_min: Lower bound of the equilibrium; None switches it off.
+        dynamics_mu_max: Upper bound of the equilibrium; None switches it off.
+        dynamics_velocity_norm: `force` only: RMS-normalise the incoming velocity.
+
+    Raises:
+        ValueError: If sizes do not fit each other or a name is unknown.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ComplexityDiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["ComplexityDiTBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embed", "norm", "dynamics"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        hidden_size: int = 192,
+        num_layers: int = 6,
+        num_attention_heads: int = 6,
+        num_key_value_heads: int | None = None,
+        mlp_ratio: float = 8 / 3,
+        label_fields: Sequence[str] = (),
+        num_classes: Sequence[int] = (),
+        norm_eps: float = 1e-6,
+        rope_theta: float = 100.0,
+        dynamics_placement: str = "branch",
+        dynamics_adaptive: str = "token",
+        dynamics_alpha: float | None = None,
+        dynamics_beta: float | None = None,
+        dynamics_gate: float | None = None,
+        dynamics_dt: float | None = None,
+        dynamics_controller_hidden: int = 64,
+        dynamics_beta_max: float | None = 2.0,
+        dynamics_velocity_max: float | None = 10.0,
+        dynamics_mu_min: float | None = 0.0,
+        dynamics_mu_max: float | None = 2.0,
+        dynamics_velocity_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        config = self.config
+        _check_config(config)
+        patch_dim = patch_size * patch_size
+
+        self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, hidden_size)
+        # The last row of each table is the null row.
+        self.label_embed = nn.ModuleDict(
+            {
+                field: nn.Embedding(count + 1, hidden_size)
+                for field, count in zip(label_fields, num_classes, strict=True)
+            }
+        )
+        self.blocks = nn.ModuleList([ComplexityDiTBlock(config) for _ in range(num_layers)])
+        self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
+        self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
+
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """AdaLN-Zero: each block, and the output, starts as the identity (or zero).
+
+        Dynamics keep the exact values that `inl_core` gave them.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for zero in [block.adaln for block in self.blocks] + [self.adaln_out, self.proj_out]:
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    @classmethod
+    def from_size(cls, name: str, **overrides: Any) -> "ComplexityDiTTransformer2DModel":
+        """A model of a named size (a row of `SIZES`), with any config field overridden.
+
+        Raises:
+            ValueError: If the size is unknown; the message lists the names.
+        """
+        if name not in SIZES:
+            raise ValueError(f"unknown size {name!r}; sizes are {', '.join(SIZES)}")
+        hidden_size, num_layers, heads = SIZES[name]
+        shape = {
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+        }
+        return cls(**(shape | overrides))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
+
+        Args:
+            hidden_states: Noisy images or latents, (B, C, Y, X); Y and X divisible by the patch.
+            timestep: Noise level in [0, 1000], (B,) or a scalar tensor, as diffusers' schedulers
+                give it (flow matching: 1000 times sigma).
+            class_labels: Label ids, (B, F) in the order of `label_fields` ((B,) for one field);
+                -1 means missing. None means that all are missing.
+            return_dict: False returns a plain tuple.
+
+        Returns:
+            `Transformer2DModelOutput` with `sample` of shape (B, out_channels, Y, X).
+
+        Raises:
+            ValueError: If the size is not divisible by the patch or labels have the wrong shape.
+        """
+        batch, _, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"input of {height}x{width} must be divisible by patch_size {patch} in both sides"
+            )
+        rows, columns = height // patch, width // patch
+
+        x_BND = self.patch_embed(_patchify(hidden_states, patch))
+        cos_NE, sin_NE = rotary_2d(
+            rows,
+            columns,
+            self.config.hidden_size // self.config.num_attention_heads,
+            theta=self.config.rope_theta,
+            device=x_BND.device,
+        )
+        c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
+        c_BD = nn.functional.silu(c_BD + self._embed_labels(class_labels, batch, x_BND.device))
+
+        v_BND: Tensor | None = None
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x_BND, v_BND = self._gradient_checkpointing_func(
+                    block, x_BND, v_BND, c_BD, cos_NE, sin_NE
+                )
+            else:
+                x_BND, v_BND = block(x_BND, v_BND, c_BD, cos_NE, sin_NE)
+
+        shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
+        x_BND = self.proj_out(self.norm_out(x_BND, shift_BD, scale_BD))
+        sample = _unpatchify(x_BND, patch, rows, columns)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_labels(
+        self, class_labels: Tensor | None, batch: int, device: torch.device
+    ) -> Tensor | float:
+        """Sum of the label embeddings, (B, D); 0.0 for a model without label fields."""
+        fields = len(self.label_embed)
+        if class_labels is None:
+            class_labels = torch.full((batch, fields), -1, device=device, dtype=torch.long)
+        elif class_labels.dim() == 1 and fields == 1:
+            class_labels = class_labels[:, None]
+        if class_labels.shape != (batch, fields):
+            raise ValueError(
+                f"class_labels of shape {tuple(class_labels.shape)} must be ({batch}, {fields}): "
+                f"one column per label field ({', '.join(self.label_embed) or 'none'})"
+            )
+        total: Tensor | float = 0.0
+        for column, table in enumerate(self.label_embed.values()):
+            ids_B, null_row = class_labels[:, column], table.num_embeddings - 1
+            total = total + table(torch.where(ids_B < 0, null_row, ids_B))
+        return total
+
+
+def _patchify(x_BCYX: Tensor, patch: int) -> Tensor:
+    """(B, C, Y, X) to (B, N, C * patch * patch), tokens in row-major order."""
+    batch, channels, height, width = x_BCYX.shape
+    x = x_BCYX.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `_patchify`."""
+    x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse sizes and names that do not fit; the numbers are in the message."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"] or heads
+    if hidden % heads:
+        raise ValueError(f"hidden_size {hidden} must be divisible by num_attention_heads {heads}")
+    if (hidden // heads) % 4:
+        raise ValueError(
+            f"head width {hidden // heads} (hidden_size {hidden} / num_attention_heads {heads}) "
+            "must be a multiple of 4 for the 2-D rotary embedding"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
+        )
+    if config["sample_size"] % config["patch_size"]:
+        raise ValueError(
+            f"sample_size {config['sample_size']} must be divisible by patch_size "
+            f"{config['patch_size']}"
+        )
+    if config["dynamics_placement"] not in PLACEMENTS:
+        raise ValueError(
+            f"dynamics_placement {config['dynamics_placement']!r} must be one of {PLACEMENTS}"
+        )
+    if config["dynamics_adaptive"] not in ADAPTIVES:
+        raise ValueError(
+            f"dynamics_adaptive {config['dynamics_adaptive']!r} must be one of {ADAPTIVES}"
+        )
+    fields, counts = config["label_fields"], config["num_classes"]
+    if len(fields) != len(counts) or len(set(fields)) != len(fields):
+        raise ValueError(
+            f"label_fields {list(fields)} must be distinct names with one entry each in "
+            f"num_classes {list(counts)}"
+        )
+    for field, count in zip(fields, counts, strict=True):
+        if not field.isidentifier() or count < 1:
+            raise ValueError(
+                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
+            )

@@ -1,0 +1,223 @@
+"""`DeepConfig`: every size and every dynamics setting of a complexity language model, checked.
+
+The file imports nothing of ours, so that a saved model folder can carry a copy of it.
+"""
+
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+Placement = Literal["stream", "branch", "force", "none"]
+Adaptive = Literal["token", "channel", "layer", "lite"]
+
+# What an unset coefficient becomes. `force` adds whole sub-layer outputs to the velocity, so it
+# starts near the plain residual: full steps, an open gate, little memory.
+_COEFFICIENTS = {
+    #            alpha  beta  gate  dt
+    "default": (0.9, 0.1, 0.5, 0.1),
+    "force": (0.5, 0.01, 0.99, 1.0),
+}
+
+
+@strict
+class DeepConfig(PreTrainedConfig):
+    """Configuration of a complexity causal language model.
+
+    The dynamics fields are those of `inl_core.INLDynamics`; a coefficient left at `None` takes the
+    default of its placement when the config is made, and the saved file holds the number.
+
+    Args:
+        vocab_size: Number of token ids, the rows of the embedding table.
+        hidden_size: Width D of the residual stream.
+        intermediate_size: Width of the SwiGLU MLP between its two projections.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads a layer; divides `hidden_size`.
+        num_key_value_heads: Key and value heads a layer (grouped-query attention); divides
+            `num_attention_heads`. `None` means one for each query head.
+        head_dim: Width of one head, even because rotary turns pairs. `None` means
+            `hidden_size / num_attention_heads`.
+        max_position_embeddings: Longest sequence in tokens the model is meant for.
+        rms_norm_eps: Added to the mean square inside every RMSNorm.
+        initializer_range: Standard deviation of the initial weights.
+        rope_parameters: Rotary settings in transformers' form. `None` means `rope_type` "default"
+            with `rope_theta` 10000.
+        tie_word_embeddings: Whether the output head shares the embedding table.
+        use_cache: Whether generation keeps keys and values.
+        pad_token_id: Id that fills short sequences, or `None`.
+        bos_token_id: Id that starts a sequence, or `None`.
+        eos_token_id: Id or ids that end a sequence, or `None`.
+        num_experts: Routed experts of the MLP; 0 is the dense MLP.
+        dynamics_placement: Where the dynamics sits in a layer: on the residual stream ("stream"),
+            on the attention branch ("branch"), with the sub-layer outputs as its force ("force"),
+            or nowhere ("none", the plain residual).
+        dynamics_adaptive: What chooses the coefficients: a controller for each token ("token"),
+            learned vectors ("channel"), learned scalars ("layer"), or fixed numbers ("lite").
+        dynamics_alpha: Initial inertia α, inside (0, 1); with "lite" the fixed α in [0, 1].
+            `None` means 0.9, under "force" 0.5.
+        dynamics_beta: Initial correction β, in (0, `dynamics_beta_max`]; with "lite" 0 is allowed.
+            `None` means 0.1, under "force" 0.01.
+        dynamics_gate: Initial gate g, inside (0, 1); with "lite" the fixed g in [0, 1].
+            `None` means 0.5, under "force" 0.99.
+        dynamics_dt: Step size dt, over 0. `None` means 0.1, under "force" 1.
+        dynamics_controller_hidden: Hidden width of the "token" controller.
+        dynamics_beta_max: Upper bound of β; `None` switches it off.
+        dynamics_velocity_max: Bound of |v|; `None` switches it off.
+        dynamics_mu_min: Lower bound of the equilibrium μ; `None` switches it off.
+        dynamics_mu_max: Upper bound of the equilibrium μ; `None` switches it off.
+
+    Raises:
+        StrictDataclassFieldValidationError: A value is of the wrong type or not among the allowed.
+        StrictDataclassClassValidationError: A value is out of its range or sizes do not fit
+            together; the message names the value and what was expected. (Both errors are in
+            `huggingface_hub.errors`.)
+        ValueError: A key starts with `dynamics_` but is not one of the above.
+
+    Examples:
+        >>> config = DeepConfig(hidden_size=384, num_attention_heads=6, dynamics_placement="force")
+        >>> config.dynamics_dt, config.head_dim
+        (1.0, 64)
+    """
+
+    model_type = "complexity-deep"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 — transformers reads this name
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_parameters: RopeParameters | dict | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    num_experts: int = 0
+    dynamics_placement: Placement = "branch"
+    dynamics_adaptive: Adaptive = "token"
+    dynamics_alpha: float | int | None = None
+    dynamics_beta: float | int | None = None
+    dynamics_gate: float | int | None = None
+    dynamics_dt: float | int | None = None
+    dynamics_controller_hidden: int = 64
+    dynamics_beta_max: float | int | None = 2.0
+    dynamics_velocity_max: float | int | None = 10.0
+    dynamics_mu_min: float | int | None = 0.0
+    dynamics_mu_max: float | int | None = 2.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill what was left at `None` and refuse misspelt dynamics keys.
+
+        Args:
+            **kwargs: Keys that are no field of ours; transformers keeps those it knows.
+        """
+        known = [name for name in type(self).__dataclass_fields__ if name.startswith("dynamics_")]
+        for name in kwargs:
+            if name.startswith("dynamics_"):
+                near = difflib.get_close_matches(name, known, n=3) or known
+                raise ValueError(f"unknown config key {name!r}, did you mean: {', '.join(near)}?")
+
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+        placement = self.dynamics_placement if self.dynamics_placement == "force" else "default"
+        names = ("dynamics_alpha", "dynamics_beta", "dynamics_gate", "dynamics_dt")
+        for name, default in zip(names, _COEFFICIENTS[placement], strict=True):
+            value = getattr(self, name)
+            setattr(self, name, default if value is None else float(value))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check the sizes; `@strict` calls it after construction and before saving.
+
+        Raises:
+            ValueError: A size is out of its range or does not divide the other.
+        """
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "dynamics_controller_hidden",
+        )
+        for name in positive:
+            if self._number(name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be over 0 and finite, got {getattr(self, name)}")
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts must be 0 (dense MLP) or more, got {self.num_experts}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self._number("num_key_value_heads"):
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        head_dim = self._number("head_dim")
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"head_dim must be an even number of at least 2 for rotary, got {head_dim}: "
+                "change hidden_size, num_attention_heads or head_dim"
+            )
+
+    def validate_dynamics(self) -> None:
+        """Check the dynamics settings against the bounds of the maths (DESIGN's table).
+
+        Raises:
+            ValueError: A coefficient or bound is out of its range.
+        """
+        inf = float("inf")
+        if not 0 < self._number("dynamics_dt") < inf:
+            raise ValueError(f"dynamics_dt must be over 0 and finite, got {self.dynamics_dt}")
+        for name in ("dynamics_beta_max", "dynamics_velocity_max"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise ValueError(f"{name} must be over 0 and finite, or None, got {value}")
+
+        # Learned coefficients start at logit or inverse-softplus of the number, so the ends of
+        # the range have no finite start; fixed ones ("lite") may sit on them.
+        fixed = self.dynamics_adaptive == "lite"
+        for name in ("dynamics_alpha", "dynamics_gate"):
+            value = self._number(name)
+            if not (0 <= value <= 1 if fixed else 0 < value < 1):
+                wanted = "in [0, 1]" if fixed else "inside (0, 1), its ends excluded"
+                raise ValueError(f"{name} must be {wanted}, got {value}")
+        beta, top = self._number("dynamics_beta"), self.dynamics_beta_max
+        if not (0 <= beta < inf if fixed else 0 < beta < inf) or (top is not None and beta > top):
+            wanted = f"in {'[' if fixed else '('}0, dynamics_beta_max = {top}]"
+            raise ValueError(f"dynamics_beta must be {wanted}, got {beta}")
+
+        low, high = self.dynamics_mu_min, self.dynamics_mu_max
+        for name in ("dynamics_mu_min", "dynamics_mu_max"):
+            value = getattr(self, name)
+            if value is not None and not -inf < value < inf:
+                raise ValueError(f"{name} must be finite or None, got {value}")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"dynamics_mu_min {low} must not exceed dynamics_mu_max {high}")
+
+    def _number(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name} must be a number once the config is made, got None")
+        return value
+
+
+__all__ = ["DeepConfig"]

@@ -1,0 +1,40 @@
+"""INL dynamics, norms, rotary embeddings and stability theory for PyTorch.
+
+`inl_core.ops` holds the operations as functions, `inl_core.reference` their definition.
+"""
+
+from inl_core import ops, reference, stability
+from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.norms import ModulatedRMSNorm, RMSNorm
+from inl_core.reference import bounded_clamp
+from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
+from inl_core.stability import (
+    is_stable,
+    lyapunov,
+    settling_steps,
+    spectral_radius,
+    transition_matrix,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "INLDynamics",
+    "INLDynamicsLite",
+    "ModulatedRMSNorm",
+    "RMSNorm",
+    "__version__",
+    "apply_rotary",
+    "bounded_clamp",
+    "collect_dynamics_stats",
+    "is_stable",
+    "lyapunov",
+    "ops",
+    "reference",
+    "rotary_1d",
+    "rotary_2d",
+    "settling_steps",
+    "spectral_radius",
+    "stability",
+    "transition_matrix",
+]

@@ -1,0 +1,382 @@
+"""INL dynamics as modules: `INLDynamics` learns its coefficients, `INLDynamicsLite` fixes them.
+
+Both move (h, v) by equations (1)-(3) of `inl_core.reference`, with every coefficient bounded. All
+learned tensors are raw parameters of the module itself, never children such as ``nn.Linear``: a
+parent that walks its sub-modules and re-initialises the linear ones cannot reset them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inl_core import ops
+
+Adaptive = Literal["token", "channel", "layer"]
+"""What the coefficients depend on: the state of each token, the channel, or the layer alone."""
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability) - math.log1p(-probability)
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))
+
+
+class _Dynamics(nn.Module):
+    """What both modules share: the equilibrium, the bounds and the statistics."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        dt: float,
+        velocity_max: float | None,
+        mu_min: float | None,
+        mu_max: float | None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        if not 0.0 < dt < math.inf:
+            raise ValueError(f"dt must be positive and finite, got {dt}")
+        if velocity_max is not None and not velocity_max > 0.0:
+            raise ValueError(f"velocity_max must be positive, or None for none, got {velocity_max}")
+        if mu_min is not None and mu_max is not None and not mu_min <= mu_max:
+            raise ValueError(f"mu_min {mu_min} must not be above mu_max {mu_max}")
+        self.hidden_size = hidden_size
+        self.dt = dt
+        self.velocity_max = velocity_max
+        self.mu_min = mu_min
+        self.mu_max = mu_max
+        self.mu = nn.Parameter(torch.empty(hidden_size))
+        self._collecting = False
+        self._last_seen: dict[str, Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        """Set the equilibrium to 0."""
+        nn.init.zeros_(self.mu)
+
+    def get_dynamics_stats(self) -> dict[str, float]:
+        """Summaries to watch during training.
+
+        Always there: ``mu_min`` and ``mu_max`` of the raw parameter, and ``mu_clip_fraction``, the
+        share of its channels outside their bounds (what the update uses is clamped). After a
+        forward inside `collect_dynamics_stats` also, of the last such forward: ``alpha_*``,
+        ``beta_*`` and ``gate_*`` (mean, min, max), ``beta_clip_fraction`` (share of softplus
+        outputs above beta_max), ``velocity_abs_mean``, ``velocity_abs_max``, ``velocity_rms`` and
+        ``velocity_clip_fraction`` (share of the new velocity at its bound).
+
+        Returns:
+            Plain floats. On an accelerator this call waits for the device; forward never does.
+        """
+        mu = self.mu.detach().float()
+        outside = torch.zeros_like(mu, dtype=torch.bool)
+        if self.mu_min is not None:
+            outside = outside | (mu < self.mu_min)
+        if self.mu_max is not None:
+            outside = outside | (mu > self.mu_max)
+        stats = {
+            "mu_min": mu.min(),
+            "mu_max": mu.max(),
+            "mu_clip_fraction": outside.float().mean(),
+            **self._last_seen,
+        }
+        values = torch.stack([value.to(mu.device) for value in stats.values()]).tolist()
+        return dict(zip(stats, values, strict=True))
+
+    def extra_repr(self) -> str:
+        """Describe the settings for ``print(module)``."""
+        return (
+            f"{self.hidden_size}, dt={self.dt}, velocity_max={self.velocity_max}, "
+            f"mu_min={self.mu_min}, mu_max={self.mu_max}"
+        )
+
+    def _check_inputs(self, h: Tensor, v: Tensor | None, force: Tensor | None) -> None:
+        if h.shape[-1:] != (self.hidden_size,):
+            raise ValueError(
+                f"h has shape {tuple(h.shape)}, expected (..., {self.hidden_size}) for "
+                f"hidden_size {self.hidden_size}"
+            )
+        for name, value in (("v", v), ("force", force)):
+            if value is not None and value.shape != h.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, expected that of h, {tuple(h.shape)}"
+                )
+
+    @torch.no_grad()
+    def _record(
+        self, alpha: Tensor, beta: Tensor, gate: Tensor, beta_max: float | None, v_next: Tensor
+    ) -> None:
+        """Keep 0-dimensional summaries; `beta` comes unclipped."""
+        if v_next.numel() == 0:
+            return
+        ceiling = math.inf if beta_max is None else beta_max
+        seen = {"beta_clip_fraction": (beta > ceiling).float().mean()}
+        for name, value in (("alpha", alpha), ("beta", beta.clamp(max=ceiling)), ("gate", gate)):
+            seen[f"{name}_mean"] = value.mean()
+            seen[f"{name}_min"] = value.min()
+            seen[f"{name}_max"] = value.max()
+        speed = v_next.detach().float().abs()
+        seen["velocity_abs_mean"] = speed.mean()
+        seen["velocity_abs_max"] = speed.max()
+        seen["velocity_rms"] = speed.square().mean().sqrt()
+        at_bound = torch.zeros_like(speed)
+        if self.velocity_max is not None:
+            # The bound as the dtype of v can hold it: a clipped bf16 velocity sits exactly there.
+            bound = torch.full((), self.velocity_max, dtype=v_next.dtype, device=v_next.device)
+            at_bound = (speed >= bound.float()).float()
+        seen["velocity_clip_fraction"] = at_bound.mean()
+        self._last_seen = {name: value.float() for name, value in seen.items()}
+
+
+class INLDynamics(_Dynamics):
+    """Second-order dynamics with learned, bounded coefficients.
+
+    With ``adaptive="token"`` a small controller reads the state of each token,
+    (a, b, c) = W_o·silu(W_h·h + W_v·v + b_i) + b_o, and alpha = sigmoid(a),
+    beta = min(softplus(b), beta_max), gate = sigmoid(c). W_o starts at 0, so at first every token
+    has exactly the initial coefficients. ``"channel"`` learns a, b, c as vectors (D,) and
+    ``"layer"`` as three numbers.
+
+    A parent's init over its ``nn.Linear`` children leaves this module alone. One that walks all
+    parameters instead must call `reset_parameters` afterwards.
+
+    Args:
+        hidden_size: Channels D.
+        init_alpha: Initial inertia, in (0, 1).
+        init_beta: Initial correction strength, in (0, beta_max].
+        init_gate: Initial gate, in (0, 1).
+        dt: Time step.
+        beta_max: Upper bound of beta; None for none.
+        velocity_max: Bound of each velocity; None for none. The position uses the clipped one.
+        mu_min: Lower bound of the equilibrium mu, which starts at 0; None for none.
+        mu_max: Upper bound of mu; None for none.
+        adaptive: "token", "channel" or "layer".
+        controller_hidden: Width of the controller; used by "token" only.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        init_alpha: float = 0.9,
+        init_beta: float = 0.1,
+        init_gate: float = 0.5,
+        dt: float = 0.1,
+        beta_max: float | None = 2.0,
+        velocity_max: float | None = 10.0,
+        mu_min: float | None = 0.0,
+        mu_max: float | None = 2.0,
+        adaptive: Adaptive = "token",
+        controller_hidden: int = 64,
+    ) -> None:
+        super().__init__(hidden_size, dt, velocity_max, mu_min, mu_max)
+        if beta_max is not None and not beta_max > 0.0:
+            raise ValueError(f"beta_max must be positive, or None for none, got {beta_max}")
+        for name, value in (("init_alpha", init_alpha), ("init_gate", init_gate)):
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"{name} must lie in (0, 1), got {value}")
+        ceiling = math.inf if beta_max is None else beta_max
+        if not (0.0 < init_beta <= ceiling and math.isfinite(init_beta)):
+            raise ValueError(f"init_beta must lie in (0, beta_max = {beta_max}], got {init_beta}")
+        if adaptive not in get_args(Adaptive):
+            raise ValueError(f"adaptive must be one of {get_args(Adaptive)}, got {adaptive!r}")
+        if controller_hidden < 1:
+            raise ValueError(f"controller_hidden must be at least 1, got {controller_hidden}")
+        self.init_alpha = init_alpha
+        self.init_beta = init_beta
+        self.init_gate = init_gate
+        self.beta_max = beta_max
+        self.adaptive: Adaptive = adaptive
+        self.controller_hidden = controller_hidden
+        if adaptive == "token":
+            self.weight_h = nn.Parameter(torch.empty(controller_hidden, hidden_size))
+            self.weight_v = nn.Parameter(torch.empty(controller_hidden, hidden_size))
+            self.bias_in = nn.Parameter(torch.empty(controller_hidden))
+            self.weight_out = nn.Parameter(torch.empty(3 * hidden_size, controller_hidden))
+            self.bias_out = nn.Parameter(torch.empty(3 * hidden_size))
+        else:
+            # Shape (1,), not (): sharding wrappers refuse parameters without a dimension.
+            size = hidden_size if adaptive == "channel" else 1
+            self.alpha_raw = nn.Parameter(torch.empty(size))
+            self.beta_raw = nn.Parameter(torch.empty(size))
+            self.gate_raw = nn.Parameter(torch.empty(size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every parameter to its start: exactly the initial coefficients, mu = 0."""
+        super().reset_parameters()
+        # Python floats are fp64: the only rounding is the one into the parameter's dtype.
+        raw = (_logit(self.init_alpha), _inverse_softplus(self.init_beta), _logit(self.init_gate))
+        if self.adaptive == "token":
+            # The range of nn.Linear over [h; v], whose 2·D inputs these two matrices split.
+            bound = 1.0 / math.sqrt(2 * self.hidden_size)
+            nn.init.uniform_(self.weight_h, -bound, bound)
+            nn.init.uniform_(self.weight_v, -bound, bound)
+            nn.init.zeros_(self.bias_in)
+            nn.init.zeros_(self.weight_out)
+            rows = self.bias_out.detach().chunk(3)
+        else:
+            rows = (self.alpha_raw, self.beta_raw, self.gate_raw)
+        for row, value in zip(rows, raw, strict=True):
+            nn.init.constant_(row, value)
+
+    def forward(
+        self, h: Tensor, v: Tensor | None = None, force: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move the state by one step.
+
+        Args:
+            h: Position (..., D).
+            v: Velocity, shaped like `h`; None means zero.
+            force: External force, shaped like `h`; None means zero.
+
+        Returns:
+            (h_next, v_next): h_next in the dtype of `h`, v_next in the dtype of `v` (of `h` when v
+            is None).
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        self._check_inputs(h, v, force)
+        alpha_raw, beta_raw, gate_raw = self._coefficients(h, v)
+        h_next, v_next = ops.inl_step(
+            h,
+            v,
+            alpha_raw,
+            beta_raw,
+            gate_raw,
+            self.mu,
+            force,
+            dt=self.dt,
+            beta_max=self.beta_max,
+            velocity_max=self.velocity_max,
+            mu_min=self.mu_min,
+            mu_max=self.mu_max,
+        )
+        # In this order the compiler stops at the constant and puts no guard on the switch.
+        if not torch.compiler.is_compiling() and self._collecting:
+            raw = (alpha_raw.detach(), beta_raw.detach(), gate_raw.detach())
+            self._record(*ops.inl_coefficients(*raw, beta_max=None), self.beta_max, v_next)
+        return h_next, v_next
+
+    def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.adaptive != "token":
+            return self.alpha_raw, self.beta_raw, self.gate_raw
+        hidden = F.linear(h, self.weight_h, self.bias_in)
+        if v is not None:
+            hidden = hidden + F.linear(v.to(h.dtype), self.weight_v)
+        raw = F.linear(F.silu(hidden), self.weight_out, self.bias_out)
+        alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
+        return alpha_raw, beta_raw, gate_raw
+
+    def extra_repr(self) -> str:
+        """Describe the settings for ``print(module)``."""
+        controller = f", controller_hidden={self.controller_hidden}"
+        return (
+            f"{super().extra_repr()}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, "
+            f"init_gate={self.init_gate}, beta_max={self.beta_max}, adaptive={self.adaptive!r}"
+            f"{controller if self.adaptive == 'token' else ''}"
+        )
+
+
+class INLDynamicsLite(_Dynamics):
+    """Second-order dynamics with fixed coefficients and a learned equilibrium mu (paper §8.1).
+
+    With alpha = beta = 0, gate = dt = 1 and no bounds, ``force=f`` gives exactly h + f: the plain
+    residual connection.
+
+    Args:
+        hidden_size: Channels D.
+        alpha: Inertia, in [0, 1].
+        beta: Correction strength, in [0, 2].
+        gate: Share of the velocity that moves the position, in [0, 1].
+        dt: Time step.
+        velocity_max: Bound of each velocity; None for none. The position uses the clipped one.
+        mu_min: Lower bound of the equilibrium mu, which starts at 0; None for none.
+        mu_max: Upper bound of mu; None for none.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        alpha: float = 0.9,
+        beta: float = 0.1,
+        gate: float = 0.5,
+        dt: float = 0.1,
+        velocity_max: float | None = 10.0,
+        mu_min: float | None = 0.0,
+        mu_max: float | None = 2.0,
+    ) -> None:
+        super().__init__(hidden_size, dt, velocity_max, mu_min, mu_max)
+        for name, value, top in (("alpha", alpha, 1.0), ("beta", beta, 2.0), ("gate", gate, 1.0)):
+            if not 0.0 <= value <= top:
+                raise ValueError(f"{name} must lie in [0, {top:g}], got {value}")
+        self.alpha = alpha
+        self.beta = beta
+        self.gate = gate
+        self.reset_parameters()
+
+    def forward(
+        self, h: Tensor, v: Tensor | None = None, force: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move the state by one step; arguments and results as in `INLDynamics.forward`."""
+        self._check_inputs(h, v, force)
+        h_next, v_next = ops.inl_update(
+            h,
+            v,
+            self.alpha,
+            self.beta,
+            self.gate,
+            self.mu,
+            force,
+            dt=self.dt,
+            velocity_max=self.velocity_max,
+            mu_min=self.mu_min,
+            mu_max=self.mu_max,
+        )
+        if not torch.compiler.is_compiling() and self._collecting:
+            fixed = torch.tensor([self.alpha, self.beta, self.gate], device=v_next.device)
+            self._record(fixed[0], fixed[1], fixed[2], None, v_next)
+        return h_next, v_next
+
+    def extra_repr(self) -> str:
+        """Describe the settings for ``print(module)``."""
+        return f"{super().extra_repr()}, alpha={self.alpha}, beta={self.beta}, gate={self.gate}"
+
+
+@contextmanager
+def collect_dynamics_stats(model: nn.Module) -> Iterator[None]:
+    """Let every dynamics module inside `model` note its coefficients and velocities.
+
+    Inside the block each eager forward keeps a few 0-dimensional tensors on its device, without
+    waiting for it; `get_dynamics_stats` turns them into floats, also after the block. A compiled
+    forward notes nothing, and a forward under a ``torch.func`` transform must not run inside.
+
+    Args:
+        model: Any module; a model without dynamics is fine.
+
+    Yields:
+        None. On exit every module is as it was before, so blocks may nest.
+    """
+    modules = [module for module in model.modules() if isinstance(module, _Dynamics)]
+    before = [module._collecting for module in modules]
+    for module in modules:
+        module._collecting = True
+    try:
+        yield
+    finally:
+        for module, collecting in zip(modules, before, strict=True):
+            module._collecting = collecting

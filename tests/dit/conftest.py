@@ -1,0 +1,54 @@
+"""Small models and runs that several tests share."""
+
+import pytest
+import torch
+
+from complexity_dit.config import EMAConfig, ModelConfig, OptimConfig, TrainConfig
+from complexity_dit.data import DataConfig
+from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]
+GENRES = ["landscape", "portrait"]
+
+
+@pytest.fixture
+def pipe() -> ComplexityDiTPipeline:
+    """A two-layer pipeline on 8-pixel pictures whose every weight matters."""
+    torch.manual_seed(0)
+    model = ComplexityDiTTransformer2DModel(
+        sample_size=8,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        label_fields=["style", "genre"],
+        num_classes=[3, 2],
+    ).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "adaln" in name or "proj_out" in name:
+                p.normal_(std=0.1)
+    names = {"style": dict(enumerate(STYLES)), "genre": dict(enumerate(GENRES))}
+    pipeline = ComplexityDiTPipeline(model, build_scheduler(ObjectiveConfig()), id2label=names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def small_run(tmp_path) -> TrainConfig:
+    """A run of seconds on the embedded art set."""
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        steps=8,
+        batch_size=4,
+        log_every=3,
+        checkpoint_every=4,
+        data=DataConfig(resolution=16, num_images=64),
+        model=ModelConfig(
+            size="nano",
+            overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2},
+        ),
+        optim=OptimConfig(warmup_steps=2),
+        ema=EMAConfig(),
+    )

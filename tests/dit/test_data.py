@@ -1,0 +1,454 @@
+"""The three sources, the hash split, the labels, the preprocessing and every bad input."""
+
+import csv
+import dataclasses
+import gc
+import io
+import logging
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from complexity_dit import art, data, images, sources
+from complexity_dit.data import (
+    DataConfig,
+    PaintingDataset,
+    load_data,
+    random_batch_indices,
+    resolve_label,
+)
+from complexity_dit.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty pictures with metadata: two styles, five artists with a gap each, unique titles."""
+    root = tmp_path / "paintings"
+    root.mkdir()
+    with open(root / "metadata.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["file_name", "style", "artist", "title", "year"])
+        for i in range(40):
+            picture(i).save(root / f"{i:02}.png")
+            artist = "" if i % 8 == 7 else f"painter {i % 5}"
+            year = "" if i == 3 else 1900 + i % 2
+            out.writerow([f"{i:02}.png", ["Cubism", "Baroque"][i % 2], artist, f"no {i}", year])
+    return root
+
+
+def load(root: Path, split: str = "all", **settings: object) -> PaintingDataset:
+    return load_data(DataConfig(source=f"imagefolder:{root}", resolution=8, **settings), split)
+
+
+def contents(dataset: PaintingDataset) -> set[bytes]:
+    return {pixels.numpy().tobytes() for pixels in dataset.pixels(range(len(dataset)))}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_metadata(folder: Path) -> None:
+    dataset = load(folder)
+    assert len(dataset) == 40
+    assert dataset.label_names == {
+        "style": ["Baroque", "Cubism"],
+        "artist": [f"painter {i}" for i in range(5)],
+    }
+    assert dataset.labels.shape == (40, 2)
+    assert dataset.labels.dtype == torch.int64
+    assert dataset.labels[:8].tolist() == [
+        [1, 0], [0, 1], [1, 2], [0, 3], [1, 4], [0, 0], [1, 1], [0, -1],
+    ]  # fmt: skip
+    item = dataset[5]
+    assert item["pixel_values"].dtype == torch.uint8
+    assert item["pixel_values"].shape == (3, 8, 8)
+    expected = images.square_pixels((folder / "05.png").read_bytes(), 8)
+    assert np.array_equal(item["pixel_values"].numpy(), expected)
+    assert torch.equal(item["labels"], dataset.labels[5])
+    assert torch.equal(dataset.pixels([5, 3])[0], item["pixel_values"])
+    with pytest.raises(IndexError):
+        dataset[40]
+
+
+def test_class_folders_give_a_class_label(tmp_path: Path) -> None:
+    for i in range(6):
+        path = tmp_path / "set" / ["dog", "ant"][i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    dataset = load(tmp_path / "set")
+    assert dataset.label_names == {"label": ["ant", "dog"]}
+    assert sorted(dataset.labels[:, 0].tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    dataset = load(tmp_path)
+    assert dataset.label_names == {}
+    assert dataset.labels.shape == (3, 0)
+    assert dataset[0]["labels"].shape == (0,)
+
+
+def test_names_that_look_like_splits_lose_no_file(tmp_path: Path) -> None:
+    root = tmp_path / "set [1]"
+    root.mkdir()
+    for name in ("the-train-in-the-snow", "plain", "test-of-colour"):
+        picture(len(name)).save(root / f"{name}.png")
+    assert len(load(root)) == 3
+
+
+def test_train_and_test_folders_are_put_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i, (split, name) in enumerate([("train", "a"), ("train", "b"), ("test", "a")]):
+        path = tmp_path / "set" / split / name / f"{i}.png"
+        path.parent.mkdir(parents=True)
+        picture(i).save(path)
+    with caplog.at_level(logging.INFO):
+        dataset = load(tmp_path / "set")
+    assert len(dataset) == 3
+    assert dataset.label_names == {"label": ["a", "b"]}
+    assert "test, train are put together" in caplog.text
+
+
+def test_pictures_inside_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", encoded(picture(i)))
+    assert len(load(tmp_path)) == 3
+
+
+def parquet(tmp_path: Path) -> Path:
+    """A stand-in for huggan/wikiart: encoded images with ClassLabel columns, two shards."""
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "artist": datasets.ClassLabel(names=["z", "a", "m"]),
+            "genre": datasets.ClassLabel(names=["landscape", "portrait"]),
+        }
+    )
+    root = tmp_path / "hub"
+    root.mkdir()
+    for split, count in (("train", 6), ("test", 3)):
+        rows = {
+            "image": [{"bytes": encoded(picture(i + count)), "path": None} for i in range(count)],
+            "artist": [i % 3 for i in range(count)],
+            "genre": [None if i == 0 else 1 for i in range(count)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            root / f"{split}-00000-of-00001.parquet"
+        )
+    return root
+
+
+def test_a_hub_dataset_keeps_its_class_labels_and_joins_its_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig(source=f"hub:{parquet(tmp_path)}", resolution=8)
+    with caplog.at_level(logging.INFO):
+        dataset = load_data(config, "all")
+    assert len(dataset) == 9
+    assert dataset.label_names == {"artist": ["z", "a", "m"], "genre": ["landscape", "portrait"]}
+    assert dataset.labels[:3].tolist() == [[0, -1], [1, 1], [2, 1]]
+    assert "train (6), test (3) are put together" in caplog.text
+
+
+def test_the_art_set_splits_alike_at_every_resolution() -> None:
+    small = DataConfig(source="art", num_images=48, resolution=8, holdout=0.3)
+    large = dataclasses.replace(small, resolution=12)
+    heldout, whole = load_data(small, "heldout"), load_data(small, "all")
+    assert 0 < len(heldout) < 48
+    assert torch.equal(heldout.labels, load_data(large, "heldout").labels)
+    assert whole.label_names == {field: list(names) for field, names in art.LABEL_NAMES.items()}
+    assert whole.labels[7].tolist() == list(art.labels_of(7).values())
+    painted = np.asarray(art.paint(7, 8)).transpose(2, 0, 1)
+    assert np.array_equal(whole.pixels([7])[0].numpy(), painted)
+
+
+@pytest.mark.parametrize("source", ["art", "folder"])
+def test_a_second_load_decodes_nothing(
+    source: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "art" if source == "art" else f"imagefolder:{folder}"
+    config = DataConfig(source=name, resolution=8, num_images=40)
+    first = load_data(config, "train")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(sources, "_prepare_row", refuse)
+    monkeypatch.setattr(sources, "_paint_row", refuse)
+    again = load_data(config, "train")
+    assert torch.equal(first.pixels(range(len(first))), again.pixels(range(len(again))))
+    assert first.fingerprint == again.fingerprint
+    with pytest.raises(AssertionError, match="decoded again"):
+        load_data(dataclasses.replace(config, resolution=9), "train")
+
+
+def test_memory_mapped_pixels_equal_those_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "11.png").write_bytes(b"broken")
+    in_memory = load(folder, "train", holdout=0.4)
+    monkeypatch.setattr(data, "RAM_LIMIT", 0)
+    mapped = load(folder, "train", holdout=0.4)
+    order = torch.randperm(len(mapped), generator=torch.Generator().manual_seed(0))
+    assert mapped._pixels is None
+    assert torch.equal(mapped.pixels(order), in_memory.pixels(order))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_processes_decode_the_same(folder: Path, tmp_path: Path) -> None:
+    one = load(folder)
+    shutil.rmtree(tmp_path / "cache")
+    two = load(folder, num_workers=2)
+    assert torch.equal(one.pixels(range(40)), two.pixels(range(40)))
+    assert one.fingerprint == two.fingerprint
+
+
+# --- the held-out split --------------------------------------------------------------------------
+
+
+def test_the_split_follows_the_bytes(folder: Path) -> None:
+    shutil.copy(folder / "00.png", folder / "01.png")
+    whole = load(folder)
+    for holdout in (0.3, 0.6):
+        train, heldout = (load(folder, split, holdout=holdout) for split in ("train", "heldout"))
+        assert len(train) + len(heldout) == len(whole) == 40
+        assert not contents(train) & contents(heldout)
+        assert train.label_names == heldout.label_names == whole.label_names
+    fewer = load(folder, "heldout", holdout=0.3)
+    assert contents(fewer) < contents(heldout)
+
+
+def test_the_rule_of_the_split() -> None:
+    assert data._in_split("0" * 64, 0.1, "heldout")
+    assert data._in_split("1999" + "0" * 60, 0.1, "heldout")
+    assert not data._in_split("199a" + "0" * 60, 0.1, "heldout")
+    assert data._in_split("199a" + "0" * 60, 0.1, "train")
+    assert not data._in_split("0" * 64, 0.0, "heldout")
+    assert data._in_split("f" * 64, 0.1, "all")
+
+
+def test_the_fingerprint_names_the_data(folder: Path) -> None:
+    base = load(folder, "train", holdout=0.3)
+    assert base.fingerprint == load(folder, "train", holdout=0.3).fingerprint
+    assert len(base.fingerprint) == 64
+    others = [
+        load(folder, "heldout", holdout=0.3),
+        load(folder, "train", holdout=0.6),
+        load(folder, "train", holdout=0.3, label_fields=["style"]),
+        load_data(DataConfig(f"imagefolder:{folder}", resolution=9, holdout=0.3), "train"),
+    ]
+    picture(99).save(folder / "00.png")
+    others.append(load(folder, "all"))
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def test_label_fields_are_taken_as_asked(folder: Path) -> None:
+    dataset = load(folder, label_fields=["year", "title"])
+    assert list(dataset.label_names) == ["year", "title"]
+    assert dataset.label_names["year"] == ["1900", "1901"]
+    assert dataset.labels[:5, 0].tolist() == [0, 1, 0, -1, 0]
+    assert load(folder, label_fields=[]).label_names == {}
+    with pytest.raises(UserError, match=r"'genre' is not in the data.*style, artist, title, year"):
+        load(folder, label_fields=["genre"])
+    with pytest.raises(UserError, match="twice"):
+        load(folder, label_fields=["style", "style"])
+
+
+# --- bad images ----------------------------------------------------------------------------------
+
+
+def bad_files(root: Path) -> dict[str, str]:
+    """Four bad files in place of good ones; names with the reason that must be given."""
+    whole = encoded(picture(1, 64, 64), "JPEG")
+    (root / "01.png").write_bytes(whole[: len(whole) // 2])
+    (root / "02.png").write_bytes(b"this is no image")
+    picture(2, width=40, height=7).save(root / "03.png")
+    (root / "04.png").unlink()
+    return {
+        "01.png": "truncated",
+        "02.png": "is no image",
+        "03.png": "40×7 pixels, smaller than the crop of 8×8",
+        "04.png": "is not there",
+    }
+
+
+def test_bad_images_are_named_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = bad_files(folder)
+    for _ in range(2):  # decoded, then from the cache
+        caplog.clear()
+        dataset = load(folder)
+        assert len(dataset) == 36
+        assert dataset.skipped == 4
+        warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warned) == 5
+        for line, (name, reason) in zip(warned, expected.items(), strict=False):
+            assert name in line
+            assert reason in line
+        assert warned[-1] == "skipped 4 of the 40 images of 'all'"
+        assert dataset.labels[1].tolist() == [0, 0]  # picture 05, so labels moved with pixels
+    skipped = [load(folder, split, holdout=0.5).skipped for split in ("train", "heldout")]
+    assert sum(skipped) == 4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_strict_stops_at_the_first_bad_image(folder: Path, cached: bool) -> None:
+    bad_files(folder)
+    if cached:
+        load(folder)
+    with pytest.raises(UserError, match=r"01\.png.*truncated.*strict=false skips"):
+        load(folder, strict=True)
+
+
+def test_a_decompression_bomb_is_skipped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    picture(0, 30, 30).save(folder / "00.png")  # over the limit: Pillow only warns
+    picture(1, 60, 60).save(folder / "01.png")  # over twice the limit: Pillow stops
+    dataset = load(folder)
+    assert dataset.skipped == 2
+    assert "00.png (row 0): cannot be decoded (DecompressionBombWarning" in caplog.text
+    assert "01.png (row 1): cannot be decoded (DecompressionBombError" in caplog.text
+
+
+# --- bad settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "split", "message"),
+    [
+        ({"source": "imagenet"}, "train", "source 'imagenet' must be art, imagefolder:PATH or"),
+        ({"source": "imagefolder:"}, "train", "must be art"),
+        ({"source": "s3:bucket"}, "train", "must be art"),
+        ({"source": "imagefolder:/nowhere/at/all"}, "train", "/nowhere/at/all is not a folder"),
+        ({}, "test", "split 'test' must be one of train, heldout, all"),
+        ({"resolution": 0}, "train", "resolution 0"),
+        ({"holdout": 1.0}, "train", "holdout 1.0"),
+        ({"holdout": -0.1}, "train", "holdout -0.1"),
+        ({"holdout": float("nan")}, "train", "holdout nan"),
+        ({"num_images": 0}, "train", "num_images 0"),
+        ({"num_workers": -1}, "train", "num_workers -1"),
+        ({"num_images": 4, "holdout": 0.0}, "heldout", "split 'heldout' of art is empty"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], split: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data(DataConfig(**settings), split)
+
+
+def test_folders_without_a_usable_image(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are no images in"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="there are no images in"):
+        load(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"none of the 1 images of .*a\.png \(row 0\): is no image"):
+        load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_metadata_file_that_cannot_be_read(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("picture,style\n00.png,Cubism\n")
+    with pytest.raises(UserError, match=r"file_name.*check the folder and its metadata file"):
+        load(folder)
+    gc.collect()  # `datasets` leaves the file open; let it be closed in this test
+
+
+def test_the_image_column(tmp_path: Path) -> None:
+    source = f"hub:{parquet(tmp_path)}"
+    assert len(load_data(DataConfig(source, resolution=8, image_column="image"), "all")) == 9
+    with pytest.raises(UserError, match=r"image columns of the data are \['image'\].*'genre' is"):
+        load_data(DataConfig(source, resolution=8, image_column="genre"), "all")
+
+
+def test_the_hub_offline_is_one_line() -> None:
+    with pytest.raises(UserError, match="imagefolder:PATH") as caught:
+        load_data(DataConfig("hub:huggan/wikiart"), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(UserError, match=r"cannot reach http://127\.0\.0\.1:9 .*imagefolder:PATH"):
+        load_data(DataConfig("hub:huggan/wikiart"), "train")
+
+
+# --- the order of training -----------------------------------------------------------------------
+
+
+def test_the_order_is_a_function_of_the_position() -> None:
+    whole = random_batch_indices(10, seed=3, start=0, count=35)
+    pieces = [random_batch_indices(10, 3, start, 5) for start in range(0, 35, 5)]
+    assert torch.equal(whole, torch.cat(pieces))
+    assert whole.dtype == torch.int64
+    for epoch in range(3):
+        assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
+    assert not torch.equal(whole[:10], whole[10:20])
+    assert not torch.equal(whole, random_batch_indices(10, 4, 0, 35))
+    assert random_batch_indices(10, 3, 7, 0).shape == (0,)
+    assert random_batch_indices(1, 0, 5, 3).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="num_items 0"):
+        random_batch_indices(0, 0, 0, 1)
+
+
+def test_the_order_never_changes() -> None:
+    # A resumed run must read on where an older version stopped.
+    assert random_batch_indices(8, 0, 0, 16).tolist() == [
+        0, 3, 5, 1, 7, 6, 2, 4, 0, 6, 5, 1, 3, 7, 2, 4,
+    ]  # fmt: skip
+
+
+# --- real paintings ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA is not set")
+def test_wikiart() -> None:
+    source = f"imagefolder:{os.environ['COMPLEXITY_DATA']}/wikiart"
+    config = DataConfig(source, resolution=48, holdout=0.2)
+    train, heldout = load_data(config, "train"), load_data(config, "heldout")
+    sizes = {field: len(names) for field, names in heldout.label_names.items()}
+    assert sizes == {"style": 8, "genre": 10, "artist": 205}
+    assert len(train) + len(heldout) == 10339
+    assert len(heldout) == 2113
+    labels = torch.cat([train.labels, heldout.labels])
+    assert (labels == -1).sum(dim=0).tolist() == [0, 1928, 0]
+    impressionism = resolve_label(train.label_names["style"], "impressionism", "style")
+    assert (labels[:, 0] == impressionism).sum() == 3400

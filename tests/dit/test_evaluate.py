@@ -1,0 +1,336 @@
+"""The evaluation from pictures to result.json, with a network small enough for tests."""
+
+import io
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from complexity_dit import evaluate as module
+from complexity_dit import features as features_module
+from complexity_dit.data import DataConfig, load_data
+from complexity_dit.errors import UserError
+from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
+from complexity_dit.features import FEATURE_CHUNK, draw, shrink
+from complexity_dit.image_sets import dataset_images, folder_images
+from complexity_dit.inception import FeatureExtractor, load_random_features
+from complexity_dit.metrics import feature_statistics, fid_from_features, kid_from_features
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import SampleConfig
+
+QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "complexity_dit"
+
+
+def pictures(n: int, seed: int, size: int = 20) -> np.ndarray:
+    """Smooth random colours, so that sets of other seeds differ in more than noise."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 200, (n, 1, 1, 3)) + 10 * seed
+    return (base + rng.integers(0, 40, (n, size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        write_folder(tmp_path / "fake", pictures(12, 1)),
+        write_folder(tmp_path / "real", pictures(15, 3)),
+    )
+
+
+def as_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that carries Inception's name: names are what is tested, not numbers."""
+
+    def load(*args: object, **kwargs: object) -> FeatureExtractor:
+        return replace(load_random_features(), name="inception-v3-2015-12-05")
+
+    monkeypatch.setattr(module, "load_extractor", load)
+
+
+def test_features_do_not_depend_on_the_batches() -> None:
+    extractor = load_random_features()
+    images = pictures(FEATURE_CHUNK + 9, 0)
+    whole = extract_features([images], extractor)
+    ones = extract_features((images[i : i + 1] for i in range(len(images))), extractor, len(images))
+    sevens = extract_features(np.array_split(images, 7), extractor)
+    assert whole.shape == (len(images), extractor.feature_dim)
+    assert whole.dtype == np.float32
+    np.testing.assert_array_equal(whole, ones)
+    np.testing.assert_array_equal(whole, sevens)
+    # A prefix has the same features as in the whole.
+    np.testing.assert_array_equal(extract_features([images[:3]], extractor), whole[:3])
+
+
+def test_bad_batches_are_named() -> None:
+    extractor = load_random_features()
+    with pytest.raises(UserError, match="float64"):
+        extract_features([np.zeros((1, 8, 8, 3))], extractor)
+    with pytest.raises(UserError, match="make them one size"):
+        extract_features([pictures(1, 0, 8), pictures(1, 0, 9)], extractor)
+    with pytest.raises(UserError, match="no images"):
+        extract_features([], extractor)
+
+
+def test_two_folders(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    config = replace(QUICK, quiet=False, floors=True, seed=4)
+    result = evaluate(folders[0], folders[1], out, config)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert [p.name for p in out.iterdir()] == ["result.json"]
+    assert {
+        "metrics",
+        "n_generated",
+        "n_reference",
+        "settings",
+        "versions",
+        "weights_sha256",
+        "reference_fingerprint",
+    } == set(result)
+    assert (result["n_generated"], result["n_reference"]) == (12, 12)
+    extractor = load_random_features()
+    fake, real = folder_images(folders[0]), folder_images(folders[1])
+    a = extract_features([fake.read(range(12))], extractor)
+    b = extract_features([real.read(draw(15, 12, seed=4).tolist())], extractor)
+    metrics = result["metrics"]
+    assert metrics["fd_random"] == pytest.approx(fid_from_features(a, b), rel=1e-9)
+    kid = kid_from_features(a, b, 100, 1000, 4)
+    assert metrics["kd_random_mean"] == pytest.approx(kid.mean, rel=1e-9)
+    assert result["settings"]["kid"] == {"subsets": 100, "subset_size": 12}
+    assert metrics["fd_random_shrunk"] > 0
+    assert not any(name.startswith(("fid", "kid")) for name in metrics)
+    table = capsys.readouterr().out
+    assert "NOT FID" in table
+    assert f"{metrics['fd_random']:.6g}" in table
+
+
+def test_inception_alone_gives_the_names_fid_and_kid(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    as_inception(monkeypatch)
+    result = evaluate(*folders, config=replace(QUICK, quiet=False))
+    assert set(result["metrics"]) == {"fid", "kid_mean", "kid_std", "kid_stderr"}
+    assert "NOT FID" not in capsys.readouterr().out
+
+
+def test_same_folder_is_at_distance_zero(folders: tuple[Path, Path]) -> None:
+    assert abs(evaluate(folders[0], folders[0], config=QUICK)["metrics"]["fd_random"]) < 1e-6
+
+
+def test_statistics_as_reference(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = folder_images(folders[1])
+    b = extract_features([real.read(range(15))], load_random_features())
+    path = tmp_path / "stats.npz"
+    np.savez(path, **feature_statistics(b)._asdict())
+    with pytest.raises(UserError, match="cannot be compared with features of random-conv"):
+        evaluate(folders[0], path, config=QUICK)
+    as_inception(monkeypatch)
+    result = evaluate(folders[0], path, config=QUICK)
+    a = extract_features([folder_images(folders[0]).read(range(12))], load_random_features())
+    assert result["metrics"] == {"fid": pytest.approx(fid_from_features(a, b), rel=1e-9)}
+    assert result["n_reference"] == 15
+    with pytest.raises(UserError, match="floors need images"):
+        evaluate(folders[0], path, config=replace(QUICK, floors=True))
+    np.savez(path, mu=np.zeros(3))
+    with pytest.raises(UserError, match="lacks n, sigma"):
+        evaluate(folders[0], path, config=QUICK)
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(UserError, match="cannot be read as statistics"):
+        evaluate(folders[0], path, config=QUICK)
+
+
+def test_real_features_are_cached_by_what_they_are(
+    folders: tuple[Path, Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    calls: list[str] = []
+    original = features_module.extract_features
+
+    def counting(batches, extractor, total=None, desc="features"):
+        calls.append(desc)
+        return original(batches, extractor, total, desc)
+
+    monkeypatch.setattr(features_module, "extract_features", counting)
+    first = evaluate(*folders, config=QUICK)["metrics"]
+    assert calls == ["features of fake", "features of real"]
+    assert evaluate(*folders, config=QUICK)["metrics"] == first
+    assert calls[2:] == ["features of fake"]
+    evaluate(*folders, config=replace(QUICK, num_images=11))
+    evaluate(*folders, config=replace(QUICK, dtype="bfloat16"))
+    evaluate(*folders, config=replace(QUICK, cache=False))
+    assert calls.count("features of real") == 4
+    # A picture that changed is another data set.
+    Image.fromarray(pictures(1, 8)[0]).save(folders[1] / "0000.png")
+    assert evaluate(*folders, config=QUICK)["metrics"] != first
+    assert calls.count("features of real") == 5
+
+    kept = sorted(own_cache.glob("features-*.npz"))
+    assert len(kept) == 4
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:100])
+    evaluate(*folders, config=QUICK)
+    assert calls.count("features of real") == 6
+    assert "computed again" in caplog.text
+
+
+def test_a_result_is_replaced_only_when_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "result.json").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        evaluate(*folders, out, QUICK)
+    assert (out / "result.json").read_text() == "mine"
+    evaluate(*folders, out, replace(QUICK, overwrite=True))
+    assert "metrics" in json.loads((out / "result.json").read_text())
+
+
+def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    fake, real = folders
+    with pytest.raises(UserError, match="num_images is 1"):
+        evaluate(fake, real, config=replace(QUICK, num_images=1))
+    with pytest.raises(UserError, match="is no folder"):
+        evaluate(fake, tmp_path / "none", config=QUICK)
+    with pytest.raises(UserError, match="holds 0 images"):
+        evaluate(tmp_path, (tmp_path / "empty").mkdir() or tmp_path / "empty", config=QUICK)
+    with pytest.raises(UserError, match="device is 'toaster'"):
+        evaluate(fake, real, config=replace(QUICK, device="toaster"))
+    Image.fromarray(pictures(1, 0, 9)[0]).save(fake / "zz.png")
+    with pytest.raises(UserError, match=r"zz\.png is 9x9 and 0000\.png is 20x20"):
+        evaluate(fake, real, config=QUICK)
+    Image.new("RGBA", (20, 20)).save(fake / "zz.png")
+    with pytest.raises(UserError, match=r"zz\.png has the mode RGBA"):
+        evaluate(fake, real, config=QUICK)
+    whole = io.BytesIO()
+    Image.fromarray(pictures(1, 0)[0]).save(whole, "png")
+    (fake / "zz.png").write_bytes(whole.getvalue()[:-40])
+    with pytest.raises(UserError, match=r"zz\.png cannot be read"):
+        evaluate(fake, real, config=QUICK)
+
+
+def test_shrinking_keeps_colour_and_loses_structure() -> None:
+    images = pictures(3, 0, 32)
+    small = shrink(images)
+    assert small.shape == images.shape
+    assert small.dtype == np.uint8
+    np.testing.assert_allclose(small.mean((1, 2)), images.mean((1, 2)), atol=1)
+    assert small.std((1, 2)).mean() < images.std((1, 2)).mean() / 2
+    flat = np.full((1, 16, 16, 3), 77, np.uint8)
+    np.testing.assert_array_equal(shrink(flat), flat)
+
+
+@pytest.fixture
+def art_pipe(pipe: ComplexityDiTPipeline) -> tuple[ComplexityDiTPipeline, DataConfig]:
+    """The shared pipeline, its first style and genres renamed to ones the art set has."""
+    data = DataConfig(source="art", resolution=8, num_images=120, holdout=0.3)
+    names = load_data(data, "train").label_names
+    pipe.id2label = {
+        "style": dict(enumerate([names["style"][4], "Cubism", names["style"][1]])),
+        "genre": dict(enumerate(names["genre"][:2])),
+    }
+    return pipe, data
+
+
+def test_a_pipeline_is_asked_for_the_held_out_labels(
+    art_pipe: tuple[ComplexityDiTPipeline, DataConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+) -> None:
+    import complexity_dit.sample
+
+    pipe, data = art_pipe
+    held = load_data(data, "heldout")
+    n = 16
+    rows = draw(len(held), n, seed=2)
+    asked: list[torch.Tensor] = []
+    original = complexity_dit.sample.iter_samples
+
+    def spy(pipe, labels, config, indices=None, progress=True):
+        asked.append(labels)
+        # Out of order on purpose: results belong to indices, not to arrival.
+        batches = list(original(pipe, labels, config, indices, progress))
+        yield from reversed(batches)
+
+    monkeypatch.setattr(complexity_dit.sample, "iter_samples", spy)
+    config = replace(QUICK, num_images=n, seed=2, floors=True)
+    sample = SampleConfig(num_inference_steps=2, batch_size=5, chunk_size=5)
+    result = evaluate(pipe, "art", config=config, sample=sample, data=data)
+
+    styles = list(held.label_names["style"])
+    fields = list(held.label_names)
+    expected = [
+        {styles[4]: 0, styles[1]: 2}.get(styles[i], -1)
+        for i in held.labels[rows, fields.index("style")].tolist()
+    ]
+    assert asked[0][:, 0].tolist() == expected
+    assert "style labels are unknown to the pipeline" in caplog.text
+    metrics = result["metrics"]
+    assert {"label_accuracy", "label_accuracy_real"} < set(metrics)
+    assert 0 <= metrics["label_accuracy"] <= 1
+    assert {"fd_random_train", "kd_random_train", "fd_random_shrunk"} < set(metrics)
+    assert result["reference_fingerprint"] == held.fingerprint
+    assert result["settings"]["sample"]["num_inference_steps"] == 2
+    assert result["settings"]["data"]["holdout"] == 0.3
+    assert result["settings"]["n_train"] == 16
+    json.dumps(result)
+
+    # The same set in other batches: the same numbers.
+    again = evaluate(pipe, "art", config=config, sample=replace(sample, batch_size=10), data=data)
+    assert again["metrics"] == metrics
+
+
+def test_samples_of_each_label_own_the_accuracy(
+    art_pipe: tuple[ComplexityDiTPipeline, DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline that returns the very pictures whose labels it is asked for scores like them."""
+    import complexity_dit.sample
+
+    pipe, data = art_pipe
+    held = load_data(data, "heldout")
+    real = dataset_images(held, "real")
+    pipe.id2label = {f: dict(enumerate(names)) for f, names in held.label_names.items()}
+    n = len(held)
+    order = draw(n, n, seed=0)
+
+    def perfect(pipe, labels, config, indices=None, progress=True):
+        yield list(range(n)), real.read(order.tolist())
+
+    monkeypatch.setattr(complexity_dit.sample, "iter_samples", perfect)
+    config = replace(QUICK, num_images=n)
+    metrics = evaluate(pipe, "art", config=config, data=data)["metrics"]
+    assert metrics["label_accuracy"] == metrics["label_accuracy_real"]
+    assert metrics["label_accuracy_real"] > 1.5 / len(held.label_names["style"])
+    assert abs(metrics["fd_random"]) < 1e-6
+    without = evaluate(pipe, "art", config=replace(config, label_field=None), data=data)
+    assert "label_accuracy" not in without["metrics"]
+
+
+def test_a_pipeline_folder_and_an_unlabelled_reference(
+    pipe: ComplexityDiTPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe.save_pretrained(tmp_path / "pipeline")
+    real = write_folder(tmp_path / "real", pictures(9, 0, 8))
+    config = replace(QUICK, num_images=6)
+    sample = SampleConfig(num_inference_steps=2, chunk_size=6)
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(tmp_path / "pipeline", real, config=config, sample=sample)
+    assert "unconditional" in caplog.text
+    assert (result["n_generated"], result["n_reference"]) == (6, 6)
+    assert "label_accuracy" not in result["metrics"]
+    with pytest.raises(UserError):
+        evaluate(tmp_path / "nowhere", real, config=config)

@@ -1,0 +1,92 @@
+"""Targets against the schedulers that must undo them, and the randomness that resume stands on."""
+
+import pytest
+import torch
+
+from complexity_dit.objective import (
+    ObjectiveConfig,
+    build_scheduler,
+    drop_labels,
+    noisy_input_and_target,
+    sample_times,
+)
+from complexity_dit.seeding import derive_seed, generator_for
+
+
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.05, 0.3, 0.6, 0.95])
+
+
+def test_flow_ends_are_image_and_noise():
+    clean, noise, _ = batch()
+    config = ObjectiveConfig()
+    at_zero, _, target = noisy_input_and_target(clean, noise, torch.zeros(4), config)
+    at_one, steps, _ = noisy_input_and_target(clean, noise, torch.ones(4), config)
+    assert torch.equal(at_zero, clean)
+    assert torch.equal(at_one, noise)
+    assert torch.equal(target, noise - clean)
+    assert steps.tolist() == [1000.0] * 4
+
+
+def perfect_prediction(kind, x, t, clean, noise, scheduler):
+    """What a network that knows the one clean image would answer for the input it is given."""
+    if kind == "flow":
+        return noise - clean
+    signal = scheduler.alphas_cumprod[int(t)]
+    epsilon = (x - signal.sqrt() * clean) / (1 - signal).sqrt()
+    if kind == "epsilon":
+        return epsilon
+    return signal.sqrt() * epsilon - (1 - signal).sqrt() * clean
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_the_scheduler_undoes_the_objective(kind):
+    clean, noise, times = batch()
+    config = ObjectiveConfig(prediction_type=kind)
+    scheduler = build_scheduler(config)
+    if kind != "flow":  # the training target is that same perfect answer
+        x, steps, target = noisy_input_and_target(clean, noise, times, config)
+        for i, t in enumerate(steps):
+            expected = perfect_prediction(kind, x[i], t, clean[i], noise[i], scheduler)
+            torch.testing.assert_close(target[i], expected, rtol=1e-4, atol=1e-5)
+    scheduler.set_timesteps(20)
+    x = noise
+    for t in scheduler.timesteps:
+        prediction = perfect_prediction(kind, x, t, clean, noise, scheduler)
+        x = scheduler.step(prediction, t, x, return_dict=False)[0]
+    # DDIM's last step ends at the first alpha of the schedule, a ten-thousandth short of the image.
+    torch.testing.assert_close(x, clean, rtol=0, atol=1e-5 if kind == "flow" else 0.05)
+
+
+def test_times_follow_their_distribution():
+    draw = generator_for(0, "test")
+    normal = sample_times(20000, ObjectiveConfig(), draw)
+    assert 0 < normal.min() < normal.max() < 1
+    assert torch.logit(normal).mean().abs() < 0.03
+    assert torch.logit(normal).std() == pytest.approx(1, abs=0.03)
+    uniform = sample_times(20000, ObjectiveConfig(time_sampling="uniform"), draw)
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01)
+    assert uniform.var() == pytest.approx(1 / 12, abs=0.005)
+    shifted = sample_times(20000, ObjectiveConfig(time_sampling="uniform", shift=3.0), draw)
+    assert shifted.median() == pytest.approx(0.75, abs=0.02)  # 3 * 0.5 / (1 + 2 * 0.5)
+
+
+def test_labels_are_dropped_field_by_field():
+    labels = torch.ones(20000, 2, dtype=torch.long)
+    dropped = drop_labels(labels, 0.1, generator_for(0, "test")) == -1
+    assert dropped.float().mean(0).tolist() == pytest.approx([0.1, 0.1], abs=0.01)
+    assert dropped.all(1).float().mean() == pytest.approx(0.01, abs=0.004)
+    assert torch.equal(drop_labels(labels, 0.0, generator_for(0, "test")), labels)
+
+
+def test_seeds_depend_on_everything_and_on_nothing_else():
+    seeds = {
+        derive_seed(0, "a", 1), derive_seed(1, "a", 1), derive_seed(0, "b", 1),
+        derive_seed(0, "a", 2), derive_seed(0, "a", 1, 0),
+    }  # fmt: skip
+    assert len(seeds) == 5
+    assert derive_seed(0, "a", 1) in seeds
+    first = torch.rand(3, generator=generator_for(7, "x", 2))
+    torch.rand(100)
+    assert torch.equal(first, torch.rand(3, generator=generator_for(7, "x", 2)))

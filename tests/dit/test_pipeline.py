@@ -1,0 +1,218 @@
+"""The pipeline as a diffusers user meets it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+
+from complexity_dit.errors import UserError
+from complexity_dit.pipeline import ComplexityDiTPipeline, _in_chunks
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def paint(pipe, **kwargs):
+    settings = {"num_inference_steps": 3, "output_type": "np", "generator": generators(0)}
+    return pipe(**(settings | kwargs)).images
+
+
+def test_labels_by_name_id_or_list(pipe):
+    by_name = paint(pipe, style="ukiyo e", genre="Portrait")
+    assert by_name.shape == (1, 8, 8, 3)
+    assert np.array_equal(by_name, paint(pipe, style=2, genre=1))
+    assert not np.array_equal(by_name, paint(pipe, style=1, genre=1))
+    two = paint(pipe, style=["Cubism", None], genre="portrait", generator=generators(0, 1))
+    assert two.shape[0] == 2
+    assert pipe.get_label_ids(style=["Cubism", None], genre="portrait").tolist() == [
+        [0, 1],
+        [-1, 1],
+    ]
+    assert pipe.get_label_ids().tolist() == [[-1, -1]]
+
+
+def test_unknown_labels_list_the_near_ones(pipe):
+    with pytest.raises(UserError, match="Fauvism"):
+        pipe(style="Fauvsm")
+    with pytest.raises(UserError, match=r"unknown label field 'syle'.*style, genre"):
+        pipe(syle="Cubism")
+    with pytest.raises(UserError, match="3"):
+        pipe(style=7)
+    with pytest.raises(UserError, match="one length"):
+        pipe(style=["Cubism", "Fauvism"], genre=[0, 1, 1])
+
+
+def test_guidance_acts_and_only_inside_its_interval(pipe):
+    plain = paint(pipe, style=0, guidance_scale=1.0)
+    assert not np.array_equal(plain, paint(pipe, style=0, guidance_scale=3.0))
+    outside = paint(pipe, style=0, guidance_scale=3.0, guidance_interval=(0.0, 0.01))
+    assert np.array_equal(plain, outside)
+
+
+def test_image_of_a_generator_does_not_depend_on_its_neighbours(pipe):
+    both = paint(pipe, style=0, num_images_per_prompt=2, generator=generators(5, 6), chunk_size=2)
+    alone = paint(pipe, style=0, generator=generators(6), chunk_size=2, chunk_offset=1)
+    assert np.array_equal(both[1:], alone)
+
+
+def test_chunks_pad_and_keep_positions():
+    sizes = []
+
+    def network(x, y):
+        sizes.append(len(x))
+        return x + y + torch.arange(len(x))
+
+    x, y = torch.arange(5.0), torch.zeros(5)
+    assert _in_chunks(network, 4, 3, x, y).tolist() == [3.0, 1.0, 3.0, 5.0, 7.0]
+    assert sizes == [4, 4]
+
+
+def test_output_types_and_sizes(pipe):
+    assert paint(pipe, output_type="pil")[0].size == (8, 8)
+    assert paint(pipe, output_type="pt").shape == (1, 3, 8, 8)
+    assert paint(pipe, output_type="latent").shape == (1, 3, 8, 8)
+    assert paint(pipe, height=8, width=12).shape == (1, 8, 12, 3)
+    assert isinstance(pipe(num_inference_steps=1, return_dict=False), tuple)
+    for wrong in ({"height": 9}, {"num_inference_steps": 0}, {"output_type": "jpeg"},
+                  {"guidance_interval": (0.9, 0.1)}, {"generator": generators(0, 1)},
+                  {"latents": torch.zeros(1, 3, 4, 4)},
+                  {"callback_on_step_end_tensor_inputs": ["secrets"]}):  # fmt: skip
+        with pytest.raises(UserError):
+            paint(pipe, **wrong)
+
+
+def test_latents_given_are_used(pipe):
+    latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(paint(pipe), paint(pipe, latents=latents, generator=None))
+
+
+def test_callback_sees_replaces_and_interrupts(pipe):
+    seen = []
+
+    def watch(pipeline, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        pipeline._interrupt = step == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    images = paint(pipe, callback_on_step_end=watch, num_inference_steps=5)
+    assert [s for s, _, _ in seen] == [0, 1]
+    assert seen[0][1] == 1000.0
+    assert np.array_equal(images, np.full_like(images, 0.5))
+
+
+NUMPY_2 = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
+)
+
+
+@NUMPY_2
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchHeunDiscreteScheduler, DDIMScheduler, EulerDiscreteScheduler,
+                  DPMSolverMultistepScheduler]
+)  # fmt: skip
+def test_stock_schedulers(pipe, scheduler):
+    pipe.scheduler = scheduler()
+    assert np.isfinite(paint(pipe)).all()
+
+
+@NUMPY_2
+def test_dpm_solver_on_flow_paints_what_euler_does(pipe):
+    # At many steps two right solvers of one differential equation must agree.
+    euler = paint(pipe, num_inference_steps=60)
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
+    )
+    assert np.abs(paint(pipe, num_inference_steps=60) - euler).mean() < 0.02
+
+
+def test_vae_is_decoded_with_its_scaling(pipe):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, scaling_factor=0.5,
+    )  # fmt: skip
+    latent = ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, vae, pipe.id2label)
+    latent.set_progress_bar_config(disable=True)
+    assert latent.sample_size == 16
+    images = paint(latent, output_type="pt")
+    z = paint(latent, output_type="latent")
+    with torch.no_grad():
+        expected = (vae.decode(z / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of accelerate's hooks, not ours
+def test_offload_sequence_names_components(pipe):
+    assert set(pipe.model_cpu_offload_seq.split("->")) <= set(pipe.components)
+
+
+def test_save_load_and_resave(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "a")
+    index = json.loads((tmp_path / "a" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_complexity_dit", "ComplexityDiTPipeline"]
+    assert index["vae"] == [None, None]
+    again = ComplexityDiTPipeline.from_pretrained(tmp_path / "a")
+    assert again.id2label == pipe.id2label
+    assert list(again.id2label) == ["style", "genre"]  # JSON would sort them
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(paint(again, style=1), paint(pipe, style=1))
+    again.save_pretrained(tmp_path / "b")
+    for name in ("pipeline_complexity_dit.py", "transformer/modeling_complexity_dit.py",
+                 "transformer/diffusion_pytorch_model.safetensors"):  # fmt: skip
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    reloaded = ComplexityDiTPipeline.from_pretrained(tmp_path / "b")
+    assert reloaded.id2label == pipe.id2label
+    with pytest.raises(UserError, match="pickle"):
+        pipe.save_pretrained(tmp_path / "c", safe_serialization=False)
+
+
+def test_a_process_that_imports_only_diffusers(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "a")
+    script = f"""
+import sys, numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "a")!r}, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+image = pipe(style="Cubism", num_inference_steps=3, output_type="np",
+             generator=torch.Generator().manual_seed(0)).images
+numpy.save({str(tmp_path / "image.npy")!r}, image)
+pipe.save_pretrained({str(tmp_path / "b")!r})
+DiffusionPipeline.from_pretrained({str(tmp_path / "b")!r}, trust_remote_code=True)
+try:
+    DiffusionPipeline.from_pretrained({str(tmp_path / "b")!r})
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("ran code from the folder without being trusted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = paint(pipe, style="Cubism", generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(np.load(tmp_path / "image.npy"), ours)
+
+
+def test_labels_of_another_model_are_refused(pipe):
+    with pytest.raises(UserError, match="id2label"):
+        ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, id2label={"style": {0: "x"}})
+
+
+def test_unconditional_pipeline(pipe):
+    from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+    config = {**pipe.transformer.config, "label_fields": [], "num_classes": []}
+    plain = ComplexityDiTPipeline(
+        ComplexityDiTTransformer2DModel.from_config(config), pipe.scheduler
+    )
+    plain.set_progress_bar_config(disable=True)
+    assert paint(plain).shape == (1, 8, 8, 3)

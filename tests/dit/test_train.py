@@ -1,0 +1,190 @@
+"""Training: exact resume, checkpoints that are whole or absent, and the ways a run can go wrong."""
+
+import csv
+import dataclasses
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from complexity_dit import state as state_module
+from complexity_dit.data import load_data
+from complexity_dit.errors import UserError
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.state import all_checkpoints, latest_checkpoint, written_aside
+from complexity_dit.train import StepBatches, train
+
+
+def losses(run):
+    with (Path(run) / "train_log.csv").open(newline="") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)]
+
+
+def files_of(checkpoint):
+    return {
+        str(path.relative_to(checkpoint)): path.read_bytes()
+        for path in checkpoint.rglob("*.safetensors")
+    }
+
+
+def test_resume_is_bit_identical(small_run, tmp_path):
+    straight = dataclasses.replace(small_run, out=str(tmp_path / "straight"), keep_last=0)
+    train(straight)
+    # Stop between two log writes: what was logged after the checkpoint is repeated exactly.
+    stopped = dataclasses.replace(small_run, out=str(tmp_path / "stopped"), keep_last=0)
+    train(dataclasses.replace(stopped, steps=8))
+    for later in all_checkpoints(tmp_path / "stopped" / "checkpoints")[1:]:
+        state_module.shutil.rmtree(later)
+    train(dataclasses.replace(stopped, resume="auto"))
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+    assert len(losses(tmp_path / "straight")) == 8
+    ours, theirs = (
+        files_of(latest_checkpoint(tmp_path / run / "checkpoints"))
+        for run in ("straight", "stopped")
+    )
+    assert set(ours) == {
+        "model.safetensors", "optimizer.safetensors",
+        "pipeline/transformer/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    assert ours == theirs
+
+
+def test_final_pipeline_has_the_ema_weights_and_the_labels(small_run):
+    folder = train(small_run)
+    pipe = ComplexityDiTPipeline.from_pretrained(folder)
+    assert list(pipe.label_names) == ["style", "genre"]
+    checkpoint = latest_checkpoint(folder.parent / "checkpoints")
+    ema = load_file(checkpoint / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    raw = load_file(checkpoint / "model.safetensors")
+    loaded = pipe.transformer.state_dict()
+    assert all(torch.equal(loaded[name], ema[name]) for name in ema)
+    assert any(not torch.equal(raw[name], ema[name]) for name in ema)
+
+
+def test_batches_are_a_function_of_the_step_and_shared_between_processes(small_run):
+    data = load_data(small_run.data, "train")
+    whole = StepBatches(data, small_run, 0, 1)[5]
+    parts = [StepBatches(data, small_run, rank, 2)[5] for rank in (0, 1)]
+    for name, value in whole.items():
+        assert torch.equal(value[0::2], parts[0][name])
+        assert torch.equal(value[1::2], parts[1][name])
+    assert not torch.equal(whole["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
+
+
+def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
+    train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
+    train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_accumulation_steps=2))
+    ours = [float(row[1]) for row in losses(tmp_path / "a")]
+    assert ours == pytest.approx([float(row[1]) for row in losses(tmp_path / "b")], rel=1e-4)
+
+
+def test_the_loss_falls(small_run):
+    data = dataclasses.replace(small_run.data, num_images=16, holdout=0.0, flip=False)
+    train(dataclasses.replace(small_run, steps=60, checkpoint_every=60, batch_size=16, data=data))
+    curve = [float(row[1]) for row in losses(small_run.out)]
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+
+
+def test_existing_folder_is_refused(small_run):
+    Path(small_run.out).mkdir()
+    (Path(small_run.out) / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists.*--resume auto"):
+        train(small_run)
+    assert (Path(small_run.out) / "precious.txt").read_text() == "mine"
+
+
+def test_checkpoint_of_another_shape_is_refused(small_run):
+    train(small_run)
+    wider = dataclasses.replace(
+        small_run.model, overrides={"hidden_size": 64, "num_layers": 2, "num_attention_heads": 2}
+    )
+    with pytest.raises(UserError, match=r"another model.*\(64,.*|another model.*here"):
+        train(dataclasses.replace(small_run, model=wider, resume="auto"))
+
+
+def test_resume_from_nothing_or_from_rubbish(small_run, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint folder"):
+        train(dataclasses.replace(small_run, resume=str(tmp_path / "nowhere")))
+    train(small_run)
+    checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
+    (checkpoint / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot read checkpoint"):
+        train(dataclasses.replace(small_run, resume="auto", steps=9))
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):
+    real = state_module.save_file
+
+    def full_at_step_8(tensors, path):
+        if "step-00000008" in str(path) and "optimizer" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(state_module, "save_file", full_at_step_8)
+    with pytest.raises(UserError, match=r"No space left.*step-00000004"):
+        train(small_run)
+    checkpoints = Path(small_run.out) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    train(dataclasses.replace(small_run, resume="auto"))
+    assert latest_checkpoint(checkpoints).name == "step-00000008"
+
+
+def test_nan_stops_the_run_and_names_the_step(small_run, monkeypatch):
+    real = StepBatches.__getitem__
+
+    def poisoned(self, step):
+        item = real(self, step)
+        if step == 5:
+            item["target"][0] = math.nan
+        return item
+
+    monkeypatch.setattr(StepBatches, "__getitem__", poisoned)
+    with pytest.raises(UserError, match=r"step 6: loss nan.*step-00000004"):
+        train(small_run)
+    checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
+    assert checkpoint.name == "step-00000004"
+    assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_batch_that_cannot_be_split_is_refused(small_run):
+    with pytest.raises(UserError, match="batch_size 4 must be divisible"):
+        train(dataclasses.replace(small_run, gradient_accumulation_steps=3))
+
+
+def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
+    from complexity_dit.build import build_model, build_state
+
+    model = build_model(small_run, load_data(small_run.data, "train"))
+    state = build_state(model, small_run)
+    decayed = {id(p) for p in state.optimizer.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert "blocks.0.attn.to_q.weight" in names
+    assert not any(w in n for n in names for w in ("norm", "bias", "label_embed", "dynamics"))
+    assert state.optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def test_written_aside_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "thing"
+    with written_aside(target) as folder:
+        (folder / "a").write_text("first")
+    writing = written_aside(target)
+    (writing.__enter__() / "a").write_text("second")
+    assert not writing.__exit__(RuntimeError, RuntimeError(), None)
+    assert (target / "a").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_checkpoint_says_what_made_it(small_run):
+    train(small_run)
+    meta = json.loads(
+        (latest_checkpoint(Path(small_run.out) / "checkpoints") / "state.json").read_text()
+    )
+    assert meta["step"] == 8
+    assert meta["config"]["optim"]["lr"] == small_run.optim.lr
+    assert (Path(small_run.out) / "config.yaml").exists()

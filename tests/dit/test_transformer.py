@@ -1,0 +1,225 @@
+"""The network: shapes, placements, identity at the start, labels, and diffusers' promises."""
+
+import pytest
+import torch
+
+from complexity_dit.transformer import ADAPTIVES, PLACEMENTS, SIZES, ComplexityDiTTransformer2DModel
+
+FIELDS = {"label_fields": ["style", "genre"], "num_classes": [3, 2]}
+
+
+def build(seed=0, **overrides):
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": 8,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        **FIELDS,
+    }
+    return ComplexityDiTTransformer2DModel(**(settings | overrides)).eval()
+
+
+def randomised(model, seed=1):
+    """AdaLN-Zero makes a fresh model blind to its blocks: give the zeros values."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "adaln" in name or "proj_out" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def inputs(batch=2, height=8, width=8):
+    torch.manual_seed(2)
+    x = torch.randn(batch, 3, height, width)
+    return x, torch.full((batch,), 300.0), torch.tensor([[0, 1], [2, -1]])[:batch]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("adaptive", ADAPTIVES)
+def test_forward_and_gradients_of_every_placement(placement, adaptive):
+    model = randomised(build(dynamics_placement=placement, dynamics_adaptive=adaptive))
+    x, t, labels = inputs()
+    out = model(x, t, labels).sample
+    assert out.shape == x.shape
+    out.square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    # The token controller's first matrices get a gradient only once W_o has left its zero. In a
+    # branch or stream the last layer's velocity has nowhere to go, which leaves no one out.
+    allowed = {n for n in without if "dynamics" in n}
+    assert set(without) == allowed
+    if placement != "none":
+        assert any(
+            p.grad is not None and p.grad.abs().sum()
+            for n, p in model.named_parameters()
+            if "dynamics" in n
+        )
+
+
+def test_fresh_model_predicts_zero_for_every_placement():
+    for placement in PLACEMENTS:
+        x, t, labels = inputs()
+        assert torch.equal(
+            build(dynamics_placement=placement)(x, t, labels).sample, torch.zeros_like(x)
+        )
+
+
+def test_placements_share_the_backbone_initialisation():
+    plain = dict(build(dynamics_placement="none").named_parameters())
+    for placement in PLACEMENTS:
+        other = dict(build(dynamics_placement=placement).named_parameters())
+        assert set(plain) <= set(other)
+        assert all(torch.equal(plain[name], other[name]) for name in plain), placement
+
+
+def test_parent_init_leaves_the_dynamics_exact():
+    # The originals' `apply(_init)` reset the controller: alpha 0.5 instead of 0.9.
+    dynamics = build().blocks[0].dynamics
+    from inl_core import collect_dynamics_stats
+
+    with collect_dynamics_stats(dynamics):
+        dynamics(torch.randn(1, 4, 32))
+    stats = dynamics.get_dynamics_stats()
+    assert stats["alpha_mean"] == pytest.approx(0.9, abs=1e-6)
+    assert stats["beta_mean"] == pytest.approx(0.1, abs=1e-6)
+    assert stats["gate_mean"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_force_without_spring_or_momentum_is_the_plain_residual():
+    off = {
+        "dynamics_adaptive": "lite",
+        "dynamics_alpha": 0.0,
+        "dynamics_beta": 0.0,
+        "dynamics_gate": 1.0,
+        "dynamics_dt": 1.0,
+        "dynamics_velocity_max": None,
+    }
+    force = randomised(build(dynamics_placement="force", **off))
+    plain = build(dynamics_placement="none")
+    plain.load_state_dict({k: v for k, v in force.state_dict().items() if "dynamics" not in k})
+    x, t, labels = inputs()
+    torch.testing.assert_close(
+        force(x, t, labels).sample, plain(x, t, labels).sample, rtol=0, atol=1e-6
+    )
+
+
+def test_velocity_starts_at_zero_in_every_call():
+    model = randomised(build())
+    x, t, labels = inputs()
+    first = model(x, t, labels).sample
+    model(torch.randn_like(x), t, labels)
+    assert torch.equal(model(x, t, labels).sample, first)
+
+
+def test_missing_label_is_the_null_row_and_labels_matter():
+    model = randomised(build())
+    x, t, _ = inputs(batch=1)
+    missing = model(x, t, torch.tensor([[-1, -1]])).sample
+    assert torch.equal(model(x, t).sample, missing)
+    assert torch.equal(model(x, t, torch.tensor([[3, 2]])).sample, missing)  # the rows themselves
+    assert not torch.equal(model(x, t, torch.tensor([[1, -1]])).sample, missing)
+
+
+def test_model_without_labels():
+    model = randomised(build(label_fields=[], num_classes=[]))
+    x, t, _ = inputs()
+    assert model(x, t).sample.shape == x.shape
+
+
+def test_non_square_inputs_and_grouped_query_attention():
+    model = randomised(build(num_key_value_heads=2))
+    x, t, labels = inputs(height=8, width=12)
+    assert model(x, t, labels).sample.shape == x.shape
+
+
+def test_patches_are_put_back_where_they_came_from():
+    from complexity_dit.transformer import _patchify, _unpatchify
+
+    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    tokens = _patchify(x, 2)
+    assert tokens.shape == (2, 6, 12)
+    assert torch.equal(_unpatchify(tokens, 2, 2, 3), x)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    x, t, labels = inputs()
+    grads = []
+    for checkpointing in (False, True):
+        model = randomised(build(dynamics_placement="force"))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        model(x, t, labels).sample.square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_traces_as_one_graph(placement):
+    model = randomised(build(dynamics_placement=placement))
+    x, t, labels = inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t, labels).sample, model(x, t, labels).sample)
+
+
+def test_save_and_load(tmp_path):
+    model = randomised(build())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    again = ComplexityDiTTransformer2DModel.from_pretrained(tmp_path)
+    x, t, labels = inputs()
+    assert torch.equal(again(x, t, labels).sample, model(x, t, labels).sample)
+    assert again.config.label_fields == ["style", "genre"]  # in their order
+
+
+def test_lora_targets_and_backends():
+    from peft import LoraConfig
+
+    model = randomised(build())
+    x, t, labels = inputs()
+    before = model(x, t, labels).sample
+    model.set_attention_backend("native")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    assert torch.equal(model(x, t, labels).sample, before)  # a fresh adapter adds zero
+    assert sum("lora_A" in n for n, _ in model.named_parameters()) == 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_builds(size):
+    with torch.device("meta"):
+        model = ComplexityDiTTransformer2DModel.from_size(size, **FIELDS)
+    assert model.config.hidden_size == SIZES[size][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"hidden_size": 100, "num_attention_heads": 3},
+            "100 must be divisible by num_attention_heads 3",
+        ),
+        ({"hidden_size": 24, "num_attention_heads": 4}, "multiple of 4"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"sample_size": 9}, "sample_size 9 must be divisible by patch_size 2"),
+        ({"dynamics_placement": "steam"}, "'steam' must be one of"),
+        ({"dynamics_adaptive": "all"}, "'all' must be one of"),
+        ({"label_fields": ["a.b", "c"]}, "identifier"),
+        ({"label_fields": ["style"]}, "one entry each"),
+    ],
+)
+def test_wrong_config_is_refused_with_numbers(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        build(**overrides)
+
+
+def test_wrong_inputs_are_refused_with_numbers():
+    model = build()
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match="9x8 must be divisible by patch_size 2"):
+        model(torch.randn(2, 3, 9, 8), t, labels)
+    with pytest.raises(ValueError, match=r"\(2, 1\) must be \(2, 2\)"):
+        model(x, t, labels[:, :1])
+    with pytest.raises(ValueError, match="unknown size 'huge'"):
+        ComplexityDiTTransformer2DModel.from_size("huge")
