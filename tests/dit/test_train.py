@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from complexity_dit import state as state_module
 from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
+from complexity_dit.files import folder_aside
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.state import all_checkpoints, latest_checkpoint, written_aside
+from complexity_dit.state import all_checkpoints, latest_checkpoint
 from complexity_dit.train import StepBatches, train
 
 
@@ -32,16 +34,16 @@ def files_of(checkpoint):
 
 
 def test_resume_is_bit_identical(small_run, tmp_path):
-    straight = dataclasses.replace(small_run, out=str(tmp_path / "straight"), keep_last=0)
-    train(straight)
-    # Stop between two log writes: what was logged after the checkpoint is repeated exactly.
-    stopped = dataclasses.replace(small_run, out=str(tmp_path / "stopped"), keep_last=0)
-    train(dataclasses.replace(stopped, steps=8))
-    for later in all_checkpoints(tmp_path / "stopped" / "checkpoints")[1:]:
-        state_module.shutil.rmtree(later)
+    small_run = dataclasses.replace(small_run, steps=40, checkpoint_every=20, keep_last=0)
+    train(dataclasses.replace(small_run, out=str(tmp_path / "straight")))
+    # As if killed after step 20's checkpoint: what the log has beyond it is repeated exactly.
+    stopped = dataclasses.replace(small_run, out=str(tmp_path / "stopped"))
+    train(stopped)
+    shutil.rmtree(all_checkpoints(tmp_path / "stopped" / "checkpoints")[1])
+    shutil.rmtree(tmp_path / "stopped" / "pipeline")
     train(dataclasses.replace(stopped, resume="auto"))
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
-    assert len(losses(tmp_path / "straight")) == 8
+    assert len(losses(tmp_path / "straight")) == 40
     ours, theirs = (
         files_of(latest_checkpoint(tmp_path / run / "checkpoints"))
         for run in ("straight", "stopped")
@@ -169,11 +171,11 @@ def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
     assert state.optimizer.param_groups[1]["weight_decay"] == 0
 
 
-def test_written_aside_leaves_nothing_behind(tmp_path):
+def test_folder_aside_leaves_nothing_behind(tmp_path):
     target = tmp_path / "thing"
-    with written_aside(target) as folder:
+    with folder_aside(target) as folder:
         (folder / "a").write_text("first")
-    writing = written_aside(target)
+    writing = folder_aside(target)
     (writing.__enter__() / "a").write_text("second")
     assert not writing.__exit__(RuntimeError, RuntimeError(), None)
     assert (target / "a").read_text() == "first"

@@ -13,6 +13,7 @@ def build_parser() -> "ArgumentParser":  # noqa: F821
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from complexity_dit.config import TrainConfig
+    from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
     from complexity_dit.sample import SampleConfig
 
@@ -55,6 +56,13 @@ def build_parser() -> "ArgumentParser":  # noqa: F821
     )
     evaluate.add_argument("--out", type=str, default="runs/evaluation", help="gets result.json")
     evaluate.add_class_arguments(EvalConfig, None)
+    evaluate.add_class_arguments(SampleConfig, "sample")
+    evaluate.add_argument(
+        "--data",
+        type=DataConfig | None,
+        default=None,
+        help="how the reference is read; as in the pipeline's training by default",
+    )
     commands.add_subcommand("evaluate", evaluate)
     return parser
 
@@ -83,7 +91,7 @@ def run(arguments: Sequence[str]) -> None:
     elif command == "evaluate":
         from complexity_dit.evaluate import EvalConfig, evaluate
 
-        own = {k: options.pop(k) for k in ("target", "reference", "out")}
+        own = {k: options.pop(k) for k in ("target", "reference", "out", "sample", "data")}
         evaluate(**own, config=EvalConfig(**options))
 
 

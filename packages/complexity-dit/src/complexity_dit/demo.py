@@ -37,7 +37,7 @@ def demo(out: str) -> None:
     save_grid(images, 8, schools, folder / "samples.png")
 
     measured = EvalConfig(num_images=NUM_EVALUATED, floors=True, overwrite=True)
-    evaluate(pipeline, "art", out, measured, sampling, config.data)
+    evaluate(pipeline, "art", out, measured, sampling)
     print(
         f"""
 The demo took {(time.perf_counter() - start) / 60:.1f} minutes. In {folder}:

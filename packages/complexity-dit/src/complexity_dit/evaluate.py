@@ -28,6 +28,7 @@ from complexity_dit.features import (
     set_features,
     shrink,
 )
+from complexity_dit.files import file_aside
 from complexity_dit.image_sets import (
     ImageSet,
     dataset_images,
@@ -40,7 +41,6 @@ from complexity_dit.inception import (
     FeatureExtractor,
     Resize,
     load_extractor,
-    written_aside,
 )
 from complexity_dit.metrics import (
     Statistics,
@@ -125,8 +125,9 @@ def evaluate(
         out: Folder that gets ``result.json``; None writes nothing.
         config: What is measured.
         sample: How a pipeline paints (seed, steps, guidance, batch).
-        data: How the source is read (hold-out fraction, label fields); its source and resolution
-            are replaced by the reference's and the target's.
+        data: How the source is read (hold-out fraction, label fields); by default as in the
+            training of the pipeline, so that nothing it was trained on is held out. Its source
+            and resolution are replaced by the reference's and the target's.
 
     Returns:
         The result, as written: ``metrics``, ``n_generated``, ``n_reference``, ``settings``,
@@ -149,7 +150,7 @@ def evaluate(
         size, n = subject.size, min(config.num_images, len(subject))
     else:
         size, n = (subject.sample_size, subject.sample_size), config.num_images
-    ref = _open_reference(str(reference), size, data)
+    ref = _open_reference(str(reference), size, data or _trained_on(target))
     if config.floors and ref.images is None:
         raise UserError(f"floors need images, and {reference} holds statistics; set floors false")
     extractor = load_extractor(config.weights, config.resize, config.dtype, device)
@@ -220,7 +221,7 @@ def evaluate(
         "reference_fingerprint": fingerprint,
     }
     if result_path:
-        with written_aside(result_path) as scratch:
+        with file_aside(result_path) as scratch:
             scratch.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     if not config.quiet:
         print(format_result(result))
@@ -264,6 +265,19 @@ def _open_target(
     from complexity_dit.sample import load_pipeline
 
     return load_pipeline(str(target)).to(device)
+
+
+def _trained_on(target: object) -> "DataConfig | None":
+    """The data that a pipeline folder says it was trained on."""
+    from complexity_dit.data import DataConfig
+    from complexity_dit.state import DATA_FILE
+
+    if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
+        return None
+    try:
+        return DataConfig(**json.loads((Path(target) / DATA_FILE).read_text()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{Path(target) / DATA_FILE} is no DataConfig: {error}") from error
 
 
 def _open_reference(reference: str, size: tuple[int, int], data: "DataConfig | None") -> _Reference:

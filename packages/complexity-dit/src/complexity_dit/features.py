@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from complexity_dit.errors import UserError
+from complexity_dit.files import file_aside
 from complexity_dit.image_sets import ImageSet
-from complexity_dit.inception import FeatureExtractor, cache_dir, written_aside
+from complexity_dit.inception import FeatureExtractor, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def set_features(
     features = extract_features(batches(), extractor, len(rows), desc)
     if cache:
         try:
-            with written_aside(path) as scratch:
+            with file_aside(path) as scratch:
                 np.savez(scratch, features=features, key=np.array(key))
         except OSError as error:
             logger.warning("features could not be kept for the next evaluation (%s)", error)

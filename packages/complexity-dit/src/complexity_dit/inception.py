@@ -12,11 +12,8 @@ import http.client
 import importlib.util
 import logging
 import os
-import tempfile
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from complexity_dit.errors import UserError
+from complexity_dit.files import file_aside
 from complexity_dit.inception_net import (
     InceptionV3Features,
     RandomConvFeatures,
@@ -117,26 +115,6 @@ def cache_dir() -> Path:
     """The user's cache folder of this package: under XDG_CACHE_HOME, or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "complexity_dit"
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A scratch path beside ``path``; on success it is synced and renamed to ``path``.
-
-    Readers see the old file or the whole new one, and a failure leaves the old one alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -264,7 +242,7 @@ def _download() -> FoundWeights | None:
     path = cache_dir() / HUB_FILE_NAMES[0]
     try:
         with (
-            written_aside(path) as scratch,
+            file_aside(path) as scratch,
             urllib.request.urlopen(DOWNLOAD_URL, timeout=DOWNLOAD_TIMEOUT_S) as reply,
             scratch.open("wb") as file,
             tqdm(
@@ -332,7 +310,7 @@ def _load_state(path: Path) -> tuple[dict[str, Tensor], str]:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     state = fold_state_dict(raw, naming)
     try:
-        with written_aside(converted) as scratch:
+        with file_aside(converted) as scratch:
             metadata = {
                 "format": CONVERTED_FORMAT,
                 "source_sha256": sha256,

@@ -1,7 +1,6 @@
 """Pictures of numbers: the loss curve."""
 
 import csv
-import os
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +8,8 @@ import numpy as np
 
 matplotlib.use("Agg")  # no screen is needed or wanted
 import matplotlib.pyplot as plt
+
+from complexity_dit.files import file_aside
 
 
 def plot_loss(log: Path, target: Path) -> None:
@@ -29,7 +30,6 @@ def plot_loss(log: Path, target: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0.9 * smooth.min(), 1.1 * smooth.max()))
     axes.grid(alpha=0.3)
     axes.legend()
-    aside = target.with_name(f".{target.name}.partial")
-    figure.savefig(aside, format="png", dpi=120)
+    with file_aside(target) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
-    os.replace(aside, target)

@@ -1,7 +1,6 @@
 """Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from complexity_dit.errors import UserError
+from complexity_dit.files import file_aside
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.seeding import generator_for
 
@@ -152,11 +152,9 @@ def save_grid(
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG aside and rename it, so that no half-written file has the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
+    """Write a PNG; no half-written file ever has the final name."""
+    with file_aside(path) as aside:
+        image.save(aside, format="PNG")
 
 
 def sample(
@@ -198,10 +196,8 @@ def sample(
         save_grid(images, columns, _row_captions(pipe, rows, columns), target)
     elif target.suffix == ".npz":
         images = np.concatenate([batch for _, batch in batches])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.partial.npz")
-        np.savez(aside, arr_0=images)
-        os.replace(aside, target)
+        with file_aside(target) as aside, aside.open("wb") as file:
+            np.savez(file, arr_0=images)
     else:
         for indices, batch in batches:
             for i, image in zip(indices, batch, strict=True):

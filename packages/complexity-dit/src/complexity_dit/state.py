@@ -13,11 +13,8 @@ There is no generator state and no data position to save: both are functions of 
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from complexity_dit.errors import UserError
+from complexity_dit.files import folder_aside
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
+
+DATA_FILE = "data.json"
+"""In a pipeline folder: the `DataConfig` that it was trained with."""
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -55,13 +56,22 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     step: int = 0
 
-    def pipeline(
-        self, scheduler: SchedulerMixin, id2label: dict[str, dict[int, str]]
-    ) -> ComplexityDiTPipeline:
-        """A pipeline with a copy of the EMA weights; the model in training is not touched."""
+    def save_pipeline(
+        self,
+        folder: Path,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, dict[int, str]],
+        data: dict[str, Any],
+    ) -> None:
+        """Save a pipeline with a copy of the EMA weights; the model in training is not touched.
+
+        Beside it goes `data.json`, which data it was trained on: an evaluation must hold out the
+        same pictures.
+        """
         model = ComplexityDiTTransformer2DModel.from_config(self.model.config)
         self.ema.copy_to(model.parameters())
-        return ComplexityDiTPipeline(model, scheduler, id2label=id2label)
+        ComplexityDiTPipeline(model, scheduler, id2label=id2label).save_pretrained(folder)
+        (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n")
 
     def save(
         self,
@@ -87,8 +97,8 @@ class TrainState:
         }
         target = checkpoints / f"step-{self.step:08d}"
         try:
-            with written_aside(target) as folder:
-                self.pipeline(scheduler, id2label).save_pretrained(folder / "pipeline")
+            with folder_aside(target) as folder:
+                self.save_pipeline(folder / "pipeline", scheduler, id2label, config["data"])
                 save_file(_named(self.model), folder / "model.safetensors")
                 save_file(tensors, folder / "optimizer.safetensors")
                 (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -174,39 +184,6 @@ def _unflatten_optimizer(tensors: dict[str, Tensor], groups: list[dict]) -> dict
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `target` only when everything in it is on disk.
-
-    On an error the scratch folder is removed and `target` is as it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        yield aside
-        for path in aside.rglob("*"):
-            _flush(path)
-        _flush(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-        _flush(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder, so that a rename cannot overtake its contents after a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

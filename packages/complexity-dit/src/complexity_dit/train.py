@@ -16,6 +16,7 @@ from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import PaintingDataset, load_data, random_batch_indices
 from complexity_dit.errors import UserError
+from complexity_dit.files import folder_aside
 from complexity_dit.objective import (
     build_scheduler,
     drop_labels,
@@ -23,7 +24,7 @@ from complexity_dit.objective import (
     sample_times,
 )
 from complexity_dit.seeding import generator_for
-from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint, written_aside
+from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
@@ -126,8 +127,8 @@ def train(config: TrainConfig) -> Path:
                 drop_old_checkpoints(checkpoints, config.keep_last)
     accelerator.end_training()
     if is_main:
-        with written_aside(out / "pipeline") as folder:
-            state.pipeline(scheduler, id2label).save_pretrained(folder)
+        with folder_aside(out / "pipeline") as folder:
+            state.save_pipeline(folder, scheduler, id2label, dataclasses.asdict(config.data))
     accelerator.wait_for_everyone()
     return out / "pipeline"
 

@@ -1,0 +1,127 @@
+"""Sampling by index: the same bits for any batch, grids, folders and archives."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from complexity_dit.errors import UserError
+from complexity_dit.sample import (
+    SampleConfig,
+    grid_labels,
+    iter_samples,
+    load_pipeline,
+    sample,
+    save_grid,
+)
+
+QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4)
+
+
+def labels_for(pipe, count):
+    return torch.stack([torch.arange(count) % 3, torch.arange(count) % 2], dim=1)
+
+
+def paint(pipe, count, config, indices=None):
+    found = {}
+    for batch, images in iter_samples(
+        pipe, labels_for(pipe, count), config, indices, progress=False
+    ):
+        found |= dict(zip(batch, images, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 64])
+def test_bits_do_not_depend_on_the_batch(pipe, batch_size):
+    whole = paint(pipe, 11, QUICK)
+    assert sorted(whole) == list(range(11))
+    other = paint(pipe, 11, replace(QUICK, batch_size=batch_size))
+    assert all(np.array_equal(whole[i], other[i]) for i in range(11))
+
+
+def test_bits_do_not_depend_on_which_images_are_asked_for(pipe):
+    whole = paint(pipe, 11, QUICK)
+    some = paint(pipe, 11, QUICK, [1, 2, 6, 10])
+    assert sorted(some) == [1, 2, 6, 10]
+    assert all(np.array_equal(whole[i], some[i]) for i in some)
+    # A prefix of a larger set is the smaller set.
+    assert all(np.array_equal(whole[i], paint(pipe, 5, QUICK)[i]) for i in range(5))
+
+
+def test_every_network_call_has_the_chunk_size(pipe, monkeypatch):
+    sizes = set()
+    real = type(pipe.transformer).forward
+
+    def watch(self, hidden_states, *args, **kwargs):
+        sizes.add(len(hidden_states))
+        return real(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", watch)
+    paint(pipe, 11, replace(QUICK, batch_size=3))
+    assert sizes == {8}  # chunk_size images, with and without labels
+
+
+def test_seeds_and_images_differ(pipe):
+    images = paint(pipe, 6, QUICK)
+    assert not np.array_equal(images[0], images[3])  # labels agree, noise does not
+    assert not np.array_equal(images[0], paint(pipe, 6, replace(QUICK, seed=1))[0])
+
+
+def test_grid_has_a_row_for_each_label(pipe, tmp_path):
+    labels = grid_labels(pipe, columns=2)
+    assert labels.tolist() == [[0, -1], [0, -1], [1, -1], [1, -1], [2, -1], [2, -1]]
+    assert grid_labels(pipe, 1, "genre").tolist() == [[-1, 0], [-1, 1]]
+    red = np.zeros((3, 8, 8, 3), np.uint8)
+    red[1, ..., 0] = 255
+    save_grid(red, 2, ["a", "b"], tmp_path / "grid.png", scale=1)
+    with Image.open(tmp_path / "grid.png") as grid:
+        picture = np.asarray(grid)
+    assert (picture == [255, 0, 0]).all(-1).sum() == 64
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_command_writes_grid_folder_and_archive(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    source = str(tmp_path / "pipe")
+    sample(source, str(tmp_path / "grid.png"), sampling=QUICK)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height > 3 * 96
+    labels = {"style": ["Cubism", "Fauvism"], "genre": ["portrait"]}
+    sample(source, str(tmp_path / "folder"), 5, labels, QUICK)
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
+        f"{i:06d}.png" for i in range(5)
+    ]
+    sample(source, str(tmp_path / "set.npz"), 5, labels, QUICK)
+    array = np.load(tmp_path / "set.npz")["arr_0"]
+    assert array.dtype == np.uint8
+    assert array.shape == (5, 8, 8, 3)
+    for i in range(5):
+        with Image.open(tmp_path / f"folder/{i:06d}.png") as picture:
+            assert np.array_equal(array[i], np.asarray(picture))
+
+
+def test_wrong_input_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    source = str(tmp_path / "pipe")
+    with pytest.raises(UserError, match="Cubism"):
+        sample(source, str(tmp_path / "x.png"), labels={"style": ["Cubsm"]}, sampling=QUICK)
+    (tmp_path / "there.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match="exists"):
+        sample(source, str(tmp_path / "there.png"), sampling=QUICK)
+    assert (tmp_path / "there.png").read_bytes() == b"precious"
+    with pytest.raises(UserError, match="num_images 0"):
+        sample(source, str(tmp_path / "x"), 0, sampling=QUICK)
+    with pytest.raises(UserError, match="chunk_size 0"):
+        next(iter_samples(pipe, labels_for(pipe, 1), replace(QUICK, chunk_size=0)))
+    with pytest.raises(UserError, match="no pipeline folder"):
+        load_pipeline(str(tmp_path / "nothing" / "here"))
+    (tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot load the pipeline"):
+        load_pipeline(source)
+
+
+def test_a_hub_id_out_of_reach_is_one_clear_line():
+    with pytest.raises(UserError, match="cannot load the pipeline nobody/nothing"):
+        load_pipeline("nobody/nothing")
