@@ -369,6 +369,9 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         rows, columns = height // patch, width // patch
 
         x_BND = self.patch_embed(_patchify(hidden_states, patch))
+        x_BND = x_BND + _canvas_positions(
+            rows, columns, self.config.sample_size // patch, x_BND.shape[-1], x_BND.device
+        ).to(x_BND.dtype)
         cos_NE, sin_NE = rotary_2d(
             rows,
             columns,
@@ -425,6 +428,25 @@ def _unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
     """The inverse of `_patchify`."""
     x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _canvas_positions(
+    rows: int, columns: int, base: int, hidden_size: int, device: torch.device
+) -> Tensor:
+    """Where on the canvas each token is, (N, D): fixed sines and cosines of row and column.
+
+    The rotary embedding knows only distances between tokens; without this a token cannot tell the
+    sky from the ground. Coordinates are stretched so that any size spans the range of the training
+    size (`base` tokens), whose corners the network knows.
+    """
+    rates = 10000.0 ** (-torch.arange(hidden_size // 4, device=device) * 4 / hidden_size)
+    tables = []
+    for count in (rows, columns):
+        angles = ((torch.arange(count, device=device) + 0.5) * (base / count))[:, None] * rates
+        tables.append(torch.cat([angles.sin(), angles.cos()], dim=-1))
+    y_ND = tables[0].repeat_interleave(columns, dim=0)
+    x_ND = tables[1].repeat(rows, 1)
+    return torch.cat([y_ND, x_ND], dim=-1)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
