@@ -61,11 +61,11 @@ def test_the_scheduler_undoes_the_objective(kind):
 
 def test_times_follow_their_distribution():
     draw = generator_for(0, "test")
-    normal = sample_times(20000, ObjectiveConfig(), draw)
+    normal = sample_times(20000, ObjectiveConfig(shift=1.0), draw)
     assert 0 < normal.min() < normal.max() < 1
     assert torch.logit(normal).mean().abs() < 0.03
     assert torch.logit(normal).std() == pytest.approx(1, abs=0.03)
-    uniform = sample_times(20000, ObjectiveConfig(time_sampling="uniform"), draw)
+    uniform = sample_times(20000, ObjectiveConfig(time_sampling="uniform", shift=1.0), draw)
     assert uniform.mean() == pytest.approx(0.5, abs=0.01)
     assert uniform.var() == pytest.approx(1 / 12, abs=0.005)
     shifted = sample_times(20000, ObjectiveConfig(time_sampling="uniform", shift=3.0), draw)

@@ -1,17 +1,18 @@
 """The command line: `complexity-dit demo | train | sample | evaluate`."""
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
 from complexity_dit.errors import UserError
 
 
-def build_parser() -> "ArgumentParser":  # noqa: F821
+def build_parser() -> ArgumentParser:
     """All commands; options and their help come from the dataclasses they fill."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
     from complexity_dit.config import TrainConfig
     from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
@@ -101,8 +102,6 @@ def _join_labels(arguments: Sequence[str]) -> list[str]:
     The fields of `--labels` are known only to the pipeline, so the parser cannot declare them as
     options that take several values.
     """
-    import json
-
     joined: list[str] = []
     i = 0
     while i < len(arguments):

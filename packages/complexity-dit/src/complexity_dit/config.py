@@ -11,7 +11,7 @@ from complexity_dit.objective import ObjectiveConfig
 class ModelConfig:
     """The network."""
 
-    size: str = "tiny"
+    size: str = "nano"
     """Named size: nano, tiny, mini (CPU), S, B, L, XL."""
 
     patch_size: int = 4
@@ -31,7 +31,7 @@ class ModelConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
@@ -57,7 +57,7 @@ class OptimConfig:
 class EMAConfig:
     """The moving average whose weights are saved, sampled and evaluated (diffusers' EMAModel)."""
 
-    decay: float = 0.9995
+    decay: float = 0.998
     """Largest decay per step."""
 
     power: float = 0.75
@@ -77,10 +77,10 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 
-    steps: int = 1000
+    steps: int = 1800
     """Optimizer steps."""
 
-    batch_size: int = 64
+    batch_size: int = 32
     """Images a step, over all processes."""
 
     gradient_accumulation_steps: int = 1

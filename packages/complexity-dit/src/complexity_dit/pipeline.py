@@ -193,7 +193,7 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         batch = len(class_labels)
         self._guidance_scale, self._interrupt = guidance_scale, False
 
-        latents = self._initial_latents(batch, height, width, generator, latents, device, dtype)
+        x = self._initial_latents(batch, height, width, generator, latents, device, dtype)
         timesteps = self._timesteps(num_inference_steps, device)
         self._num_timesteps = len(timesteps)
 
@@ -201,9 +201,9 @@ class ComplexityDiTPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                model_input = latents
+                model_input = x
                 if hasattr(self.scheduler, "scale_model_input"):
-                    model_input = self.scheduler.scale_model_input(latents, t)
+                    model_input = self.scheduler.scale_model_input(x, t)
                 noise_level = float(t) / NUM_TRAIN_TIMESTEPS
                 guided = (
                     guidance_scale != 1
@@ -212,18 +212,17 @@ class ComplexityDiTPipeline(DiffusionPipeline):
                 prediction = self._predict(
                     model_input.to(dtype), t, class_labels, guided, chunk_size, chunk_offset
                 )
-                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        tensors[name] = locals()[name]
-                    latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                    offered = {"latents": x}
+                    tensors = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
+                    x = callback_on_step_end(self, i, t, tensors).get("latents", x)
                 progress_bar.update()
 
         if output_type == "latent":
-            images = latents
+            images = x
         else:
-            pixels = self._decode(latents, chunk_size, chunk_offset)
+            pixels = self._decode(x, chunk_size, chunk_offset)
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -153,6 +153,7 @@ def _optimizer_step(
             accelerator.backward(loss)
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    assert grad_norm is not None  # accelerate gives none on XLA only
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.lr_scheduler.step()

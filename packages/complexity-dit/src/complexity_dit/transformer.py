@@ -110,6 +110,7 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = ComplexityDiTAttnProcessor
     _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
     _supports_qkv_fusion = False
+    processor: ComplexityDiTAttnProcessor
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
@@ -157,8 +158,10 @@ class ComplexityDiTBlock(nn.Module):
             hidden_size, _swiglu_width(hidden_size, config["mlp_ratio"])
         )
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
-        self.dynamics = None if self.placement == "none" else _build_dynamics(config)
-        self.dynamics_mlp = _build_dynamics(config) if self.placement == "force" else None
+        if self.placement != "none":
+            self.dynamics = _build_dynamics(config)
+        if self.placement == "force":
+            self.dynamics_mlp = _build_dynamics(config)
 
     def forward(
         self, h_BND: Tensor, v_BND: Tensor | None, c_BD: Tensor, cos_NE: Tensor, sin_NE: Tensor
@@ -385,7 +388,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         v_BND: Tensor | None = None
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x_BND, v_BND = self._gradient_checkpointing_func(
+                x_BND, v_BND = self._gradient_checkpointing_func(  # pyright: ignore
                     block, x_BND, v_BND, c_BD, cos_NE, sin_NE
                 )
             else:
@@ -411,8 +414,8 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 f"one column per label field ({', '.join(self.label_embed) or 'none'})"
             )
         total: Tensor | float = 0.0
-        for column, table in enumerate(self.label_embed.values()):
-            ids_B, null_row = class_labels[:, column], table.num_embeddings - 1
+        tables = zip(self.label_embed.values(), self.config.num_classes, strict=True)
+        for ids_B, (table, null_row) in zip(class_labels.unbind(1), tables, strict=True):
             total = total + table(torch.where(ids_B < 0, null_row, ids_B))
         return total
 
