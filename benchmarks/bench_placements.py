@@ -13,7 +13,8 @@ import time
 import torch
 from results import append_rows
 
-from complexity_dit.transformer import PLACEMENTS, ComplexityDiTTransformer2DModel
+from complexity_dit.architecture import PLACEMENTS
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 
 def one_step(model, optimizer, batch):

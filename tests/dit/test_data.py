@@ -22,7 +22,6 @@ from complexity_dit.data import (
     DataConfig,
     PaintingDataset,
     load_data,
-    random_batch_indices,
     resolve_label,
 )
 from complexity_dit.errors import UserError
@@ -411,31 +410,6 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # --- the order of training -----------------------------------------------------------------------
-
-
-def test_the_order_is_a_function_of_the_position() -> None:
-    whole = random_batch_indices(10, seed=3, start=0, count=35)
-    pieces = [random_batch_indices(10, 3, start, 5) for start in range(0, 35, 5)]
-    assert torch.equal(whole, torch.cat(pieces))
-    assert whole.dtype == torch.int64
-    for epoch in range(3):
-        assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
-    assert not torch.equal(whole[:10], whole[10:20])
-    assert not torch.equal(whole, random_batch_indices(10, 4, 0, 35))
-    assert random_batch_indices(10, 3, 7, 0).shape == (0,)
-    assert random_batch_indices(1, 0, 5, 3).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="num_items 0"):
-        random_batch_indices(0, 0, 0, 1)
-
-
-def test_the_order_never_changes() -> None:
-    # A resumed run must read on where an older version stopped.
-    assert random_batch_indices(8, 0, 0, 16).tolist() == [
-        0, 3, 5, 1, 7, 6, 2, 4, 0, 6, 5, 1, 3, 7, 2, 4,
-    ]  # fmt: skip
-
-
-# --- real paintings ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

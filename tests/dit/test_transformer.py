@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from complexity_dit.transformer import ADAPTIVES, PLACEMENTS, SIZES, ComplexityDiTTransformer2DModel
+from complexity_dit.architecture import ADAPTIVES, PLACEMENTS, SIZES
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 FIELDS = {"label_fields": ["style", "genre"], "num_classes": [3, 2]}
 
@@ -134,12 +135,12 @@ def test_non_square_inputs_and_grouped_query_attention():
 
 
 def test_patches_are_put_back_where_they_came_from():
-    from complexity_dit.transformer import _patchify, _unpatchify
+    from complexity_dit.patches import patchify, unpatchify
 
     x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
-    tokens = _patchify(x, 2)
+    tokens = patchify(x, 2)
     assert tokens.shape == (2, 6, 12)
-    assert torch.equal(_unpatchify(tokens, 2, 2, 3), x)
+    assert torch.equal(unpatchify(tokens, 2, 2, 3), x)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -17,30 +17,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from complexity_dit.architecture import DYNAMICS_DEFAULTS, SIZES, check_config
+from complexity_dit.patches import canvas_positions, patchify, unpatchify
 from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
-
-PLACEMENTS = ("stream", "branch", "force", "none")
-ADAPTIVES = ("token", "channel", "layer", "lite")
-
-# name: (hidden_size, num_layers, num_attention_heads); S to XL are the sizes of DiT (Peebles & Xie,
-# arXiv 2212.09748), those above them are for a CPU.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "nano": (128, 4, 4),
-    "tiny": (192, 6, 6),
-    "mini": (256, 8, 8),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-
-# What `None` means for a dynamics coefficient. The paper's values suit a layer that integrates a
-# stream or a branch; as a force the sub-layer output must arrive nearly whole (dt = 1, gate ~ 1).
-DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
-    "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
-    "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
-    "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
-}
 
 
 def _swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -286,7 +265,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
     ) -> None:
         super().__init__()
         config = self.config
-        _check_config(config)
+        check_config(config)
         patch_dim = patch_size * patch_size
 
         self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
@@ -371,8 +350,8 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             )
         rows, columns = height // patch, width // patch
 
-        x_BND = self.patch_embed(_patchify(hidden_states, patch))
-        x_BND = x_BND + _canvas_positions(
+        x_BND = self.patch_embed(patchify(hidden_states, patch))
+        x_BND = x_BND + canvas_positions(
             rows, columns, self.config.sample_size // patch, x_BND.shape[-1], x_BND.device
         ).to(x_BND.dtype)
         cos_NE, sin_NE = rotary_2d(
@@ -396,7 +375,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
 
         shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
         x_BND = self.proj_out(self.norm_out(x_BND, shift_BD, scale_BD))
-        sample = _unpatchify(x_BND, patch, rows, columns)
+        sample = unpatchify(x_BND, patch, rows, columns)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_labels(
@@ -418,76 +397,3 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         for ids_B, (table, null_row) in zip(class_labels.unbind(1), tables, strict=True):
             total = total + table(torch.where(ids_B < 0, null_row, ids_B))
         return total
-
-
-def _patchify(x_BCYX: Tensor, patch: int) -> Tensor:
-    """(B, C, Y, X) to (B, N, C * patch * patch), tokens in row-major order."""
-    batch, channels, height, width = x_BCYX.shape
-    x = x_BCYX.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def _unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
-    """The inverse of `_patchify`."""
-    x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def _canvas_positions(
-    rows: int, columns: int, base: int, hidden_size: int, device: torch.device
-) -> Tensor:
-    """Where on the canvas each token is, (N, D): fixed sines and cosines of row and column.
-
-    The rotary embedding knows only distances between tokens; without this a token cannot tell the
-    sky from the ground. Coordinates are stretched so that any size spans the range of the training
-    size (`base` tokens), whose corners the network knows.
-    """
-    rates = 10000.0 ** (-torch.arange(hidden_size // 4, device=device) * 4 / hidden_size)
-    tables = []
-    for count in (rows, columns):
-        angles = ((torch.arange(count, device=device) + 0.5) * (base / count))[:, None] * rates
-        tables.append(torch.cat([angles.sin(), angles.cos()], dim=-1))
-    y_ND = tables[0].repeat_interleave(columns, dim=0)
-    x_ND = tables[1].repeat(rows, 1)
-    return torch.cat([y_ND, x_ND], dim=-1)
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse sizes and names that do not fit; the numbers are in the message."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config["num_key_value_heads"] or heads
-    if hidden % heads:
-        raise ValueError(f"hidden_size {hidden} must be divisible by num_attention_heads {heads}")
-    if (hidden // heads) % 4:
-        raise ValueError(
-            f"head width {hidden // heads} (hidden_size {hidden} / num_attention_heads {heads}) "
-            "must be a multiple of 4 for the 2-D rotary embedding"
-        )
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
-        )
-    if config["sample_size"] % config["patch_size"]:
-        raise ValueError(
-            f"sample_size {config['sample_size']} must be divisible by patch_size "
-            f"{config['patch_size']}"
-        )
-    if config["dynamics_placement"] not in PLACEMENTS:
-        raise ValueError(
-            f"dynamics_placement {config['dynamics_placement']!r} must be one of {PLACEMENTS}"
-        )
-    if config["dynamics_adaptive"] not in ADAPTIVES:
-        raise ValueError(
-            f"dynamics_adaptive {config['dynamics_adaptive']!r} must be one of {ADAPTIVES}"
-        )
-    fields, counts = config["label_fields"], config["num_classes"]
-    if len(fields) != len(counts) or len(set(fields)) != len(fields):
-        raise ValueError(
-            f"label_fields {list(fields)} must be distinct names with one entry each in "
-            f"num_classes {list(counts)}"
-        )
-    for field, count in zip(fields, counts, strict=True):
-        if not field.isidentifier() or count < 1:
-            raise ValueError(
-                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
-            )
