@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -86,7 +86,11 @@ def train(config: TrainConfig) -> Path:
         logger.info("resumed from %s at step %d", checkpoint, state.step)
 
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard",
+        project_dir=out,
+        # The first layer has no incoming velocity: that part of its controller gets no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     _check_batch(config, accelerator.num_processes)
     is_main = accelerator.is_main_process
@@ -125,11 +129,11 @@ def train(config: TrainConfig) -> Path:
                 checkpoints = out / "checkpoints"
                 state.save(checkpoints, scheduler, id2label, dataclasses.asdict(config))
                 drop_old_checkpoints(checkpoints, config.keep_last)
-    accelerator.end_training()
     if is_main:
         with folder_aside(out / "pipeline") as folder:
             state.save_pipeline(folder, scheduler, id2label, dataclasses.asdict(config.data))
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # takes the process group down: nothing may wait after it
     return out / "pipeline"
 
 
