@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from complexity_dit.errors import UserError
 from complexity_dit.objective import (
+    MIN_NOISE,
     ObjectiveConfig,
     build_scheduler,
     drop_labels,
     noisy_input_and_target,
     sample_times,
+    velocity_towards,
 )
 from complexity_dit.seeding import derive_seed, generator_for
 
@@ -70,6 +73,31 @@ def test_times_follow_their_distribution():
     assert uniform.var() == pytest.approx(1 / 12, abs=0.005)
     shifted = sample_times(20000, ObjectiveConfig(time_sampling="uniform", shift=3.0), draw)
     assert shifted.median() == pytest.approx(0.75, abs=0.02)  # 3 * 0.5 / (1 + 2 * 0.5)
+
+
+def test_the_velocity_towards_the_clean_image_is_the_target():
+    clean, noise, times = batch()
+    noisy, timestep, target = noisy_input_and_target(clean, noise, times, ObjectiveConfig())
+    torch.testing.assert_close(velocity_towards(clean, noisy, timestep), target)
+
+
+def test_no_velocity_is_asked_for_where_errors_would_be_divided_by_nothing():
+    clean, _, _ = batch()
+    off = velocity_towards(clean + 0.01, clean, torch.zeros(4))
+    torch.testing.assert_close(off, torch.full_like(off, -0.01 / MIN_NOISE), rtol=1e-3, atol=0)
+    early = {"logit_mean": -20.0, "shift": 1.0}
+    least = sample_times(100, ObjectiveConfig(**early), generator_for(0, "test")).min()
+    assert least == pytest.approx(MIN_NOISE)
+    free = ObjectiveConfig(network_output="target", **early)
+    assert sample_times(100, free, generator_for(0, "test")).max() < 1e-6
+
+
+def test_only_flow_can_be_learned_through_the_clean_image():
+    assert ObjectiveConfig().writes_sample
+    assert not ObjectiveConfig(network_output="target").writes_sample
+    assert not ObjectiveConfig(prediction_type="epsilon").writes_sample
+    with pytest.raises(UserError, match="network_output target"):
+        assert ObjectiveConfig(prediction_type="epsilon", network_output="sample").writes_sample
 
 
 def test_labels_are_dropped_field_by_field():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from complexity_dit.architecture import ADAPTIVES, PLACEMENTS, SIZES
+from complexity_dit.objective import velocity_towards
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 FIELDS = {"label_fields": ["style", "genre"], "num_classes": [3, 2]}
@@ -224,3 +225,17 @@ def test_wrong_inputs_are_refused_with_numbers():
         model(x, t, labels[:, :1])
     with pytest.raises(ValueError, match="unknown size 'huge'"):
         ComplexityDiTTransformer2DModel.from_size("huge")
+
+
+def test_a_network_that_writes_the_image_returns_the_velocity_to_it():
+    x, t, labels = inputs()
+    written = randomised(build(), seed=3)(x, t, labels).sample
+    model = randomised(build(network_output="sample"), seed=3)
+    assert torch.equal(model(x, t, labels).sample, velocity_towards(written, x, t))
+    scalar = model(x, t[0], labels).sample  # pipelines give one time for the whole batch
+    assert torch.equal(scalar, model(x, t, labels).sample)
+
+
+def test_an_unknown_network_output_is_refused():
+    with pytest.raises(ValueError, match="network_output 'noise'"):
+        build(network_output="noise")

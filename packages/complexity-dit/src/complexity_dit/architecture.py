@@ -5,6 +5,7 @@ from typing import Any
 
 PLACEMENTS = ("stream", "branch", "force", "none")
 ADAPTIVES = ("token", "channel", "layer", "lite")
+NETWORK_OUTPUTS = ("target", "sample")
 
 # name: (hidden_size, num_layers, num_attention_heads); S to XL are the sizes of DiT (Peebles & Xie,
 # arXiv 2212.09748), those above them are for a CPU.
@@ -54,6 +55,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config["dynamics_adaptive"] not in ADAPTIVES:
         raise ValueError(
             f"dynamics_adaptive {config['dynamics_adaptive']!r} must be one of {ADAPTIVES}"
+        )
+    if config["network_output"] not in NETWORK_OUTPUTS:
+        raise ValueError(
+            f"network_output {config['network_output']!r} must be one of {NETWORK_OUTPUTS}"
         )
     fields, counts = config["label_fields"], config["num_classes"]
     if len(fields) != len(counts) or len(set(fields)) != len(fields):

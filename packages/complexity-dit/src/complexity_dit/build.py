@@ -21,6 +21,7 @@ def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTran
         "num_classes": [len(names) for names in data.label_names.values()],
         "dynamics_placement": config.model.dynamics_placement,
         "dynamics_adaptive": config.model.dynamics_adaptive,
+        "network_output": "sample" if config.objective.writes_sample else "target",
     }
     try:
         return ComplexityDiTTransformer2DModel.from_size(

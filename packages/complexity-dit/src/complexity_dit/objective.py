@@ -12,7 +12,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+from complexity_dit.errors import UserError
+
 NUM_TRAIN_TIMESTEPS = 1000
+
+MIN_NOISE = 0.02
+"""Least noise level at which a network that writes the clean image is trained and believed: its
+velocity is divided by the level, and so are its errors."""
 
 
 @dataclass
@@ -21,6 +27,11 @@ class ObjectiveConfig:
 
     prediction_type: Literal["flow", "epsilon", "v_prediction"] = "flow"
     """flow: velocity of the straight path from image to noise; the others use the DDPM schedule."""
+
+    network_output: Literal["sample", "target"] | None = None
+    """What the network writes: the clean image (`sample`, flow only), from which the velocity
+    follows, or the target itself; the loss is on the target either way. By default sample for
+    flow, target for the others."""
 
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the noise level t in (0, 1)."""
@@ -38,6 +49,20 @@ class ObjectiveConfig:
     label_dropout: float = 0.1
     """Probability that each label of an image is replaced by the null row, for guidance."""
 
+    @property
+    def writes_sample(self) -> bool:
+        """Whether the network writes the clean image.
+
+        Raises:
+            UserError: If it should, and the objective has no velocity that follows from it.
+        """
+        if self.network_output == "sample" and self.prediction_type != "flow":
+            raise UserError(
+                f"network_output sample goes with prediction_type flow, not "
+                f"{self.prediction_type}: use --objective.network_output target"
+            )
+        return self.prediction_type == "flow" and self.network_output != "target"
+
 
 def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     """Noise levels t in (0, 1), shape (count,), fp32: 0 is the clean image, 1 is pure noise."""
@@ -46,7 +71,22 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
         times = torch.sigmoid(config.logit_mean + config.logit_std * normal)
     else:
         times = torch.rand(count, generator=generator)
-    return config.shift * times / (1 + (config.shift - 1) * times)
+    times = config.shift * times / (1 + (config.shift - 1) * times)
+    return times.clamp(min=MIN_NOISE) if config.writes_sample else times
+
+
+def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """The flow velocity that leads from a noisy image straight to a clean one.
+
+    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
+
+    Args:
+        clean: The network's idea of the clean image, (B, C, Y, X).
+        noisy: Its input x_t, likewise.
+        timestep: 1000 times t, (B,); t is taken as at least `MIN_NOISE`.
+    """
+    t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
+    return (noisy - clean) / t.to(clean)
 
 
 def noisy_input_and_target(

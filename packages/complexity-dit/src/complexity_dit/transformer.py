@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from complexity_dit.architecture import DYNAMICS_DEFAULTS, SIZES, check_config
+from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
 from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
 
@@ -224,6 +225,10 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         dynamics_mu_min: Lower bound of the equilibrium; None switches it off.
         dynamics_mu_max: Upper bound of the equilibrium; None switches it off.
         dynamics_velocity_norm: `force` only: RMS-normalise the incoming velocity.
+        network_output: What the last layer computes: `target` is the objective's target itself;
+            `sample` (flow matching only) is the clean image x, and the model returns the velocity
+            (x_t - x) / t that leads to it (x-prediction; Li & He, arXiv 2511.13720). A small
+            network finds pictures easier to write down than noise.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -262,6 +267,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         dynamics_mu_min: float | None = 0.0,
         dynamics_mu_max: float | None = 2.0,
         dynamics_velocity_norm: bool = False,
+        network_output: str = "target",
     ) -> None:
         super().__init__()
         config = self.config
@@ -376,6 +382,8 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
         x_BND = self.proj_out(self.norm_out(x_BND, shift_BD, scale_BD))
         sample = unpatchify(x_BND, patch, rows, columns)
+        if self.config.network_output == "sample":
+            sample = velocity_towards(sample, hidden_states, timestep.expand(batch))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_labels(
