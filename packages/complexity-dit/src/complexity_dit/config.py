@@ -20,7 +20,7 @@ class ModelConfig:
     dynamics_placement: Literal["stream", "branch", "force", "none"] = "branch"
     """Where INL dynamics act in a layer; none is the plain transformer."""
 
-    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "token"
+    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
     """What the coefficients of the dynamics depend on; lite has fixed ones."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class ModelConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
@@ -77,10 +77,10 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 
-    steps: int = 1800
+    steps: int = 3400
     """Optimizer steps."""
 
-    batch_size: int = 32
+    batch_size: int = 16
     """Images a step, over all processes."""
 
     gradient_accumulation_steps: int = 1
@@ -101,7 +101,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between writes of train_log.csv (a row a step) and tensorboard."""
 
-    checkpoint_every: int = 500
+    checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
 
     keep_last: int = 2

@@ -42,7 +42,7 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     """Standard deviation of logit(t) for logit_normal."""
 
-    shift: float = 3.0
+    shift: float = 4.0
     """Time shift s: t becomes s*t / (1 + (s - 1)*t), in sampling too; above 1 puts more training
     and more steps on high noise, where composition is decided. 1 is off."""
 

@@ -26,10 +26,10 @@ class SampleConfig:
     seed: int = 0
     """Seed of the set; the noise of image i comes from (seed, i) alone."""
 
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     """Denoising steps."""
 
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 is off."""
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
