@@ -11,12 +11,15 @@ OUT = runs/demo
 # parallel test processes: make test JOBS=4
 JOBS = 2
 
+# what `make gpu` does: make gpu PART=tests, ops or models; without PART all three
+PART = tests ops models
+
 # Offline tests and one OpenMP thread a process: more threads than idle cores make torch slower.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint clean
+.PHONY: help venv demo test test-slow lint clean kernels bench gpu
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +48,19 @@ lint: venv ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+kernels: venv ## compile every Triton kernel, no GPU needed; table to benchmarks/kernels.md
+	$(BIN)/python benchmarks/kernel_resources.py
+
+bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to its README
+	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results.csv
+	$(BIN)/python benchmarks/bench_tax.py --out benchmarks/results.csv
+	$(BIN)/python benchmarks/tables.py
+
+# No venv: the machine with the GPU may have a bare python3 with torch and triton, and no network.
+gpu: export PYTHONPATH := packages/inl-core/src:$(PYTHONPATH)
+gpu: ## on a GPU: kernels against the definition, their speed, compiled training steps
+	@for part in $(PART); do $(PYTHON) benchmarks/gpu.py $$part || exit $$?; done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist packages/*/build packages/*/dist .pytest_cache .ruff_cache .hypothesis

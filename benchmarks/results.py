@@ -2,6 +2,8 @@
 
 import csv
 import datetime
+import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -11,14 +13,14 @@ from pathlib import Path
 import torch
 
 FIELDS = (
-    "date", "bench", "case", "metric", "value", "unit", "command", "hardware", "threads",
-    "torch", "python", "commit",
+    "date", "bench", "case", "shape", "dtype", "backend", "metric", "value", "unit", "command",
+    "hardware", "threads", "torch", "triton", "python", "commit",
 )  # fmt: skip
 
 
-def hardware():
-    """The GPU's name, else the CPU's as the system reports it."""
-    if torch.cuda.is_available():
+def hardware(device=None):
+    """Name of the GPU, or of the CPU as the system reports it; None asks for a GPU if there is."""
+    if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = [
@@ -30,33 +32,54 @@ def hardware():
 
 
 def commit():
-    """Short commit of the code that ran, with `+` when files differed from it."""
-    here = Path(__file__).parent
+    """Short commit of the code that ran, with `+` when files differed from it.
+
+    A copy of the code without its history takes the name from the variable COMMIT.
+    """
 
     def git(*arguments):
-        done = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *arguments],
+                cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     dirty = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "none") + ("+" if dirty else "")
+    known = git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+    return known or os.environ.get("COMMIT") or "none"
 
 
-def append_rows(path, bench, rows):
-    """Add rows {case, metric, value, unit} to a CSV, creating it with its header."""
+def triton_version():
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def append_rows(path, bench, rows, device=None):
+    """Add rows to a CSV, creating it with its header; what is added is on disk on return.
+
+    A row has `case`, `metric`, `value` and `unit`, and may have `shape`, `dtype` and `backend`.
+    """
     path = Path(path)
     about = {
         "date": datetime.date.today().isoformat(),
         "bench": bench,
         "command": shlex.join(["python", *sys.argv]),
-        "hardware": hardware(),
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         "python": platform.python_version(),
         "commit": commit(),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
+    if not fresh and (header := path.read_text().partition("\n")[0]) != ",".join(FIELDS):
+        raise ValueError(f"{path} has the columns {header}, expected {','.join(FIELDS)}")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if fresh:
@@ -65,3 +88,11 @@ def append_rows(path, bench, rows):
             value = row["value"]
             text = f"{value:.6g}" if isinstance(value, float) else value
             writer.writerow(about | row | {"value": text})
+
+
+def read_rows(path):
+    """All rows as dictionaries of strings; none if there is no file."""
+    if not Path(path).exists():
+        return []
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))

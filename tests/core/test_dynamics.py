@@ -125,7 +125,7 @@ def test_bounds_switched_off() -> None:
 
 def test_modules_go_through_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("inl_step", "inl_update"):
+    for name in ("inl_controlled_step", "inl_step", "inl_update"):
         original = getattr(ops, name)
 
         def spy(*args: object, _name: str = name, _original=original, **kwargs: object) -> object:
@@ -134,8 +134,9 @@ def test_modules_go_through_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(ops, name, spy)
     INLDynamics(4)(randn(2, 4))
+    INLDynamics(4, adaptive="channel")(randn(2, 4))
     INLDynamicsLite(4)(randn(2, 4))
-    assert calls == ["inl_step", "inl_update"]
+    assert calls == ["inl_controlled_step", "inl_step", "inl_update"]
 
 
 # ------------------------------------------------------------------------------------------------

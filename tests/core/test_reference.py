@@ -358,7 +358,28 @@ def test_gradcheck_of_the_small_operations(name: str) -> None:
     assert torch.autograd.gradcheck(getattr(ops, name), values)
 
 
+@pytest.mark.parametrize("name", ["inl_controlled_step", "inl_branch_epilogue"])
+def test_gradcheck_of_the_fused_operations(name: str) -> None:
+    shapes, bounds = {
+        "inl_controlled_step": (
+            [(2, 3, 4), (2, 3, 4), (2, 3, 2), (12, 2), (12,), (4,), (2, 3, 4)],
+            UNBOUNDED,
+        ),
+        "inl_branch_epilogue": (
+            [(2, 3, 4), (2, 3, 4), *[(4,)] * 4, (2, 3, 4), *[(2, 4)] * 3, (4,)],
+            {key: value for key, value in UNBOUNDED.items() if key != "beta_max"},
+        ),
+    }[name]
+    g = torch.Generator().manual_seed(3)
+    values = [
+        torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
+    assert torch.autograd.gradcheck(lambda *x: getattr(ops, name)(*x, **bounds), values)
+
+
 def test_ops_has_every_operation_of_the_reference() -> None:
     functions = {name for name in reference.__all__ if name != "BoundedClamp"}
-    assert set(ops.__all__) == functions
-    assert all(callable(getattr(ops, name)) for name in ops.__all__)
+    switch = {"Backend", "current_backend", "use_backend"}
+    assert set(ops.__all__) == functions | switch
+    assert all(callable(getattr(ops, name)) for name in functions)

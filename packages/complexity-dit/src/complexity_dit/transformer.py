@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from complexity_dit.architecture import DYNAMICS_DEFAULTS, SIZES, check_config
 from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
-from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
+from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
+    ModulatedRMSNorm,
+    RMSNorm,
+    branch_epilogue,
+    ops,
+    rotary_2d,
+)
 
 
 def _swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -161,14 +169,20 @@ class ComplexityDiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
         branch_BND = self.attn(self.norm1(h_BND, shift1, scale1), cos_NE, sin_NE)
+        # The sum, the step before it and the norm after it are one operation where they can be.
+        conditions = (gate1, shift2, scale2)
+        eps = self.norm2.eps
         if self.placement == "force":
             h_BND, v_BND = self._pushed(self.dynamics, h_BND, v_BND, branch_BND, gate1)
+            normed_BND = self.norm2(h_BND, shift2, scale2)
+        elif self.placement == "branch":
+            normed_BND, h_BND, v_BND = branch_epilogue(
+                self.dynamics, branch_BND, v_BND, h_BND, conditions, eps=eps
+            )
         else:
-            if self.placement == "branch":
-                branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
-            h_BND = ops.gated_residual(h_BND, branch_BND, gate1)
+            normed_BND, h_BND = ops.gated_residual_norm(h_BND, branch_BND, *conditions, eps=eps)
 
-        branch_BND = self.mlp(self.norm2(h_BND, shift2, scale2))
+        branch_BND = self.mlp(normed_BND)
         if self.placement == "force":
             h_BND, v_BND = self._pushed(self.dynamics_mlp, h_BND, v_BND, branch_BND, gate2)
         else:

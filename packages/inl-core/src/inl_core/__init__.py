@@ -1,13 +1,20 @@
-"""INL dynamics, norms, rotary embeddings and stability theory for PyTorch.
+"""INL dynamics, norms, rotary embeddings, routed MLPs and stability theory for PyTorch.
 
 `inl_core.ops` holds the operations as functions, `inl_core.reference` their definition.
 """
 
 from inl_core import ops, reference, stability
 from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.epilogue import branch_epilogue
 from inl_core.norms import ModulatedRMSNorm, RMSNorm
 from inl_core.reference import bounded_clamp
 from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
+from inl_core.routing import (
+    RoutingPlan,
+    TokenRoutedMLP,
+    build_routing_table,
+    make_routing_plan,
+)
 from inl_core.stability import (
     is_stable,
     lyapunov,
@@ -23,12 +30,17 @@ __all__ = [
     "INLDynamicsLite",
     "ModulatedRMSNorm",
     "RMSNorm",
+    "RoutingPlan",
+    "TokenRoutedMLP",
     "__version__",
     "apply_rotary",
     "bounded_clamp",
+    "branch_epilogue",
+    "build_routing_table",
     "collect_dynamics_stats",
     "is_stable",
     "lyapunov",
+    "make_routing_plan",
     "ops",
     "reference",
     "rotary_1d",

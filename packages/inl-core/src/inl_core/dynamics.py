@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -248,36 +248,45 @@ class INLDynamics(_Dynamics):
             ValueError: If a shape does not fit.
         """
         self._check_inputs(h, v, force)
-        alpha_raw, beta_raw, gate_raw = self._coefficients(h, v)
-        h_next, v_next = ops.inl_step(
-            h,
-            v,
-            alpha_raw,
-            beta_raw,
-            gate_raw,
-            self.mu,
-            force,
-            dt=self.dt,
-            beta_max=self.beta_max,
-            velocity_max=self.velocity_max,
-            mu_min=self.mu_min,
-            mu_max=self.mu_max,
-        )
+        bounds: dict[str, Any] = {
+            "dt": self.dt,
+            "beta_max": self.beta_max,
+            "velocity_max": self.velocity_max,
+            "mu_min": self.mu_min,
+            "mu_max": self.mu_max,
+        }
+        if self.adaptive == "token":
+            h_next, v_next = ops.inl_controlled_step(
+                h, v, self._hidden(h, v), self.weight_out, self.bias_out, self.mu, force, **bounds
+            )
+        else:
+            h_next, v_next = ops.inl_step(
+                h, v, self.alpha_raw, self.beta_raw, self.gate_raw, self.mu, force, **bounds
+            )
         # In this order the compiler stops at the constant and puts no guard on the switch.
         if not torch.compiler.is_compiling() and self._collecting:
-            raw = (alpha_raw.detach(), beta_raw.detach(), gate_raw.detach())
-            self._record(*ops.inl_coefficients(*raw, beta_max=None), self.beta_max, v_next)
+            self._note(h, v, v_next)
         return h_next, v_next
 
-    def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if self.adaptive != "token":
-            return self.alpha_raw, self.beta_raw, self.gate_raw
+    def _hidden(self, h: Tensor, v: Tensor | None) -> Tensor:
+        """Hidden state of the controller (..., controller_hidden)."""
         hidden = F.linear(h, self.weight_h, self.bias_in)
         if v is not None:
             hidden = hidden + F.linear(v.to(h.dtype), self.weight_v)
-        raw = F.linear(F.silu(hidden), self.weight_out, self.bias_out)
+        return F.silu(hidden)
+
+    def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw coefficients, as the step makes them for itself."""
+        if self.adaptive != "token":
+            return self.alpha_raw, self.beta_raw, self.gate_raw
+        raw = F.linear(self._hidden(h, v), self.weight_out, self.bias_out)
         alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
         return alpha_raw, beta_raw, gate_raw
+
+    @torch.no_grad()
+    def _note(self, h: Tensor, v: Tensor | None, v_next: Tensor) -> None:
+        raw = self._coefficients(h, v)
+        self._record(*ops.inl_coefficients(*raw, beta_max=None), self.beta_max, v_next)
 
     def extra_repr(self) -> str:
         """Describe the settings for ``print(module)``."""

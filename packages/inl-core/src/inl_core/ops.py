@@ -1,37 +1,232 @@
 """One public name per operation: the only place that chooses an implementation.
 
-Modules call ``ops.inl_step(...)`` and know nothing of backends. Today every device runs the
-definition in `inl_core.reference`: plain PyTorch, transparent to the compiler, which fuses it with
-its neighbours. Triton kernels arrive behind this same switch, under the same names and signatures.
-Nothing here keeps state.
+Modules call ``ops.inl_step(...)`` and know nothing of backends. There are two of them:
+
+* "reference", the definition in `inl_core.reference`: plain PyTorch, transparent to the compiler,
+  which fuses it with its neighbours;
+* "triton", the kernels in `inl_core.kernels`: custom ops with their own backward, one pass over
+  memory each, opaque to the compiler.
+
+"auto" takes the reference on a CPU and a kernel on a CUDA device where one is worth it. The
+environment variable ``INL_BACKEND`` (auto, reference or triton), read once at import, and the
+context manager `use_backend` decide otherwise.
+
+Whatever the backend, the reference computes what no kernel takes: fp64, rows wider than 16384, raw
+coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), controllers wider than 64 or in
+fp32, coefficients of each token in `inl_branch_epilogue`, and everything under a ``torch.func``
+transform (grad, vmap, jvp), which cannot look into a kernel.
 """
 
 from __future__ import annotations
 
-from inl_core.reference import (
-    add_rms_norm,
-    bounded_clamp,
-    gated_residual,
-    inl_coefficients,
-    inl_step,
-    inl_update,
-    modulated_rms_norm,
-    qk_norm_rope,
-    rms_norm,
-    rotate,
-    swiglu,
-)
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from inl_core import reference, segments
+from inl_core.reference import bounded_clamp, inl_coefficients, inl_update, rotate
 
 __all__ = [
+    "Backend",
     "add_rms_norm",
     "bounded_clamp",
+    "current_backend",
     "gated_residual",
+    "gated_residual_norm",
+    "inl_branch_epilogue",
     "inl_coefficients",
+    "inl_controlled_step",
     "inl_step",
     "inl_update",
     "modulated_rms_norm",
     "qk_norm_rope",
     "rms_norm",
     "rotate",
+    "routed_mlp",
     "swiglu",
+    "use_backend",
 ]
+
+Backend = Literal["auto", "reference", "triton"]
+"""Who computes: see the module's text."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MAX_WIDTH = 16384
+
+COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset()
+"""Operations that "auto" leaves to the reference on a GPU, because a committed benchmark row shows
+the compiled reference ahead of the kernel there."""
+
+GROUPED_PRODUCT_ON_GPU: frozenset[torch.dtype] = frozenset({torch.bfloat16})
+"""Dtypes in which "auto" leaves `routed_mlp` on a GPU to torch's grouped product: one kernel there,
+while in the others that waits for the device. Ours replaces it where a committed benchmark row
+shows it faster."""
+
+
+def _checked(name: str, origin: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    return name  # type: ignore[return-value]
+
+
+# A plain global: the compiler guards on its value and recompiles when it changes.
+_backend: Backend = _checked(os.environ.get("INL_BACKEND", "auto"), "INL_BACKEND")
+_triton_installed = importlib.util.find_spec("triton") is not None
+
+_SWITCHED: list[str] = []
+_kernels: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
+
+
+def current_backend() -> Backend:
+    """Name the backend in force: "auto", "reference" or "triton"."""
+    return _backend
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block; blocks may nest.
+
+    The choice is one for the whole process, not one a thread. A backward pass uses what its forward
+    used. "triton" asks for the kernels: CPU tensors are then an error, unless
+    ``TRITON_INTERPRET=1`` was set before the first import of a kernel.
+
+    Args:
+        name: "auto", "reference" or "triton".
+
+    Yields:
+        None. On exit the backend is what it was before.
+
+    Raises:
+        ValueError: On another name, or on "triton" where triton is not installed.
+    """
+    global _backend
+    before = _backend
+    chosen = _checked(name, "backend")
+    if chosen == "triton" and not _triton_installed:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    _backend = chosen
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _settled_while_tracing(function: Callable[P, T]) -> Callable[P, T]:
+    """Let the compiler call `function` itself and take the result as a constant.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_settled_while_tracing
+def _transformed() -> bool:
+    """Whether a ``torch.func`` transform is active; the compiler guards on those by itself."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
+def _takes_kernel(name: str, tensors: list[Tensor]) -> bool:
+    """Whether a Triton kernel computes the operation `name` on these arguments."""
+    first = tensors[0]
+    if _backend == "reference":
+        return False
+    if _backend == "auto" and not (
+        first.is_cuda and _triton_installed and name not in COMPILED_REFERENCE_IS_FASTER
+    ):
+        return False
+    if first.ndim == 0 or not 1 <= first.shape[-1] <= _MAX_WIDTH:
+        return False
+    return all(x.dtype != torch.float64 for x in tensors) and not _transformed()
+
+
+def _switched(definition: Callable[P, T]) -> Callable[P, T]:
+    """Put the switch before the reference function `definition`.
+
+    Its kernel is the function of the same name and signature in the kernel file of that name. Such
+    a file may also have ``takes``, which says of the same arguments whether their shapes fit.
+    """
+    name = definition.__name__
+    _SWITCHED.append(name)
+
+    @functools.wraps(definition)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if _takes_kernel(name, tensors):
+            _load_kernels()
+            kernel, takes = _kernels[name]
+            if takes is None or takes(*args, **kwargs):
+                return kernel(*args, **kwargs)
+        return definition(*args, **kwargs)
+
+    return operation
+
+
+@_settled_while_tracing
+def _load_kernels() -> bool:
+    """Import every kernel file once, on first use: it costs seconds and settles the interpreter.
+
+    All at once, so that a trace which has looked at `_kernels` never meets a later addition.
+    """
+    if not _kernels:
+        for name in _SWITCHED:
+            module = importlib.import_module(f"inl_core.kernels.{name}")
+            _kernels[name] = (getattr(module, name), getattr(module, "takes", None))
+    return True
+
+
+inl_step = _switched(reference.inl_step)
+inl_controlled_step = _switched(reference.inl_controlled_step)
+inl_branch_epilogue = _switched(reference.inl_branch_epilogue)
+rms_norm = _switched(reference.rms_norm)
+add_rms_norm = _switched(reference.add_rms_norm)
+modulated_rms_norm = _switched(reference.modulated_rms_norm)
+gated_residual = _switched(reference.gated_residual)
+gated_residual_norm = _switched(reference.gated_residual_norm)
+qk_norm_rope = _switched(reference.qk_norm_rope)
+swiglu = _switched(reference.swiglu)
+
+
+def routed_mlp(
+    x: Tensor, plan: segments.RoutingPlan, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """`inl_core.reference.routed_mlp`, each expert on its own rows only.
+
+    "auto" computes by torch's grouped matrix product, on a GPU in `GROUPED_PRODUCT_ON_GPU` only and
+    in other dtypes by the kernel. fp64 goes to the definition, as does everything under a
+    ``torch.func`` transform or the backend "reference". Under autocast it casts its arguments as
+    ``F.linear`` does.
+
+    Args:
+        x: (..., D) with T rows.
+        plan: Plan of T tokens and E experts, from `inl_core.make_routing_plan`.
+        gate: (E, I, D).
+        up: (E, I, D).
+        down: (E, D, I).
+
+    Returns:
+        Tensor shaped like `x`, in its dtype (under autocast in the dtype of autocast).
+
+    Raises:
+        ValueError: If a shape or a dtype does not fit.
+    """
+    x, gate, up, down = segments.as_linear_casts(x, gate, up, down)
+    if _backend == "reference" or x.dtype == torch.float64 or _transformed():
+        return reference.routed_mlp(x, plan, gate, up, down)
+    chosen = _backend == "triton" or x.dtype not in GROUPED_PRODUCT_ON_GPU
+    if chosen and _takes_kernel("routed_mlp", [x, gate, up, down]):
+        _load_kernels()
+        return _kernels["routed_mlp"][0](x, plan, gate, up, down)
+    return segments.grouped_routed_mlp(x, plan, gate, up, down)
+
+
+_SWITCHED.append("routed_mlp")

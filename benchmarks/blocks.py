@@ -1,0 +1,114 @@
+"""A transformer block stack in plain torch and `inl_core`: what dynamics add to is all here.
+
+The blocks are those of the image model (AdaLN-Zero, QK-norm, rotary, SwiGLU, dynamics in placement
+`branch`) without diffusers, so that they run where nothing but torch is installed.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
+
+KINDS = ("none", "lite", "layer", "channel", "token")
+"""What the coefficients of the dynamics depend on; `none` is the plain residual."""
+
+SIZES = {
+    # width, depth, heads: the published DiT models, at patch 2 on a 32 × 32 latent
+    "S/2": (384, 12, 6),
+    "B/2": (768, 12, 12),
+    "XL/2": (1152, 28, 16),
+}
+
+
+def build_dynamics(kind, width):
+    if kind == "none":
+        return None
+    return INLDynamicsLite(width) if kind == "lite" else INLDynamics(width, adaptive=kind)
+
+
+class Mlp(nn.Module):
+    """Dense SwiGLU."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, kind):
+        super().__init__()
+        self.heads = heads
+        self.adaln = nn.Linear(width, 6 * width)
+        self.norm1, self.norm2 = ModulatedRMSNorm(width), ModulatedRMSNorm(width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        self.norm_q, self.norm_k = RMSNorm(width // heads), RMSNorm(width // heads)
+        # 8/3 of the width: three matrices with the products of a plain MLP's two at 4.
+        self.mlp = Mlp(width, -(-8 * width // 3 // 64) * 64)
+        self.dynamics = build_dynamics(kind, width)
+
+    def forward(self, h, v, c, cos, sin):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=-1)
+        branch = self.attention(self.norm1(h, shift1, scale1), cos, sin)
+        if self.dynamics is not None:
+            branch, v = self.dynamics(branch, v)
+        h = ops.gated_residual(h, branch, gate1)
+        return ops.gated_residual(h, self.mlp(self.norm2(h, shift2, scale2)), gate2), v
+
+    def attention(self, x, cos, sin):
+        q, k, v = (
+            to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v)
+        )
+        q, k = ops.qk_norm_rope(
+            q, k, self.norm_q.weight, self.norm_k.weight, cos, sin, self.norm_q.eps
+        )
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v.to(q.dtype))))
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, each compiled: equal blocks share one compilation."""
+
+    def __init__(self, width, depth, heads, kind, side, compiled):
+        super().__init__()
+        # The same backbone whatever the kind: dynamics draw their own random numbers.
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(width, heads, "none") for _ in range(depth))
+        for block in self.blocks:
+            block.dynamics = build_dynamics(kind, width)
+        cos, sin = rotary_2d(side, side, width // heads)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # kinds × first block or not
+            for block in self.blocks:
+                block.compile(fullgraph=True)
+
+    def forward(self, h, c):
+        v = None
+        for block in self.blocks:
+            h, v = block(h, v, c, self.cos, self.sin)
+        return h
+
+
+def training_step(model, batch, dtype):
+    """A function: forward, backward and update on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    h, c = batch
+    device = h.device.type
+
+    def step():
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(h, c).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -1,0 +1,133 @@
+"""Everything that needs a GPU, in three parts of less than nine minutes.
+
+    python3 benchmarks/gpu.py tests     every kernel on the device, forward and backward, against
+                                        the definition in fp64; then the kernels' test modules
+    python3 benchmarks/gpu.py ops       bench_ops.py: GB/s and TFLOP/s of every operation
+    python3 benchmarks/gpu.py models    bench_tax.py: training steps of compiled DiT-B/2 and
+                                        DiT-XL/2 block stacks, with each kind of dynamics and none
+
+It needs torch and triton, nothing installed from here. Rows go to the folder $OUT (runs/gpu) as
+they are made. The exit status is 2 without a GPU, 1 after a failure, 3 when the time ran out in the
+middle of something. `--device cpu --quick` tries the script itself: kernels in the interpreter.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MINUTES = {"tests": 8.0, "ops": 8.0, "models": 8.0}
+"""Nothing new begins after these; what runs then is stopped at `HARD`."""
+HARD = 8.8
+NOT_ON_A_DEVICE = ("test_aot.py", "test_ops_switch.py")
+
+
+def give_up(*_):
+    print(f"stopped after {HARD} minutes; the rows made until then are kept", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(3)
+
+
+def device_tests(device, quick, rows, deadline):
+    import device_checks
+    from results import append_rows
+
+    failures = device_checks.run(
+        device, quick, deadline, lambda row: append_rows(rows, "device", [row], device)
+    )
+    if device == "cpu":
+        return failures
+    if importlib.util.find_spec("pytest") is None:
+        print("pytest is not installed: only the checks above ran")
+        return failures
+    folder = ROOT / "tests/core/kernels"
+    modules = [p for p in sorted(folder.glob("test_*.py")) if p.name not in NOT_ON_A_DEVICE]
+    # Without the project's settings: they name plugins that may be missing here.
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}",
+        "--import-mode=importlib", "-p", "no:cacheprovider", *map(str, modules),
+    ]  # fmt: skip
+    environment = os.environ | {"INL_TEST_DEVICE": device}
+    print("the kernels' test modules on the device:", flush=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=deadline.left())
+    except subprocess.TimeoutExpired:
+        print("the test modules were stopped for time")
+        return failures
+    return failures + (done.returncode != 0)
+
+
+def device_ops(device, quick, rows, deadline):
+    import bench_ops
+    import torch
+
+    if not quick:
+        return bench_ops.run(device, "full", torch.bfloat16, deadline, rows)
+    some = ("eager", "triton", "F.rms_norm", "dense", "mask loop", "grouped_mm")  # none compiles
+    return bench_ops.run(
+        device, "quick", torch.bfloat16, deadline, rows, backends=some, seconds=0.01
+    )
+
+
+def device_models(device, quick, rows, deadline):
+    import bench_tax
+
+    small = ["--sizes", "S/2", "--depth", "1", "--batch_size", "1", "--side", "4", "--rounds", "1",
+             "--kinds", "channel", "--eager", "--routing", "64", "32", "64", "4"]  # fmt: skip
+    full = ["--sizes", "B/2", "XL/2", "--batch_size", "64", "--side", "16", "--rounds", "20",
+            "--kinds", "channel", "lite", "layer", "token",
+            "--routing", "65536", "768", "2048", "8"]  # fmt: skip
+    # What `auto` should be for each operation is decided on both.
+    for backend in ("auto",) if quick else ("auto", "reference"):
+        arguments = [*(small if quick else full), "--device", device, "--dtype", "bfloat16",
+                     "--backend", backend, "--out", str(rows)]  # fmt: skip
+        parsed = bench_tax.parse(arguments)
+        if backend == "reference":
+            parsed.routing = None  # the definition runs every expert on every token
+        bench_tax.run(parsed, deadline)
+    return 0
+
+
+PARTS = {"tests": device_tests, "ops": device_ops, "models": device_models}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not installed for {sys.executable}; nothing was measured")
+            return 2
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no GPU; nothing was measured")
+        return 2
+    sys.path.insert(0, str(ROOT / "packages/inl-core/src"))
+    from results import hardware, triton_version
+    from timing import Deadline
+
+    name = hardware(options.device)
+    print(f"{options.part} on {name}, torch {torch.__version__}, triton {triton_version()}")
+    rows = Path(os.environ.get("OUT", "runs/gpu")) / f"{options.part}.csv"
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 60 * HARD)
+    deadline = Deadline(MINUTES[options.part])
+    failures = PARTS[options.part](options.device, options.quick, rows, deadline)
+    print(f"rows: {rows}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

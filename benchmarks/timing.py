@@ -1,0 +1,83 @@
+"""Clocks: medians of single calls, ratios from calls taken in turn, and what the machine can do."""
+
+import statistics
+import time
+
+import torch
+
+
+def wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Deadline:
+    """A time after which nothing new is begun."""
+
+    def __init__(self, minutes):
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self):
+        """Seconds, at least 1."""
+        return max(1.0, self.end - time.monotonic())
+
+    def passed(self):
+        return time.monotonic() > self.end
+
+
+def median_ms(function, device, seconds=0.2):
+    """Median time of a call in ms, over `seconds` of calls after a warm-up.
+
+    On a GPU the cache is cleared before each call and the device's own clock is read.
+    """
+    if torch.device(device).type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, warmup=50, rep=1000 * seconds, return_mode="median")
+    function()
+    times = []
+    while len(times) < 5 or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def paired(functions, rounds, device, warm_up=2, deadline=None):
+    """Call all functions in turn, `rounds` times: {name: (median seconds, median ratio to first)}.
+
+    A machine that slows down for a while slows all of a round, so ratios within rounds are taken.
+    Ends early, after at least one counted round, when the deadline passes.
+    """
+    times = {name: [] for name in functions}
+    for i in range(warm_up + rounds):
+        if deadline is not None and deadline.passed() and i > warm_up:
+            break
+        for name, function in functions.items():
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            if i >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    first = next(iter(times.values()))
+    return {
+        name: (
+            statistics.median(own),
+            statistics.median(a / b for a, b in zip(own, first, strict=True)),
+        )
+        for name, own in times.items()
+    }
+
+
+def copy_gbs(device, megabytes):
+    """GB/s of a plain copy, bytes read and written counted."""
+    source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), device) / 1e6
+
+
+def matmul_tflops(device, size, dtype):
+    """TFLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b, device) / 1e9

@@ -1,0 +1,203 @@
+"""What several kernel files share: limits, shapes, launch sizes, and helpers used inside kernels.
+
+Everything inside a kernel is fp32: every load is followed at once by ``.to(tl.float32)``, which is
+also what makes Triton's interpreter exact for bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+MAX_WIDTH = 16384
+"""Widest last dimension D that the row kernels hold in one block."""
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""fp64 is left to the reference: a kernel that computes in fp32 would silently lose digits."""
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter, on CPU tensors; settled by the first import."""
+
+AotSpec = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int]
+"""(kernel, signature, constexprs, attrs, num_warps): one ahead-of-time compilation."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Around a launch
+
+
+def check_inputs(op: str, *tensors: Tensor | None) -> None:
+    """Refuse what the kernels cannot compute.
+
+    Args:
+        op: Name of the operation, for the message.
+        *tensors: Arguments of the operation; None is skipped.
+
+    Raises:
+        ValueError: On a dtype outside `SUPPORTED_DTYPES`, two devices, or a CPU tensor outside the
+            interpreter.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            names = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+            raise ValueError(
+                f"the Triton kernel of {op} takes {names}, got {tensor.dtype}; "
+                f"inl_core.reference.{op} takes any floating-point dtype"
+            )
+        if tensor.device != given[0].device:
+            raise ValueError(f"{op} got tensors on {given[0].device} and on {tensor.device}")
+    if given and given[0].device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"the Triton kernel of {op} got a tensor on cpu; move it to a GPU, use "
+            "inl_core.reference, or set TRITON_INTERPRET=1 before the first import"
+        )
+
+
+def check_width(op: str, width: int) -> None:
+    """Refuse a last dimension that does not fit into one block.
+
+    Args:
+        op: Name of the operation, for the message.
+        width: Size D of the last dimension.
+
+    Raises:
+        ValueError: If width is outside 1 … `MAX_WIDTH`.
+    """
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"the Triton kernel of {op} takes 1 <= D <= {MAX_WIDTH}, got D = {width}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View `x` (..., D) as (rows, D) with neighbouring channels adjacent; copies only if it must.
+
+    The row stride may exceed D, so a chunk of a wider tensor is taken as it lies.
+    """
+    # Not -1: with an empty batch and D = 0 the number of rows cannot be inferred.
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def launch_guard(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of `x` current for a launch: Triton does not look where its arguments are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_programs(x: Tensor, blocks: int, per_processor: int = 4) -> int:
+    """Programs of a persistent launch over `blocks` blocks of rows of `x`.
+
+    Args:
+        x: A tensor of the launch; its device decides.
+        blocks: Number of row blocks; at least 1 is assumed.
+        per_processor: Programs wanted on each multiprocessor at a time.
+
+    Returns:
+        min(blocks, multiprocessors * per_processor). The interpreter counts as 3 processors with
+        one program each, so that small tests sum several partials.
+    """
+    wanted = _processors(x.get_device()) * per_processor if x.is_cuda else 3
+    return max(1, min(blocks, wanted))
+
+
+def row_config(width: int) -> tuple[int, int, int]:
+    """Block sizes of a kernel that reduces over whole rows.
+
+    Args:
+        width: Size D of a row.
+
+    Returns:
+        (BLOCK_R, BLOCK_D, num_warps): BLOCK_D = next_power_of_2(D), narrow rows are taken several
+        at a time, and a thread holds at most 32 elements of a tensor.
+    """
+    block_d = triton.next_power_of_2(width)
+    block_r = max(1, min(16, 1024 // block_d))
+    num_warps = min(16, max(1, block_r * block_d // 256))
+    return block_r, block_d, num_warps
+
+
+def aot_spec(
+    kernel: Any, types: Mapping[str, str], constexprs: Mapping[str, Any], num_warps: int
+) -> AotSpec:
+    """Describe one ahead-of-time compilation, aligned as at a launch with default shapes.
+
+    Args:
+        kernel: The jitted function.
+        types: Triton type of every argument that is no constant: "*bf16", "*fp32", "i32", "fp32".
+            Pointers, and integers marked "i32:16" (or "i64:16"), are multiples of 16; without that
+            mark loads stay scalar.
+        constexprs: Value of every other argument; None for an optional pointer left out.
+        num_warps: As at the launch.
+
+    Returns:
+        The specification that `inl_core.kernels.aot.compile_report` takes.
+
+    Raises:
+        ValueError: If an argument of the kernel is in neither mapping, or one in them is unknown.
+    """
+    names = list(kernel.arg_names)
+    if set(names) != set(types) | set(constexprs):
+        difference = sorted(set(names) ^ (set(types) | set(constexprs)))
+        raise ValueError(f"arguments of {kernel.__name__} missing or unknown: {difference}")
+    signature = {
+        name: "constexpr" if name in constexprs else types[name].split(":")[0] for name in names
+    }
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in types and (types[name].startswith("*") or types[name].endswith(":16"))
+    }
+    return kernel, signature, dict(constexprs), attrs, num_warps
+
+
+# ------------------------------------------------------------------------------------------------
+# Inside a kernel; all values are fp32
+
+
+@triton.jit
+def clamp(x, minimum, maximum):
+    """Clamp to [minimum, maximum]; NaN stays NaN, infinite bounds are none."""
+    x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), full precision in the negative tail."""
+    small = tl.exp(-tl.abs(x))
+    # log1p(y) = log(u) * y / (u - 1) with u = 1 + y rounded: the rounding error cancels (Kahan).
+    above = 1.0 + small
+    lost = above == 1.0
+    log1p = tl.log(above) * (small / tl.where(lost, 1.0, above - 1.0))
+    return tl.where(x > 0, x, 0.0) + tl.where(lost, small, log1p)
+
+
+@triton.jit
+def load(pointer, mask):
+    """Load as fp32, 0 where masked."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """Store in the pointer's dtype."""
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)

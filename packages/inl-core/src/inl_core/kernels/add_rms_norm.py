@@ -1,0 +1,255 @@
+"""Residual sum and RMS norm in Triton, in one pass.
+
+With r = rsqrt(mean(s²) + eps), for each row:
+
+    s  = x + residual                                  both results come from the unrounded s
+    y  = s · r · w
+    ds = ds_out + r · (w·dy − s · r² · mean(s·w·dy))   dx = dresidual = ds
+    dw = Σ_rows dy · s · r
+
+Backward reads s back instead of x and residual, 8 bytes an element in bf16, unless s was rounded to
+fewer digits than x has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inl_core.kernels import _common, _shapes
+from inl_core.kernels._common import load, store
+from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
+
+__all__ = ["AOT", "add_rms_norm", "add_rms_norm_bwd", "add_rms_norm_fwd"]
+
+
+@triton.jit
+def _forward(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rows, x_stride, residual_stride, eps,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < rows) & (column < D)
+    total = load(x_ptr + row * x_stride + column, mask)
+    total += load(residual_ptr + row * residual_stride + column, mask)
+    store(total_ptr + row * D + column, total, mask)
+    y = total * inverse_rms(total, row < rows, eps, D)
+    if weight_ptr is not None:
+        y *= load(weight_ptr + column, column < D)
+    store(y_ptr + row * D + column, y, mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, dtotal_ptr, a_ptr, b_ptr, weight_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
+    rows, dy_stride, dtotal_stride, a_stride, b_stride, eps,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_D)[None, :]
+    if weight_ptr is not None:
+        weight = load(weight_ptr + column, column < D)
+    dweight = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        mask = (row < rows) & (column < D)
+        total = load(a_ptr + row * a_stride + column, mask)
+        if b_ptr is not None:
+            total += load(b_ptr + row * b_stride + column, mask)
+        dy = load(dy_ptr + row * dy_stride + column, mask)
+        r = inverse_rms(total, row < rows, eps, D)
+        normed = total * r
+        if dweight_ptr is not None:
+            dweight += dy * normed
+        if weight_ptr is not None:
+            dy *= weight
+        dtotal = norm_gradient(normed, r, dy, D)
+        if dtotal_ptr is not None:
+            dtotal += load(dtotal_ptr + row * dtotal_stride + column, mask)
+        store(dx_ptr + row * D + column, dtotal, mask)
+        if dresidual_ptr is not None:
+            store(dresidual_ptr + row * D + column, dtotal, mask)
+    if dweight_ptr is not None:
+        partial = tl.sum(dweight, axis=0, keep_dims=True)
+        store(dweight_ptr + tl.program_id(0) * D + column, partial, column < D)
+
+
+@torch.library.custom_op("inl_core::add_rms_norm_fwd", mutates_args=())
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; `add_rms_norm` checks the arguments."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    if x.numel() == 0:
+        return y, total
+    x_rows, residual_rows = _common.as_rows(x), _common.as_rows(residual)
+    rows, width = x_rows.shape
+    block_r, block_d, warps = _common.row_config(width)
+    with _common.launch_guard(x):
+        _forward[(triton.cdiv(rows, block_r),)](
+            x_rows, residual_rows, None if weight is None else weight.contiguous(), y, total,
+            rows, x_rows.stride(0), residual_rows.stride(0), eps,
+            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return y, total
+
+
+@add_rms_norm_fwd.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+
+
+@torch.library.custom_op("inl_core::add_rms_norm_bwd", mutates_args=())
+def add_rms_norm_bwd(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    residual_dtype: torch.dtype,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel.
+
+    Args:
+        dy: Gradient of the normed result; its dtype is that of x.
+        dtotal: Gradient of the sum, or None for zero.
+        a: The sum, or x.
+        b: None, or the residual.
+        weight: As in the forward.
+        eps: As in the forward.
+        residual_dtype: Dtype of the residual.
+        need_dweight: Whether to reduce the gradient of the weight.
+
+    Returns:
+        (dx, dresidual, dweight). dresidual is empty where it equals dx, dweight where it is not
+        needed: an operator must not return one tensor twice.
+    """
+    same = residual_dtype == dy.dtype
+    dx = torch.empty(a.shape, dtype=dy.dtype, device=a.device)
+    dresidual = torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device)
+    width = a.shape[-1]
+    dweight_dtype = torch.float32 if weight is None else weight.dtype
+    dweight_size = width if need_dweight else 0
+    if a.numel() == 0:
+        return dx, dresidual, torch.zeros(dweight_size, dtype=dweight_dtype, device=a.device)
+    dy_rows, a_rows = _common.as_rows(dy), _common.as_rows(a)
+    dtotal_rows = None if dtotal is None else _common.as_rows(dtotal)
+    b_rows = None if b is None else _common.as_rows(b)
+    rows = a_rows.shape[0]
+    block_r, block_d, warps = _common.row_config(width)
+    programs = _common.num_programs(
+        a, triton.cdiv(rows, block_r), max(1, WARPS_PER_PROCESSOR // warps)
+    )
+    partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=a.device)
+    with _common.launch_guard(a):
+        _backward[(programs,)](
+            dy_rows, dtotal_rows, a_rows, b_rows, None if weight is None else weight.contiguous(),
+            dx, None if same else dresidual, partials if need_dweight else None,
+            rows, dy_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0),
+            a_rows.stride(0), 0 if b_rows is None else b_rows.stride(0), eps,
+            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return dx, dresidual, partials.sum(0).to(dweight_dtype)
+
+
+@add_rms_norm_bwd.register_fake
+def _(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    residual_dtype: torch.dtype,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    same = residual_dtype == dy.dtype
+    dweight_dtype = torch.float32 if weight is None else weight.dtype
+    return (
+        torch.empty(a.shape, dtype=dy.dtype, device=a.device),
+        torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device),
+        torch.empty(a.shape[-1] if need_dweight else 0, dtype=dweight_dtype, device=a.device),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+    if residual.dtype in (x.dtype, torch.float32):
+        ctx.save_for_backward(output[1], None, weight)
+    else:
+        ctx.save_for_backward(x, residual, weight)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    a, b, weight = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros(a.shape, dtype=ctx.x_dtype, device=a.device)
+    need_dweight = ctx.needs_input_grad[2]
+    dx, dresidual, dweight = add_rms_norm_bwd(
+        dy, dtotal, a, b, weight, ctx.eps, ctx.residual_dtype, need_dweight
+    )
+    if ctx.residual_dtype == ctx.x_dtype:
+        dresidual = dx
+    return dx, dresidual, dweight if need_dweight else None, None
+
+
+add_rms_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`inl_core.reference.add_rms_norm` as one kernel forward and one backward.
+
+    Args:
+        x: Sub-layer output (..., D), D from 1 to 16,384; fp32, bf16 or fp16.
+        residual: Residual stream, shaped like `x`; its dtype may differ.
+        weight: (D,), or None for ones; its dtype may differ.
+        eps: Added to the mean square.
+
+    Returns:
+        (rms_norm(x + residual) in the dtype of `x`, x + residual in the dtype of `residual`), both
+        contiguous.
+
+    Raises:
+        ValueError: If a dtype, a device or a shape does not fit.
+    """
+    _common.check_inputs("add_rms_norm", x, residual, weight)
+    _shapes.check_rows("add_rms_norm", x, ("residual", residual))
+    _shapes.check_weight("add_rms_norm", "weight", weight, x.shape[-1])
+    return add_rms_norm_fwd(x, residual, weight, eps)
+
+
+def _specs(width: int) -> list[_common.AotSpec]:
+    block_r, block_d, warps = _common.row_config(width)
+    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
+    forward = {
+        "x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32", "y_ptr": "*bf16",
+        "total_ptr": "*bf16", "rows": "i32", "x_stride": "i32:16", "residual_stride": "i32:16",
+        "eps": "fp32",
+    }  # fmt: skip
+    backward = {
+        "dy_ptr": "*bf16", "dtotal_ptr": "*bf16", "a_ptr": "*bf16", "weight_ptr": "*fp32",
+        "dx_ptr": "*bf16", "dweight_ptr": "*fp32", "rows": "i32", "dy_stride": "i32:16",
+        "dtotal_stride": "i32:16", "a_stride": "i32:16", "b_stride": "i32:16", "eps": "fp32",
+    }  # fmt: skip
+    absent = {"b_ptr": None, "dresidual_ptr": None}
+    return [
+        _common.aot_spec(_forward, forward, sizes, warps),
+        _common.aot_spec(_backward, backward, sizes | absent, warps),
+    ]
+
+
+AOT = [spec for width in (768, 1152) for spec in _specs(width)]

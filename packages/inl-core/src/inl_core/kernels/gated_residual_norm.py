@@ -1,0 +1,301 @@
+"""Gated residual sum and the modulated RMS norm that follows it, in one pass, in Triton.
+
+With one gate, shift and scale vector per sample, s = residual + gate · x; r = rsqrt(mean(s²) + eps)
+and n = s · r come from the unrounded s; with m = (1 + scale) · w:
+
+    y  = n · m + shift
+    ds = ds_out + r · (m·dy − n · mean(n·m·dy))
+    dresidual = ds     dx = gate · ds     dgate = Σ_tokens ds · x     dshift = Σ_tokens dy
+    S = Σ_tokens dy · n     dscale = w · S     dw = Σ_samples (1 + scale) · S
+
+x is needed for dgate, so backward makes s again from x and the residual at no extra traffic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inl_core.kernels import _common, _shapes
+from inl_core.kernels._common import load, store
+from inl_core.kernels.modulated_rms_norm import (
+    modulation,
+    modulation_gradients,
+    parts_of,
+    sample_blocks,
+)
+from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
+
+__all__ = ["AOT", "gated_residual_norm", "gated_residual_norm_bwd", "gated_residual_norm_fwd"]
+
+
+@triton.jit
+def _forward(
+    residual_ptr, x_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, y_ptr, total_ptr,
+    tokens, blocks, residual_stride, x_stride, gate_stride, shift_stride, scale_stride, eps,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    token = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    row = sample * tokens + token
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (token < tokens) & (column < D)
+    gate = load(gate_ptr + sample * gate_stride + column, column < D)
+    total = load(residual_ptr + row * residual_stride + column, mask)
+    total += gate * load(x_ptr + row * x_stride + column, mask)
+    store(total_ptr + row * D + column, total, mask)
+    factor = modulation(weight_ptr, scale_ptr + sample * scale_stride, column, D)
+    shift = load(shift_ptr + sample * shift_stride + column, column < D)
+    y = total * inverse_rms(total, token < tokens, eps, D) * factor + shift
+    store(y_ptr + row * D + column, y, mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, dtotal_ptr, residual_ptr, x_ptr, gate_ptr, scale_ptr, weight_ptr,
+    dresidual_ptr, dx_ptr, dgate_ptr, dshift_ptr, sums_ptr,
+    tokens, parts, dy_stride, dtotal_stride, residual_stride, x_stride, gate_stride, scale_stride,
+    eps, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // parts).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    gate = load(gate_ptr + sample * gate_stride + column, column < D)
+    factor = modulation(weight_ptr, scale_ptr + sample * scale_stride, column, D)
+    dgate = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    dshift = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for block in range(tl.program_id(0) % parts, tl.cdiv(tokens, BLOCK_R), parts):
+        token = block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        row = sample * tokens + token
+        mask = (token < tokens) & (column < D)
+        x = load(x_ptr + row * x_stride + column, mask)
+        total = load(residual_ptr + row * residual_stride + column, mask) + gate * x
+        dy = load(dy_ptr + row * dy_stride + column, mask)
+        r = inverse_rms(total, token < tokens, eps, D)
+        normed = total * r
+        dshift += dy
+        sums += dy * normed
+        dtotal = norm_gradient(normed, r, dy * factor, D)
+        if dtotal_ptr is not None:
+            dtotal += load(dtotal_ptr + row * dtotal_stride + column, mask)
+        dgate += dtotal * x
+        store(dresidual_ptr + row * D + column, dtotal, mask)
+        store(dx_ptr + row * D + column, gate * dtotal, mask)
+    part = tl.program_id(0).to(tl.int64) * D + column
+    store(dgate_ptr + part, tl.sum(dgate, axis=0, keep_dims=True), column < D)
+    store(dshift_ptr + part, tl.sum(dshift, axis=0, keep_dims=True), column < D)
+    store(sums_ptr + part, tl.sum(sums, axis=0, keep_dims=True), column < D)
+
+
+@torch.library.custom_op("inl_core::gated_residual_norm_fwd", mutates_args=())
+def gated_residual_norm_fwd(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; `gated_residual_norm` checks and shapes the arguments."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    if x.numel() == 0:
+        return y, total
+    residual_rows, x_rows = _common.as_rows(residual), _common.as_rows(x)
+    gate_rows, shift_rows, scale_rows = (_common.as_rows(t) for t in (gate, shift, scale))
+    samples, width = gate_rows.shape
+    tokens = x_rows.shape[0] // samples
+    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
+    with _common.launch_guard(x):
+        _forward[(samples * blocks,)](
+            residual_rows, x_rows, gate_rows, shift_rows, scale_rows,
+            None if weight is None else weight.contiguous(), y, total,
+            tokens, blocks, residual_rows.stride(0), x_rows.stride(0),
+            gate_rows.stride(0), shift_rows.stride(0), scale_rows.stride(0), eps,
+            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return y, total
+
+
+@gated_residual_norm_fwd.register_fake
+def _(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+
+
+@torch.library.custom_op("inl_core::gated_residual_norm_bwd", mutates_args=())
+def gated_residual_norm_bwd(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernel.
+
+    Args:
+        dy: Gradient of the normed result.
+        dtotal: Gradient of the sum, or None for zero.
+        residual: As in the forward, like the rest.
+        x: Sub-layer output.
+        gate: One row a sample.
+        scale: One row a sample.
+        weight: (D,) or None.
+        eps: Added to the mean square.
+
+    Returns:
+        (dresidual, dx, dgate, dshift, S): the last three are sums over tokens in fp32.
+    """
+    dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        zeros = torch.zeros(gate.shape, dtype=torch.float32, device=x.device)
+        return dresidual, dx, zeros, zeros.clone(), zeros.clone()
+    dy_rows, residual_rows, x_rows = (_common.as_rows(t) for t in (dy, residual, x))
+    dtotal_rows = None if dtotal is None else _common.as_rows(dtotal)
+    gate_rows, scale_rows = _common.as_rows(gate), _common.as_rows(scale)
+    samples, width = gate_rows.shape
+    tokens = x_rows.shape[0] // samples
+    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
+    parts = parts_of(x, samples, blocks, warps)
+    partials = torch.empty(3, samples, parts, width, dtype=torch.float32, device=x.device)
+    with _common.launch_guard(x):
+        _backward[(samples * parts,)](
+            dy_rows, dtotal_rows, residual_rows, x_rows, gate_rows, scale_rows,
+            None if weight is None else weight.contiguous(),
+            dresidual, dx, partials[0], partials[1], partials[2],
+            tokens, parts, dy_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0),
+            residual_rows.stride(0), x_rows.stride(0), gate_rows.stride(0), scale_rows.stride(0),
+            eps, D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    # Each of the three gets memory of its own: results of an operator must not share any.
+    dgate, dshift, sums = (partials[i].sum(1).reshape(gate.shape) for i in range(3))
+    return dresidual, dx, dgate, dshift, sums
+
+
+@gated_residual_norm_bwd.register_fake
+def _(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = torch.empty(gate.shape, dtype=torch.float32, device=x.device)
+    return (
+        torch.empty(x.shape, dtype=residual.dtype, device=x.device),
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        sums,
+        torch.empty_like(sums),
+        torch.empty_like(sums),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    residual, x, gate, shift, scale, weight, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(residual, x, gate, scale, weight)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+    residual, x, gate, scale, weight = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    dresidual, dx, dgate, dshift, sums = gated_residual_norm_bwd(
+        dy, dtotal, residual, x, gate, scale, weight, ctx.eps
+    )
+    dscale, dweight = modulation_gradients(sums, scale, weight, ctx.needs_input_grad[5])
+    dgate, dshift = dgate.to(gate.dtype), dshift.to(ctx.shift_dtype)
+    return dresidual, dx, dgate, dshift, dscale, dweight, None
+
+
+gated_residual_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def gated_residual_norm(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`inl_core.reference.gated_residual_norm` as one kernel forward and one backward.
+
+    Args:
+        residual: (B, ..., D), D from 1 to 16,384; fp32, bf16 or fp16.
+        x: Shaped like `residual`; its dtype may differ.
+        gate: (B, D), broadcast over the tokens; a chunk of a wider tensor is taken as it lies.
+        shift: (B, D), likewise.
+        scale: (B, D), likewise.
+        weight: (D,), or None for ones.
+        eps: Added to the mean square.
+
+    Returns:
+        (the normed and modulated sum in the dtype of `x`, the sum in the dtype of `residual`), both
+        contiguous.
+
+    Raises:
+        ValueError: If a dtype, a device or a shape does not fit.
+    """
+    op = "gated_residual_norm"
+    _common.check_inputs(op, residual, x, gate, shift, scale, weight)
+    _shapes.check_rows(op, residual, ("x", x))
+    _shapes.check_weight(op, "weight", weight, x.shape[-1])
+    gate, shift, scale = (
+        _shapes.per_sample(op, name, value, residual)
+        for name, value in (("gate", gate), ("shift", shift), ("scale", scale))
+    )
+    if not gate.shape == shift.shape == scale.shape:
+        raise ValueError(
+            f"{op}: gate, shift and scale must have one shape, "
+            f"got {tuple(gate.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}"
+        )
+    return gated_residual_norm_fwd(residual, x, gate, shift, scale, weight, eps)
+
+
+def _specs(width: int) -> list[_common.AotSpec]:
+    _, block_r, block_d, warps = sample_blocks(256, width)
+    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None}
+    x, partials, rows = "*bf16", "*fp32", "i32:16"
+    common = {
+        "residual_ptr": x, "x_ptr": x, "gate_ptr": x, "scale_ptr": x, "tokens": rows,
+        "residual_stride": rows, "x_stride": rows, "gate_stride": rows, "scale_stride": rows,
+        "eps": "fp32",
+    }  # fmt: skip
+    forward = common | {
+        "shift_ptr": x, "y_ptr": x, "total_ptr": x, "blocks": "i32", "shift_stride": rows,
+    }  # fmt: skip
+    backward = common | {
+        "dy_ptr": x, "dtotal_ptr": x, "dresidual_ptr": x, "dx_ptr": x, "dgate_ptr": partials,
+        "dshift_ptr": partials, "sums_ptr": partials, "parts": "i32", "dy_stride": rows,
+        "dtotal_stride": rows,
+    }  # fmt: skip
+    return [
+        _common.aot_spec(_forward, forward, sizes, warps),
+        _common.aot_spec(_backward, backward, sizes, warps),
+    ]
+
+
+AOT = [spec for width in (768, 1152) for spec in _specs(width)]

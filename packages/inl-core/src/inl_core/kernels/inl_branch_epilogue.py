@@ -1,0 +1,388 @@
+"""`inl_core.reference.inl_branch_epilogue` in Triton: launches, custom ops, autograd.
+
+The kernels and their formulas are in `inl_core.kernels._inl_epilogue_kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inl_core.kernels import _common, _shapes
+from inl_core.kernels._common import as_rows
+from inl_core.kernels._inl_epilogue_kernels import backward_kernel, forward_kernel
+from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks
+from inl_core.reference import bounded_clamp
+
+__all__ = [
+    "AOT",
+    "inl_branch_epilogue",
+    "inl_branch_epilogue_bwd",
+    "inl_branch_epilogue_fwd",
+    "takes",
+]
+
+OP = "inl_branch_epilogue"
+
+TENSORS = 11
+"""Leading arguments of the custom op that are tensors or None."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Launches
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else as_rows(x)
+
+
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _samples(*conditions: Tensor | None) -> int:
+    """Groups of rows that share a condition; all rows are one where there is none."""
+    return next((c.shape[:-1].numel() for c in conditions if c is not None), 1)
+
+
+@torch.library.custom_op("inl_core::inl_branch_epilogue_fwd", mutates_args=())
+def inl_branch_epilogue_fwd(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gate: Tensor | None,
+    mu: Tensor,
+    residual: Tensor,
+    residual_gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    alpha_number: float,
+    beta_number: float,
+    gate_number: float,
+    dt: float,
+    velocity_max: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, sum, v'). A coefficient without a tensor is its number; mu comes clamped."""
+    y, total, v_out = _empty_results(h, v, residual)
+    if h.numel() == 0:
+        return y, total, v_out
+    x, residual_rows, v_rows = as_rows(h), as_rows(residual), _rows(v)
+    rho, shifts, scales = (_rows(c) for c in (residual_gate, shift, scale))
+    rows, width = x.shape
+    samples = _samples(rho, shifts, scales)
+    tokens = rows // samples
+    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
+    with _common.launch_guard(h):
+        forward_kernel[(samples * blocks,)](
+            x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
+            residual_rows, rho, shifts, scales, _contiguous(weight), y, total, v_out,
+            tokens, blocks, x.stride(0), _stride(v_rows), residual_rows.stride(0),
+            _stride(rho), _stride(shifts), _stride(scales),
+            alpha_number, beta_number, gate_number, dt, velocity_max, eps,
+            *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
+            width, block_r, block_d, num_warps=warps,
+        )  # fmt: skip
+    return y, total, v_out
+
+
+def _empty_results(h: Tensor, v: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    v_dtype = h.dtype if v is None else v.dtype
+    return (
+        torch.empty(h.shape, dtype=h.dtype, device=h.device),
+        torch.empty(h.shape, dtype=residual.dtype, device=h.device),
+        torch.empty(h.shape, dtype=v_dtype, device=h.device),
+    )
+
+
+def _by_channel(coefficient: Tensor | None) -> bool:
+    return coefficient is not None and coefficient.numel() > 1
+
+
+@inl_branch_epilogue_fwd.register_fake
+def _(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gate: Tensor | None,
+    mu: Tensor,
+    residual: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(h, v, residual)
+
+
+@torch.library.custom_op("inl_core::inl_branch_epilogue_bwd", mutates_args=())
+def inl_branch_epilogue_bwd(
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    dv_next: Tensor | None,
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gate: Tensor | None,
+    mu: Tensor,
+    residual: Tensor,
+    residual_gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    alpha_number: float,
+    beta_number: float,
+    gate_number: float,
+    dt: float,
+    velocity_max: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (h, v, residual), then sums over rows in fp32.
+
+    These are dalpha, dbeta, dgate and dmu, d(residual_gate) and dshift, and S = Σ dy·n. What
+    belongs to an argument that is None has size 0.
+    """
+    tensors = (h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight)
+    dh, dv, dresidual, *targets = _empty_gradients(*tensors)
+    if h.numel() == 0:
+        for target in targets:
+            target.zero_()
+        return dh, dv, dresidual, *targets  # type: ignore[return-value]
+    x, residual_rows, v_rows = as_rows(h), as_rows(residual), _rows(v)
+    dy_rows, dtotal_rows, dv_rows = (_rows(d) for d in (dy, dtotal, dv_next))
+    rho, scales = _rows(residual_gate), _rows(scale)
+    rows, width = x.shape
+    samples = _samples(residual_gate, shift, scale)
+    tokens = rows // samples
+    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
+    parts = parts_of(x, samples, blocks, warps)
+    partials = [
+        torch.empty(samples, parts, width, dtype=torch.float32, device=h.device)
+        if target.numel()
+        else None
+        for target in targets
+    ]
+    with _common.launch_guard(h):
+        backward_kernel[(samples * parts,)](
+            dy_rows, dtotal_rows, dv_rows,
+            x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
+            residual_rows, rho, scales, _contiguous(weight), dh, dv, dresidual, *partials,
+            tokens, parts, _stride(dy_rows), _stride(dtotal_rows), _stride(dv_rows),
+            x.stride(0), _stride(v_rows), residual_rows.stride(0), _stride(rho), _stride(scales),
+            alpha_number, beta_number, gate_number, dt, velocity_max, eps,
+            *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
+            width, block_r, block_d, num_warps=warps,
+        )  # fmt: skip
+    sums = [
+        target if partial is None else _summed(partial, target)
+        for partial, target in zip(partials, targets, strict=True)
+    ]
+    return dh, dv, dresidual, *sums  # type: ignore[return-value]
+
+
+def _summed(partial: Tensor, target: Tensor) -> Tensor:
+    """Add up (samples, parts, D): over parts, over all rows, or over everything."""
+    if target.numel() == 1:
+        return partial.sum().reshape(target.shape)
+    if target.ndim == 1:
+        return partial.sum((0, 1))
+    return partial.sum(1).reshape(target.shape)
+
+
+def _empty_gradients(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    gate: Tensor | None,
+    mu: Tensor,
+    residual: Tensor,
+    residual_gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        return h.new_empty(
+            0 if x is None else x.shape, dtype=dtype or (h if x is None else x).dtype
+        )
+
+    wide = torch.float32
+    return (
+        like(h),
+        like(v),
+        like(residual),
+        like(alpha, wide),
+        like(beta, wide),
+        like(gate, wide),
+        like(mu, wide),
+        like(residual_gate, wide),
+        like(shift, wide),
+        like(weight if scale is None else scale, wide),
+    )
+
+
+@inl_branch_epilogue_bwd.register_fake
+def _(
+    dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(*rest[:TENSORS])
+
+
+# ------------------------------------------------------------------------------------------------
+# Autograd and the public function
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.numbers = inputs[TENSORS:]
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    dh, dv, dresidual, *sums, s = inl_branch_epilogue_bwd(
+        dy, dtotal, dv_next, *tensors, *ctx.numbers
+    )
+    scale, weight = tensors[9], tensors[10]
+    dscale = dweight = None
+    if scale is not None:
+        dscale = s if weight is None else s * weight.float()
+    if weight is not None:
+        each = s if scale is None else (1.0 + scale.float()) * s
+        dweight = each.reshape(-1, weight.shape[0]).sum(0)
+    grads = (dh, dv, *sums[:4], dresidual, *sums[4:], dscale, dweight)
+    wanted = [
+        grad.to(x.dtype) if grad is not None and x is not None and use else None
+        for grad, x, use in zip(grads, tensors, ctx.needs_input_grad, strict=False)
+    ]
+    return (*wanted, *(None,) * len(ctx.numbers))
+
+
+inl_branch_epilogue_fwd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def takes(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    gate: Tensor | float,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Whether the coefficients are those of a layer or of its channels, not of each token."""
+    vector = (*(1,) * (h.ndim - 1), h.shape[-1])
+    return all(
+        not isinstance(x, Tensor)
+        or x.numel() == 1
+        or (*(1,) * (h.ndim - x.ndim), *x.shape) == vector
+        for x in (alpha, beta, gate)
+    )
+
+
+def inl_branch_epilogue(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    gate: Tensor | float,
+    mu: Tensor,
+    residual: Tensor,
+    residual_gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dt: float,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`inl_core.reference.inl_branch_epilogue` in one kernel; same arguments and results.
+
+    Coefficients must be numbers, hold one value, or D values for the last dimension of `h`.
+
+    Raises:
+        ValueError: If a shape, a dtype (fp64) or a device does not fit, or D exceeds 16384.
+    """
+    coefficients = [x.reshape(-1) if isinstance(x, Tensor) else None for x in (alpha, beta, gate)]
+    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in (alpha, beta, gate)]
+    conditions = {"residual_gate": residual_gate, "shift": shift, "scale": scale}
+    _common.check_inputs(OP, h, v, *coefficients, mu, residual, *conditions.values(), weight)
+    same = [("residual", residual)] if v is None else [("residual", residual), ("v", v)]
+    _shapes.check_rows(OP, h, *same)
+    _shapes.check_weight(OP, "mu", mu, h.shape[-1])
+    _shapes.check_weight(OP, "weight", weight, h.shape[-1])
+    if not takes(h, v, alpha, beta, gate):
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in (alpha, beta, gate)]
+        raise ValueError(
+            f"the Triton kernel of {OP} takes coefficients that are numbers, (1,) or "
+            f"({h.shape[-1]},), got {shapes}; inl_core.reference.{OP} takes any that broadcast"
+        )
+    given = [
+        None if value is None else _shapes.per_sample(OP, name, value, h)
+        for name, value in conditions.items()
+    ]
+    shapes = {tuple(value.shape) for value in given if value is not None}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{OP}: residual_gate, shift and scale must have one shape, got {sorted(shapes)}"
+        )
+    return inl_branch_epilogue_fwd(
+        h, v, *coefficients, bounded_clamp(mu, mu_min, mu_max), residual, *given, weight, *numbers,
+        dt, math.inf if velocity_max is None else velocity_max, eps,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Ahead of time
+
+
+def _specs(width: int, kind: str) -> list[_common.AotSpec]:
+    _, block_r, block_d, warps = sample_blocks(256, width)
+    by_channel = kind == "channel"
+    fixed: dict[str, Any] = {
+        "ALPHA": by_channel, "BETA": by_channel, "GATE": by_channel, "CLIP": True,
+        "D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None,
+    }  # fmt: skip
+    if kind == "lite":
+        fixed |= {f"{d}{name}_ptr": None for d in ("", "d") for name in ("alpha", "beta", "gate")}
+    wide = {"alpha", "beta", "gate", "mu", "dalpha", "dbeta", "dgate", "dmu"}
+    wide |= {"drho", "dshift", "sums"}
+
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return "*fp32" if name.removesuffix("_ptr") in wide else "*bf16"
+        if name in ("blocks", "parts"):
+            return "i32"
+        return "i32:16" if name == "tokens" or name.endswith("_stride") else "fp32"
+
+    specs = []
+    for kernel in (forward_kernel, backward_kernel):
+        used = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+        types = {name: type_of(name) for name in kernel.arg_names if name not in used}
+        specs.append(_common.aot_spec(kernel, types, used, warps))
+    return specs
+
+
+AOT = [
+    spec
+    for width in (768, 1152)
+    for kind in ("channel", "layer", "lite")
+    for spec in _specs(width, kind)
+]

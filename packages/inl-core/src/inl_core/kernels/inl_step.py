@@ -1,0 +1,338 @@
+"""`inl_core.reference.inl_step` in Triton: launches, custom ops, autograd and the public function.
+
+The kernels and their formulas are in `inl_core.kernels._inl_step_kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from inl_core.kernels._common import (
+    aot_spec,
+    as_rows,
+    check_inputs,
+    check_width,
+    launch_guard,
+    num_programs,
+)
+from inl_core.kernels._inl_step_kernels import backward_kernel, finish_kernel, forward_kernel
+
+TOKEN, CHANNEL, LAYER = 0, 1, 2
+"""How a raw coefficient is stored: (..., D), (D,) or (1,)."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Launches
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """Tile of a kernel that is elementwise along the row.
+
+    Args:
+        width: Size D of a row.
+
+    Returns:
+        (BLOCK_R, BLOCK_D, num_warps). BLOCK_D is the widest power of two up to 512 that wastes at
+        most 1/16 of its lanes, at least 128: 256 for D = 768, 128 for D = 1152.
+    """
+    block_d = min(512, triton.next_power_of_2(width))
+    while block_d > 128 and 16 * (-width % block_d) > width:
+        block_d //= 2
+    return 1024 // block_d, block_d, 4
+
+
+PER_PROCESSOR = 12
+"""Backward programs a multiprocessor: whole waves whether 2, 3, 4 or 6 of them are resident."""
+
+FINISH = (64, 32, 4)
+"""(BLOCK_P, BLOCK_C, num_warps) of the kernel that adds up partials."""
+
+
+def kind(raw: Tensor, h: Tensor) -> int:
+    """Say how the raw coefficient `raw` of a state `h` is stored: TOKEN, CHANNEL or LAYER."""
+    if raw.shape == h.shape:
+        return TOKEN
+    return LAYER if raw.numel() == 1 else CHANNEL
+
+
+@torch.library.custom_op("inl_core::inl_step_fwd", mutates_args=())
+def inl_step_fwd(
+    h: Tensor,
+    v: Tensor | None,
+    alpha_raw: Tensor,
+    beta_raw: Tensor,
+    gate_raw: Tensor,
+    mu: Tensor,
+    force: Tensor | None,
+    dt: float,
+    beta_max: float,
+    velocity_max: float,
+    mu_min: float,
+    mu_max: float,
+) -> tuple[Tensor, Tensor]:
+    """(h', v'). Infinite bounds are none; raw coefficients shaped like h, (D,) or (1,)."""
+    h_out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    v_out = torch.empty(h.shape, dtype=h.dtype if v is None else v.dtype, device=h.device)
+    if h.numel() == 0:
+        return h_out, v_out
+    block_r, block_d, num_warps = tile(h.shape[-1])
+    x = as_rows(h)
+    rows, width = x.shape
+    v_rows, force_rows = (None if t is None else as_rows(t) for t in (v, force))
+    raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
+    grid = (triton.cdiv(rows, block_r) * triton.cdiv(width, block_d),)
+    with launch_guard(h):
+        forward_kernel[grid](
+            x, v_rows, *raws, mu.contiguous(), force_rows, h_out, v_out,
+            rows, width, x.stride(0), _stride(v_rows), *strides, _stride(force_rows),
+            dt, beta_max, velocity_max, mu_min, mu_max,
+            *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
+        )  # fmt: skip
+    return h_out, v_out
+
+
+@inl_step_fwd.register_fake
+def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    v_dtype = h.dtype if v is None else v.dtype
+    return h.new_empty(h.shape), h.new_empty(h.shape, dtype=v_dtype)
+
+
+@torch.library.custom_op("inl_core::inl_step_bwd", mutates_args=())
+def inl_step_bwd(
+    dh_next: Tensor | None,
+    dv_next: Tensor | None,
+    h: Tensor,
+    v: Tensor | None,
+    alpha_raw: Tensor,
+    beta_raw: Tensor,
+    gate_raw: Tensor,
+    mu: Tensor,
+    force: Tensor | None,
+    dt: float,
+    beta_max: float,
+    velocity_max: float,
+    mu_min: float,
+    mu_max: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (h, v, alpha_raw, beta_raw, gate_raw, mu, force); empty for v or force None."""
+    inputs = (h, v, alpha_raw, beta_raw, gate_raw, mu, force)
+    grads = _empty_gradients(*inputs)
+    dh, dv, da, db, dc, dmu, dforce = grads
+    if h.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    block_r, block_d, num_warps = tile(h.shape[-1])
+    x = as_rows(h)
+    rows, width = x.shape
+    dh_rows, dv_rows, v_rows, force_rows = (
+        None if t is None else as_rows(t) for t in (dh_next, dv_next, v, force)
+    )
+    raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
+    mu = mu.contiguous()
+    tiles = triton.cdiv(width, block_d)
+    blocks = triton.cdiv(rows, block_r)
+    walkers = triton.cdiv(num_programs(h, blocks * tiles, PER_PROCESSOR), tiles)
+
+    def partial(columns: int) -> Tensor:
+        return torch.empty((walkers, columns), dtype=torch.float32, device=h.device)
+
+    mu_parts = partial(width)
+    parts = [None if way == TOKEN else partial(width if way == CHANNEL else tiles) for way in kinds]
+    targets = [
+        grad if part is None else part for grad, part in zip((da, db, dc), parts, strict=True)
+    ]
+    with launch_guard(h):
+        backward_kernel[(tiles, walkers)](
+            dh_rows, dv_rows, x, v_rows, *raws, mu, force_rows, dh, dv, *targets, dforce, mu_parts,
+            rows, width, _stride(dh_rows), _stride(dv_rows), x.stride(0), _stride(v_rows),
+            *strides, _stride(force_rows), dt, beta_max, velocity_max, mu_min, mu_max,
+            *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
+        )  # fmt: skip
+        block_p, block_c, num_warps = FINISH
+        finish_kernel[(triton.cdiv(width, block_c),)](
+            mu_parts, *parts, mu, *raws, dmu, da, db, dc,
+            walkers, walkers * tiles, width, beta_max, mu_min, mu_max,
+            *kinds, block_p, block_c, num_warps=num_warps,
+        )  # fmt: skip
+    return grads
+
+
+@inl_step_bwd.register_fake
+def _(
+    dh_next: Tensor | None, dv_next: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(*rest[:7])
+
+
+def _empty_gradients(
+    h: Tensor, v: Tensor | None, a: Tensor, b: Tensor, c: Tensor, mu: Tensor, force: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None) -> Tensor:
+        return h.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(h), like(v), like(a), like(b), like(c), like(mu), like(force)
+
+
+def _coefficients(h: Tensor, *raw: Tensor) -> tuple[list[Tensor], list[int], list[int]]:
+    """Kernel arguments of the three raw coefficients: tensors, row strides, kinds."""
+    kinds = [kind(x, h) for x in raw]
+    tensors = [
+        as_rows(x) if way == TOKEN else x.contiguous() for x, way in zip(raw, kinds, strict=True)
+    ]
+    strides = [x.stride(0) if way == TOKEN else 0 for x, way in zip(tensors, kinds, strict=True)]
+    return tensors, strides, kinds
+
+
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Autograd and the public function
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.numbers = inputs[7:]
+
+
+def _backward(
+    ctx: Any, dh_next: Tensor | None, dv_next: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    grads = inl_step_bwd(dh_next, dv_next, *inputs, *ctx.numbers)
+    used = list(ctx.needs_input_grad[:7])
+    if inputs[1] is None:
+        used[2] = False  # without a velocity alpha touches nothing
+    wanted = [grad if use else None for grad, use in zip(grads, used, strict=True)]
+    return (*wanted, None, None, None, None, None)
+
+
+inl_step_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def takes(
+    h: Tensor,
+    v: Tensor | None,
+    alpha_raw: Tensor,
+    beta_raw: Tensor,
+    gate_raw: Tensor,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Whether the kernels can read the raw coefficients among the arguments of `inl_step`."""
+    vector = (*(1,) * (h.ndim - 1), h.shape[-1])
+    return all(
+        x.shape == h.shape or x.numel() == 1 or (*(1,) * (h.ndim - x.ndim), *x.shape) == vector
+        for x in (alpha_raw, beta_raw, gate_raw)
+    )
+
+
+def inl_step(
+    h: Tensor,
+    v: Tensor | None,
+    alpha_raw: Tensor,
+    beta_raw: Tensor,
+    gate_raw: Tensor,
+    mu: Tensor,
+    force: Tensor | None = None,
+    *,
+    dt: float,
+    beta_max: float | None,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`inl_core.reference.inl_step` in one kernel; same arguments and results.
+
+    Raw coefficients must be shaped like `h`, or hold D values for its last dimension, or one value.
+
+    Raises:
+        ValueError: If a shape, a dtype (fp64) or a device does not fit, or D exceeds 16384.
+    """
+    check_inputs("inl_step", h, v, alpha_raw, beta_raw, gate_raw, mu, force)
+    check_width("inl_step", h.shape[-1])
+    for name, x in (("v", v), ("force", force)):
+        if x is not None and x.shape != h.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected that of h, {tuple(h.shape)}"
+            )
+    if mu.shape != h.shape[-1:]:
+        raise ValueError(f"mu has shape {tuple(mu.shape)}, expected ({h.shape[-1]},)")
+    raw = (alpha_raw, beta_raw, gate_raw)
+    if not takes(h, v, *raw):
+        raise ValueError(
+            f"raw coefficients have shapes {[tuple(x.shape) for x in raw]}; the kernel takes "
+            f"{tuple(h.shape)}, ({h.shape[-1]},) or (1,)"
+        )
+    # A leading dimension of 1 carries nothing, and one shape a kind keeps the custom op simple.
+    flat = [x if x.shape == h.shape else x.reshape(-1) for x in raw]
+    return inl_step_fwd(
+        h, v, *flat, mu, force, dt,
+        math.inf if beta_max is None else beta_max,
+        math.inf if velocity_max is None else velocity_max,
+        -math.inf if mu_min is None else mu_min,
+        math.inf if mu_max is None else mu_max,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Ahead of time
+
+
+def _aot() -> list[Any]:
+    specs = []
+    numbers = ("dt", "beta_max", "velocity_max", "mu_min", "mu_max")
+    states = ("h", "v", "force")
+    for width, way, dtype, given in (
+        (768, TOKEN, "bf16", ("v",)),
+        (768, TOKEN, "bf16", ("v", "force")),
+        (768, TOKEN, "fp32", ("v", "force")),
+        (768, CHANNEL, "bf16", ("v",)),
+        (768, LAYER, "bf16", ("v",)),
+        (1152, TOKEN, "bf16", ("v", "force")),
+        (1152, CHANNEL, "bf16", ("v",)),
+    ):
+        block_r, block_d, num_warps = tile(width)
+        state, raw = f"*{dtype}", f"*{dtype}" if way == TOKEN else "*fp32"
+        absent = [name for name in ("v", "force") if name not in given]
+        fixed: dict[str, Any] = {f"{name}_ptr": None for name in absent}
+        ways = {"KIND_A": way, "KIND_B": way, "KIND_C": way}
+        blocks = ways | {"CLIP": True, "BLOCK_R": block_r, "BLOCK_D": block_d}
+        common = {f"{name}_ptr": state for name in states if name not in absent}
+        common |= {f"{name}_ptr": raw for name in "abc"}
+        common |= {"mu_ptr": "*fp32", "R": "i32:16", "D": "i32:16"} | dict.fromkeys(numbers, "fp32")
+        common |= {f"stride_{name}": "i32:16" for name in "hvabcf"}
+        forward = common | {"h_out_ptr": state, "v_out_ptr": state}
+        specs.append(aot_spec(forward_kernel, forward, fixed | blocks, num_warps))
+        backward = common | {"stride_dh": "i32:16", "stride_dv": "i32:16", "dmu_ptr": "*fp32"}
+        backward |= {f"{name}_ptr": state for name in ("dh_next", "dv_next", "dh")}
+        backward |= {f"d{name}_ptr": state for name in ("v", "force")}
+        backward |= {f"d{name}_ptr": state if way == TOKEN else "*fp32" for name in "abc"}
+        specs.append(aot_spec(backward_kernel, backward, fixed | blocks, num_warps))
+        if dtype == "bf16" and len(given) == 1:
+            block_p, block_c, warps = FINISH
+            types = {
+                f"{name}{end}": "*fp32"
+                for name in ("mu", "a", "b", "c")
+                for end in ("_parts_ptr", "_ptr")
+            }
+            types |= {f"d{name}_ptr": "*fp32" for name in ("mu", "a", "b", "c")}
+            types |= {"walkers": "i32", "programs": "i32", "D": "i32:16"}
+            types |= dict.fromkeys(("beta_max", "mu_min", "mu_max"), "fp32")
+            gone = {f"{name}_parts_ptr": None for name in "abc"} if way == TOKEN else {}
+            types = {name: kind for name, kind in types.items() if name not in gone}
+            last = gone | ways | {"BLOCK_P": block_p, "BLOCK_C": block_c}
+            specs.append(aot_spec(finish_kernel, types, last, warps))
+    return specs
+
+
+AOT = _aot()

@@ -1,0 +1,205 @@
+"""Root-mean-square norm in Triton.
+
+With r = rsqrt(mean(x²) + eps), for each row:
+
+    y  = x · r · w
+    dx = r · (w·dy − x · r² · mean(x·w·dy))
+    dw = Σ_rows dy · x · r
+
+The weight stands inside the bracket of dx: taken out of it, dx is wrong by a third.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inl_core.kernels import _common, _shapes
+from inl_core.kernels._common import load, store
+
+__all__ = ["AOT", "rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
+
+WARPS_PER_PROCESSOR = 32
+"""Warps of a persistent launch on each multiprocessor: enough loads in flight to fill the memory
+pipe, with few enough partial sums."""
+
+
+@triton.jit
+def inverse_rms(x, live, eps, D: tl.constexpr):
+    """rsqrt(mean(x²) + eps) of every row; columns beyond D must hold 0.
+
+    A row beyond the last one is all zeros, and with eps = 0 its r would be infinite: where `live`
+    is false r is 1, so that nothing but zeros goes from there into a sum over rows.
+    """
+    mean = tl.sum(x * x, axis=1, keep_dims=True) / D
+    return tl.rsqrt(tl.where(live, mean + eps, 1.0))
+
+
+@triton.jit
+def norm_gradient(normed, r, dnormed, D: tl.constexpr):
+    """Gradient of the rows x behind normed = x · r, where dnormed = w·dy holds the weight."""
+    return r * (dnormed - normed * (tl.sum(normed * dnormed, axis=1, keep_dims=True) / D))
+
+
+@triton.jit
+def _forward(
+    x_ptr, weight_ptr, y_ptr, rows, x_stride, eps,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < rows) & (column < D)
+    x = load(x_ptr + row * x_stride + column, mask)
+    y = x * inverse_rms(x, row < rows, eps, D)
+    if weight_ptr is not None:
+        y *= load(weight_ptr + column, column < D)
+    store(y_ptr + row * D + column, y, mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, rows, dy_stride, x_stride, eps,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_D)[None, :]
+    if weight_ptr is not None:
+        weight = load(weight_ptr + column, column < D)
+    dweight = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        mask = (row < rows) & (column < D)
+        x = load(x_ptr + row * x_stride + column, mask)
+        dy = load(dy_ptr + row * dy_stride + column, mask)
+        r = inverse_rms(x, row < rows, eps, D)
+        normed = x * r
+        if dweight_ptr is not None:
+            dweight += dy * normed
+        if weight_ptr is not None:
+            dy *= weight
+        store(dx_ptr + row * D + column, norm_gradient(normed, r, dy, D), mask)
+    if dweight_ptr is not None:
+        partial = tl.sum(dweight, axis=0, keep_dims=True)
+        store(dweight_ptr + tl.program_id(0) * D + column, partial, column < D)
+
+
+@torch.library.custom_op("inl_core::rms_norm_fwd", mutates_args=())
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Launch the forward kernel; `rms_norm` checks the arguments."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x_rows = _common.as_rows(x)
+    rows, width = x_rows.shape
+    block_r, block_d, warps = _common.row_config(width)
+    with _common.launch_guard(x):
+        _forward[(triton.cdiv(rows, block_r),)](
+            x_rows, None if weight is None else weight.contiguous(), y,
+            rows, x_rows.stride(0), eps,
+            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+@rms_norm_fwd.register_fake
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("inl_core::rms_norm_bwd", mutates_args=())
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel: (dx, dweight), dweight of size 0 where it is not needed."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = x.shape[-1]
+    dweight_dtype = torch.float32 if weight is None else weight.dtype
+    dweight_size = width if need_dweight else 0
+    if x.numel() == 0:
+        return dx, torch.zeros(dweight_size, dtype=dweight_dtype, device=x.device)
+    x_rows, dy_rows = _common.as_rows(x), _common.as_rows(dy)
+    rows = x_rows.shape[0]
+    block_r, block_d, warps = _common.row_config(width)
+    programs = _common.num_programs(
+        x, triton.cdiv(rows, block_r), max(1, WARPS_PER_PROCESSOR // warps)
+    )
+    partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=x.device)
+    with _common.launch_guard(x):
+        _backward[(programs,)](
+            dy_rows, x_rows, None if weight is None else weight.contiguous(), dx,
+            partials if need_dweight else None,
+            rows, dy_rows.stride(0), x_rows.stride(0), eps,
+            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return dx, partials.sum(0).to(dweight_dtype)
+
+
+@rms_norm_bwd.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dweight = torch.empty(
+        x.shape[-1] if need_dweight else 0,
+        dtype=torch.float32 if weight is None else weight.dtype,
+        device=x.device,
+    )
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dweight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    need_dweight = ctx.needs_input_grad[1]
+    dx, dweight = rms_norm_bwd(dy, x, weight, ctx.eps, need_dweight)
+    return dx, dweight if need_dweight else None, None
+
+
+rms_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """`inl_core.reference.rms_norm` as one kernel forward and one backward.
+
+    Args:
+        x: (..., D), D from 1 to 16,384; fp32, bf16 or fp16.
+        weight: (D,), or None for ones; its dtype may differ from that of `x`.
+        eps: Added to the mean square.
+
+    Returns:
+        Tensor shaped like `x`, in its dtype, contiguous.
+
+    Raises:
+        ValueError: If a dtype, a device or a shape does not fit.
+    """
+    _common.check_inputs("rms_norm", x, weight)
+    _shapes.check_rows("rms_norm", x)
+    _shapes.check_weight("rms_norm", "weight", weight, x.shape[-1])
+    return rms_norm_fwd(x, weight, eps)
+
+
+def _specs(width: int) -> list[_common.AotSpec]:
+    block_r, block_d, warps = _common.row_config(width)
+    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
+    forward = {
+        "x_ptr": "*bf16", "weight_ptr": "*fp32", "y_ptr": "*bf16",
+        "rows": "i32", "x_stride": "i32:16", "eps": "fp32",
+    }  # fmt: skip
+    backward = {
+        "dy_ptr": "*bf16", "x_ptr": "*bf16", "weight_ptr": "*fp32", "dx_ptr": "*bf16",
+        "dweight_ptr": "*fp32", "rows": "i32", "dy_stride": "i32:16", "x_stride": "i32:16",
+        "eps": "fp32",
+    }  # fmt: skip
+    return [
+        _common.aot_spec(_forward, forward, sizes, warps),
+        _common.aot_spec(_backward, backward, sizes, warps),
+    ]
+
+
+AOT = [spec for width in (768, 1152) for spec in _specs(width)]

@@ -1,0 +1,65 @@
+"""The clamp that does not trap a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class BoundedClamp(torch.autograd.Function):
+    """Plain clamp forward; backward lets a value beyond its bound come back.
+
+    A plain clamp has gradient 0 outside, so a parameter that crosses its bound stays there for
+    ever. Here the gradient passes outside too, but only when the descent step ``x - lr * grad``
+    points back inside. Call it through `bounded_clamp`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
+        return torch.clamp(x, min=minimum, max=maximum)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.minimum, ctx.maximum = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        # Written as "what is blocked" so that a NaN, in x or in grad, is never masked away.
+        if ctx.minimum is not None:
+            grad = torch.where((x < ctx.minimum) & (grad > 0), 0.0, grad)
+        if ctx.maximum is not None:
+            grad = torch.where((x > ctx.maximum) & (grad < 0), 0.0, grad)
+        return grad, None, None
+
+
+def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
+    """Clamp `x` to [minimum, maximum] with gradients that lead back inside.
+
+    Which gradients pass is decided on what reaches this call: for a parameter used by a whole
+    batch that is the gradient of the batch, so outside a bound the gradients of single samples
+    (``torch.func.vmap`` over ``grad``, micro-batches) need not add up to it.
+
+    Args:
+        x: Tensor of any shape. NaN stays NaN.
+        minimum: Lower bound, or None for none.
+        maximum: Upper bound, or None for none.
+
+    Returns:
+        The clamped tensor. Strictly beyond a bound its gradient passes only if the descent step
+        ``x - lr * grad`` moves towards the bound; at a bound and inside it always passes.
+
+    Raises:
+        ValueError: If minimum is above maximum.
+    """
+    if minimum is None and maximum is None:
+        return x
+    if minimum is not None and maximum is not None and minimum > maximum:
+        raise ValueError(f"minimum {minimum} must not be above maximum {maximum}")
+    return BoundedClamp.apply(x, minimum, maximum)

@@ -1,0 +1,257 @@
+"""INL dynamics, equations (1) to (3), and what is fused with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inl_core.reference.bounds import bounded_clamp
+from inl_core.reference.layers import normalise, per_sample
+from inl_core.reference.precision import cast, compute_dtype
+
+
+def inl_coefficients(
+    alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, *, beta_max: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn raw controller outputs into bounded coefficients.
+
+    Args:
+        alpha_raw: Any shape; alpha = sigmoid(alpha_raw) lies in [0, 1].
+        beta_raw: Any shape; beta = softplus(beta_raw), clamped to at most `beta_max`.
+        gate_raw: Any shape; gate = sigmoid(gate_raw) lies in [0, 1].
+        beta_max: Upper bound of beta, or None for none. Softplus alone is unbounded.
+
+    Returns:
+        (alpha, beta, gate) in fp32, or fp64 if an argument is fp64.
+    """
+    dtype = compute_dtype(alpha_raw, beta_raw, gate_raw)
+    alpha = torch.sigmoid(alpha_raw.to(dtype))
+    beta = bounded_clamp(F.softplus(beta_raw.to(dtype)), None, beta_max)
+    gate = torch.sigmoid(gate_raw.to(dtype))
+    return alpha, beta, gate
+
+
+def inl_update(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    gate: Tensor | float,
+    mu: Tensor,
+    force: Tensor | None = None,
+    *,
+    dt: float,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One semi-implicit Euler step of INL dynamics, equations (1)-(3), from activated coefficients.
+
+    Args:
+        h: Position (..., D).
+        v: Velocity, shaped like `h`; None means zero and costs nothing.
+        alpha: Inertia, a float or a tensor that broadcasts to `h`.
+        beta: Correction strength, likewise.
+        gate: Share of the velocity that moves the position, likewise.
+        mu: Equilibrium (D,), clamped here by `bounded_clamp`.
+        force: External force added to the velocity, shaped like `h`; None means zero.
+        dt: Time step.
+        velocity_max: Bound of |v'|, or None for none. Outside it the gradient is 0.
+        mu_min: Lower bound of mu, or None for none.
+        mu_max: Upper bound of mu, or None for none.
+
+    Returns:
+        (h', v'): h' in the dtype of `h`, v' in the dtype of `v` (of `h` when v is None).
+    """
+    v_dtype = h.dtype if v is None else v.dtype
+    dtype = compute_dtype(h, v, alpha, beta, gate, mu, force)
+    h_wide = h.to(dtype)
+    alpha, beta, gate = cast(alpha, dtype), cast(beta, dtype), cast(gate, dtype)
+
+    error = h_wide - bounded_clamp(mu.to(dtype), mu_min, mu_max)  # (1)
+    v_next = -(beta * error) if v is None else alpha * v.to(dtype) - beta * error  # (2)
+    if force is not None:
+        v_next = v_next + force.to(dtype)
+    if velocity_max is not None:
+        v_next = torch.clamp(v_next, -velocity_max, velocity_max)
+    h_next = h_wide + dt * gate * v_next  # (3)
+    return h_next.to(h.dtype), v_next.to(v_dtype)
+
+
+def inl_step(
+    h: Tensor,
+    v: Tensor | None,
+    alpha_raw: Tensor,
+    beta_raw: Tensor,
+    gate_raw: Tensor,
+    mu: Tensor,
+    force: Tensor | None = None,
+    *,
+    dt: float,
+    beta_max: float | None,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`inl_coefficients` followed by `inl_update`.
+
+    Args:
+        h: Position (..., D).
+        v: Velocity, shaped like `h`, or None for zero.
+        alpha_raw: Raw inertia, broadcastable to `h`.
+        beta_raw: Raw correction strength, broadcastable to `h`.
+        gate_raw: Raw gate, broadcastable to `h`.
+        mu: Equilibrium (D,).
+        force: External force, shaped like `h`, or None for zero.
+        dt: Time step.
+        beta_max: Upper bound of beta, or None for none.
+        velocity_max: Bound of |v'|, or None for none.
+        mu_min: Lower bound of mu, or None for none.
+        mu_max: Upper bound of mu, or None for none.
+
+    Returns:
+        (h', v') as `inl_update` gives them.
+    """
+    alpha, beta, gate = inl_coefficients(alpha_raw, beta_raw, gate_raw, beta_max=beta_max)
+    return inl_update(
+        h,
+        v,
+        alpha,
+        beta,
+        gate,
+        mu,
+        force,
+        dt=dt,
+        velocity_max=velocity_max,
+        mu_min=mu_min,
+        mu_max=mu_max,
+    )
+
+
+def inl_controlled_step(
+    h: Tensor,
+    v: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mu: Tensor,
+    force: Tensor | None = None,
+    *,
+    dt: float,
+    beta_max: float | None,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The controller's up-projection (a, b, c) = weight · hidden + bias, then `inl_step`.
+
+    The product is a matrix product like any other: its operands are taken in the dtype of `hidden`
+    (fp64 if any argument is fp64), or in that of autocast.
+
+    Args:
+        h: Position (..., D).
+        v: Velocity, shaped like `h`, or None for zero.
+        hidden: Activated hidden state of the controller (..., C), C channels.
+        weight: (3·D, C): the rows of alpha, then those of beta, then those of the gate.
+        bias: (3·D,), in the same order.
+        mu: Equilibrium (D,).
+        force: External force, shaped like `h`, or None for zero.
+        dt: Time step.
+        beta_max: Upper bound of beta, or None for none.
+        velocity_max: Bound of |v'|, or None for none.
+        mu_min: Lower bound of mu, or None for none.
+        mu_max: Upper bound of mu, or None for none.
+
+    Returns:
+        (h', v') as `inl_update` gives them.
+    """
+    wide = compute_dtype(h, v, hidden, weight, bias, mu, force) == torch.float64
+    operand = torch.float64 if wide else hidden.dtype
+    raw = F.linear(hidden.to(operand), weight.to(operand), bias.to(operand))
+    alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
+    return inl_step(
+        h,
+        v,
+        alpha_raw,
+        beta_raw,
+        gate_raw,
+        mu,
+        force,
+        dt=dt,
+        beta_max=beta_max,
+        velocity_max=velocity_max,
+        mu_min=mu_min,
+        mu_max=mu_max,
+    )
+
+
+def inl_branch_epilogue(
+    h: Tensor,
+    v: Tensor | None,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    gate: Tensor | float,
+    mu: Tensor,
+    residual: Tensor,
+    residual_gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dt: float,
+    velocity_max: float | None,
+    mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`inl_update`, then `gated_residual_norm`: all that follows a branch, as one operation.
+
+    Args:
+        h: Sub-layer output (B, ..., D), the position of the dynamics.
+        v: Velocity, shaped like `h`; None means zero.
+        alpha: Inertia, a float or a tensor that broadcasts to `h`.
+        beta: Correction strength, likewise.
+        gate: Share of the velocity that moves the position, likewise.
+        mu: Equilibrium (D,), clamped here by `bounded_clamp`.
+        residual: Residual stream, shaped like `h`.
+        residual_gate: (B, D), broadcast over the tokens, or None for ones.
+        shift: (B, D), likewise, or None for zeros.
+        scale: (B, D), likewise, or None for zeros.
+        weight: (D,), or None for ones.
+        eps: Added to the mean square.
+        dt: Time step.
+        velocity_max: Bound of |v'|, or None for none.
+        mu_min: Lower bound of mu, or None for none.
+        mu_max: Upper bound of mu, or None for none.
+
+    Returns:
+        (the normed and modulated sum in the dtype of `h`, residual + residual_gate * h' in the
+        dtype of `residual`, v' in the dtype of `v`, of `h` when v is None). Neither h' nor the sum
+        is rounded before the norm sees it.
+    """
+    v_dtype = h.dtype if v is None else v.dtype
+    dtype = compute_dtype(
+        h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight
+    )
+    h_next, v_next = inl_update(
+        h.to(dtype),
+        v,
+        alpha,
+        beta,
+        gate,
+        mu,
+        dt=dt,
+        velocity_max=velocity_max,
+        mu_min=mu_min,
+        mu_max=mu_max,
+    )
+    if residual_gate is not None:
+        h_next = per_sample(residual_gate, h).to(dtype) * h_next
+    total = residual.to(dtype) + h_next
+    normed = normalise(total, weight, eps)
+    if scale is not None:
+        normed = normed * (1.0 + per_sample(scale, h).to(dtype))
+    if shift is not None:
+        normed = normed + per_sample(shift, h).to(dtype)
+    return normed.to(h.dtype), total.to(residual.dtype), v_next.to(v_dtype)

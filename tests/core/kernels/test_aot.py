@@ -1,0 +1,97 @@
+"""The kernels compile ahead of time for A100 and H100 and keep everything in registers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
+
+from inl_core.kernels import aot
+from inl_core.kernels._common import aot_spec
+
+TABLE = Path(__file__).parents[3] / "benchmarks" / "kernels.md"
+
+
+def assert_no_spills(spec: aot.AotSpec, arch: int) -> None:
+    report = aot.compile_report(spec, arch)
+    assert 0 < report["registers"] <= 255  # all that a thread can have
+    assert report["shared"] <= 99 * 1024  # what every GPU since A100 gives a program
+    spilled = report["spills_store"] + report["spills_load"] + report["stack"]
+    assert spilled == 0, f"{spec[0].__name__} {aot.describe(spec)}: {report}"
+
+
+# The kernels that need most registers, at D = 768 in bf16, and the architecture they fill up first.
+HEAVIEST = [
+    ("inl_step", 1, 90),
+    ("rms_norm", 1, 90),
+    ("inl_branch_epilogue", 1, 90),
+    ("inl_controlled_step", 4, 80),
+    ("inl_controlled_step", 5, 80),
+]
+
+
+@pytest.mark.parametrize(("file", "index", "arch"), HEAVIEST)
+def test_the_heaviest_kernels_do_not_spill(file: str, index: int, arch: int) -> None:
+    assert_no_spills(aot.all_specs()[file][index], arch)
+
+
+def test_the_committed_table_has_every_kernel_and_no_spill() -> None:
+    lines = TABLE.read_text().splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if "sm_" in line
+    ]
+    wanted = {
+        (file, spec[0].__name__, aot.describe(spec), f"sm_{arch}")
+        for file, specs in aot.all_specs().items()
+        for spec in specs
+        for arch in aot.ARCHITECTURES
+    }
+    assert {tuple(row[:4]) for row in rows} == wanted, "run `make kernels`"
+    assert [row for row in rows if row[6:9] != ["0", "0", "0"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize("file", list(aot.all_specs()))
+def test_no_kernel_spills(file: str, arch: int) -> None:
+    for spec in aot.all_specs()[file]:
+        assert_no_spills(spec, arch)
+
+
+def test_every_kernel_file_has_specifications() -> None:
+    folder = os.path.dirname(aot.__file__)
+    files = {name[:-3] for name in os.listdir(folder) if name.endswith(".py")}
+    files = {name for name in files if not name.startswith("_") and name != "aot"}
+    assert set(aot.all_specs()) == files
+
+
+def test_a_spill_is_seen() -> None:
+    """One warp for a tile that needs four times the registers a thread can have."""
+    kernel, signature, constexprs, attrs, _ = aot.all_specs()["inl_step"][1]
+    crowded = (kernel, signature, constexprs | {"BLOCK_R": 4, "BLOCK_D": 256}, attrs, 1)
+    report = aot.compile_report(crowded, 90)
+    assert report["spills_store"] > 0
+    assert report["spills_load"] > 0
+
+
+def test_a_slow_compilation_is_stopped() -> None:
+    kernel, signature, constexprs, attrs, _ = aot.all_specs()["inl_step"][1]
+    huge = (kernel, signature, constexprs | {"BLOCK_R": 32, "BLOCK_D": 256}, attrs, 2)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"0\.2 s"):
+        aot.compile_report(huge, 90, timeout=0.2)
+    assert time.monotonic() - start < 60
+
+
+def test_a_specification_names_every_argument() -> None:
+    kernel, signature, constexprs, _, num_warps = aot.all_specs()["rms_norm"][0]
+    types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    types.popitem()
+    with pytest.raises(ValueError, match="missing or unknown"):
+        aot_spec(kernel, types, constexprs, num_warps)

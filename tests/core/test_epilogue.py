@@ -1,0 +1,71 @@
+"""The epilogue of a branch equals its steps taken one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
+    branch_epilogue,
+    collect_dynamics_stats,
+    reference,
+)
+
+KINDS = ("token", "channel", "layer", "lite")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def build(kind: str) -> INLDynamics | INLDynamicsLite:
+    if kind == "lite":
+        module = INLDynamicsLite(6)
+    else:
+        module = INLDynamics(6, adaptive=kind, controller_hidden=4)  # type: ignore[arg-type]
+    for index, parameter in enumerate(module.parameters()):
+        torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(index))
+    return module.double()
+
+
+@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind: str, first: bool, conditioned: bool, noted: bool) -> None:
+    module, x, residual = build(kind), randn(2, 3, 6), randn(2, 3, 6, seed=1)
+    v = None if first else randn(2, 3, 6, seed=2)
+    rows = (randn(2, 6, seed=3), randn(2, 6, seed=4), randn(2, 6, seed=5))
+    weight = randn(6, seed=6)
+    inputs = [t.requires_grad_() for t in (x, residual, v, *rows, weight) if t is not None]
+    inputs += list(module.parameters())
+
+    moved, want_v = module(x, v)
+    if conditioned:
+        total = reference.gated_residual(residual, moved, rows[0])
+        want = reference.modulated_rms_norm(total, *rows[1:], weight, 1e-3)
+    else:
+        total = residual + moved
+        want = reference.rms_norm(total, weight, 1e-3)
+    results = [[want, total, want_v]]
+    conditions = rows if conditioned else None
+    if noted:
+        with collect_dynamics_stats(module):
+            got = branch_epilogue(module, x, v, residual, conditions, weight, 1e-3)
+        assert "velocity_rms" in module.get_dynamics_stats()
+    else:
+        got = branch_epilogue(module, x, v, residual, conditions, weight, 1e-3)
+    results.append(list(got))
+    for outputs in results:
+        loss = sum((y.square().sum() for y in outputs[:]), torch.zeros((), dtype=torch.float64))
+        outputs += torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(*results)
+
+
+def test_a_wrong_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"h has shape \(2, 5\), expected \(\.\.\., 6\)"):
+        branch_epilogue(build("layer"), randn(2, 5), None, randn(2, 5))

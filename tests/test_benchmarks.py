@@ -1,0 +1,225 @@
+"""The benchmark scripts run, write rows that say where they come from, and the tables show them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        env=clean | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_bench_ops_writes_a_row_a_number(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    done = run(
+        "bench_ops.py", "--device", "cpu", "--quick", "--seconds", "0.001", "--dtype", "float32",
+        "--backends", "eager", "F.rms_norm", "dense", "grouped_mm", "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = rows(out)
+    assert all(float(row["value"]) > 0 for row in found)
+    for name in ("command", "hardware", "torch", "commit", "date", "case", "metric"):
+        assert all(row[name] for row in found), name
+    for passed in ("forward", "backward"):
+        norm = [r for r in found if r["case"] == f"rms_norm {passed}"]
+        assert {r["backend"] for r in norm} == {"eager", "F.rms_norm"}
+        assert {r["metric"] for r in norm} == {"time", "GB/s", "of copy"}
+        routed = [r for r in found if r["case"] == f"routed_mlp {passed}"]
+        assert {r["metric"] for r in routed} == {"time", "TFLOP/s", "of matmul"}
+    copy = next(float(r["value"]) for r in found if r["case"] == "copy")
+    gbs, share = (
+        next(float(r["value"]) for r in found if r["case"] == "swiglu forward" and r["metric"] == m)
+        for m in ("GB/s", "of copy")
+    )
+    assert share == pytest.approx(gbs / copy, rel=1e-4)
+
+
+def test_every_operation_with_a_kernel_has_a_case(scripts: None) -> None:
+    import op_cases
+    import torch
+
+    from inl_core import ops
+
+    found = {case.op for case in op_cases.bandwidth_cases(1, 2, 64, torch.float32, "cpu")}
+    assert found | {"routed_mlp"} == set(ops._SWITCHED)
+
+
+def test_bench_tax_compares_with_none_and_with_dense(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    done = run(
+        "bench_tax.py", "--eager", "--depth", "2", "--batch_size", "1", "--side", "2",
+        "--rounds", "1", "--kinds", "lite", "token", "--routing", "64", "32", "64", "4",
+        "--device", "cpu", "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {(r["case"], r["metric"]): float(r["value"]) for r in rows(out)}
+    for kind in ("lite", "token"):
+        assert found[f"stack eager {kind}", "ratio"] > 0
+        assert found[f"stack eager {kind}", "parameters"] > 1
+    assert found["mlp dense", "ratio"] == 1
+    assert found["mlp routed", "ratio"] > 0
+    assert found["mlp mask loop", "ratio"] > 0
+
+
+def test_the_routed_mlp_and_the_mask_loop_compute_the_same(scripts: None) -> None:
+    import bench_tax
+    import torch
+
+    from inl_core import make_routing_plan
+
+    plan = make_routing_plan(torch.tensor([1, 0, 3, 1]), 4)
+    routed, loop = (kind(8, 12, 4, plan) for kind in (bench_tax.Routed, bench_tax.MaskLoop))
+    loop.load_state_dict(routed.state_dict())
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(routed(x), loop(x))
+
+
+def test_dynamics_change_nothing_else_in_the_stack(scripts: None) -> None:
+    """The backbones are equal, so that the tax is that of the dynamics alone."""
+    import blocks
+    import torch
+
+    plain = blocks.Stack(16, 2, 2, "none", 2, compiled=False).state_dict()
+    for kind in blocks.KINDS[1:]:
+        state = blocks.Stack(16, 2, 2, kind, 2, compiled=False).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in plain.items())
+        assert len(state) > len(plain)
+
+
+def test_medians_of_paired_rounds(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round in which everything is slow does not move the ratio."""
+    import timing
+
+    durations = iter([1.0, 2.0, 10.0, 20.0, 1.0, 2.0])
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def work() -> None:
+        now[0] += next(durations)
+
+    got = timing.paired({"a": work, "b": work}, rounds=3, device="cpu", warm_up=0)
+    assert got == {"a": (1.0, 1.0), "b": (2.0, 2.0)}
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = run("gpu.py", "ops", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "sees no GPU; nothing was measured" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["tests", "ops", "models"])
+def test_every_part_of_make_gpu_runs_on_a_cpu(part: str, tmp_path: Path) -> None:
+    done = run("gpu.py", part, "--device", "cpu", "--quick", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(tmp_path / f"{part}.csv")
+
+
+def test_a_wrong_kernel_is_seen(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device checks fail on the originals' norm gradient and on a result that is NaN."""
+    import device_checks
+    import op_cases
+    import torch
+
+    from inl_core import reference
+
+    class WeightOutside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return reference.rms_norm(x, weight)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight = ctx.saved_tensors
+            r = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            dx = weight * r * (dy - x * r * r * (x * dy).mean(-1, keepdim=True))
+            return dx, (dy * x * r).sum((0, 1))
+
+    cases = op_cases.bandwidth_cases(2, 5, 64, torch.float32, "cpu")
+    case = next(c for c in cases if c.op == "rms_norm")
+    for wrong in (WeightOutside.apply, lambda x, w: reference.rms_norm(x, w) * torch.nan):
+        monkeypatch.setattr(device_checks, "kernel", lambda case, wrong=wrong: wrong)
+        with pytest.raises(AssertionError, match="above the bound"):
+            device_checks.as_good_as_eager(case, stores=1)
+    monkeypatch.setattr(device_checks, "kernel", lambda case: reference.rms_norm)
+    assert device_checks.as_good_as_eager(case, stores=1) < 1
+
+
+def test_rows_with_other_columns_are_refused(scripts: None, tmp_path: Path) -> None:
+    import results
+
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has the columns a,b"):
+        results.append_rows(path, "x", [{"case": "c", "metric": "m", "value": 1, "unit": ""}])
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_copy_without_history_takes_its_commit_from_the_variable(
+    scripts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import results
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(results.subprocess, "run", missing)
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert results.commit() == "abc1234"
+    monkeypatch.delenv("COMMIT")
+    assert results.commit() == "none"
+
+
+def test_tables_come_from_the_last_run_alone(scripts: None) -> None:
+    import results
+    import tables
+
+    blank = dict.fromkeys(results.FIELDS, "")
+    old, new, other = (
+        blank | {"bench": "tax", "case": "lite", "metric": "ratio", "unit": "x none",
+                 "value": value, "command": "c", "hardware": machine, "commit": commit}
+        for value, machine, commit in (("1.5", "A", "1"), ("1.25", "A", "2"), ("3", "B", "1"))
+    )  # fmt: skip
+    text = "<!-- table: tax -->\n\nold\n\n<!-- end -->\n<!-- table: ops -->\n<!-- end -->\n"
+    done = tables.rewritten(text, [old, new, other])
+    assert "| lite | 1.25 |" in done
+    assert "| lite | 3 |" in done
+    assert "1.5" not in done
+    assert "No rows yet." in done
+    assert tables.rewritten(done, [old, new, other]) == done
+
+
+def test_the_tables_are_up_to_date() -> None:
+    done = run("tables.py", "--check")
+    assert done.returncode == 0, done.stdout
