@@ -8,6 +8,8 @@ PYPROJECTS := packages/inl-core/pyproject.toml packages/complexity-lm/pyproject.
 
 # where `make demo` writes: make demo OUT=runs/another
 OUT = runs/demo
+# where `make demo-lm` writes
+OUT_LM = runs/demo-lm
 # parallel test processes: make test JOBS=4
 JOBS = 2
 
@@ -19,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint clean kernels bench gpu
+.PHONY: help venv demo demo-lm test test-slow lint clean kernels bench gpu
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +39,9 @@ $(STAMP): constraints.txt $(PYPROJECTS)
 
 demo: venv ## train a small model on the art set, paint with it, measure it
 	$(BIN)/complexity-dit demo --out $(OUT)
+
+demo-lm: venv ## train a small language model on the standard library, write Python, compare with gzip
+	$(BIN)/complexity-lm demo --out $(OUT_LM)
 
 test: venv lint ## lint, then every test that is not slow
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)

@@ -1,6 +1,7 @@
 """House rules a machine can check: metadata, imports, file sizes, the commands in the docs."""
 
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -225,15 +226,26 @@ def test_files_that_the_docs_name_exist() -> None:
         assert (ROOT / "configs" / row).is_file(), f"configs/README.md names {row}"
 
 
-@pytest.mark.parametrize("subcommand", ["demo", "train", "sample", "evaluate"])
-def test_dit_commands_in_the_docs_exist(
-    subcommand: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from complexity_dit.__main__ import main
+SUBCOMMANDS = {
+    "complexity-dit": ["demo", "train", "sample", "evaluate"],
+    "complexity-lm": ["demo", "train", "generate", "evaluate", "tokenizer", "inspect"],
+}
 
-    used = commands("complexity-dit", subcommand)
-    assert used, f"no document shows complexity-dit {subcommand}"
-    monkeypatch.setattr(sys, "argv", ["complexity-dit", subcommand, "--help"])
+
+@pytest.mark.parametrize(
+    ("program", "subcommand"),
+    [(program, name) for program, names in SUBCOMMANDS.items() for name in names],
+)
+def test_commands_in_the_docs_exist(
+    program: str,
+    subcommand: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main = importlib.import_module(f"{program.replace('-', '_')}.__main__").main
+    used = commands(program, subcommand)
+    assert used, f"no document shows {program} {subcommand}"
+    monkeypatch.setattr(sys, "argv", [program, subcommand, "--help"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
@@ -245,10 +257,9 @@ def test_dit_commands_in_the_docs_exist(
             assert re.search(rf"{option}\b", help_text), f"{flag} in {shlex.join(words)}"
 
 
-def test_docs_name_no_other_dit_command() -> None:
-    named = {words[1] for words in commands("complexity-dit")}
-    assert named == {"demo", "train", "sample", "evaluate"}
-    assert not commands("complexity-lm")
+@pytest.mark.parametrize("program", SUBCOMMANDS)
+def test_docs_name_no_other_command(program: str) -> None:
+    assert {words[1] for words in commands(program)} == set(SUBCOMMANDS[program])
 
 
 EXAMPLES = [(d, i, code) for d in DOCS for i, code in enumerate(blocks(d, "python"))]

@@ -10,7 +10,6 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig
 
-import complexity_lm
 from complexity_lm import DeepConfig
 
 
@@ -37,6 +36,23 @@ def test_force_has_its_own_defaults_and_explicit_values_win() -> None:
     assert isinstance(explicit.dynamics_dt, float)
 
 
+def test_expert_widths_add_up_to_what_acts_on_a_token() -> None:
+    def widths(**settings) -> tuple[int | None, int | None]:
+        config = DeepConfig(intermediate_size=100, **settings)
+        return config.expert_intermediate_size, config.shared_intermediate_size
+
+    assert widths() == (None, None)
+    assert widths(num_experts=2) == (50, 50)
+    assert widths(num_experts=2, expert_intermediate_size=30) == (30, 70)
+    assert widths(num_experts=2, shared_intermediate_size=30) == (70, 30)
+    assert widths(num_experts=2, shared_intermediate_size=0) == (100, 0)
+
+
+def test_a_window_makes_every_layer_slide_unless_told() -> None:
+    assert set(DeepConfig().layer_types or []) == {"full_attention"}
+    assert set(DeepConfig(sliding_window=8).layer_types or []) == {"sliding_attention"}
+
+
 SETTINGS = [
     {},
     {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "num_experts": 4},
@@ -53,6 +69,8 @@ SETTINGS = [
         "dynamics_mu_max": None,
     },
     {"dynamics_placement": "none", "eos_token_id": [1, 2], "tie_word_embeddings": False},
+    {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
+    {"num_experts": 3, "expert_intermediate_size": 512, "routing_scheme": "balanced"},
 ]
 
 
@@ -88,6 +106,21 @@ OUT_OF_RANGE = [
     ({"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
     ({"rms_norm_eps": 0.0}, r"rms_norm_eps must be over 0 and finite, got 0\.0"),
     ({"num_experts": -1}, r"num_experts must be 0 .* got -1"),
+    ({"num_experts": 40000}, r"num_experts 40000 must not exceed vocab_size 32000"),
+    ({"expert_intermediate_size": 64}, r"expert_intermediate_size 64 needs num_experts over 0"),
+    (
+        {"num_experts": 2, "expert_intermediate_size": 9, "shared_intermediate_size": 9},
+        r"size 9 \(at least 1\) plus shared_intermediate_size 9 must be intermediate_size 2048",
+    ),
+    ({"sliding_window": 0}, r"sliding_window must be at least 1 or None, got 0"),
+    (
+        {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+        r"layer_types has 'sliding_attention' but sliding_window is None",
+    ),
+    (
+        {"num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+        r"layer_types must hold .* got 'linear_attention'",
+    ),
     ({"dynamics_alpha": 1.0}, r"dynamics_alpha must be inside \(0, 1\).* got 1\.0"),
     ({"dynamics_alpha": float("nan")}, r"dynamics_alpha .* got nan"),
     ({"dynamics_gate": 0}, r"dynamics_gate must be inside \(0, 1\).* got 0\.0"),
@@ -140,8 +173,3 @@ def test_a_config_made_invalid_is_not_saved(name: str, value: float | None, tmp_
     with pytest.raises(StrictDataclassClassValidationError, match=f"{name} .* got {value}"):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-
-
-def test_package_offers_what_exists_and_no_more() -> None:
-    assert complexity_lm.__all__ == ["DeepConfig", "__version__"]
-    assert "Only the configuration exists" in (complexity_lm.__doc__ or "")

@@ -1,6 +1,7 @@
 """`DeepConfig`: every size and every dynamics setting of a complexity language model, checked.
 
-The file imports nothing of ours, so that a saved model folder can carry a copy of it.
+A saved model folder carries a copy of this file and of the siblings it imports; transformers finds
+those by their relative imports.
 """
 
 import difflib
@@ -10,8 +11,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .presets import PRESETS
+
 Placement = Literal["stream", "branch", "force", "none"]
 Adaptive = Literal["token", "channel", "layer", "lite"]
+RoutingScheme = Literal["modulo", "balanced"]
 
 # What an unset coefficient becomes. `force` adds whole sub-layer outputs to the velocity, so it
 # starts near the plain residual: full steps, an open gate, little memory.
@@ -32,7 +36,8 @@ class DeepConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of token ids, the rows of the embedding table.
         hidden_size: Width D of the residual stream.
-        intermediate_size: Width of the SwiGLU MLP between its two projections.
+        intermediate_size: Width of the SwiGLU MLP between its two projections. With experts, the
+            width that acts on one token: that of its expert plus that of the shared expert.
         num_hidden_layers: Number of decoder layers.
         num_attention_heads: Query heads a layer; divides `hidden_size`.
         num_key_value_heads: Key and value heads a layer (grouped-query attention); divides
@@ -44,12 +49,23 @@ class DeepConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the initial weights.
         rope_parameters: Rotary settings in transformers' form. `None` means `rope_type` "default"
             with `rope_theta` 10000.
+        sliding_window: How many tokens back a "sliding_attention" layer sees, itself included;
+            `None` means that no layer slides.
+        layer_types: "full_attention" or "sliding_attention" for each layer. `None` means that all
+            slide if `sliding_window` is set, and none otherwise.
         tie_word_embeddings: Whether the output head shares the embedding table.
         use_cache: Whether generation keeps keys and values.
         pad_token_id: Id that fills short sequences, or `None`.
         bos_token_id: Id that starts a sequence, or `None`.
         eos_token_id: Id or ids that end a sequence, or `None`.
         num_experts: Routed experts of the MLP; 0 is the dense MLP.
+        expert_intermediate_size: Width of one routed expert; it and the shared width add up to
+            `intermediate_size`. `None` means what the shared expert leaves, half if that is `None`
+            too. Without experts it stays `None`.
+        shared_intermediate_size: Width of the shared expert that every token passes; 0 for none.
+            `None` means what the routed expert leaves.
+        routing_scheme: How the routing table was made: token id modulo `num_experts` ("modulo"), or
+            by the counts of a corpus ("balanced"; `balance_experts` of the model makes that one).
         dynamics_placement: Where the dynamics sits in a layer: on the residual stream ("stream"),
             on the attention branch ("branch"), with the sub-layer outputs as its force ("force"),
             or nowhere ("none", the plain residual).
@@ -67,6 +83,8 @@ class DeepConfig(PreTrainedConfig):
         dynamics_velocity_max: Bound of |v|; `None` switches it off.
         dynamics_mu_min: Lower bound of the equilibrium μ; `None` switches it off.
         dynamics_mu_max: Upper bound of the equilibrium μ; `None` switches it off.
+        dynamics_velocity_norm: Under "force" only: whether the velocity that enters an update is
+            first divided by its root mean square.
 
     Raises:
         StrictDataclassFieldValidationError: A value is of the wrong type or not among the allowed.
@@ -95,12 +113,17 @@ class DeepConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     num_experts: int = 0
+    expert_intermediate_size: int | None = None
+    shared_intermediate_size: int | None = None
+    routing_scheme: RoutingScheme = "modulo"
     dynamics_placement: Placement = "branch"
     dynamics_adaptive: Adaptive = "token"
     dynamics_alpha: float | int | None = None
@@ -112,6 +135,26 @@ class DeepConfig(PreTrainedConfig):
     dynamics_velocity_max: float | int | None = 10.0
     dynamics_mu_min: float | int | None = 0.0
     dynamics_mu_max: float | int | None = 2.0
+    dynamics_velocity_norm: bool = False
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "DeepConfig":
+        """The configuration of a named size, with any field set otherwise.
+
+        Args:
+            name: A row of `complexity_lm.PRESETS`, "15m" to "7b".
+            **overrides: Fields of the configuration; they win over the preset.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: No preset has that name; the message lists those there are.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}, choose from: {', '.join(PRESETS)}")
+        settings: dict[str, Any] = PRESETS[name].sizes() | overrides
+        return cls(**settings)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what was left at `None` and refuse misspelt dynamics keys.
@@ -129,6 +172,15 @@ class DeepConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if self.num_experts > 0:
+            width, expert = self.intermediate_size, self.expert_intermediate_size
+            if self.shared_intermediate_size is None:
+                self.shared_intermediate_size = width - (width // 2 if expert is None else expert)
+            if expert is None:
+                self.expert_intermediate_size = width - self.shared_intermediate_size
 
         placement = self.dynamics_placement if self.dynamics_placement == "force" else "default"
         names = ("dynamics_alpha", "dynamics_beta", "dynamics_gate", "dynamics_dt")
@@ -161,6 +213,10 @@ class DeepConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be over 0 and finite, got {getattr(self, name)}")
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be 0 (dense MLP) or more, got {self.num_experts}")
+        self._validate_attention()
+        self._validate_experts()
+
+    def _validate_attention(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be divisible by "
@@ -176,6 +232,38 @@ class DeepConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim must be an even number of at least 2 for rotary, got {head_dim}: "
                 "change hidden_size, num_attention_heads or head_dim"
+            )
+        layer_types = self.layer_types or []
+        for kind in layer_types:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"layer_types must hold 'full_attention' or 'sliding_attention', got {kind!r}"
+                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window must be at least 1 or None, got {self.sliding_window}"
+            )
+        if self.sliding_window is None and "sliding_attention" in layer_types:
+            raise ValueError("layer_types has 'sliding_attention' but sliding_window is None")
+
+    def _validate_experts(self) -> None:
+        if self.num_experts == 0:
+            for name in ("expert_intermediate_size", "shared_intermediate_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} {getattr(self, name)} needs num_experts over 0")
+            return
+        if self.num_experts > self.vocab_size:
+            raise ValueError(
+                f"num_experts {self.num_experts} must not exceed vocab_size {self.vocab_size}: "
+                "an expert is chosen by token id"
+            )
+        expert = self._number("expert_intermediate_size")
+        shared = self._number("shared_intermediate_size")
+        if expert < 1 or shared < 0 or expert + shared != self.intermediate_size:
+            raise ValueError(
+                f"expert_intermediate_size {expert} (at least 1) plus shared_intermediate_size "
+                f"{shared} must be intermediate_size {self.intermediate_size}, the width that "
+                "acts on one token"
             )
 
     def validate_dynamics(self) -> None:

@@ -1,0 +1,236 @@
+"""Text from a model: streamed for one prompt, in left-padded batches for several."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import GenerationConfig, TextStreamer, set_seed
+
+from complexity_lm.data import separator_id
+from complexity_lm.errors import UserError
+from complexity_lm.loading import Loaded
+from complexity_lm.tokenizer import tokenizer_hash
+
+DEFAULT_NEW_TOKENS = 200
+"""Tokens generated when no length is asked for; fewer when the context has no room for them."""
+
+
+@dataclass
+class GenerateConfig:
+    """What is not one of transformers' own generation settings."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+    batch_size: int = 8
+    """Prompts of a file generated at once."""
+
+    only_new: bool = False
+    """Print the continuation only, without the prompt."""
+
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+
+
+def read_prompts(prompt: str | None, prompts_file: str | None, stdin: TextIO) -> list[str]:
+    """The prompts of a call: an argument, a file with one a line, or all of standard input.
+
+    Args:
+        prompt: A text, or None.
+        prompts_file: A UTF-8 file with one prompt a line, or None. A line that begins with a quote
+            is a JSON string, which can carry line breaks.
+        stdin: Read when both are None.
+
+    Raises:
+        UserError: Both are given, the file cannot be read, or a prompt is empty.
+    """
+    if prompt is not None and prompts_file is not None:
+        raise UserError("give --prompt or --prompts_file, not both")
+    if prompts_file is not None:
+        prompts = _prompt_lines(Path(prompts_file))
+    elif prompt is not None:
+        prompts = [prompt]
+    elif stdin.isatty():
+        raise UserError("there is no prompt: give --prompt or --prompts_file, or pipe text in")
+    else:
+        prompts = [stdin.read()]
+    for number, text in enumerate(prompts, 1):
+        if not text:
+            where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+            raise UserError(f"{where} is empty: give at least one character")
+    return prompts
+
+
+def _prompt_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not lines:
+        raise UserError(f"{path} has no prompts: write one a line")
+    try:
+        return [json.loads(line) if line.startswith('"') else line for line in lines]
+    except ValueError as error:
+        raise UserError(
+            f"{path}: a line begins with a quote and is no JSON string: {error}"
+        ) from error
+
+
+def generation_settings(loaded: Loaded, options: dict[str, Any], longest: int) -> GenerationConfig:
+    """The model's generation defaults with a user's options, checked against the context.
+
+    Args:
+        loaded: The model.
+        options: Fields of transformers' `GenerationConfig`; those at None are not set.
+        longest: Tokens of the longest prompt.
+
+    Raises:
+        UserError: The prompt fills the context, prompt and asked-for length exceed it, or
+            transformers refuses a value.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        if name in given and given[name] < 1:
+            raise UserError(f"{name} is {given[name]}; expected at least 1")
+    for name in ("top_p", "min_p", "typical_p", "top_h"):
+        if name in given and not 0 <= given[name] <= 1:
+            raise UserError(f"{name} is {given[name]}; expected a probability, 0 to 1")
+    room = loaded.context - longest
+    if room < 1:
+        raise UserError(
+            f"the prompt has {longest} tokens, and the context of this model is {loaded.context} "
+            "with at least one new token: shorten the prompt"
+        )
+    asked = given.get("max_new_tokens")
+    if asked is None and "max_length" in given:
+        asked = given["max_length"] - longest
+    if asked is None:
+        given["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, room)
+    elif asked > room:
+        raise UserError(
+            f"{longest} tokens of prompt and {asked} new ones exceed the context of "
+            f"{loaded.context}: set --max_new_tokens to {room} or less, or shorten the prompt"
+        )
+    settings = GenerationConfig.from_dict(loaded.model.generation_config.to_dict())  # pyright: ignore[reportOptionalMemberAccess]
+    settings.pad_token_id = loaded.tokenizer.pad_token_id
+    try:
+        settings.update(**given)
+        settings.validate(strict=True, user_set_attributes=set(given))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these generation options do not go together: {error}") from error
+    return settings
+
+
+def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
+    """Token ids of a prompt as a text begins in training: behind a separator.
+
+    For a model that this package did not train, as its tokenizer does it by itself.
+    """
+    if loaded.data is None:
+        return loaded.tokenizer(prompt)["input_ids"]
+    ids = loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return [separator_id(loaded.tokenizer), *ids]
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    options: dict[str, Any] | None = None,
+    config: GenerateConfig | None = None,
+    stream: bool = False,
+    assistant: Loaded | None = None,
+) -> Iterator[list[str]]:
+    """Continue prompts.
+
+    Args:
+        loaded: The model and its tokenizer.
+        prompts: Texts that are not empty.
+        options: Fields of transformers' `GenerationConfig`, e.g. {"temperature": 0.8}.
+        config: Seed, batch size and the like.
+        stream: Print tokens as they come; for one prompt, one beam and one sequence.
+        assistant: A smaller model with the same tokenizer that drafts tokens.
+
+    Yields:
+        For each prompt in turn its texts, `num_return_sequences` of them.
+
+    Raises:
+        UserError: A prompt or an option does not fit.
+    """
+    config, options = config or GenerateConfig(), options or {}
+    if config.batch_size < 1:
+        raise UserError(f"batch_size is {config.batch_size}; expected at least 1")
+    ids = [encode_prompt(loaded, prompt) for prompt in prompts]
+    settings = generation_settings(loaded, options, max(map(len, ids), default=0))
+    streamer = None
+    if stream:
+        streamer = TextStreamer(
+            loaded.tokenizer,  # pyright: ignore[reportArgumentType]
+            skip_prompt=config.only_new,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+    if assistant is not None and tokenizer_hash(assistant.tokenizer) != tokenizer_hash(
+        loaded.tokenizer
+    ):
+        raise UserError(
+            f"the assistant {assistant.name} has another tokenizer than {loaded.name}: train both "
+            "with one (--tokenizer.path)"
+        )
+    helpers = {
+        "streamer": streamer,
+        "assistant_model": assistant.model if assistant else None,
+        "tokenizer": loaded.tokenizer if settings.stop_strings else None,
+    }
+    set_seed(config.seed)
+    for first in range(0, len(ids), config.batch_size):
+        yield from _batch(loaded, ids[first : first + config.batch_size], settings, config, helpers)
+
+
+def _batch(
+    loaded: Loaded,
+    ids: list[list[int]],
+    settings: GenerationConfig,
+    config: GenerateConfig,
+    helpers: dict[str, Any],
+) -> list[list[str]]:
+    batch = loaded.tokenizer.pad(
+        {"input_ids": ids}, padding_side="left", return_tensors="pt", verbose=False
+    ).to(loaded.model.device)
+    try:
+        out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
+            **batch, generation_config=settings, **helpers
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"transformers cannot generate with these options: {error}") from error
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    if config.only_new:
+        sequences = sequences[:, batch["input_ids"].shape[1] :]
+    texts = loaded.tokenizer.batch_decode(
+        sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    each = len(texts) // len(ids)
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def print_generated(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    options: dict[str, Any],
+    config: GenerateConfig,
+    assistant: Loaded | None = None,
+) -> None:
+    """What the command does: stream one text, or print each text under a line of its own."""
+    alone = (options.get("num_beams") or 1) == 1 and (options.get("num_return_sequences") or 1) == 1
+    if len(prompts) == 1 and alone:
+        for _ in generate(loaded, prompts, options, config, True, assistant):
+            pass
+        return
+    for number, texts in enumerate(generate(loaded, prompts, options, config, False, assistant), 1):
+        for sequence, text in enumerate(texts, 1):
+            print(f"=== prompt {number}, text {sequence}")
+            print(text)

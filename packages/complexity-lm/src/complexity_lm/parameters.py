@@ -1,0 +1,68 @@
+"""What the parameters of a model are: how many there are, how many act on a token, which decay."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from complexity_lm.configuration_complexity import DeepConfig
+from complexity_lm.modeling_complexity import DeepForCausalLM
+from inl_core import INLDynamics, INLDynamicsLite
+from inl_core.routing import TokenRoutedMLP
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters.
+
+    Attributes:
+        total: All of them; a tied output head counts once.
+        active: Those that act on one token: all but the routed experts that its id does not choose.
+    """
+
+    total: int
+    active: int
+
+
+def count_parameters(config: DeepConfig) -> ParameterCount:
+    """Count the parameters that a configuration makes, without memory for one of them.
+
+    Args:
+        config: Any configuration.
+
+    Returns:
+        (total, active).
+    """
+    with torch.device("meta"):
+        model = DeepForCausalLM(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = sum(
+        (mlp.num_experts - 1) * (mlp.gate[0].numel() + mlp.up[0].numel() + mlp.down[0].numel())
+        for mlp in model.modules()
+        if isinstance(mlp, TokenRoutedMLP)
+    )
+    return ParameterCount(total, total - idle)
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay acts on: the matrices of the backbone.
+
+    Left out are vectors (norms, biases) and everything of the dynamics: its equilibrium, its
+    coefficients and its controller rest at the paper's values, and zero means others.
+
+    Args:
+        model: A model, bare or wrapped (`DeepForCausalLM`, a PEFT model, a sharded one).
+
+    Returns:
+        Names as in ``model.named_parameters()``; what `Trainer.get_decay_parameter_names` returns.
+    """
+    dynamics = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (INLDynamics, INLDynamicsLite))
+        for parameter in module.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in dynamics
+    ]

@@ -1,0 +1,184 @@
+"""How well a model predicts text: nats over documents, in windows of the model's context.
+
+Each document is scored by itself. Its first token is predicted from the separator, every other one
+from what stands before it in its window. Windows advance by `stride` tokens: with the stride equal
+to the context each token is scored in a window of its own block (and the last window reaches back
+to be full); a smaller stride gives every token a longer past and costs more. The separators are
+never scored: they have no bytes. lm-eval's `loglikelihood_rolling` makes the same windows when the
+stride is the context.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from complexity_lm.data import fingerprint, separator_id
+from complexity_lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Score:
+    """The sum of -log p over a text.
+
+    Attributes:
+        nats: Of all scored tokens.
+        tokens: How many tokens were scored.
+        bytes: Length of the scored text in UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; depends on the tokenizer."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text; comparable across tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs ``begin:end`` of a document with its separator in front.
+
+    Attributes:
+        begin: First input.
+        end: Behind the last input.
+        scored: How many of its predictions count, the last ones.
+    """
+
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
+    """The windows in which a document's tokens are predicted, each token once.
+
+    Args:
+        tokens: Tokens to predict; the inputs are the separator and all of them but the last.
+        context: Longest window.
+        stride: Tokens scored by each window after the first.
+    """
+    done = 0
+    while done < tokens:
+        scored = min(tokens - done, context if done == 0 else stride)
+        done += scored
+        yield Window(max(0, done - context), done, scored)
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Score:
+    """Score documents.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The model's.
+        texts: Documents.
+        context: Tokens of a window; at most the model's.
+        stride: Tokens scored by each window after a document's first; None means `context`.
+        batch_size: Windows run at once.
+        progress: Whether to show a bar.
+
+    Raises:
+        UserError: `context` or `stride` is out of range, there is no text, or the tokenizer loses
+            some of it (its ids decode to another text, so their bits are not those of the bytes).
+    """
+    longest = int(model.config.max_position_embeddings)
+    if not 1 <= context <= longest:
+        raise UserError(f"context is {context}; this model takes 1 to {longest} tokens")
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(f"stride is {stride}; expected 1 to the context, {context}")
+    documents = [_encode(tokenizer, text) for text in texts]
+    jobs = [
+        (document, window)
+        for document in documents
+        for window in windows(len(document) - 1, context, stride)
+    ]
+    if not jobs:
+        raise UserError("there is no text to score")
+    # Windows of like length together: only short documents are padded, and little.
+    jobs.sort(key=lambda job: job[1].begin - job[1].end)
+    nats = torch.zeros((), dtype=torch.float64)
+    for first in tqdm(
+        range(0, len(jobs), batch_size), desc="scoring", unit="batch", disable=not progress
+    ):
+        nats += _batch_nats(model, jobs[first : first + batch_size])
+    return Score(
+        nats=float(nats),
+        tokens=sum(len(document) - 1 for document in documents),
+        bytes=sum(len(text.encode()) for text in texts),
+    )
+
+
+def score_report(score: Score, texts: Sequence[str]) -> dict[str, Any]:
+    """A score as the keys of a `result.json`."""
+    return {
+        "metrics": {
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+        },
+        "n_documents": len(texts),
+        "n_tokens": score.tokens,
+        "n_bytes": score.bytes,
+        "text_fingerprint": fingerprint(texts),
+    }
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+        raise UserError(
+            f"the tokenizer loses some of the text that begins {text[:40]!r} (decoding its ids "
+            "gives another text): bits per byte would be those of a different text; use a "
+            "byte-level tokenizer"
+        )
+    return torch.tensor([separator_id(tokenizer), *ids])
+
+
+@torch.no_grad()
+def _batch_nats(model: PreTrainedModel, jobs: Sequence[tuple[Tensor, Window]]) -> Tensor:
+    longest = max(window.end - window.begin for _, window in jobs)
+    ids = torch.zeros(len(jobs), longest, dtype=torch.int64)
+    seen = torch.zeros_like(ids)
+    targets = torch.full_like(ids, -100)
+    for row, (document, window) in enumerate(jobs):
+        length = window.end - window.begin
+        ids[row, :length] = document[window.begin : window.end]
+        seen[row, :length] = 1
+        begin = length - window.scored
+        targets[row, begin:length] = document[window.begin + begin + 1 : window.end + 1]
+    # Attention is causal and padding is on the right: it changes no scored position.
+    mask = None if bool(seen.all()) else seen.to(model.device)
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False).logits
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
+    )
+    return losses.double().sum().cpu()

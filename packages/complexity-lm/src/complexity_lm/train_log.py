@@ -1,0 +1,79 @@
+"""The curves of a run as CSV files: written in batches, exact across resumes."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class CsvLog:
+    """A CSV whose first column is the step; opening it drops what lies beyond the resumed step.
+
+    Args:
+        path: The file; its folder exists.
+        fields: Column names, "step" first.
+        start_step: A resumed run repeats the steps after this one: their rows are removed.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], start_step: int) -> None:
+        self.path = path
+        rows = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Append rows in the order of the fields."""
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+class StepLog:
+    """Loss and gradient norm of every step, kept on the device until a flush writes them out.
+
+    Asking for each loss at once would make the device wait for the host at every step.
+
+    Args:
+        path: The CSV, a row a step.
+        accelerator: Averages the losses of the processes.
+        start_step: The step that the run starts behind.
+    """
+
+    fields = ("step", "loss", "grad_norm", "lr")
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.file = CsvLog(path, self.fields, start_step) if accelerator.is_main_process else None
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss, grad_norm, lr))
+
+    def flush(self) -> list[tuple[int, float, float, float]]:
+        """Write what was added and return it, losses averaged over the processes.
+
+        Rows from the first that is not finite on are returned but not written.
+        """
+        if not self.pending:
+            return []
+        numbers = torch.stack(
+            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.pending]
+        ).double()
+        means: Any = self.accelerator.reduce(numbers, "mean")
+        rows = [
+            (step, loss, norm, lr)
+            for (step, _, _, lr), (loss, norm) in zip(self.pending, means.tolist(), strict=True)
+        ]
+        self.pending.clear()
+        finite = means.isfinite().all(dim=1).tolist()
+        if self.file:
+            self.file.write(rows[: finite.index(False)] if False in finite else rows)
+        return rows

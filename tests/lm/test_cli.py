@@ -1,0 +1,199 @@
+"""The command line as typed: what works, and what wrong input says and returns."""
+
+import io
+import json
+
+import pytest
+import yaml
+
+from complexity_lm import __main__ as cli
+from complexity_lm.config import TrainConfig
+from complexity_lm.demo import demo_config, python_lines
+
+SMALL = [
+    "--steps=2", "--batch_size=4", "--log_every=1", "--eval_blocks=2", "--tracker=none",
+    "--data.context=24", "--tokenizer.vocab_size=300", "--optim.warmup_steps=1",
+    "--model.overrides={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
+    "num_attention_heads: 2, num_key_value_heads: 1}",
+]  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command as the shell would; returns exit status, standard output and error."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr("sys.argv", ["complexity-lm", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def train_config(values) -> TrainConfig:
+    parser = cli.build_parser()
+    parsed = parser.instantiate(parser.parse_object({"subcommand": "train", "train": values}))
+    options = parsed.train.as_dict()
+    options.pop("config")
+    return TrainConfig(**options)
+
+
+def test_train_generate_evaluate_and_inspect(command, texts, tmp_path):
+    out, source = tmp_path / "run", f"text:{texts}"
+    status, text, err = command("train", "--out", out, "--data.source", source, *SMALL)
+    assert status == 0, err
+    assert f"the model is in {out / 'model'}" in text
+    status, text, _ = command(
+        "generate", out, "--prompt", "Ka lo", "--max_new_tokens", "4", "--do_sample", "true",
+        "--temperature", "0.8", "--top_p", "0.9",
+    )  # fmt: skip
+    assert status == 0
+    assert text.startswith("Ka lo")
+    assert command("generate", out, "--max_new_tokens=4", stdin="Mi")[1].startswith("Mi")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Ka\nLo mi\n")
+    text = command("generate", out, "--prompts_file", prompts, "--num_beams=2")[1]
+    assert "=== prompt 2, text 1\nLo mi" in text
+    status, text, _ = command(
+        "evaluate", out / "model", "--source", source, "--out", tmp_path / "eval", "--stride=12"
+    )
+    assert status == 0
+    assert "bits per byte" in text
+    assert json.loads((tmp_path / "eval" / "result.json").read_text())["n_documents"] == 9
+    told = yaml.safe_load(command("inspect", out)[1])
+    assert told["sizes"]["hidden_size"] == 32
+    assert told["parameters"]["active"] == told["parameters"]["total"]
+    assert told["trained_on"]["source"] == source
+
+
+def test_tokenizer_command_makes_what_train_takes(command, texts, tmp_path):
+    source, tokenizer = f"text:{texts}", tmp_path / "tokenizer"
+    status, text, _ = command(
+        "tokenizer", "--source", source, "--out", tokenizer, "--vocab_size", "280"
+    )
+    assert status == 0
+    assert "280 ids" in text
+    arguments = ["--out", tmp_path / "run", "--data.source", source, *SMALL]
+    assert command("train", *arguments, "--tokenizer.path", tokenizer)[0] == 0
+    assert yaml.safe_load(command("inspect", tmp_path / "run")[1])["tokenizer"]["ids"] == 280
+
+
+def test_demo_yaml_is_the_demo():
+    with open("configs/lm/demo.yaml") as file:
+        assert train_config(yaml.safe_load(file)) == demo_config("runs/demo-lm")
+
+
+@pytest.mark.parametrize("name", ["demo", "tinyshakespeare", "fineweb-edu-150m"])
+def test_committed_configs_parse_and_can_be_overridden(command, name):
+    status, text, _ = command(
+        "train", f"--config=configs/lm/{name}.yaml", "--optim.lr", "5e-5", "--print_config"
+    )
+    assert status == 0
+    printed = yaml.safe_load(text)
+    assert printed["optim"]["lr"] == 5e-5
+    assert train_config({k: v for k, v in printed.items() if k != "config"}).optim.lr == 5e-5
+
+
+def test_the_papers_run_is_the_papers_model():
+    from complexity_lm import DeepConfig, count_parameters
+
+    with open("configs/lm/fineweb-edu-150m.yaml") as file:
+        config = train_config(yaml.safe_load(file))
+    made = DeepConfig.from_preset(
+        config.model.preset,
+        vocab_size=config.tokenizer.vocab_size,
+        num_experts=config.model.num_experts,
+        dynamics_placement=config.model.dynamics_placement,
+    )
+    assert count_parameters(made).active == pytest.approx(150e6, rel=0.01)
+
+
+def test_help_explains_every_field(command):
+    text = " ".join(command("train", "--help")[1].split())
+    for words in ("Peak learning rate", "Fraction of the documents held out", "Where INL dynamics"):
+        assert words in text
+    text = command("generate", "--help")[1]
+    for flag in ("--max_new_tokens", "--top_k", "--repetition_penalty", "--num_beams", "--seed"):
+        assert flag in text
+
+
+def test_every_generation_flag_has_a_type_and_words():
+    flags = cli.generation_flags()
+    assert flags["temperature"][0] == float | None
+    assert flags["do_sample"][0] == bool | None
+    assert flags["max_new_tokens"][0] == int | None
+    assert len(flags) > 40
+    assert all(words for _, words in flags.values())
+
+
+def test_version(command):
+    from complexity_lm import __version__
+
+    assert __version__ in command("--version")[1]
+
+
+def test_wrong_input_exits_with_2_and_says_what_to_do(command, trained, texts, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\n" * 99)
+    (tmp_path / "short.txt").write_text("ka\nlo\n")
+    start = ["train", *SMALL, f"--data.source=text:{texts}", "--out"]
+    cases = [
+        (["generate", trained, "--prompt", ""], "the prompt is empty"),
+        (["generate", trained], "the prompt is empty"),
+        (["generate", trained, "--prompt", "ka " * 99], "the context of this model is 24"),
+        (["generate", trained, "--prompt=a", "--temperature=hot"], "temperature"),
+        (["generate", trained, "--prompt=a", "--temprature=1"], "temprature"),
+        (["generate", tmp_path / "none", "--prompt=a"], "is not there"),
+        (["evaluate", trained, "--source=text:/none", "--out", tmp_path / "e"], "no such file"),
+        (["evaluate", trained], "nothing to measure"),
+        (["inspect", tmp_path], "has no config.json"),
+        (["tokenizer", "--source=wiki", "--out", tmp_path / "t"], "expected stdlib, text:PATH"),
+        ([*start, trained], "--resume auto"),
+        ([*start, tmp_path / "a", f"--data.source=text:{tmp_path}/latin.txt"], "not UTF-8"),
+        (
+            [*start, tmp_path / "b", f"--data.source=text:{tmp_path}/short.txt",
+             "--data.holdout=0"],
+            "fewer than a block of 24",
+        ),
+        ([*start, tmp_path / "c", "--data.source=hub:nobody/nothing"], "cannot read hub:nobody"),
+        ([*start, tmp_path / "d", "--optim.lrr=1"], "lrr"),
+        ([*start, tmp_path / "e", "--model.preset=2m"], "choose from: 15m"),
+        ([*start, tmp_path / "f", "--optim.lr=1e30", "--steps=8"], "training stopped"),
+        ([*start, tmp_path / "g", "--tokenizer.path", tmp_path / "none"], "no such folder"),
+    ]  # fmt: skip
+    for arguments, words in cases:
+        status, _, err = command(*arguments)
+        assert status == 2, (arguments, err)
+        assert words in err, (arguments, err)
+        assert "Traceback" not in err
+
+
+def test_interrupt(command, trained, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("complexity_lm.loading.load", stop)
+    status, _, err = command("generate", trained, "--prompt=a")
+    assert status == 130
+    assert "interrupted" in err
+
+
+def test_thirty_lines_of_samples(trained, monkeypatch):
+    from complexity_lm.loading import load
+
+    monkeypatch.setattr("complexity_lm.demo.PROMPTS", ("Ka", "lo mi"))  # a context of 24 is small
+
+    lines = python_lines(load(str(trained))).splitlines()
+    assert len([line for line in lines if not line.startswith("# --- sample")]) == 30
+
+
+def test_help_lists_the_commands(command):
+    status, out, _ = command("--help")
+    assert status == 0
+    for name in ("demo", "train", "generate", "evaluate", "tokenizer", "inspect"):
+        assert name in out

@@ -1,0 +1,255 @@
+"""Text: sources, the held-out split, packing, the order of blocks, streams that can be resumed."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from complexity_lm import hub
+from complexity_lm.data import (
+    BlockOrder,
+    DataConfig,
+    collate,
+    count_tokens,
+    fingerprint,
+    is_held_out,
+    load_corpus,
+    load_split,
+    pack,
+    tokenize,
+)
+from complexity_lm.errors import UserError
+from complexity_lm.sources import read_documents
+from complexity_lm.stream import BlockStream
+from complexity_lm.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(load_split(DataConfig(source=f"text:{texts}"), "all")["text"], 300)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A folder that `datasets` can stream: 500 short documents in two shards."""
+    for shard in range(2):
+        with (tmp_path / f"{shard}.jsonl").open("w") as file:
+            for i in range(250):
+                row = {"text": f"document {shard} {i}: " + "ka lo mi " * (i % 7 + 1), "id": i}
+                file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def test_stdlib_is_source_without_tests_tables_and_packages():
+    documents = read_documents("stdlib", "*", None)
+    names = [document.name for document in documents]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
+    folders = {part for name in names for part in Path(name).parts[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data"}
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_files_of_a_folder_are_read_in_order_and_as_they_are(tmp_path):
+    for name, text in {"b/x.txt": "x\r\n", "a.txt": " a ", "a.md": "m", ".hidden": "h"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    found = [(d.name, d.text) for d in read_documents(f"text:{tmp_path}", "*.txt", None)]
+    assert found == [("a.txt", " a "), ("b/x.txt", "x\r\n")]
+
+
+def test_a_single_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
+    text = "".join(f"line {i} of a börk\n" for i in range(2000)) + "no line end"
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    pieces = [d.text for d in read_documents(f"text:{path}", "*", None)]
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert all(8192 <= len(piece.encode()) < 8192 + 30 for piece in pieces[:-1])
+    assert len(read_documents(f"text:{path}", "*", 0)) == 1
+
+
+def test_the_split_is_by_content_and_nothing_else(texts):
+    config = DataConfig(source=f"text:{texts}")
+    corpus = load_corpus(config)
+    train, heldout = list(corpus.train["text"]), list(corpus.heldout["text"])
+    assert len(train) + len(heldout) == 40
+    assert heldout
+    assert not set(train) & set(heldout)
+    assert all(is_held_out(text, 0.1) for text in heldout)
+    # A larger fraction holds out more and gives nothing back.
+    more = load_corpus(replace(config, holdout=0.5)).heldout["text"]
+    assert set(heldout) < set(more)
+    assert sum(is_held_out(f"document {i}", 0.1) for i in range(2000)) == pytest.approx(200, abs=45)
+
+
+def test_a_held_out_source_of_its_own(texts, tmp_path):
+    (tmp_path / "other.txt").write_text("other\n" * 10)
+    corpus = load_corpus(
+        DataConfig(source=f"text:{texts}", heldout_source=f"text:{tmp_path / 'other.txt'}")
+    )
+    assert len(corpus.train) == 40
+    assert list(corpus.heldout["text"]) == ["other\n" * 10]
+
+
+def test_fingerprint_sees_content_order_and_borders():
+    prints = {fingerprint(t) for t in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""])}
+    assert len(prints) == 4
+
+
+def test_packing_lays_documents_into_one_stream(texts, tokenizer):
+    corpus = load_corpus(DataConfig(source=f"text:{texts}"))
+    tokens = tokenize(corpus.train, tokenizer)
+    assert all(ids[0] == tokenizer.eos_token_id for ids in tokens["input_ids"])
+    assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in tokens["input_ids"])
+    decoded = [tokenizer.decode(ids[1:]) for ids in tokens["input_ids"]]
+    assert decoded == list(corpus.train["text"])
+    stream = [i for ids in tokens["input_ids"] for i in ids]
+    blocks = pack(tokens, 24)
+    packed = [i for block in blocks["input_ids"] for i in block]
+    assert {len(block) for block in blocks["input_ids"]} == {24}
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) < 24
+    batch = collate([blocks[0], blocks[1]])
+    assert batch["input_ids"].shape == (2, 24)
+    assert batch["labels"].equal(batch["input_ids"])
+
+
+def test_token_counts(texts, tokenizer):
+    tokens = tokenize(load_corpus(DataConfig(source=f"text:{texts}")).train, tokenizer)
+    counts = count_tokens(tokens, 400)
+    expected = Counter(i for ids in tokens["input_ids"] for i in ids)
+    assert counts.tolist() == [expected[i] for i in range(400)]
+
+
+def test_block_order_is_whole_passes_without_a_seam():
+    order = list(BlockOrder(blocks=10, draws=25, seed=3))
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert len(set(order[20:])) == 5
+    assert list(BlockOrder(10, 18, 3)) == order[:18]
+    assert list(BlockOrder(10, 25, 4)) != order
+
+
+def test_text_that_fills_no_block(tokenizer, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"ka lo {name}")
+    corpus = load_corpus(DataConfig(source=f"text:{tmp_path}", holdout=0))
+    with pytest.raises(UserError, match=r"training text has \d+ tokens in 2 documents.*of 512"):
+        pack(tokenize(corpus.train, tokenizer), 512)
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("tä".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.txt is not UTF-8: byte 0xe4 at offset 1"):
+        load_corpus(DataConfig(source=f"text:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "text:/no/such/place"}, "no such file or folder"),
+        ({"source": "wikitext"}, "expected stdlib, text:PATH or hub:NAME"),
+        ({"source": "text:"}, "expected stdlib, text:PATH or hub:NAME"),
+        ({"files": "*.rst"}, r"no file in the folder matches '\*.rst'"),
+        ({"files": "0*.txt", "holdout": 1e-9}, r"of 10 documents 0 are held out.*piece_bytes"),
+        ({"holdout": 1.0}, "data.holdout is 1.0"),
+        ({"context": 1}, "data.context is 1"),
+    ],
+)
+def test_wrong_sources_and_splits(texts, settings, words):
+    with pytest.raises(UserError, match=words):
+        load_corpus(replace(DataConfig(source=f"text:{texts}"), **settings))
+
+
+def test_empty_files(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"1 file\(s\) found hold no text"):
+        load_corpus(DataConfig(source=f"text:{tmp_path}"))
+
+
+def test_stream_is_split_like_anything_else(rows):
+    config = DataConfig(source=f"hub:{rows}", heldout_documents=20, sample_documents=100)
+    corpus = load_corpus(config)
+    assert corpus.streamed
+    train = [row["text"] for row in corpus.train]
+    assert len(corpus.heldout) == 20
+    assert len(corpus.sample) == 100
+    assert list(corpus.sample["text"]) == train[:100]
+    assert not set(train) & set(corpus.heldout["text"])
+    assert all(not is_held_out(text, 0.1) for text in train)
+
+
+def test_stream_goes_on_where_it_was_stopped(rows, tokenizer, tmp_path_factory):
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+
+    def stream() -> BlockStream:
+        corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
+        return BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
+
+    def ids(blocks):
+        return [list(block["input_ids"]) for block in blocks]
+
+    once = ids(islice(iter(stream()), 900))
+    assert len({tuple(block) for block in once}) < 900  # the stream began again
+    for stop, read_ahead in ((8, 0), (40, 3), (44, 11), (700, 16)):
+        first = stream()
+        assert ids(islice(iter(first), stop + read_ahead)) == once[: stop + read_ahead]
+        first.save(checkpoint, stop)
+        second = stream()
+        second.load(checkpoint)
+        assert ids(islice(iter(second), 100)) == once[stop : stop + 100]
+
+
+def test_stream_that_breaks_off_says_where(rows, tokenizer, monkeypatch):
+    corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
+    blocks = pack(tokenize(corpus.train, tokenizer), 24)
+    stream = BlockStream(blocks, every=8)
+    real = type(blocks).__iter__
+
+    def breaking(self):
+        yield from islice(real(self), 5)
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(type(blocks), "__iter__", breaking)
+    with pytest.raises(UserError, match=r"after block 5: the network is gone.*--resume auto"):
+        list(islice(iter(stream), 9))
+
+
+def test_stream_position_of_another_run(rows, tokenizer, tmp_path_factory):
+    corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
+    stream = BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
+    with pytest.raises(UserError, match="nothing about the position"):
+        stream.load(tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"text_column": "content"}, r"no text in column 'content' \(its columns: text, id\)"),
+        ({"hub_split": "validation"}, "split validation"),
+        ({"source": "hub:/no/such/folder"}, "cannot read hub:/no/such/folder"),
+        ({"source": "hub:"}, "expected stdlib"),
+        ({"holdout": 1e-9}, "one side of the split has no document"),
+    ],
+)
+def test_wrong_streams(rows, settings, words):
+    with pytest.raises(UserError, match=words):
+        load_corpus(replace(DataConfig(source=f"hub:{rows}"), **settings))
+
+
+def test_missing_hub_is_one_line_at_once(monkeypatch):
+    config = DataConfig(source="hub:HuggingFaceFW/fineweb-edu", hub_subset="sample-10BT")
+    # Switched off, and nothing cached.
+    with pytest.raises(UserError, match="cannot read hub:HuggingFaceFW/fineweb-edu") as stop:
+        load_corpus(config)
+    assert "\n" not in str(stop.value)
+    # Switched on, and nobody answers.
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot reach http://127.0.0.1:9.*HF_HUB_OFFLINE"):
+        load_corpus(config)

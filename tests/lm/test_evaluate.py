@@ -1,0 +1,253 @@
+"""Evaluation: scores against brute force, baselines, lm-eval, and what it refuses."""
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from complexity_lm.baselines import ByteModel, gzip_bits_per_byte
+from complexity_lm.data import load_split
+from complexity_lm.errors import UserError
+from complexity_lm.evaluate import EvalConfig, evaluate
+from complexity_lm.loading import load, weights_hash
+from complexity_lm.scoring import Score, score_texts, windows
+
+QUIET = EvalConfig(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return load(str(trained))
+
+
+def byte_model_by_definition(train, test) -> float:
+    """Bits a byte of the order-3 Witten-Bell model, one byte at a time."""
+    counts = [Counter() for _ in range(4)]
+    for text in train:
+        data = bytes(3) + text.encode()
+        for i in range(3, len(data)):
+            for order in range(4):
+                counts[order][data[i - order : i + 1]] += 1
+    bits, n = 0.0, 0
+    for text in test:
+        data = bytes(3) + text.encode()
+        for i in range(3, len(data)):
+            p = 1 / 256
+            for order in range(4):
+                context = data[i - order : i]
+                followers = [c for gram, c in counts[order].items() if gram[:-1] == context]
+                if followers:
+                    n_gram, kinds = counts[order][data[i - order : i + 1]], len(followers)
+                    p = (n_gram + kinds * p) / (sum(followers) + kinds)
+            bits, n = bits - math.log2(p), n + 1
+    return bits / n
+
+
+def test_windows_score_each_token_once_and_keep_their_length():
+    for tokens in (1, 3, 4, 5, 8, 11, 30):
+        for stride in (1, 2, 4):
+            scored = []
+            for window in windows(tokens, 4, stride):
+                assert window.end - window.begin == min(4, window.end)
+                scored += range(window.end - window.scored, window.end)
+            assert scored == list(range(tokens))
+
+
+@pytest.mark.parametrize("stride", [24, 10, 1])
+def test_scores_are_those_of_one_window_at_a_time(loaded, texts, stride):
+    documents = [(texts / "00.txt").read_text(), "ka", (texts / "01.txt").read_text()[:300]]
+    score = score_texts(
+        loaded.model, loaded.tokenizer, documents, 24, stride, batch_size=5, progress=False
+    )
+    nats, tokens = 0.0, 0
+    for text in documents:
+        ids = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        tokens += len(ids) - 1
+        for window in windows(len(ids) - 1, 24, stride):
+            with torch.no_grad():
+                logits = loaded.model(torch.tensor([ids[window.begin : window.end]])).logits[0]
+            log_p = logits.double().log_softmax(-1)
+            for place in range(window.end - window.scored, window.end):
+                nats -= float(log_p[place - window.begin, ids[place + 1]])
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.tokens == tokens
+    assert score.bytes == sum(len(text.encode()) for text in documents)
+
+
+def test_units():
+    score = Score(nats=math.log(2) * 60, tokens=20, bytes=40)
+    assert score.bits_per_byte == pytest.approx(1.5)
+    assert score.perplexity == pytest.approx(8)
+
+
+def test_byte_model_is_its_definition(texts):
+    train = [(texts / f"0{i}.txt").read_text()[:400] for i in range(3)]
+    test = [(texts / "05.txt").read_text()[:200], "unseen: \U0001f680", ""]
+    assert ByteModel(train).bits_per_byte(test) == pytest.approx(
+        byte_model_by_definition(train, test), rel=1e-12
+    )
+    assert ByteModel([]).bits_per_byte(["anything"]) == pytest.approx(8)
+
+
+def test_gzip_can_be_undone(texts):
+    documents = [path.read_text() for path in sorted(texts.iterdir())]
+    whole = "".join(documents).encode()
+    bits = gzip_bits_per_byte(documents)
+    assert bits == 8 * len(gzip.compress(whole, 9)) / len(whole)
+    assert bits < 8
+
+
+def test_evaluation_measures_the_held_out_side_of_the_training_source(loaded, texts, tmp_path):
+    result = evaluate(loaded, f"text:{texts}", tmp_path, replace(QUIET, baselines=True))
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    heldout = list(load_split(loaded.data, "heldout")["text"])
+    train = list(load_split(loaded.data, "train")["text"])
+    score = score_texts(loaded.model, loaded.tokenizer, heldout, 24, progress=False)
+    metrics = result["metrics"]
+    assert metrics["bits_per_byte"] == score.bits_per_byte
+    assert metrics["gzip_bits_per_byte"] == gzip_bits_per_byte(heldout)
+    assert metrics["order3_bits_per_byte"] == ByteModel(train).bits_per_byte(heldout)
+    assert result["n_documents"] == len(heldout)
+    settings = result["settings"]["eval"]
+    assert (settings["split"], settings["context"], settings["stride"]) == ("heldout", 24, 24)
+    assert result["weights_sha256"] == weights_hash(loaded.model)
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    # The model has learned something: better than a byte for a byte.
+    assert metrics["bits_per_byte"] < 8
+
+
+def test_training_and_evaluation_agree(trained, texts):
+    made = json.loads((trained / "result.json").read_text())
+    again = evaluate(str(trained), f"text:{texts}", config=QUIET)
+    assert again["metrics"]["bits_per_byte"] == made["metrics"]["bits_per_byte"]
+    for key in ("text_fingerprint", "weights_sha256", "n_bytes", "n_tokens"):
+        assert again[key] == made[key]
+
+
+def test_another_source_is_measured_whole(loaded, texts, tmp_path):
+    (tmp_path / "other.txt").write_text((texts / "00.txt").read_text() * 20)
+    result = evaluate(loaded, f"text:{tmp_path / 'other.txt'}", config=QUIET)
+    assert result["settings"]["eval"]["split"] == "all"
+    assert result["n_bytes"] == (tmp_path / "other.txt").stat().st_size
+    few = evaluate(loaded, f"text:{texts}", config=replace(QUIET, split="train", max_documents=2))
+    assert few["n_documents"] == 2
+
+
+def test_the_table_names_what_it_shows(loaded, texts, capsys):
+    evaluate(loaded, f"text:{texts}", config=EvalConfig(baselines=True))
+    out = capsys.readouterr().out
+    for words in ("bits per byte", "perplexity", "gzip -9", "order-3 byte model", "documents"):
+        assert words in out
+
+
+def test_tokenizer_that_loses_text_is_refused(loaded, tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ka": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    lossy = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    with pytest.raises(UserError, match="the tokenizer loses some of the text that begins 'ka  lo"):
+        score_texts(loaded.model, lossy, ["ka  lo"], 24, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": 25}, "context is 25; this model takes 1 to 24"),
+        ({"stride": 25}, "stride is 25; expected 1 to the context, 24"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_documents": 0}, "max_documents is 0"),
+        ({"device": "gpu"}, "device is 'gpu'; expected auto, cpu"),
+    ],
+)
+def test_settings_out_of_range(trained, texts, changes, words):
+    with pytest.raises(UserError, match=words):
+        evaluate(str(trained), f"text:{texts}", config=replace(QUIET, **changes))
+
+
+def test_nothing_to_measure_and_a_result_that_exists(loaded, texts, tmp_path):
+    with pytest.raises(UserError, match="give --source, --tasks, or both"):
+        evaluate(loaded, None)
+    with pytest.raises(UserError, match="baselines need a text"):
+        evaluate(loaded, None, config=EvalConfig(tasks=["x"], baselines=True))
+    (tmp_path / "result.json").write_text("precious")
+    with pytest.raises(UserError, match="exists; choose another folder"):
+        evaluate(loaded, f"text:{texts}", tmp_path, QUIET)
+    assert (tmp_path / "result.json").read_text() == "precious"
+
+
+def test_models_that_cannot_be_loaded(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, words in [
+        (tmp_path / "nowhere", "is not there: give a model folder"),
+        (tmp_path / "empty", "has no config.json"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            load(str(name))
+    other = tmp_path / "tokenizer"
+    from complexity_lm.tokenizer import train_tokenizer
+
+    train_tokenizer(["something else entirely"], 300).save_pretrained(other)
+    with pytest.raises(UserError, match="not the one that the model was trained with"):
+        load(str(trained), tokenizer=str(other))
+    # A checkpoint loads like a finished model.
+    checkpoint = next((trained / "checkpoints").iterdir())
+    assert weights_hash(load(str(checkpoint)).model) == weights_hash(load(str(trained)).model)
+
+
+HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
+
+
+@pytest.mark.skipif(HAS_HARNESS, reason="lm-eval is installed")
+def test_tasks_without_lm_eval_say_what_to_install(loaded):
+    with pytest.raises(UserError, match=r"pip install 'complexity-lm\[eval\]'"):
+        evaluate(loaded, None, config=replace(QUIET, tasks=["wikitext"]))
+
+
+@pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
+@pytest.mark.skipif("COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA is not set")
+@pytest.mark.filterwarnings("default")
+def test_lm_eval_measures_the_same_bits_per_byte(loaded, tmp_path):
+    whole = (Path(os.environ["COMPLEXITY_DATA"]) / "text" / "wikitext2_test.txt").read_text()
+    documents = [whole[i : i + 1500] for i in range(0, 15000, 1500)]
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    with (tmp_path / "documents.jsonl").open("w") as file:
+        for i, text in enumerate(documents):
+            file.write(json.dumps({"text": text}) + "\n")
+            (folder / f"{i}.txt").write_text(text)
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        f"""
+task: wikitext2_local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "documents.jsonl"}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}, {{metric: word_perplexity}}]
+metadata: {{version: 1.0}}
+"""
+    )
+    config = replace(QUIET, tasks=[str(task)], batch_size=4)
+    result = evaluate(loaded, f"text:{folder}", tmp_path / "out", config)
+    theirs = result["tasks"]["wikitext2_local"]["bits_per_byte"]
+    assert result["n_bytes"] == sum(len(text.encode()) for text in documents)
+    assert theirs == pytest.approx(result["metrics"]["bits_per_byte"], abs=1e-3)
+
+
+@pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
+@pytest.mark.filterwarnings("default")
+def test_unknown_tasks(loaded, tmp_path):
+    with pytest.raises(UserError, match="lm-eval knows no task no_such_task"):
+        evaluate(loaded, None, config=replace(QUIET, tasks=["no_such_task"]))
+    with pytest.raises(UserError, match="there is no such file"):
+        evaluate(loaded, None, config=replace(QUIET, tasks=[str(tmp_path / "no.yaml")]))

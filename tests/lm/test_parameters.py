@@ -1,0 +1,68 @@
+"""Sizes by name, counting without memory, and what weight decay acts on."""
+
+import pytest
+import torch
+
+from complexity_lm import (
+    PRESETS,
+    DeepConfig,
+    DeepForCausalLM,
+    count_parameters,
+    decay_parameter_names,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_their_row_says(name) -> None:
+    total, active = count_parameters(DeepConfig.from_preset(name))
+    assert total == active
+    assert round(total / 1e6, 1) == PRESETS[name].millions
+    unit = {"m": 1.0, "b": 1000.0}[name[-1]]
+    assert total / 1e6 == pytest.approx(float(name[:-1]) * unit, rel=0.03)
+
+
+def test_presets_grow_and_take_overrides() -> None:
+    sizes = [preset.millions for preset in PRESETS.values()]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (15.2, 7029.5)
+    config = DeepConfig.from_preset("50m", num_hidden_layers=3, dynamics_placement="none")
+    assert (config.hidden_size, config.num_hidden_layers) == (512, 3)
+    assert config.dynamics_placement == "none"
+    with pytest.raises(ValueError, match=r"unknown preset '60m', choose from: 15m, 50m, 150m"):
+        DeepConfig.from_preset("60m")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shared", [None, 0, 16])
+def test_counting_is_counting(tiny, tied, shared) -> None:
+    config = tiny(num_experts=5, shared_intermediate_size=shared, tie_word_embeddings=tied)
+    model = DeepForCausalLM(config)
+    total, active = count_parameters(config)
+    assert total == sum(p.numel() for p in model.parameters())
+
+    # A token meets one expert of five: the others have no gradient from it.
+    model(torch.tensor([[7]])).logits.sum().backward()
+    met = sum(
+        int(p.grad[expert].any()) * p[expert].numel() if p.ndim == 3 else p.numel()
+        for p in model.parameters()
+        for expert in (range(5) if p.ndim == 3 else [0])
+    )
+    assert active == met
+    assert active == count_parameters(tiny(tie_word_embeddings=tied)).total
+
+
+def test_weight_decay_leaves_norms_biases_and_dynamics_alone(tiny) -> None:
+    """A rule by name would miss "weight_h" and "mu"; transformers' own decays both."""
+    for placement in ("force", "branch", "stream", "none"):
+        model = DeepForCausalLM(tiny(dynamics_placement=placement, num_experts=3))
+        decayed = set(decay_parameter_names(model))
+        kept = {name for name, _ in model.named_parameters()} - decayed
+        assert "model.embed_tokens.weight" in decayed
+        assert "model.layers.0.self_attn.q_proj.weight" in decayed
+        assert "model.layers.0.mlp.gate" in decayed
+        assert "model.layers.0.mlp.shared_down" in decayed
+        assert all("dynamics" in name or "norm" in name for name in kept)
+        assert not any("dynamics" in name or "norm" in name for name in decayed)
+        assert any("dynamics.weight_out" in name for name in kept) == (placement != "none")
+    wrapped = torch.nn.ModuleDict({"inner": model})
+    assert set(decay_parameter_names(wrapped)) == {f"inner.{name}" for name in decayed}

@@ -1,0 +1,167 @@
+"""Experts in the language model: all learn, loads are even, one sort a batch, a lasting table."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from complexity_lm import DeepForCausalLM
+from inl_core.routing import build_routing_table
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("placement", ["branch", "none"])
+def test_every_expert_receives_gradient_and_moves(tiny, ids, placement) -> None:
+    """The originals' experts had no gradient: their published weights equal their start."""
+    torch.manual_seed(0)
+    model = DeepForCausalLM(tiny(num_experts=4, dynamics_placement=placement)).train()
+    assert set((ids % 4).flatten().tolist()) == {0, 1, 2, 3}
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    stacks = 0
+    for (name, parameter), start in zip(model.named_parameters(), before, strict=True):
+        if parameter.ndim == 3:
+            stacks += 1
+            for expert in range(4):
+                assert parameter.grad[expert].abs().max() > 0, (name, expert)
+                assert (parameter[expert] - start[expert]).abs().max() > 0, (name, expert)
+    assert stacks == 3 * model.config.num_hidden_layers
+
+
+def test_an_expert_learns_from_its_own_ids_alone(lively, ids) -> None:
+    model = lively(num_experts=4).train()
+    only = ids - ids % 4 + 2  # ids that all go to expert 2
+    model(only.clamp(max=62), labels=only.clamp(max=62)).loss.backward()
+    for layer in model.model.layers:
+        for stack in (layer.mlp.gate, layer.mlp.up, layer.mlp.down):
+            moved = [bool(stack.grad[expert].any()) for expert in range(4)]
+            assert moved == [False, False, True, False]
+
+
+def test_balanced_loads_are_within_one_percent_of_even(tiny) -> None:
+    """Counts that fall like 1 / rank, as words do; the heaviest id holds less than 1/E."""
+    config = tiny(vocab_size=2000, num_experts=4)
+    model = DeepForCausalLM(config)
+    counts = (1e6 / torch.arange(1, 2001)).long()[torch.randperm(2000)]
+    assert counts.max() < counts.sum() / 4
+    model.balance_experts(counts)
+    loads = torch.zeros(4).scatter_add_(0, model.model.routing_table, counts.float())
+    even = counts.sum() / 4
+    assert ((loads - even).abs() / even).max() < 0.01
+    assert model.config.routing_scheme == "balanced"
+    # Modulo on the same corpus is what balancing is for.
+    plain = torch.zeros(4).scatter_add_(0, torch.arange(2000) % 4, counts.float())
+    assert ((plain - even).abs() / even).max() > 0.01
+
+
+def test_an_id_too_heavy_to_balance_is_named(tiny) -> None:
+    model = DeepForCausalLM(tiny(num_experts=4))
+    counts = torch.ones(64)
+    counts[17] = 100
+    with pytest.warns(UserWarning, match=r"id 17 holds"):
+        model.balance_experts(counts)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "forward-backward"])
+def test_one_sort_a_batch_whatever_the_depth(lively, ids, train) -> None:
+    def run(layers: int) -> list[str]:
+        model = lively(num_experts=3, num_hidden_layers=layers).train(train)
+        with Operations() as operations:
+            out = model(ids, labels=ids, use_cache=False)
+            if train:
+                out.loss.backward()
+        return operations.names
+
+    names = run(layers=5)
+    sorting = {"sort", "argsort", "msort", "topk", "unique", "_unique2", "bincount", "histc"}
+    sorts = [i for i, name in enumerate(names) if name in sorting]
+    assert len(sorts) == 1
+    products = [i for i, name in enumerate(names) if "grouped" in name]
+    assert len(products) >= 15  # three an expert layer: what the plan is for did run
+    assert sorts[0] < min(products)
+    # Nor does a layer ask the device for a number.
+    asked = "_local_scalar_dense"
+    assert names.count(asked) == run(layers=2).count(asked)
+
+
+def test_the_table_is_saved_once_and_shared_by_all_layers(lively, ids, tmp_path) -> None:
+    model = lively(num_experts=3)
+    model.balance_experts(torch.rand(64) + 0.1)
+    tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.long]
+    assert tables == ["model.routing_table"]
+    model.save_pretrained(tmp_path)
+    loaded = DeepForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.routing_table, model.model.routing_table)
+    assert loaded.config.routing_scheme == "balanced"
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = DeepForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(half.model.routing_table, model.model.routing_table)
+
+
+def test_resizing_the_vocabulary_resizes_the_table(lively, ids, tmp_path) -> None:
+    model = lively(num_experts=3)
+    model.balance_experts(torch.rand(64) + 0.1)
+    before, table = model(ids).logits, model.model.routing_table.clone()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert torch.equal(model.model.routing_table[:64], table)
+    assert model.model.routing_table[64:].tolist() == [1, 2, 0, 1, 2, 0]
+    torch.testing.assert_close(model(ids).logits[..., :64], before)
+    assert model(torch.full_like(ids, 69)).logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    assert DeepForCausalLM.from_pretrained(tmp_path).model.routing_table.shape == (70,)
+    model.resize_token_embeddings(40)
+    assert torch.equal(model.model.routing_table, table[:40])
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_embeddings_without_ids_to_route_by(lively, ids) -> None:
+    routed, dense = lively(num_experts=3), lively()
+    embeddings = routed.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match=r"give routing_ids \(B, N\) beside inputs_embeds"):
+        routed(inputs_embeds=embeddings)
+    torch.testing.assert_close(
+        routed(inputs_embeds=embeddings, routing_ids=ids).logits, routed(ids).logits
+    )
+    assert dense(inputs_embeds=embeddings).logits.isfinite().all()
+
+
+def test_ids_to_route_by_of_another_shape_or_vocabulary(lively, ids) -> None:
+    model = lively(num_experts=3)
+    with pytest.raises(ValueError, match=r"routing_ids of shape \(3, 10\) must be \(3, 11\)"):
+        model(ids, routing_ids=ids[:, 1:])
+    with pytest.raises(ValueError, match="token id 80 is beyond the vocabulary of 64 ids"):
+        model(ids, routing_ids=torch.full_like(ids, 80))
+
+
+def test_a_routing_table_of_another_vocabulary(lively, tiny, ids, tmp_path) -> None:
+    model = lively(num_experts=3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is \(64.* there and \(90"):
+        DeepForCausalLM.from_pretrained(tmp_path, config=tiny(num_experts=3, vocab_size=90))
+    model.model.routing_table = build_routing_table(90, 3)
+    with pytest.raises(ValueError, match="table is for 90 token ids, the vocabulary has 64"):
+        model(ids)
+
+
+def test_balancing_needs_experts_and_the_counts_of_the_vocabulary(tiny) -> None:
+    with pytest.raises(ValueError, match="num_experts is 0"):
+        DeepForCausalLM(tiny()).balance_experts(torch.ones(64))
+    with pytest.raises(ValueError, match=r"counts must have shape \(64,\), got \(63,\)"):
+        DeepForCausalLM(tiny(num_experts=2)).balance_experts(torch.ones(63))
+    with pytest.raises(ValueError, match=r"needs the token counts of a corpus"):
+        DeepForCausalLM(tiny(num_experts=2, routing_scheme="balanced"))

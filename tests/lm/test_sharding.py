@@ -1,0 +1,103 @@
+"""Two processes that share the weights (`fully_shard` on a CPU mesh) train as one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from complexity_lm import DeepForCausalLM
+
+STEPS, ROWS, WORLD = 20, 4, 2
+# Without bounds of μ: beyond a bound `bounded_clamp` lets a gradient pass by its sign, which a
+# process decides on its share of the batch, so the shares need not add up to the whole.
+FREE = {"dynamics_mu_min": None, "dynamics_mu_max": None}
+SETTINGS = [
+    {"dynamics_placement": "branch", **FREE},
+    {"dynamics_placement": "force", "num_experts": 3, **FREE},
+]
+
+WORKER = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from complexity_lm import DeepForCausalLM
+
+sys.path.insert(0, sys.argv[1])
+from test_sharding import SETTINGS, ROWS, batches, train
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+mesh = init_device_mesh("cpu", (world,))
+losses = []
+for number in range(len(SETTINGS)):
+    model = DeepForCausalLM.from_pretrained(f"{sys.argv[2]}/{number}", dtype=torch.float64)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    share = ROWS // world
+    mine = [ids[rank * share : (rank + 1) * share] for ids in batches()]
+    total = torch.tensor(train(model, mine), dtype=torch.float64)
+    dist.all_reduce(total)
+    losses.append((total / world).tolist())
+if rank == 0:
+    with open(f"{sys.argv[2]}/losses.json", "w") as file:
+        json.dump(losses, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 64, (ROWS, 9), generator=generator) for _ in range(STEPS)]
+
+
+def train(model: DeepForCausalLM, data: list[torch.Tensor]) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    losses = []
+    for ids in data:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_train_as_one(lively, tmp_path: Path) -> None:
+    alone = []
+    for number, settings in enumerate(SETTINGS):
+        model = lively(**settings).double()
+        model.save_pretrained(tmp_path / str(number))
+        alone.append(train(model, batches()))
+        assert alone[-1][-1] != pytest.approx(alone[-1][0], rel=0.01)  # it did train
+
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD),
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+            str(script), str(Path(__file__).parent), str(tmp_path),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sharded = json.loads((tmp_path / "losses.json").read_text())
+    for one, two in zip(alone, sharded, strict=True):
+        assert len(one) == len(two) == STEPS
+        assert two == pytest.approx(one, rel=1e-9)

@@ -1,0 +1,116 @@
+"""Tokenizers: what they must not lose, and which ones are refused."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from complexity_lm import DeepConfig
+from complexity_lm.data import DataConfig, load_split, separator_id
+from complexity_lm.errors import UserError
+from complexity_lm.tokenizer import (
+    END_OF_TEXT,
+    PADDING,
+    check_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+
+TRICKY = ["", " ", "\n\n\ttab  two  spaces ", "naïve ☕ 中文 \U0001f680", "a\x00b\r\n", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(load_split(DataConfig(source=f"text:{texts}"), "train")["text"], 300)
+
+
+def test_every_text_comes_back(tokenizer, texts):
+    for text in [*TRICKY, (texts / "00.txt").read_text()]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+def test_training_makes_tokens_longer_than_bytes(tokenizer, texts):
+    text = (texts / "00.txt").read_text()
+    assert len(tokenizer) == 300
+    assert len(tokenizer(text)["input_ids"]) < 0.75 * len(text.encode())
+
+
+def test_special_tokens(tokenizer):
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (END_OF_TEXT, END_OF_TEXT)
+    assert tokenizer.pad_token == PADDING
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    # A text begins as it does in training, so pipelines need no hint.
+    assert tokenizer("ka")["input_ids"][0] == separator_id(tokenizer)
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    before = tokenizer_hash(tokenizer)
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_hash(loaded) == before
+    loaded(["ka", "ka lo"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_hash(loaded) == before
+    assert loaded.padding_side == "left"
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert plain("ka lo mi")["input_ids"] == tokenizer("ka lo mi")["input_ids"]
+
+
+def test_training_is_repeatable(texts):
+    data = load_split(DataConfig(source=f"text:{texts}"), "train")["text"]
+    assert tokenizer_hash(train_tokenizer(data, 290)) == tokenizer_hash(train_tokenizer(data, 290))
+
+
+def test_vocabulary_without_room_for_bytes(texts):
+    with pytest.raises(UserError, match=r"vocab_size is 100; .*at least 258"):
+        train_tokenizer(["ka"], 100)
+
+
+def test_padding_is_borrowed_where_there_is_none(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ka": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "<end>"
+
+
+def test_tokenizer_without_an_end_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "ka": 1}, unk_token="<unk>"))
+    with pytest.raises(UserError, match=r"no end-of-text \(eos\) token"):
+        separator_id(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+
+
+def test_tokenizers_that_do_not_fit_the_model(tokenizer):
+    def config(**changes):
+        return DeepConfig(**({"vocab_size": 300, "eos_token_id": 0} | changes))
+
+    check_tokenizer(tokenizer, config(), tokenizer_hash(tokenizer))
+    check_tokenizer(tokenizer, config(vocab_size=512, eos_token_id=[3, 0]), None)
+    with pytest.raises(UserError, match=r"has 300 ids and the model 256"):
+        check_tokenizer(tokenizer, config(vocab_size=256), None)
+    with pytest.raises(UserError, match=r"ends a text with id 0 and the model with 2"):
+        check_tokenizer(tokenizer, config(eos_token_id=2), None)
+    with pytest.raises(UserError, match="not the one that the model was trained with"):
+        check_tokenizer(tokenizer, config(), "0" * 64)
+
+
+def test_make_tokenizer_trains_on_the_training_side(texts, tokenizer, tmp_path):
+    said = make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
+    assert "300 ids" in said
+    assert tokenizer_hash(load_tokenizer(tmp_path / "tok")) == tokenizer_hash(tokenizer)
+    with pytest.raises(UserError, match="exists; choose another --out"):
+        make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
+
+
+def test_folders_that_hold_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "rubbish"}))
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        load_tokenizer(tmp_path)

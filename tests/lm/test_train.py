@@ -1,0 +1,346 @@
+"""Training: exact resume, checkpoints that are whole or absent, and the ways a run can go wrong."""
+
+import csv
+import dataclasses
+import errno
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from complexity_lm import DeepForCausalLM, decay_parameter_names
+from complexity_lm import trainer as trainer_module
+from complexity_lm.checkpoints import all_checkpoints, latest_checkpoint
+from complexity_lm.config import TrainConfig
+from complexity_lm.data import load_split, tokenize
+from complexity_lm.errors import UserError
+from complexity_lm.loading import load
+from complexity_lm.monitor import STATS
+from complexity_lm.tokenizer import TokenizerConfig, train_tokenizer
+from complexity_lm.train import build_model, train
+from complexity_lm.trainer import LMTrainer
+
+LARGE_STEPS = {
+    # 287 blocks: the second pass over the data begins inside step 5, which a resumed run repeats.
+    "steps": 6, "batch_size": 60, "checkpoint_every": 2, "keep_last": 0, "dynamics_every": 2,
+    "eval_every": 2,
+}  # fmt: skip
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: str | Path) -> list[float]:
+    return [float(row["loss"]) for row in rows_of(Path(run) / "train_log.csv")]
+
+
+def with_overrides(config: TrainConfig, **overrides) -> TrainConfig:
+    model = dataclasses.replace(config.model, overrides=config.model.overrides | overrides)
+    return dataclasses.replace(config, model=model)
+
+
+def stop_after(config: TrainConfig, step: int) -> None:
+    """Run a whole training, then remove what lies beyond a step, as if it had been killed there."""
+    train(config)
+    out = Path(config.out)
+    for checkpoint in all_checkpoints(out / "checkpoints"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(out / "model")
+    (out / "result.json").unlink()
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    for name in ("train_log.csv", "heldout_log.csv", "dynamics.csv"):
+        assert rows_of(ours / name)
+        assert (ours / name).read_text() == (theirs / name).read_text(), name
+    a, b = (latest_checkpoint(run / "checkpoints") for run in (ours, theirs))
+    assert a is not None
+    assert b is not None
+    assert a.name == b.name
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    moments = [torch.load(c / "optimizer.pt", weights_only=True)["state"] for c in (a, b)]
+    assert moments[0]
+    for parameter, entries in moments[0].items():
+        for name, value in entries.items():
+            assert value.equal(moments[1][parameter][name])
+
+
+def test_resume_is_bit_identical(small_run, tmp_path):
+    run = dataclasses.replace(small_run, gradient_accumulation_steps=2, **LARGE_STEPS)
+    train(dataclasses.replace(run, out=str(tmp_path / "straight")))
+    stopped = dataclasses.replace(run, out=str(tmp_path / "stopped"))
+    stop_after(stopped, 4)
+    train(dataclasses.replace(stopped, resume="auto"))
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    assert len(set(losses(tmp_path / "straight"))) == 6
+
+
+def test_resume_of_a_stream_is_bit_identical(small_run, tmp_path, texts):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    with (folder / "rows.jsonl").open("w") as file:
+        for path in sorted(texts.iterdir()):
+            file.write(json.dumps({"text": path.read_text()}) + "\n")
+    data = dataclasses.replace(small_run.data, source=f"hub:{folder}")
+    run = dataclasses.replace(small_run, data=data, **LARGE_STEPS)
+    train(dataclasses.replace(run, out=str(tmp_path / "straight")))
+    stopped = dataclasses.replace(run, out=str(tmp_path / "stopped"))
+    stop_after(stopped, 4)
+    train(dataclasses.replace(stopped, resume="auto"))
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_what_a_run_leaves(small_run):
+    folder = train(small_run)
+    out = Path(small_run.out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoints", "config.yaml", "dynamics.csv", "heldout_log.csv", "loss.png", "model",
+        "result.json", "tokenizer", "train_log.csv",
+    ]  # fmt: skip
+    assert [p.name for p in all_checkpoints(out / "checkpoints")] == [
+        "step-00000004",
+        "step-00000008",
+    ]
+    # No pickle that runs code is left anywhere, and nothing half-written.
+    names = {path.name for path in out.rglob("*")}
+    assert "training_args.bin" not in names
+    assert not any(name.endswith((".bin", ".pkl", ".partial")) for name in names)
+
+    result = json.loads((out / "result.json").read_text())
+    metrics = result["metrics"]
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    bits = metrics["loss"] * result["n_tokens"] / math.log(2) / result["n_bytes"]
+    assert metrics["bits_per_byte"] == pytest.approx(bits)
+    assert result["settings"]["optim"]["lr"] == small_run.optim.lr
+    assert result["tokens_trained"] == 8 * 4 * 24
+    heldout = load_split(small_run.data, "heldout")["text"]
+    assert result["n_bytes"] == sum(len(text.encode()) for text in heldout)
+
+    loaded = load(str(out))
+    assert loaded.data == small_run.data
+    assert loaded.context == 24
+    weights = load_file(folder / "model.safetensors")
+    last = load_file(out / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert all(weights[name].equal(last[name]) for name in weights)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), DeepForCausalLM)
+
+
+def test_dynamics_are_watched(small_run):
+    train(dataclasses.replace(small_run, dynamics_every=2))
+    rows = rows_of(Path(small_run.out) / "dynamics.csv")
+    assert [(row["step"], row["layer"][-10:]) for row in rows[:2]] == [
+        ("2", "0.dynamics"),
+        ("2", "1.dynamics"),
+    ]
+    assert len(rows) == 4 * 2
+    assert set(rows[0]) == {"step", "layer", *STATS, "spectral_radius"}
+    for row in rows:
+        values = {key: float(row[key]) for key in (*STATS, "spectral_radius")}
+        assert 0.5 < values["alpha_mean"] < 1
+        assert values["velocity_abs_max"] > 0
+        # det A = alpha: complex eigenvalues, as at the defaults, have the modulus sqrt(alpha).
+        assert values["spectral_radius"] == pytest.approx(math.sqrt(values["alpha_mean"]), rel=1e-6)
+    assert rows[0]["alpha_mean"] != rows[-1]["alpha_mean"]
+
+
+def test_numbers_reach_the_tracker(small_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # A look at the dynamics in a step that is logged must not swallow that step's log.
+    train(dataclasses.replace(small_run, tracker="tensorboard", log_every=2, dynamics_every=2))
+    events = EventAccumulator(str(Path(small_run.out) / "logs"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "eval/loss", "eval/bits_per_byte"} <= set(tags)
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
+    assert any("dynamics/model.layers.1.dynamics/spectral_radius" in tag for tag in tags)
+
+
+def test_plain_model_has_no_dynamics_to_watch(small_run):
+    model = dataclasses.replace(small_run.model, dynamics_placement="none")
+    train(dataclasses.replace(small_run, model=model))
+    assert rows_of(Path(small_run.out) / "dynamics.csv") == []
+
+
+def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
+    train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
+    train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_accumulation_steps=2))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+
+
+def test_checkpointed_activations_and_bf16_train(small_run, tmp_path):
+    train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
+    train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_checkpointing=True))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    train(dataclasses.replace(small_run, out=str(tmp_path / "c"), mixed_precision="bf16"))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=0.03)
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_the_loss_falls(small_run):
+    train(dataclasses.replace(small_run, steps=60, batch_size=8, checkpoint_every=60))
+    curve = losses(small_run.out)
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+    heldout = [float(row["loss"]) for row in rows_of(Path(small_run.out) / "heldout_log.csv")]
+    assert heldout[-1] < 0.8 * heldout[0]
+
+
+def test_weight_decay_follows_the_model(small_run, monkeypatch):
+    seen = {}
+
+    def note(self):
+        groups = self.optimizer.param_groups
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        seen["decayed"] = {names[id(p)] for p in groups[0]["params"]}
+        seen["plain"] = {names[id(p)] for p in groups[1]["params"]}
+        seen["decay"] = [group["weight_decay"] for group in groups]
+        seen["rule"] = set(decay_parameter_names(self.model))
+        return finish(self)
+
+    finish = LMTrainer.stop_if_not_finite
+    monkeypatch.setattr(LMTrainer, "stop_if_not_finite", note)
+    train(small_run)
+    assert seen["decay"] == [0.1, 0.0]
+    assert seen["decayed"] == seen["rule"]
+    assert "model.layers.0.mlp.up_proj.weight" in seen["decayed"]
+    assert any("dynamics" in name for name in seen["plain"])
+
+
+def test_experts_are_balanced_by_the_training_text(small_run):
+    experts = with_overrides(small_run, intermediate_size=48)
+    experts.model.num_experts = 4
+    folder = train(experts)
+    loaded = load(str(folder))
+    tokens = tokenize(load_split(small_run.data, "train"), loaded.tokenizer)
+    table = loaded.model.model.routing_table
+    loads = torch.zeros(4, dtype=torch.float64)
+    for ids in tokens["input_ids"]:
+        loads += torch.bincount(table[torch.tensor(ids)], minlength=4)
+    assert (loads / loads.sum() - 0.25).abs().max() < 0.01 * 0.25
+
+
+def test_nan_stops_the_run_and_names_the_step(small_run, monkeypatch):
+    real = LMTrainer.compute_loss
+
+    def poisoned(self, model, inputs, **kwargs):
+        loss = real(self, model, inputs, **kwargs)
+        return loss * math.nan if self.state.global_step == 5 else loss
+
+    monkeypatch.setattr(LMTrainer, "compute_loss", poisoned)
+    with pytest.raises(UserError, match=r"step 6: loss nan.*step-00000004.*--optim.lr"):
+        train(small_run)
+    out = Path(small_run.out)
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000004"
+    assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+    assert all(math.isfinite(loss) for loss in losses(out))
+    monkeypatch.undo()
+    train(dataclasses.replace(small_run, resume="auto"))
+    assert len(losses(out)) == 8
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):
+    real = LMTrainer._save_rng_state
+
+    def full_at_step_8(self, output_dir):
+        if self.state.global_step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, output_dir)
+
+    monkeypatch.setattr(LMTrainer, "_save_rng_state", full_at_step_8)
+    with pytest.raises(UserError, match=r"No space left.*step-00000004"):
+        train(small_run)
+    checkpoints = Path(small_run.out) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    train(dataclasses.replace(small_run, resume="auto"))
+    assert latest_checkpoint(checkpoints).name == "step-00000008"
+
+
+def test_interrupted_saving_leaves_no_checkpoint(small_run, monkeypatch):
+    def interrupt(aside, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "move_into_place", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run)
+    assert all_checkpoints(Path(small_run.out) / "checkpoints") == []
+    monkeypatch.undo()
+    train(dataclasses.replace(small_run, resume="auto"))
+    assert len(losses(small_run.out)) == 8
+
+
+def test_existing_folder_is_refused(small_run):
+    Path(small_run.out).mkdir()
+    (Path(small_run.out) / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists.*--resume auto"):
+        train(small_run)
+    assert (Path(small_run.out) / "precious.txt").read_text() == "mine"
+
+
+def test_resume_from_something_else(small_run, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        train(dataclasses.replace(small_run, resume=str(tmp_path / "nowhere")))
+    train(small_run)
+    again = dataclasses.replace(small_run, resume="auto", steps=9)
+    with pytest.raises(UserError, match=r"another model.*\(32,|another model.*here"):
+        train(with_overrides(again, intermediate_size=64))
+    with pytest.raises(UserError, match=r"another model.*layers.1.*is unknown"):
+        train(with_overrides(again, num_hidden_layers=1))
+    other = tmp_path / "other"
+    train_tokenizer(["something else"], 280).save_pretrained(other)
+    with pytest.raises(UserError, match="not the tokenizer that this run began with"):
+        train(dataclasses.replace(again, tokenizer=TokenizerConfig(path=str(other))))
+    checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
+    assert checkpoint is not None
+    (checkpoint / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot read checkpoint"):
+        train(again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gradient_accumulation_steps": 3}, "batch_size 4 must be divisible"),
+        ({"batch_size": 0}, "batch_size 0 must be divisible"),
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ],
+)
+def test_numbers_out_of_range(small_run, changes, words):
+    with pytest.raises(UserError, match=words):
+        train(dataclasses.replace(small_run, **changes))
+    assert not Path(small_run.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size 32 must be divisible by num_attention_heads 5"),
+        ({"dynamics_alhpa": 0.5}, "did you mean: dynamics_alpha"),
+        ({"vocab_size": 200}, "the tokenizer has 300 ids and the model 200"),
+        ({"max_position_embeddings": 16}, "data.context is 24.*16 tokens"),
+        ({"hidden_size": "wide"}, "this model cannot be built"),
+    ],
+)
+def test_models_that_cannot_be(small_run, overrides, words):
+    config = with_overrides(small_run, **overrides)
+    texts = load_split(config.data, "train")
+    tokenizer = train_tokenizer(texts["text"], 300)
+    with pytest.raises(UserError, match=words):
+        build_model(config, tokenizer, tokenize(texts, tokenizer))
+
+
+def test_unknown_preset(small_run):
+    config = dataclasses.replace(small_run, model=dataclasses.replace(small_run.model, preset="2m"))
+    with pytest.raises(UserError, match=r"unknown preset '2m', choose from: 15m"):
+        train(config)
