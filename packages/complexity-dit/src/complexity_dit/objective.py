@@ -43,8 +43,12 @@ class ObjectiveConfig:
     """Standard deviation of logit(t) for logit_normal."""
 
     shift: float = 4.0
-    """Time shift s: t becomes s*t / (1 + (s - 1)*t), in sampling too; above 1 puts more training
-    and more steps on high noise, where composition is decided. 1 is off."""
+    """Time shift s in training: t becomes s*t / (1 + (s - 1)*t); above 1 puts more of it on high
+    noise, where composition is decided. 1 is off."""
+
+    sampling_shift: float = 8.0
+    """Time shift in sampling (flow only). Above the training's: the last step, to the clean image,
+    then starts from more noise, whose traces a small network cannot remove in smaller steps."""
 
     label_dropout: float = 0.1
     """Probability that each label of an image is replaced by the null row, for guidance."""
@@ -129,7 +133,7 @@ def drop_labels(labels: Tensor, probability: float, generator: torch.Generator) 
 def build_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
     """The stock diffusers scheduler that samples from a model trained on this objective."""
     if config.prediction_type == "flow":
-        return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=config.shift)
+        return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=config.sampling_shift)
     return DDIMScheduler(
         NUM_TRAIN_TIMESTEPS,
         prediction_type=config.prediction_type,

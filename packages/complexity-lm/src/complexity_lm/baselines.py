@@ -90,7 +90,9 @@ def _keys(texts: Iterable[str]) -> NDArray[np.uint32]:
 def _count(grams: NDArray[np.uint32]) -> _Table:
     """Distinct grams and their counts; their contexts, those' totals and numbers of followers."""
     unique, counts = np.unique(grams, return_counts=True)
-    contexts, first, kinds = np.unique(unique >> np.uint32(8), return_index=True, return_counts=True)
+    contexts, first, kinds = np.unique(
+        unique >> np.uint32(8), return_index=True, return_counts=True
+    )
     return (
         unique,
         counts,
