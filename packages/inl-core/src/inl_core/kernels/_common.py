@@ -86,6 +86,11 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def row_stride(rows: Tensor | None) -> int:
+    """Elements from one row of `rows` (R, D) to the next; 0 where there is no tensor."""
+    return 0 if rows is None else rows.stride(0)
+
+
 def launch_guard(x: Tensor) -> AbstractContextManager[Any]:
     """Make the device of `x` current for a launch: Triton does not look where its arguments are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

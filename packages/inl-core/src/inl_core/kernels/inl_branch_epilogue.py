@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inl_core.kernels import _common, _shapes
-from inl_core.kernels._common import as_rows
+from inl_core.kernels._common import as_rows, row_stride
 from inl_core.kernels._inl_epilogue_kernels import backward_kernel, forward_kernel
 from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks
 from inl_core.reference import bounded_clamp
@@ -37,10 +37,6 @@ TENSORS = 11
 
 def _rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_rows(x)
-
-
-def _stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -86,8 +82,8 @@ def inl_branch_epilogue_fwd(
         forward_kernel[(samples * blocks,)](
             x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
             residual_rows, rho, shifts, scales, _contiguous(weight), y, total, v_out,
-            tokens, blocks, x.stride(0), _stride(v_rows), residual_rows.stride(0),
-            _stride(rho), _stride(shifts), _stride(scales),
+            tokens, blocks, x.stride(0), row_stride(v_rows), residual_rows.stride(0),
+            row_stride(rho), row_stride(shifts), row_stride(scales),
             alpha_number, beta_number, gate_number, dt, velocity_max, eps,
             *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
             width, block_r, block_d, num_warps=warps,
@@ -175,8 +171,9 @@ def inl_branch_epilogue_bwd(
             dy_rows, dtotal_rows, dv_rows,
             x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
             residual_rows, rho, scales, _contiguous(weight), dh, dv, dresidual, *partials,
-            tokens, parts, _stride(dy_rows), _stride(dtotal_rows), _stride(dv_rows),
-            x.stride(0), _stride(v_rows), residual_rows.stride(0), _stride(rho), _stride(scales),
+            tokens, parts, row_stride(dy_rows), row_stride(dtotal_rows), row_stride(dv_rows),
+            x.stride(0), row_stride(v_rows), residual_rows.stride(0), row_stride(rho),
+            row_stride(scales),
             alpha_number, beta_number, gate_number, dt, velocity_max, eps,
             *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
             width, block_r, block_d, num_warps=warps,

@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels import _common, _shapes
-from inl_core.kernels._common import as_rows
+from inl_core.kernels._common import as_rows, row_stride
 from inl_core.kernels._inl_controlled_kernels import (
     columns_kernel,
     forward_kernel,
     rows_kernel,
 )
 from inl_core.kernels._inl_step_kernels import finish_kernel
-from inl_core.kernels.inl_step import FINISH, TOKEN
+from inl_core.kernels.inl_step import FINISH, TOKEN, empty_gradients, save_inputs
 
 __all__ = [
     "AOT",
@@ -69,10 +69,6 @@ def _block_c(controller: int) -> int:
     return max(16, triton.next_power_of_2(controller))  # a matrix product needs 16 of everything
 
 
-def _stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
-
-
 @torch.library.custom_op("inl_core::inl_controlled_step_fwd", mutates_args=())
 def inl_controlled_step_fwd(
     h: Tensor,
@@ -102,7 +98,7 @@ def inl_controlled_step_fwd(
             x, v_rows, hidden_rows, weight.contiguous(), bias.contiguous(), mu.contiguous(),
             force_rows, h_out, v_out,
             rows, width, hidden_rows.shape[1],
-            x.stride(0), _stride(v_rows), hidden_rows.stride(0), _stride(force_rows),
+            x.stride(0), row_stride(v_rows), hidden_rows.stride(0), row_stride(force_rows),
             dt, beta_max, velocity_max, mu_min, mu_max,
             **_constants(velocity_max, hidden, FORWARD_COLUMNS),
         )  # fmt: skip
@@ -134,7 +130,7 @@ def inl_controlled_step_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (h, v, hidden, weight, bias, mu, force); empty for v or force None."""
     if h.numel() == 0:
-        grads = _empty_gradients(h, v, hidden, weight, bias, mu, force)
+        grads = empty_gradients(h, v, hidden, weight, bias, mu, force)
         for grad in grads:
             grad.zero_()
         return grads
@@ -159,8 +155,8 @@ def inl_controlled_step_bwd(
         force_rows,
     )  # fmt: skip
     numbers = (
-        rows, width, controller, _stride(dh_rows), _stride(dv_rows),
-        x.stride(0), _stride(v_rows), hidden_rows.stride(0), _stride(force_rows),
+        rows, width, controller, row_stride(dh_rows), row_stride(dv_rows),
+        x.stride(0), row_stride(v_rows), hidden_rows.stride(0), row_stride(force_rows),
         dt, beta_max, velocity_max, mu_min, mu_max,
     )  # fmt: skip
     constants = _constants(velocity_max, hidden, BACKWARD_COLUMNS)
@@ -183,33 +179,11 @@ def inl_controlled_step_bwd(
 def _(
     dh_next: Tensor | None, dv_next: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(*rest[:7])
-
-
-def _empty_gradients(
-    h: Tensor,
-    v: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    force: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return h.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(h), like(v), like(hidden), like(weight), like(bias), like(mu), like(force)
+    return empty_gradients(*rest[:7])
 
 
 # ------------------------------------------------------------------------------------------------
 # Autograd and the public function
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.numbers = inputs[7:]
 
 
 def _gradients(
@@ -220,7 +194,7 @@ def _gradients(
     return (*wanted, None, None, None, None, None)
 
 
-inl_controlled_step_fwd.register_autograd(_gradients, setup_context=_setup_context)
+inl_controlled_step_fwd.register_autograd(_gradients, setup_context=save_inputs)
 
 
 def takes(h: Tensor, v: Tensor | None, hidden: Tensor, *_: Any, **__: Any) -> bool:

@@ -19,6 +19,7 @@ from inl_core.kernels._common import (
     check_width,
     launch_guard,
     num_programs,
+    row_stride,
 )
 from inl_core.kernels._inl_step_kernels import backward_kernel, finish_kernel, forward_kernel
 
@@ -89,7 +90,7 @@ def inl_step_fwd(
     with launch_guard(h):
         forward_kernel[grid](
             x, v_rows, *raws, mu.contiguous(), force_rows, h_out, v_out,
-            rows, width, x.stride(0), _stride(v_rows), *strides, _stride(force_rows),
+            rows, width, x.stride(0), row_stride(v_rows), *strides, row_stride(force_rows),
             dt, beta_max, velocity_max, mu_min, mu_max,
             *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
         )  # fmt: skip
@@ -121,7 +122,7 @@ def inl_step_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (h, v, alpha_raw, beta_raw, gate_raw, mu, force); empty for v or force None."""
     inputs = (h, v, alpha_raw, beta_raw, gate_raw, mu, force)
-    grads = _empty_gradients(*inputs)
+    grads = empty_gradients(*inputs)
     dh, dv, da, db, dc, dmu, dforce = grads
     if h.numel() == 0:
         for grad in grads:
@@ -150,8 +151,8 @@ def inl_step_bwd(
     with launch_guard(h):
         backward_kernel[(tiles, walkers)](
             dh_rows, dv_rows, x, v_rows, *raws, mu, force_rows, dh, dv, *targets, dforce, mu_parts,
-            rows, width, _stride(dh_rows), _stride(dv_rows), x.stride(0), _stride(v_rows),
-            *strides, _stride(force_rows), dt, beta_max, velocity_max, mu_min, mu_max,
+            rows, width, row_stride(dh_rows), row_stride(dv_rows), x.stride(0), row_stride(v_rows),
+            *strides, row_stride(force_rows), dt, beta_max, velocity_max, mu_min, mu_max,
             *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
         )  # fmt: skip
         block_p, block_c, num_warps = FINISH
@@ -167,12 +168,14 @@ def inl_step_bwd(
 def _(
     dh_next: Tensor | None, dv_next: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(*rest[:7])
+    return empty_gradients(*rest[:7])
 
 
-def _empty_gradients(
+def empty_gradients(
     h: Tensor, v: Tensor | None, a: Tensor, b: Tensor, c: Tensor, mu: Tensor, force: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of a step whose middle three arguments are `a`, `b` and `c`."""
+
     def like(x: Tensor | None) -> Tensor:
         return h.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -189,15 +192,12 @@ def _coefficients(h: Tensor, *raw: Tensor) -> tuple[list[Tensor], list[int], lis
     return tensors, strides, kinds
 
 
-def _stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
-
-
 # ------------------------------------------------------------------------------------------------
 # Autograd and the public function
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the seven tensors of a step for its backward, and its numbers."""
     # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7])
@@ -216,7 +216,7 @@ def _backward(
     return (*wanted, None, None, None, None, None)
 
 
-inl_step_fwd.register_autograd(_backward, setup_context=_setup_context)
+inl_step_fwd.register_autograd(_backward, setup_context=save_inputs)
 
 
 def takes(
