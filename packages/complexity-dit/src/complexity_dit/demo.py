@@ -1,17 +1,17 @@
 """The demo: train a small model on the embedded art set, paint with it, measure what it painted."""
 
-import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import DataConfig
+from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.launch import train_on_all_cores, usable_cores
 from complexity_dit.plots import plot_loss
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, load_pipeline, save_grid
-from complexity_dit.train import train
 
 NUM_EVALUATED = 256
 """Images of each side of the demo's FID: few, so that two cores need minutes and not an hour."""
@@ -26,10 +26,10 @@ def demo(out: str) -> None:
         out: Folder of the demo.
     """
     start = time.perf_counter()
-    # Drawing the pictures is the one part of training that more processes speed up.
-    config = TrainConfig(out=out, resume="auto", data=DataConfig(num_workers=os.cpu_count() or 1))
-    folder = Path(out)
-    pipeline = train(config)
+    config, folder = TrainConfig(out=out, resume="auto"), Path(out)
+    # Drawn here, once: the processes of the training then find the pictures in the cache.
+    load_data(replace(config.data, num_workers=usable_cores()), "train")
+    pipeline = train_on_all_cores(config)
     plot_loss(folder / "train_log.csv", folder / "loss.png")
 
     pipe = load_pipeline(str(pipeline))

@@ -234,11 +234,12 @@ def _file_bytes(image: dict[str, Any]) -> bytes:
 
 
 def _paint_row(row: dict[str, Any], *, resolution: int) -> dict[str, Any]:
-    picture = np.asarray(art.paint(row["index"], resolution).convert("RGB")).transpose(2, 0, 1)
-    canonical = art.paint(row["index"], _ART_HASH_SIZE).convert("RGB").tobytes()
+    picture = art.paint(row["index"], resolution).convert("RGB")
+    same = resolution == _ART_HASH_SIZE  # nothing to draw a second time
+    canonical = picture if same else art.paint(row["index"], _ART_HASH_SIZE).convert("RGB")
     return {
-        "pixels": picture.tobytes(),
-        "sha256": hashlib.sha256(canonical).hexdigest(),
+        "pixels": np.asarray(picture).transpose(2, 0, 1).tobytes(),
+        "sha256": hashlib.sha256(canonical.tobytes()).hexdigest(),
         "name": f"art {row['index']}",
         "reason": "",
     }
