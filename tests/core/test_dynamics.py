@@ -44,7 +44,7 @@ def test_forward_is_the_op_on_the_controllers_output(adaptive: str) -> None:
     scramble(module)
     h, v, force = randn(2, 3, 6), randn(2, 3, 6, seed=1), randn(2, 3, 6, seed=2)
     if adaptive == "token":
-        joined = torch.cat([module.weight_h, module.weight_v], dim=1)
+        joined = torch.cat([module.weight_in_h, module.weight_in_v], dim=1)
         hidden = nn.functional.silu(torch.cat([h, v], -1) @ joined.T + module.bias_in)
         raw = (hidden @ module.weight_out.T + module.bias_out).chunk(3, -1)
     else:
@@ -76,12 +76,12 @@ def test_no_velocity_skips_the_velocity_product() -> None:
     module = INLDynamics(6)
     scramble(module)
     with torch.no_grad():
-        module.weight_v.fill_(torch.nan)
+        module.weight_in_v.fill_(torch.nan)
     h_next, v_next = module(randn(3, 6))
     assert h_next.isfinite().all()
     assert v_next.isfinite().all()
     h_next.sum().backward()
-    assert module.weight_v.grad is None
+    assert module.weight_in_v.grad is None
 
 
 def test_lite_with_neutral_coefficients_is_the_plain_residual() -> None:

@@ -114,7 +114,7 @@ def test_reset_parameters_restores_the_start(adaptive: str) -> None:
     if adaptive == "token":
         assert module.weight_out.eq(0.0).all()
         bound = 1 / math.sqrt(12)
-        assert 0 < module.weight_h.abs().max().item() <= bound
+        assert 0 < module.weight_in_h.abs().max().item() <= bound
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_dynamics_do_not_change_the_start_of_the_backbone(tiny, placement, exper
 
 def test_no_two_random_matrices_start_alike(tiny) -> None:
     controllers = dynamics_of(DeepForCausalLM(tiny()))
-    first, second = controllers[0].weight_h, controllers[1].weight_h
+    first, second = controllers[0].weight_in_h, controllers[1].weight_in_h
     assert not torch.equal(first, second)
-    assert not torch.equal(first, controllers[0].weight_v)
+    assert not torch.equal(first, controllers[0].weight_in_v)
 
 
 def test_loading_keeps_what_was_saved_and_starts_what_was_not(lively, tmp_path) -> None:

@@ -58,7 +58,7 @@ class DataConfig:
     """Fraction held out for evaluation, chosen by the hash of each file's bytes: adding files
     never moves one across, and byte-identical files stay on one side."""
 
-    num_images: int = 4096
+    num_images: int = 8192
     """How many pictures the `art` source draws; other sources always give all they have."""
 
     flip: bool = True

@@ -1,5 +1,6 @@
 """The demo: train a small model on the embedded art set, paint with it, measure what it painted."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ import numpy as np
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.launch import train_on_all_cores, usable_cores
 from complexity_dit.plots import plot_loss
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, load_pipeline, save_grid
+from complexity_dit.train import train
 
 NUM_EVALUATED = 256
 """Images of each side of the demo's FID: few, so that two cores need minutes and not an hour."""
@@ -27,9 +28,10 @@ def demo(out: str) -> None:
     """
     start = time.perf_counter()
     config, folder = TrainConfig(out=out, resume="auto"), Path(out)
-    # Drawn here, once: the processes of the training then find the pictures in the cache.
-    load_data(replace(config.data, num_workers=usable_cores()), "train")
-    pipeline = train_on_all_cores(config)
+    # Drawing is what more processes speed up; how many is no setting of the run, which finds the
+    # pictures in the cache.
+    load_data(replace(config.data, num_workers=os.cpu_count() or 1), "train")
+    pipeline = train(config)
     plot_loss(folder / "train_log.csv", folder / "loss.png")
 
     pipe = load_pipeline(str(pipeline))

@@ -42,11 +42,11 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     """Standard deviation of logit(t) for logit_normal."""
 
-    shift: float = 4.0
+    shift: float = 2.0
     """Time shift s in training: t becomes s*t / (1 + (s - 1)*t); above 1 puts more of it on high
     noise, where composition is decided. 1 is off."""
 
-    sampling_shift: float = 8.0
+    sampling_shift: float = 5.0
     """Time shift in sampling (flow only). Above the training's: the last step, to the clean image,
     then starts from more noise, whose traces a small network cannot remove in smaller steps."""
 

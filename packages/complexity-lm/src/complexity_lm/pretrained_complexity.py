@@ -3,7 +3,6 @@
 `DeepPreTrainedModel` is the base of `DeepModel` and `DeepForCausalLM`.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -65,17 +64,7 @@ class DeepPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(
         model: "DeepPreTrainedModel", state_dict: Any, files: Any, load_config: Any, *args: Any
     ) -> Any:
-        """Load weights as transformers does, with two differences.
-
-        transformers takes every "weight_v" for a weight-norm parameter of old and renames it; ours
-        is the controller's matrix for the velocity. And where shapes differ the error names them.
-        """
-        renamings = [
-            renaming
-            for renaming in load_config.weight_mapping or []
-            if not any("parametrizations.weight" in name for name in renaming.target_patterns)
-        ]
-        load_config = dataclasses.replace(load_config, weight_mapping=renamings)
+        """Load weights as transformers does; where shapes differ the error names them."""
         info, offloaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, files, load_config, *args
         )

@@ -199,8 +199,9 @@ class INLDynamics(_Dynamics):
         self.adaptive: Adaptive = adaptive
         self.controller_hidden = controller_hidden
         if adaptive == "token":
-            self.weight_h = nn.Parameter(torch.empty(controller_hidden, hidden_size))
-            self.weight_v = nn.Parameter(torch.empty(controller_hidden, hidden_size))
+            # Not "weight_v": transformers takes that for a weight norm of old and renames it.
+            self.weight_in_h = nn.Parameter(torch.empty(controller_hidden, hidden_size))
+            self.weight_in_v = nn.Parameter(torch.empty(controller_hidden, hidden_size))
             self.bias_in = nn.Parameter(torch.empty(controller_hidden))
             self.weight_out = nn.Parameter(torch.empty(3 * hidden_size, controller_hidden))
             self.bias_out = nn.Parameter(torch.empty(3 * hidden_size))
@@ -220,8 +221,8 @@ class INLDynamics(_Dynamics):
         if self.adaptive == "token":
             # The range of nn.Linear over [h; v], whose 2·D inputs these two matrices split.
             bound = 1.0 / math.sqrt(2 * self.hidden_size)
-            nn.init.uniform_(self.weight_h, -bound, bound)
-            nn.init.uniform_(self.weight_v, -bound, bound)
+            nn.init.uniform_(self.weight_in_h, -bound, bound)
+            nn.init.uniform_(self.weight_in_v, -bound, bound)
             nn.init.zeros_(self.bias_in)
             nn.init.zeros_(self.weight_out)
             rows = self.bias_out.detach().chunk(3)
@@ -270,9 +271,9 @@ class INLDynamics(_Dynamics):
 
     def _hidden(self, h: Tensor, v: Tensor | None) -> Tensor:
         """Hidden state of the controller (..., controller_hidden)."""
-        hidden = F.linear(h, self.weight_h, self.bias_in)
+        hidden = F.linear(h, self.weight_in_h, self.bias_in)
         if v is not None:
-            hidden = hidden + F.linear(v.to(h.dtype), self.weight_v)
+            hidden = hidden + F.linear(v.to(h.dtype), self.weight_in_v)
         return F.silu(hidden)
 
     def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
