@@ -135,7 +135,6 @@ def main():
     shape = (options.batch_size, options.length)
     ids = torch.randint(0, vocabulary, shape, device=options.device)
 
-    rows = []
     for mode in options.modes:
         compiled = mode == "compiled"
         tasks = {
@@ -152,6 +151,7 @@ def main():
             ),
         }
         for task, (works, tokens) in tasks.items():
+            rows = []
             for case, (speed, ratio) in measure(
                 works, tokens, options.rounds, options.device
             ).items():
@@ -162,8 +162,8 @@ def main():
                 rows.append(about | {"metric": "speed", "value": speed, "unit": "tokens/s"})
                 rows.append(about | {"metric": "speed ratio", "value": ratio, "unit": "llama"})
                 rows.append(about | {"metric": "active", "value": millions, "unit": "M parameters"})
-    if options.rows:
-        append_rows(options.rows, "bench_lm", rows)
+            if options.rows:
+                append_rows(options.rows, "bench_lm", rows, options.device)
 
 
 if __name__ == "__main__":
