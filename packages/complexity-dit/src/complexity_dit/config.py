@@ -77,7 +77,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 
-    steps: int = 3000
+    steps: int = 3300
     """Optimizer steps."""
 
     batch_size: int = 16

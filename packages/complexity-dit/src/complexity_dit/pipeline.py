@@ -135,7 +135,7 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,

@@ -29,7 +29,7 @@ class SampleConfig:
     num_inference_steps: int = 20
     """Denoising steps."""
 
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 is off."""
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
