@@ -3,6 +3,7 @@
 One process holds every model; their steps are timed in turn, round by round, so that a busy machine
 slows all of them alike. Reports medians, and the median of the per-round ratios to Llama. The Llama
 has the layers, widths and heads of the plain model, hence its active parameters but for norms.
+Qwen3 is Llama with QK-norm, which our models have too: it shows what that alone costs.
 
     python benchmarks/bench_lm.py --rows benchmarks/results.csv
 """
@@ -13,7 +14,13 @@ import time
 
 import torch
 from results import append_rows
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 
@@ -38,7 +45,9 @@ def build_models(preset, overrides, device):
     plain = DeepConfig.from_preset(preset, **overrides)
     shape = {name: getattr(plain, name) for name in SHAPE}
     torch.manual_seed(0)
-    models["llama"] = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=None))
+    none = {"bos_token_id": None, "eos_token_id": None}
+    models["llama"] = LlamaForCausalLM(LlamaConfig(**shape, **none))
+    models["qwen3"] = Qwen3ForCausalLM(Qwen3Config(**shape, **none))
     for case, (placement, experts) in CASES.items():
         config = DeepConfig.from_preset(
             preset, **overrides, dynamics_placement=placement, num_experts=experts
