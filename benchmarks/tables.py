@@ -21,7 +21,9 @@ RUN = ("command", "hardware", "threads", "torch", "triton", "python", "commit", 
 
 
 def shown(text):
-    """A number with four digits; other text as it is."""
+    """A whole number whole, any other with four digits; other text as it is."""
+    if text.isdecimal():
+        return f"{int(text):,}"
     try:
         return f"{float(text):.4g}"
     except ValueError:
