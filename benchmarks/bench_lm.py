@@ -109,9 +109,12 @@ def timed(work, device):
 def measure(works, tokens, rounds, device):
     """{case: (tokens a second, ratio to Llama)}, medians over paired rounds."""
     times = {case: [] for case in works}
+    order = list(works)
     for number in range(rounds + 2):
-        for case, work in works.items():
-            seconds = timed(work, device)
+        # Whoever runs first in a round may meet other memory than the rest: each does in turn.
+        order = order[1:] + order[:1] if number else order
+        for case in order:
+            seconds = timed(works[case], device)
             if number >= 2:  # two rounds compile and warm up
                 times[case].append(seconds)
     llama = times["llama"]
