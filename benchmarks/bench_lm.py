@@ -9,11 +9,10 @@ Qwen3 is Llama with QK-norm, which our models have too: it shows what that alone
 """
 
 import argparse
-import statistics
-import time
 
 import torch
 from results import append_rows
+from timing import paired
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -57,12 +56,6 @@ def build_models(preset, overrides, device):
     return {case: model.to(device) for case, model in models.items()}
 
 
-def wait(device):
-    """Until the device is done; at once on a CPU."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def trainer(model, ids, compiled):
     """A function that trains one step."""
     forward = torch.compile(model) if compiled else model
@@ -98,33 +91,10 @@ def decoder(model, prompt, new_tokens, compiled):
     return decode
 
 
-def timed(work, device):
-    """Seconds of one call."""
-    start = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - start
-
-
 def measure(works, tokens, rounds, device):
     """{case: (tokens a second, ratio to Llama)}, medians over paired rounds."""
-    times = {case: [] for case in works}
-    order = list(works)
-    for number in range(rounds + 2):
-        # Whoever runs first in a round may meet other memory than the rest: each does in turn.
-        order = order[1:] + order[:1] if number else order
-        for case in order:
-            seconds = timed(works[case], device)
-            if number >= 2:  # two rounds compile and warm up
-                times[case].append(seconds)
-    llama = times["llama"]
-    return {
-        case: (
-            tokens / statistics.median(taken),
-            statistics.median(theirs / ours for ours, theirs in zip(taken, llama, strict=True)),
-        )
-        for case, taken in times.items()
-    }
+    times = paired(works, rounds, device, rotate=True)
+    return {case: (tokens / seconds, 1 / ratio) for case, (seconds, ratio) in times.items()}
 
 
 def main():

@@ -38,11 +38,15 @@ SHAPE = {
 VOCABULARY = 1024
 
 
+def shape(wider):
+    """The sizes, with an MLP `wider` by so much."""
+    return SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
+
+
 def build(placement, wider=0):
     """A model as `train` makes it."""
-    shape = SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
     config = DeepConfig.from_preset(
-        "15m", vocab_size=VOCABULARY, dynamics_placement=placement, **shape
+        "15m", vocab_size=VOCABULARY, dynamics_placement=placement, **shape(wider)
     )
     return DeepForCausalLM(config)
 
@@ -108,7 +112,6 @@ def main():
     )
     rows = []
     for case, (placement, extra, count) in cases.items():
-        overrides = SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + extra}
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
                 out=f"{folder}/run",
@@ -121,7 +124,7 @@ def main():
                 tracker="none",
                 data=data,
                 tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-                model=ModelConfig(dynamics_placement=placement, overrides=overrides),
+                model=ModelConfig(dynamics_placement=placement, overrides=shape(extra)),
                 optim=replace(OptimConfig(), lr=options.lr),
             )
             start = time.perf_counter()

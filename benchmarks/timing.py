@@ -43,23 +43,27 @@ def median_ms(function, device, seconds=0.2):
     return 1000 * statistics.median(times)
 
 
-def paired(functions, rounds, device, warm_up=2, deadline=None):
+def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
     """Call all functions in turn, `rounds` times: {name: (median seconds, median ratio to first)}.
 
     A machine that slows down for a while slows all of a round, so ratios within rounds are taken.
-    Ends early, after at least one counted round, when the deadline passes.
+    Ends early, after at least one counted round, when the deadline passes. With `rotate` each
+    function begins a round in its turn: who follows a large model meets other memory than the rest.
     """
     times = {name: [] for name in functions}
+    order = list(functions)
     for i in range(warm_up + rounds):
         if deadline is not None and deadline.passed() and i > warm_up:
             break
-        for name, function in functions.items():
+        for name in order:
             wait(device)
             start = time.perf_counter()
-            function()
+            functions[name]()
             wait(device)
             if i >= warm_up:
                 times[name].append(time.perf_counter() - start)
+        if rotate:
+            order = order[1:] + order[:1]
     first = next(iter(times.values()))
     return {
         name: (
