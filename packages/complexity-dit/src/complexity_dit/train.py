@@ -9,55 +9,20 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import PaintingDataset, load_data, random_batch_indices
+from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
-from complexity_dit.objective import (
-    build_scheduler,
-    drop_labels,
-    noisy_input_and_target,
-    sample_times,
-)
-from complexity_dit.seeding import generator_for
+from complexity_dit.objective import build_scheduler
 from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
-
-
-class StepBatches(Dataset):
-    """Item s is this process's share of the whole input of step s: a pure function of (seed, s).
-
-    Numbers are drawn for the global batch and then sliced, so any number of processes sees the same
-    data, noise, times and dropped labels, and a resumed run reads on as if it had never stopped.
-    """
-
-    def __init__(self, data: PaintingDataset, config: TrainConfig, rank: int, world: int) -> None:
-        self.data, self.config, self.mine = data, config, slice(rank, None, world)
-
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        config, count, mine = self.config, self.config.batch_size, self.mine
-        indices = random_batch_indices(len(self.data), config.seed, step * count, count)
-        draw = generator_for(config.seed, "train", step)
-        flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
-        times = sample_times(count, config.objective, draw)
-        labels = drop_labels(self.data.labels[indices], config.objective.label_dropout, draw)
-        size = config.data.resolution
-        noise = torch.randn(count, 3, size, size, generator=draw)
-        pixels = self.data.pixels(indices[mine]).float() / 127.5 - 1
-        clean = torch.where(flips[mine, None, None, None], pixels.flip(-1), pixels)
-        noisy, timestep, target = noisy_input_and_target(
-            clean, noise[mine], times[mine], config.objective
-        )
-        return {"x": noisy, "timestep": timestep, "labels": labels[mine], "target": target}
 
 
 def train(config: TrainConfig) -> Path:
