@@ -59,7 +59,8 @@ def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_passed() -> None:
 def test_gain_of_a_layer_is_what_its_worst_token_sees() -> None:
     model = Stack(lite(2.0, 0.5)).double()
     h = inputs()
-    h_next, v_next = model(h)
+    with torch.no_grad():
+        h_next, v_next = model(h)
     ratio = (h_next.square() + v_next.square()).sum(-1) / h.square().sum(-1)
     (layer,) = certify(model, {"h": h}).layers
     assert layer.gain == pytest.approx(float(ratio.max().sqrt()), rel=1e-12)

@@ -134,7 +134,7 @@ def _along_inputs(
     layers: list[LayerCertificate] = []
     product: list[Tensor | None] = []
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict, outputs: Any) -> None:
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict, outputs: Any) -> None:
         given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
         h, v = given["h"], given.get("v")
         point = _point(module, h, v)
