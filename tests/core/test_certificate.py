@@ -85,7 +85,8 @@ def test_learned_coefficients_are_read_where_the_model_uses_them(adaptive: str) 
             dynamics._coefficients(h, None)[2].sigmoid(),
         )
     )
-    radius = torch.linalg.eigvals(transition_matrix(alpha, beta, gate, 0.5)).abs().max()
+    matrix = transition_matrix(alpha, beta, gate, 0.5).detach()
+    radius = torch.linalg.eigvals(matrix).abs().max()
     assert layer.spectral_radius == pytest.approx(float(radius), rel=1e-9)
     assert layer.stable_share == 1.0
     assert layer.points == {"token": h.numel(), "channel": 4, "layer": 1}[adaptive]
