@@ -56,11 +56,18 @@ def test_the_oscillator_is_the_closed_form(systems: ModuleType) -> None:
     torch.testing.assert_close(seen, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_the_arm_comes_to_rest_at_its_target(systems: ModuleType) -> None:
-    system = systems.arm(8, torch.Generator().manual_seed(0))
-    last = walk(systems, system, 1500, 0.02)[:, -1]
-    torch.testing.assert_close(last[:, :2], last[:, 4:], rtol=0, atol=1e-3)
-    assert float(last[:, 2:4].abs().max()) < 1e-3
+def test_the_arm_loses_exactly_the_energy_that_its_damping_takes(systems: ModuleType) -> None:
+    """E = v'Mv / 2 + kp |target - q|^2 / 2 falls by kd |v|^2 a second, and by nothing else."""
+    draw, dt = torch.Generator().manual_seed(0), 0.002
+    kp, kd = systems.uniform(draw, 8, 5.0, 20.0), systems.uniform(draw, 8, 1.0, 6.0)
+    states = walk(systems, systems.arm(8, torch.Generator().manual_seed(0)), 300, dt)
+    q, v, target = states[..., :2], states[..., 2:4], states[..., 4:]
+    c = q[..., 1].cos()
+    kinetic = (3 + 2 * c) * v[..., 0] ** 2 + 2 * (1 + c) * v[..., 0] * v[..., 1] + v[..., 1] ** 2
+    energy = kinetic / 2 + kp[:, None] * (target - q).square().sum(-1) / 2
+    lost = torch.trapezoid(kd[:, None] * v.square().sum(-1), dx=dt)
+    torch.testing.assert_close(energy[:, 0] - energy[:, -1], lost, rtol=1e-4, atol=1e-6)
+    assert bool((energy.diff(dim=1) <= 0).all())
 
 
 def test_the_interval_of_paired_ratios(physics: ModuleType) -> None:
