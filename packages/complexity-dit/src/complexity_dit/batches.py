@@ -30,10 +30,9 @@ class StepBatches(Dataset):
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
         labels = drop_labels(self.data.labels[indices], config.objective.label_dropout, draw)
-        size = config.data.resolution
-        noise = torch.randn(count, 3, size, size, generator=draw)
-        pixels = self.data.pixels(indices[mine]).float() / 127.5 - 1
-        clean = torch.where(flips[mine, None, None, None], pixels.flip(-1), pixels)
+        size = self.data.sample_size
+        noise = torch.randn(count, self.data.channels, size, size, generator=draw)
+        clean = self.data.clean(indices[mine], flips[mine])
         noisy, timestep, target = noisy_input_and_target(
             clean, noise[mine], times[mine], config.objective
         )

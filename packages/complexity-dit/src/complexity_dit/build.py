@@ -14,9 +14,9 @@ from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTransformer2DModel:
     """The network of a config, with one label table for each field of the data."""
     settings = {
-        "sample_size": config.data.resolution,
+        "sample_size": data.sample_size,
         "patch_size": config.model.patch_size,
-        "in_channels": 3,
+        "in_channels": data.channels,
         "label_fields": list(data.label_names),
         "num_classes": [len(names) for names in data.label_names.values()],
         "dynamics_placement": config.model.dynamics_placement,

@@ -81,6 +81,8 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         label_names: Names in id order by field, over the whole data, so both splits agree.
         labels: Ids, int64 of shape (N, F), -1 where missing; fields in the order of label_names.
         resolution: Side of the pictures in pixels.
+        channels: Channels of what the network sees, 3.
+        sample_size: Side of what the network sees in its own cells, here pixels.
         fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
             resolution, the split and the version of the preprocessing.
         skipped: Images of this split that could not be used.
@@ -100,6 +102,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.label_names = label_names
         self.labels = labels[torch.as_tensor(kept, dtype=torch.int64)]
         self.resolution = resolution
+        self.channels, self.sample_size = 3, resolution
         self.skipped = skipped
         self._rows = rows
         self._kept = torch.as_tensor(kept, dtype=torch.int64)
@@ -122,6 +125,19 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self._pixels is not None:
             return self._pixels[chosen]
         return self._gather(self._kept[chosen])
+
+    def clean(self, indices: Sequence[int] | torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        """Return the pictures at ``indices`` as the network learns them.
+
+        Args:
+            indices: Which pictures, n of them.
+            flips: bool (n,): which of them to mirror left to right.
+
+        Returns:
+            float32 (n, channels, sample_size, sample_size), here pixels in [-1, 1].
+        """
+        pixels = self.pixels(indices).float() / 127.5 - 1
+        return torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)
 
     def _gather(self, positions: torch.Tensor) -> torch.Tensor:
         column = self._rows.data.column("pixels")
