@@ -1,4 +1,4 @@
-"""The command line: `complexity-dit demo | train | sample | evaluate`."""
+"""The command line: `complexity-dit demo | train | encode | sample | evaluate`."""
 
 import json
 import logging
@@ -30,6 +30,14 @@ def build_parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="a YAML with any of the options below")
     train.add_class_arguments(TrainConfig, None)
     commands.add_subcommand("train", train)
+
+    encode = ArgumentParser(description="Turn pictures into latents to train on, with a VAE.")
+    encode.add_class_arguments(DataConfig, None)
+    encode.add_argument("--out", type=str, required=True, help="folder of the latents")
+    encode.add_argument("--batch_size", type=int, default=16, help="pictures in a call of the VAE")
+    encode.add_argument("--part_size", type=int, default=512, help="pictures in a file")
+    encode.set_defaults(resolution=128)
+    commands.add_subcommand("encode", encode)
 
     sample = ArgumentParser(description="Paint with a trained pipeline.")
     sample.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
@@ -84,6 +92,12 @@ def run(arguments: Sequence[str]) -> None:
 
         options.pop("config")
         print(f"the pipeline is in {train(TrainConfig(**options))}")
+    elif command == "encode":
+        from complexity_dit.data import DataConfig
+        from complexity_dit.encode import encode
+
+        own = {name: options.pop(name) for name in ("out", "batch_size", "part_size")}
+        print(f"the latents are in {encode(DataConfig(**options), **own)}")
     elif command == "sample":
         from complexity_dit.sample import SampleConfig, sample
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import PaintingDataset, random_batch_indices
+from complexity_dit.data import random_batch_indices
+from complexity_dit.latents import TrainingData
 from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
 from complexity_dit.seeding import generator_for
 
@@ -17,7 +18,7 @@ class StepBatches(Dataset):
     data, noise, times and dropped labels, and a resumed run reads on as if it had never stopped.
     """
 
-    def __init__(self, data: PaintingDataset, config: TrainConfig, rank: int, world: int) -> None:
+    def __init__(self, data: TrainingData, config: TrainConfig, rank: int, world: int) -> None:
         self.data, self.config, self.mine = data, config, slice(rank, None, world)
 
     def __len__(self) -> int:
@@ -30,10 +31,14 @@ class StepBatches(Dataset):
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
         labels = drop_labels(self.data.labels[indices], config.objective.label_dropout, draw)
-        size = config.data.resolution
-        noise = torch.randn(count, 3, size, size, generator=draw)
-        pixels = self.data.pixels(indices[mine]).float() / 127.5 - 1
-        clean = torch.where(flips[mine, None, None, None], pixels.flip(-1), pixels)
+        size = self.data.sample_size
+        shape = (count, self.data.channels, size, size)
+        noise = torch.randn(shape, generator=draw)
+        posterior = None
+        if self.data.samples_posterior:
+            draw = generator_for(config.seed, "posterior", step)
+            posterior = torch.randn(shape, generator=draw)[mine]
+        clean = self.data.clean(indices[mine], flips[mine], posterior)
         noisy, timestep, target = noisy_input_and_target(
             clean, noise[mine], times[mine], config.objective
         )

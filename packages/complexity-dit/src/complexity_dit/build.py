@@ -5,18 +5,18 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import PaintingDataset
 from complexity_dit.errors import UserError
+from complexity_dit.latents import TrainingData
 from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 
-def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTransformer2DModel:
+def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransformer2DModel:
     """The network of a config, with one label table for each field of the data."""
     settings = {
-        "sample_size": config.data.resolution,
+        "sample_size": data.sample_size,
         "patch_size": config.model.patch_size,
-        "in_channels": 3,
+        "in_channels": data.channels,
         "label_fields": list(data.label_names),
         "num_classes": [len(names) for names in data.label_names.values()],
         "dynamics_placement": config.model.dynamics_placement,

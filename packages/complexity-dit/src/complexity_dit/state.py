@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
+from complexity_dit.latents import LatentSpace
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
@@ -48,6 +49,7 @@ class TrainState:
         optimizer: The optimizer (accelerate's wrapper or plain).
         lr_scheduler: The learning-rate schedule.
         step: Optimizer steps done.
+        latent_space: What its pipelines decode with; None for pixels.
     """
 
     model: ComplexityDiTTransformer2DModel
@@ -55,6 +57,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     step: int = 0
+    latent_space: LatentSpace | None = None
 
     def save_pipeline(
         self,
@@ -66,11 +69,16 @@ class TrainState:
         """Save a pipeline with a copy of the EMA weights; the model in training is not touched.
 
         Beside it goes `data.json`, which data it was trained on: an evaluation must hold out the
-        same pictures.
+        same pictures. For latents that is the data they were made from.
         """
         model = ComplexityDiTTransformer2DModel.from_config(self.model.config)
         self.ema.copy_to(model.parameters())
-        ComplexityDiTPipeline(model, scheduler, id2label=id2label).save_pretrained(folder)
+        decoder = {}
+        if (space := self.latent_space) is not None:
+            decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
+            data = space.data
+        pipeline = ComplexityDiTPipeline(model, scheduler, id2label=id2label, **decoder)
+        pipeline.save_pretrained(folder)
         (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n")
 
     def save(

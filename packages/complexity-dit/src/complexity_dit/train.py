@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
+from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.objective import build_scheduler
 from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
 from complexity_dit.train_log import TrainLog
@@ -42,10 +42,12 @@ def train(config: TrainConfig) -> Path:
     """
     out = Path(config.out)
     checkpoint = _checkpoint_to_resume(config, out)
-    data = load_data(config.data, "train")
+    data = load_training_data(config.data)
+    latent_space = open_latent_space(config.data)
     id2label = {field: dict(enumerate(names)) for field, names in data.label_names.items()}
     torch.manual_seed(config.seed)
     state = build_state(build_model(config, data), config)
+    state.latent_space = latent_space
     if checkpoint is not None:
         _warn_of_changes(state.load(checkpoint), config)
         logger.info("resumed from %s at step %d", checkpoint, state.step)
