@@ -19,6 +19,7 @@ class StepBatches(Dataset):
 
     def __init__(self, data: PaintingDataset, config: TrainConfig, rank: int, world: int) -> None:
         self.data, self.config, self.mine = data, config, slice(rank, None, world)
+        self.dropouts = config.objective.label_dropouts(list(data.label_names))
 
     def __len__(self) -> int:
         return self.config.steps
@@ -29,7 +30,7 @@ class StepBatches(Dataset):
         draw = generator_for(config.seed, "train", step)
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
-        labels = drop_labels(self.data.labels[indices], config.objective.label_dropout, draw)
+        labels = drop_labels(self.data.labels[indices], self.dropouts, draw)
         size = config.data.resolution
         noise = torch.randn(count, 3, size, size, generator=draw)
         pixels = self.data.pixels(indices[mine]).float() / 127.5 - 1

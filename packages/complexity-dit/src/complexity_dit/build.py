@@ -13,6 +13,7 @@ from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTransformer2DModel:
     """The network of a config, with one label table for each field of the data."""
+    config.objective.check()
     settings = {
         "sample_size": config.data.resolution,
         "patch_size": config.model.patch_size,

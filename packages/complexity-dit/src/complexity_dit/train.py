@@ -18,7 +18,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
-from complexity_dit.objective import build_scheduler
+from complexity_dit.objective import build_scheduler, training_loss
 from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
 from complexity_dit.train_log import TrainLog
 
@@ -118,7 +118,7 @@ def _optimizer_step(
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
             prediction = model(part["x"], part["timestep"], part["labels"], return_dict=False)[0]
-            loss = nn.functional.mse_loss(prediction.float(), part["target"]) / parts
+            loss = training_loss(prediction, part["target"], config.objective) / parts
             accelerator.backward(loss)
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
