@@ -8,6 +8,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data import PaintingDataset, random_batch_indices
 from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
 from complexity_dit.seeding import generator_for
+from complexity_dit.tokens import draw_kept_tokens
 
 
 class StepBatches(Dataset):
@@ -38,4 +39,12 @@ class StepBatches(Dataset):
         noisy, timestep, target = noisy_input_and_target(
             clean, noise[mine], times[mine], config.objective
         )
-        return {"x": noisy, "timestep": timestep, "labels": labels[mine], "target": target}
+        batch = {"x": noisy, "timestep": timestep, "labels": labels[mine], "target": target}
+        rate = config.model.token_drop_rate
+        if rate:
+            # A stream of its own: the same noise and times with and without dropping.
+            draw = generator_for(config.seed, "tokens", step)
+            height, width = noisy.shape[-2:]
+            tokens = (height // config.model.patch_size) * (width // config.model.patch_size)
+            batch["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
+        return batch

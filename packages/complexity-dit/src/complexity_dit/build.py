@@ -4,9 +4,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from complexity_dit.architecture import middle_blocks
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import PaintingDataset
 from complexity_dit.errors import UserError
+from complexity_dit.objective import time_quantiles
 from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
@@ -23,13 +25,33 @@ def build_model(config: TrainConfig, data: PaintingDataset) -> ComplexityDiTTran
         "dynamics_placement": config.model.dynamics_placement,
         "dynamics_adaptive": config.model.dynamics_adaptive,
         "network_output": "sample" if config.objective.writes_sample else "target",
+        "token_drop_start": config.model.token_drop_start,
+        "token_drop_end": config.model.token_drop_end,
+        "value_residual": config.model.value_residual,
+        "routing": config.model.routing,
+        "num_experts": config.model.num_experts,
     }
+    if config.model.routing == "timestep" and config.model.num_experts > 1:
+        settings["routing_edges"] = time_quantiles(config.model.num_experts, config.objective)
     try:
-        return ComplexityDiTTransformer2DModel.from_size(
+        model = ComplexityDiTTransformer2DModel.from_size(
             config.model.size, **(settings | config.model.overrides)
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"this model cannot be built: {error}") from error
+    _check_token_drop(config.model.token_drop_rate, model)
+    return model
+
+
+def _check_token_drop(rate: float, model: ComplexityDiTTransformer2DModel) -> None:
+    if not 0 <= rate < 1:
+        raise UserError(f"token_drop_rate {rate} must be at least 0 (off) and below 1")
+    start, end = middle_blocks(model.config)
+    if rate and start >= end:
+        raise UserError(
+            f"token_drop_rate {rate}: a network of {model.config.num_layers} blocks has no middle "
+            "ones to bypass; use 3 or more, or set token_drop_start and token_drop_end"
+        )
 
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:

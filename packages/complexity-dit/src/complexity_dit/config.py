@@ -23,6 +23,27 @@ class ModelConfig:
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
     """What the coefficients of the dynamics depend on; lite has fixed ones."""
 
+    token_drop_rate: float = 0.0
+    """Share of an image's tokens, drawn anew at each step, that bypass the middle blocks in
+    training (TREAD, arXiv 2501.04765); none do in sampling. 0 is off."""
+
+    token_drop_start: int | None = None
+    """First block that dropped tokens bypass, counted from 0; by default 1, the second."""
+
+    token_drop_end: int | None = None
+    """Block before which dropped tokens are back; by default the last one."""
+
+    value_residual: bool = False
+    """Blend the attention values of every block with the first block's, by a learned share that
+    starts at one half (arXiv 2410.17897)."""
+
+    routing: Literal["none", "timestep", "position"] = "none"
+    """Experts in place of the MLP, at equal work a token: chosen by the image's noise level, in
+    buckets that training meets equally often, or by the token's band of the picture."""
+
+    num_experts: int = 4
+    """Experts of each block, beside the shared one; with routing only."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 

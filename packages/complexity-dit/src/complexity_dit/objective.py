@@ -130,6 +130,14 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
     return times.clamp(min=MIN_NOISE) if config.writes_sample else times
 
 
+def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
+    """The count - 1 noise levels that cut the distribution of `sample_times` into equal parts."""
+    times = torch.arange(1, count, dtype=torch.float64) / count
+    if config.time_sampling == "logit_normal":
+        times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))
+    return (config.shift * times / (1 + (config.shift - 1) * times)).tolist()
+
+
 def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
     """The flow velocity that leads from a noisy image straight to a clean one.
 
