@@ -1,6 +1,5 @@
 """From a config and its data to the network and its training state."""
 
-import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -9,6 +8,8 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data import PaintingDataset
 from complexity_dit.errors import UserError
 from complexity_dit.objective import time_quantiles
+from complexity_dit.optim import build_optimizer
+from complexity_dit.spikes import build_guard
 from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
@@ -55,23 +56,9 @@ def _check_token_drop(rate: float, model: ComplexityDiTTransformer2DModel) -> No
 
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
-    """Optimizer, schedule and EMA round a model.
-
-    Weight decay acts on matrices of the backbone only: not on norms and biases (vectors), label
-    tables, or anything of the dynamics, whose resting values are not zero.
-    """
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim < 2 or "label_embed" in name or "dynamics" in name
-        (plain if exempt else decayed).append(parameter)
+    """Optimizer, schedule, EMA and spike guard round a model."""
     optim = config.optim
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, optim)
     lr_scheduler = get_scheduler(
         optim.schedule,
         optimizer,
@@ -85,4 +72,5 @@ def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> 
         power=config.ema.power,
         foreach=True,
     )
-    return TrainState(model, ema, optimizer, lr_scheduler)
+    guard = build_guard(optim, config.mixed_precision)
+    return TrainState(model, ema, optimizer, lr_scheduler, guard)

@@ -50,10 +50,19 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of attention and MLP, and AdamW for the rest."""
 
     lr: float = 5e-3
     """Peak learning rate."""
+
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, scaled to updates of AdamW's size; by default `lr`."""
+
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
 
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -72,6 +81,18 @@ class OptimConfig:
 
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+
+    spike_factor: float = 0.0
+    """Skip a step whose gradient norm, before clipping, is more than this many times the 0.9
+    quantile of recent norms, and one that is not finite: weights, moments and EMA stay, the
+    schedule goes on. Asks the device for the norm at every step. 0 is off: a norm that is not
+    finite then stops the run."""
+
+    spike_window: int = 100
+    """How many recent norms that quantile is of; nothing finite is skipped before there are."""
+
+    spike_limit: int = 10
+    """Most steps in a row without a finite norm that the guard skips; one more stops the run."""
 
 
 @dataclass

@@ -83,9 +83,9 @@ def train(config: TrainConfig) -> Path:
     ) as bar:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm = _optimizer_step(accelerator, model, state, batch, config)
+            loss, grad_norm, taken = _optimizer_step(accelerator, model, state, batch, config)
             state.step += 1
-            log.add(state.step, loss, grad_norm, lr)
+            log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
             save = state.step % config.checkpoint_every == 0 or state.step == config.steps
             if save or state.step % config.log_every == 0:
@@ -108,8 +108,12 @@ def _optimizer_step(
     state: TrainState,
     batch: dict[str, Tensor],
     config: TrainConfig,
-) -> tuple[Tensor, Tensor]:
-    """One update of weights, schedule and EMA; returns loss and gradient norm, still on device."""
+) -> tuple[Tensor, Tensor, bool]:
+    """One update of weights, schedule and EMA; of the schedule alone where the guard says no.
+
+    Returns:
+        Loss and gradient norm, still on device, and whether the step was taken.
+    """
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     parts = config.gradient_accumulation_steps
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
@@ -129,11 +133,13 @@ def _optimizer_step(
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     assert grad_norm is not None  # accelerate gives none on XLA only
-    state.optimizer.step()
+    taken = state.guard is None or state.guard.admits(float(grad_norm))
+    if taken:
+        state.optimizer.step()
+        state.ema.step(state.model.parameters())
     state.optimizer.zero_grad()
     state.lr_scheduler.step()
-    state.ema.step(state.model.parameters())
-    return total, grad_norm
+    return total, grad_norm, taken
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:
