@@ -23,16 +23,46 @@ class ModelConfig:
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
     """What the coefficients of the dynamics depend on; lite has fixed ones."""
 
+    token_drop_rate: float = 0.0
+    """Share of an image's tokens, drawn anew at each step, that bypass the middle blocks in
+    training (TREAD, arXiv 2501.04765); none do in sampling. 0 is off."""
+
+    token_drop_start: int | None = None
+    """First block that dropped tokens bypass, counted from 0; by default 1, the second."""
+
+    token_drop_end: int | None = None
+    """Block before which dropped tokens are back; by default the last one."""
+
+    value_residual: bool = False
+    """Blend the attention values of every block with the first block's, by a learned share that
+    starts at one half (arXiv 2410.17897)."""
+
+    routing: Literal["none", "timestep", "position"] = "none"
+    """Experts in place of the MLP, at equal work a token: chosen by the image's noise level, in
+    buckets that training meets equally often, or by the token's band of the picture."""
+
+    num_experts: int = 4
+    """Experts of each block, beside the shared one; with routing only."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of attention and MLP, and AdamW for the rest."""
 
     lr: float = 5e-3
     """Peak learning rate."""
+
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, scaled to updates of AdamW's size; by default `lr`."""
+
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
 
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -51,6 +81,18 @@ class OptimConfig:
 
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+
+    spike_factor: float = 0.0
+    """Skip a step whose gradient norm, before clipping, is more than this many times the 0.9
+    quantile of recent norms, and one that is not finite: weights, moments and EMA stay, the
+    schedule goes on. Asks the device for the norm at every step. 0 is off: a norm that is not
+    finite then stops the run."""
+
+    spike_window: int = 100
+    """How many recent norms that quantile is of; nothing finite is skipped before there are."""
+
+    spike_limit: int = 10
+    """Most steps in a row without a finite norm that the guard skips; one more stops the run."""
 
 
 @dataclass

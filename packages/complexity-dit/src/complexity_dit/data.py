@@ -69,6 +69,10 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the training pictures left to right, at random."""
 
+    balanced_labels: str | None = None
+    """Label field whose labels training reads equally often, rare or not; pictures without that
+    label keep their share. By default every picture comes equally often."""
+
     strict: bool = False
     """Stop at the first unreadable or too small image instead of skipping it."""
 

@@ -4,8 +4,8 @@ A checkpoint folder holds
 
     pipeline/               the EMA weights as a pipeline folder, ready to sample from
     model.safetensors       the raw weights
-    optimizer.safetensors   AdamW's moments
-    state.json              step, EMA and schedule counters, the run's config
+    optimizer.safetensors   the optimizer's moments
+    state.json              step, EMA and schedule counters, recent gradient norms, the run's config
 
 There is no generator state and no data position to save: both are functions of (seed, step), see
 `seeding`. Folders are written aside, flushed to disk and renamed, so a final name is always whole.
@@ -29,6 +29,7 @@ from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
 from complexity_dit.latents import LatentSpace
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TrainState:
         ema: Its exponential moving average.
         optimizer: The optimizer (accelerate's wrapper or plain).
         lr_scheduler: The learning-rate schedule.
+        guard: The spike guard, if there is one.
         step: Optimizer steps done.
         latent_space: What its pipelines decode with; None for pixels.
     """
@@ -56,6 +58,7 @@ class TrainState:
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    guard: SpikeGuard | None = None
     step: int = 0
     latent_space: LatentSpace | None = None
 
@@ -101,6 +104,7 @@ class TrainState:
             "ema": ema,
             "optimizer_groups": groups,
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "guard": self.guard and self.guard.state_dict(),
             "config": config,
         }
         target = checkpoints / f"step-{self.step:08d}"
@@ -144,10 +148,21 @@ class TrainState:
             self.model.named_parameters(), self.ema.shadow_params, strict=True
         ):
             parameter.copy_(shadow[name])
-        self.optimizer.load_state_dict(_unflatten_optimizer(moments, meta["optimizer_groups"]))
+        self._load_optimizer(_unflatten_optimizer(moments, meta["optimizer_groups"]), checkpoint)
         self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+        if self.guard is not None and meta.get("guard"):
+            self.guard.load_state_dict(meta["guard"])
         self.step = meta["step"]
         return meta["config"]
+
+    def _load_optimizer(self, saved: dict[str, Any], checkpoint: Path) -> None:
+        try:
+            self.optimizer.load_state_dict(saved)
+        except ValueError as error:  # other groups, or groups of other sizes
+            raise UserError(
+                f"{checkpoint} was written by another optimizer ({error}): go on with the "
+                "--optim.name it was trained with, or start anew in another --out"
+            ) from error
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

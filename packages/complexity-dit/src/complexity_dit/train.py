@@ -18,7 +18,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside
 from complexity_dit.latents import load_training_data, open_latent_space
-from complexity_dit.objective import build_scheduler
+from complexity_dit.objective import build_scheduler, training_loss
 from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
 from complexity_dit.train_log import TrainLog
 
@@ -85,9 +85,9 @@ def train(config: TrainConfig) -> Path:
     ) as bar:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm = _optimizer_step(accelerator, model, state, batch, config)
+            loss, grad_norm, taken = _optimizer_step(accelerator, model, state, batch, config)
             state.step += 1
-            log.add(state.step, loss, grad_norm, lr)
+            log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
             save = state.step % config.checkpoint_every == 0 or state.step == config.steps
             if save or state.step % config.log_every == 0:
@@ -110,8 +110,12 @@ def _optimizer_step(
     state: TrainState,
     batch: dict[str, Tensor],
     config: TrainConfig,
-) -> tuple[Tensor, Tensor]:
-    """One update of weights, schedule and EMA; returns loss and gradient norm, still on device."""
+) -> tuple[Tensor, Tensor, bool]:
+    """One update of weights, schedule and EMA; of the schedule alone where the guard says no.
+
+    Returns:
+        Loss and gradient norm, still on device, and whether the step was taken.
+    """
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     parts = config.gradient_accumulation_steps
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
@@ -119,17 +123,25 @@ def _optimizer_step(
     for i in range(parts):
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
-            prediction = model(part["x"], part["timestep"], part["labels"], return_dict=False)[0]
-            loss = nn.functional.mse_loss(prediction.float(), part["target"]) / parts
+            prediction = model(
+                part["x"],
+                part["timestep"],
+                part["labels"],
+                kept_tokens=part.get("kept_tokens"),
+                return_dict=False,
+            )[0]
+            loss = training_loss(prediction, part["target"], config.objective) / parts
             accelerator.backward(loss)
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     assert grad_norm is not None  # accelerate gives none on XLA only
-    state.optimizer.step()
+    taken = state.guard is None or state.guard.admits(float(grad_norm))
+    if taken:
+        state.optimizer.step()
+        state.ema.step(state.model.parameters())
     state.optimizer.zero_grad()
     state.lr_scheduler.step()
-    state.ema.step(state.model.parameters())
-    return total, grad_norm
+    return total, grad_norm, taken
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:

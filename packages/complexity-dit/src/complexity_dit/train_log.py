@@ -13,7 +13,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.errors import UserError
 from complexity_dit.state import latest_checkpoint
 
-LOG_FIELDS = ("step", "loss", "grad_norm", "lr")
+LOG_FIELDS = ("step", "loss", "grad_norm", "lr", "skipped")
 
 
 class TrainLog:
@@ -24,8 +24,9 @@ class TrainLog:
 
     def __init__(self, out: Path, start_step: int, accelerator: Accelerator) -> None:
         self.out, self.path, self.accelerator = out, out / "train_log.csv", accelerator
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.pending: list[tuple[int, Tensor, Tensor, float, bool]] = []
         self.start_step, self.start_time = start_step, time.perf_counter()
+        self.skipped = 0
         if accelerator.is_main_process:
             self._keep_rows_up_to(start_step)
 
@@ -35,13 +36,17 @@ class TrainLog:
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.skipped = sum(int(row.get("skipped") or 0) for row in rows)
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, LOG_FIELDS)
             writer.writeheader()
             writer.writerows(rows)
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss, grad_norm, lr))
+    def add(
+        self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, *, skipped: bool = False
+    ) -> None:
+        """Keep one step; `skipped` says that the spike guard did not take it."""
+        self.pending.append((step, loss, grad_norm, lr, skipped))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
         """Write pending rows; stop the run if one of them is not finite.
@@ -52,29 +57,39 @@ class TrainLog:
         Raises:
             UserError: Naming the first step whose loss or gradient norm is not finite.
         """
-        mean = self.accelerator.reduce(
-            torch.stack([loss for _, loss, _, _ in self.pending]), "mean"
-        )
+        mean = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean")
         rows = [
-            (step, loss, float(norm), lr)
-            for (step, _, norm, lr), loss in zip(self.pending, mean.tolist(), strict=True)
+            (step, loss, float(norm), lr, int(skipped))
+            for (step, _, norm, lr, skipped), loss in zip(self.pending, mean.tolist(), strict=True)
         ]
         self.pending.clear()
         self._stop_if_not_finite(rows, config)
-        step, _, grad_norm, lr = rows[-1]
+        step, _, grad_norm, lr, _ = rows[-1]
+        self.skipped += sum(row[-1] for row in rows)
         seconds = time.perf_counter() - self.start_time
         speed = (step - self.start_step) * config.batch_size / seconds
         if self.accelerator.is_main_process:
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows(rows)
-        average = sum(row[1] for row in rows) / len(rows)
+        # A skipped step may have no finite loss, and would hide the others'.
+        kept = [row[1] for row in rows if not row[-1]]
+        average = sum(kept) / len(kept) if kept else math.nan
         self.accelerator.log(
-            {"loss": average, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}, step
+            {
+                "loss": average,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "images_per_second": speed,
+                "skipped_steps": self.skipped,
+            },
+            step,
         )
         return {"loss": f"{average:.4f}", "images/s": f"{speed:.0f}"}
 
     def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
-        for step, loss, grad_norm, _ in rows:
+        for step, loss, grad_norm, _, skipped in rows:
+            if skipped:
+                continue
             # fp16's gradient scaler meets infinite norms by design and skips those steps.
             bad_norm = config.mixed_precision != "fp16" and not math.isfinite(grad_norm)
             if bad_norm or not math.isfinite(loss):
