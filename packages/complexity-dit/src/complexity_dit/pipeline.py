@@ -361,15 +361,18 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
-        for path, cls in (
-            (folder / f"{_PIPELINE_SHIM}.py", type(self)),
-            (folder / "transformer" / f"{_TRANSFORMER_SHIM}.py", ComplexityDiTTransformer2DModel),
-        ):
-            path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        index["_class_name"] = [_PIPELINE_SHIM, type(self).__name__]
-        index["transformer"] = [_TRANSFORMER_SHIM, ComplexityDiTTransformer2DModel.__name__]
+        shims = {"_class_name": (folder / f"{_PIPELINE_SHIM}.py", type(self))}
+        # Another denoiser keeps the module path that diffusers wrote for it.
+        if isinstance(self.transformer, ComplexityDiTTransformer2DModel):
+            shims["transformer"] = (
+                folder / "transformer" / f"{_TRANSFORMER_SHIM}.py",
+                ComplexityDiTTransformer2DModel,
+            )
+        for entry, (path, cls) in shims.items():
+            path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
+            index[entry] = [path.stem, cls.__name__]
         index_path.write_text(json.dumps(index, indent=2) + "\n")
         if push_to_hub:
             self._push_folder(folder, **hub)

@@ -68,7 +68,7 @@ class TrainState:
         Beside it goes `data.json`, which data it was trained on: an evaluation must hold out the
         same pictures.
         """
-        model = ComplexityDiTTransformer2DModel.from_config(self.model.config)
+        model = type(self.model).from_config(self.model.config)
         self.ema.copy_to(model.parameters())
         ComplexityDiTPipeline(model, scheduler, id2label=id2label).save_pretrained(folder)
         (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n")
