@@ -47,7 +47,9 @@ def commit():
             return ""
         return done.stdout.strip()
 
-    dirty = git("status", "--porcelain", "--untracked-files=no")
+    # Rows that an hours-long series has added are results of this commit, not changes to it.
+    code = (":(top)", ":(top,exclude)benchmarks/*.csv")
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     known = git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
     return known or os.environ.get("COMMIT") or "none"
 
@@ -59,10 +61,12 @@ def triton_version():
         return ""
 
 
-def append_rows(path, bench, rows, device=None):
+def append_rows(path, bench, rows, device=None, **known):
     """Add rows to a CSV, creating it with its header; what is added is on disk on return.
 
     A row has `case`, `metric`, `value` and `unit`, and may have `shape`, `dtype` and `backend`.
+    What the caller knows better than this process at its end (the commit a long run started from,
+    a command without paths of the machine) is given by column.
     """
     path = Path(path)
     about = {
@@ -75,6 +79,7 @@ def append_rows(path, bench, rows, device=None):
         "triton": triton_version(),
         "python": platform.python_version(),
         "commit": commit(),
+        **known,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()

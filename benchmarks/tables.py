@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    # exit status 1 if README.md is out of date
 
 Of rows that differ in date, commit and value only, the last one counts. A table is a command on a
-machine: numbers of two machines or two runs never stand side by side.
+machine: numbers of two machines or two runs never stand side by side. The exception are the benches
+in `SERIES`, whose every case is a run of its own, of an hour: each line names its commit.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from results import read_rows
 HERE = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KEYS = ("case", "shape", "dtype", "backend")
-RUN = ("command", "hardware", "threads", "torch", "triton", "python", "commit", "date")
+MACHINE = ("command", "hardware", "threads", "torch", "triton", "python")
+RUN = (*MACHINE, "commit", "date")
+SERIES = {"recipe", "sampler"}
 
 
 def shown(text):
@@ -33,7 +36,8 @@ def shown(text):
 def table(rows):
     """Markdown: a line a case, a column a metric, with the run underneath."""
     metrics = list(dict.fromkeys((row["metric"], row["unit"]) for row in rows))
-    keys = [key for key in KEYS if any(row[key] for row in rows)]
+    series = rows[0]["bench"] in SERIES
+    keys = [key for key in KEYS if any(row[key] for row in rows)] + ["commit"] * series
     heads = [
         f"{metric} [{unit}]" if unit not in ("", metric) else metric for metric, unit in metrics
     ]
@@ -47,8 +51,9 @@ def table(rows):
         cells = [*key, *(line.get(metric, "") for metric in metrics)]
         lines.append("| " + " | ".join(cells) + " |")
     run = rows[-1]
+    when = "" if series else f", commit {run['commit']}, {run['date']}"
     about = (
-        f"`{run['command']}`, commit {run['commit']}, {run['date']}: {run['hardware']}, "
+        f"`{run['command']}`{when}: {run['hardware']}, "
         f"{run['threads']} threads, torch {run['torch']}, triton {run['triton'] or 'none'}, "
         f"Python {run['python']}."
     )
@@ -56,15 +61,20 @@ def table(rows):
 
 
 def tables(rows):
-    """The tables of one bench: the last run of every command on every machine."""
+    """The tables of one bench: the last run of every command (and case) on every machine."""
     last = {}
     for row in rows:
-        where = (row["command"], row["hardware"])
+        case = tuple(row[key] for key in KEYS) if row["bench"] in SERIES else ()
+        where = (row["command"], row["hardware"], case)
         run = tuple(row[name] for name in RUN)
         if last.get(where, (None, []))[0] != run:
             last[where] = (run, [])
         last[where][1].append(row)
-    return "\n".join(table(found) for _, found in last.values()) if last else "No rows yet.\n"
+    grouped = {}
+    for run, found in last.values():
+        same = run[: len(MACHINE)] if found[0]["bench"] in SERIES else run
+        grouped.setdefault(same, []).extend(found)
+    return "\n".join(map(table, grouped.values())) if grouped else "No rows yet.\n"
 
 
 def rewritten(document, rows):

@@ -180,7 +180,7 @@ def evaluate(
         fake = set_features(subject, picked, extractor, cache=False)
     else:
         sample = sample or _default_sample()
-        settings |= {"sample": asdict(sample), "scheduler": _scheduler(subject)}
+        settings |= {"sample": asdict(sample), **_scheduler(subject, sample)}
         labels, asked = _labels_to_ask(subject, n, ref.images, rows, config.label_field)
         fake = _sample_features(subject, labels, sample, extractor)
 
@@ -306,9 +306,19 @@ def _default_sample() -> "SampleConfig":
     return SampleConfig()
 
 
-def _scheduler(pipe: "ComplexityDiTPipeline") -> dict[str, Any]:
-    config = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    return {"class": type(pipe.scheduler).__name__, **config}
+def _scheduler(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[str, Any]:
+    """The scheduler that paints, with its settings, and the network evaluations of a picture."""
+    from complexity_dit.schedulers import count_evaluations, named_scheduler
+
+    used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
+    config = {k: v for k, v in used.config.items() if not k.startswith("_")}
+    evaluations = count_evaluations(
+        used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
+    )
+    return {
+        "scheduler": {"class": type(used).__name__, **config},
+        "network_evaluations": evaluations,
+    }
 
 
 def _labels_to_ask(

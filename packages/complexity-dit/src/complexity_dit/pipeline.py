@@ -5,14 +5,12 @@ cannot know: label fields by name, guidance towards the null rows, and folders t
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 """
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -23,7 +21,7 @@ from torch import Tensor
 from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.errors import UserError
 from complexity_dit.labels import resolve_label
-from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from complexity_dit.schedulers import is_guided, network_times, set_steps
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import Vae, scale_factor
 
@@ -116,6 +114,11 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def num_evaluations(self) -> int:
+        """How often a network ran for each picture of the last call, guidance counted."""
+        return self._num_evaluations
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
@@ -159,6 +162,7 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guide: ComplexityDiTTransformer2DModel | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         class_labels: Tensor | None = None,
@@ -176,10 +180,15 @@ class ComplexityDiTPipeline(DiffusionPipeline):
             num_images_per_prompt: Pictures for each label (combination).
             height: Height in pixels; None means the training size. Divisible by patch times VAE.
             width: Width in pixels, likewise.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps; each is one evaluation of the network, or two with
+                a second-order scheduler such as Heun's (`num_evaluations` counts them).
             guidance_scale: Classifier-free guidance (Ho & Salimans, arXiv 2207.12598); 1 is off.
             guidance_interval: Noise levels in [0, 1] within which guidance acts (Kynkäänniemi et
                 al., arXiv 2404.07724); outside it the conditional prediction is used alone.
+            guide: A weaker network for the same labels and objective, e.g. an earlier checkpoint or
+                a smaller model: guidance then leads away from its prediction for the same labels
+                instead of away from the null rows (autoguidance; Karras et al., arXiv 2406.02507).
+                On the pipeline's device.
             generator: One generator, or one for each image: then image i does not depend on the
                 others. CPU generators give the same noise on every device.
             latents: Initial noise, (B, C, Y, X); drawn from `generator` when None.
@@ -213,10 +222,13 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         class_labels = class_labels.repeat_interleave(num_images_per_prompt, dim=0).to(device)
         batch = len(class_labels)
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        if guide is not None:
+            self._check_guide(guide)
+        self._guidance_scale, self._interrupt, self._num_evaluations = guidance_scale, False, 0
 
         x = self._initial_latents(batch, height, width, generator, latents, device, dtype)
-        timesteps = self._timesteps(num_inference_steps, device)
+        timesteps = set_steps(self.scheduler, num_inference_steps, device)
+        times = network_times(self.scheduler)
         self._num_timesteps = len(timesteps)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -226,14 +238,12 @@ class ComplexityDiTPipeline(DiffusionPipeline):
                 model_input = x
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(x, t)
-                noise_level = float(t) / NUM_TRAIN_TIMESTEPS
-                guided = (
-                    guidance_scale != 1
-                    and guidance_interval[0] <= noise_level <= guidance_interval[1]
-                )
+                guided = is_guided(times[i], guidance_scale, guidance_interval)
                 prediction = self._predict(
-                    model_input.to(dtype), t, class_labels, guided, chunk_size, chunk_offset
-                )
+                    model_input.to(dtype), times[i], class_labels, guided, guide,
+                    chunk_size, chunk_offset,
+                )  # fmt: skip
+                self._num_evaluations += 1 + guided
                 x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     offered = {"latents": x}
@@ -300,16 +310,15 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
         return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _timesteps(self, num_inference_steps: int, device: torch.device) -> Tensor:
-        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters and hasattr(
-            self.scheduler.config, "shift"
-        ):
-            # By default flow schedulers end at sigma_min and spend a step on nothing.
-            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
-            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps
+    def _check_guide(self, guide: ComplexityDiTTransformer2DModel) -> None:
+        """The guide must read the same input under the same labels."""
+        for name in ("in_channels", "label_fields", "num_classes"):
+            own, other = self.transformer.config[name], guide.config[name]
+            if own != other:
+                raise UserError(
+                    f"the guide has {name} {other} and the transformer {own}: take a network that "
+                    "was trained on the same data"
+                )
 
     def _predict(
         self,
@@ -317,19 +326,24 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         t: Tensor,
         class_labels: Tensor,
         guided: bool,
+        guide: ComplexityDiTTransformer2DModel | None,
         chunk_size: int | None,
         chunk_offset: int,
     ) -> Tensor:
-        """The transformer's prediction, with classifier-free guidance if `guided`."""
+        """The transformer's prediction, led away from a weaker one if `guided`."""
 
         def predict(x: Tensor, labels: Tensor) -> Tensor:
             if not guided:
                 return self.transformer(x, t, labels, return_dict=False)[0]
-            both = torch.cat([labels, torch.full_like(labels, -1)])
-            conditional, null = self.transformer(
-                torch.cat([x, x]), t, both, return_dict=False
-            )[0].chunk(2)  # fmt: skip
-            return null + self._guidance_scale * (conditional - null)
+            if guide is not None:
+                strong = self.transformer(x, t, labels, return_dict=False)[0]
+                weak = guide(x.to(guide.dtype), t, labels, return_dict=False)[0].to(strong)
+            else:
+                both = torch.cat([labels, torch.full_like(labels, -1)])
+                strong, weak = self.transformer(
+                    torch.cat([x, x]), t, both, return_dict=False
+                )[0].chunk(2)  # fmt: skip
+            return weak + self._guidance_scale * (strong - weak)
 
         return _in_chunks(predict, chunk_size, chunk_offset, latents, class_labels)
 

@@ -1,5 +1,6 @@
 """Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from tqdm.auto import tqdm
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +30,24 @@ class SampleConfig:
     """Seed of the set; the noise of image i comes from (seed, i) alone."""
 
     num_inference_steps: int = 20
-    """Denoising steps."""
+    """Denoising steps: one evaluation of the network each, two with Heun, twice that guided."""
+
+    scheduler: str | None = None
+    """Class name of a diffusers scheduler, e.g. DPMSolverMultistepScheduler; the pipeline's own by
+    default."""
+
+    shift: float | None = None
+    """Time shift of a flow-matching scheduler; the one saved in the pipeline by default."""
 
     guidance_scale: float = 2.0
-    """Classifier-free guidance; 1 is off."""
+    """Classifier-free guidance, or autoguidance if that is given; 1 is off."""
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels in [0, 1] within which guidance acts."""
+
+    autoguidance: str | None = None
+    """Pipeline folder of a weaker model of the same data, e.g. an early checkpoint's, that guidance
+    leads away from instead of from the null rows."""
 
     height: int | None = None
     """Height in pixels; the training size by default."""
@@ -68,12 +82,16 @@ def iter_samples(
         Indices, and their pictures as uint8 (n, Y, X, 3), rounded to nearest.
 
     Raises:
-        UserError: If a number in the config is out of range.
+        UserError: If a number in the config is out of range, no such scheduler fits the model, or
+            the guide is of other data.
     """
     if config.batch_size < 1 or config.chunk_size < 1:
         raise UserError(
             f"batch_size {config.batch_size} and chunk_size {config.chunk_size} must be at least 1"
         )
+    guide = None if config.autoguidance is None else _load_guide(config.autoguidance, pipe)
+    pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
+    pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
     indices = list(range(len(labels)) if indices is None else indices)
     with tqdm(total=len(indices), desc="painting", unit="image", disable=not progress) as bar:
@@ -84,6 +102,7 @@ def iter_samples(
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
                 guidance_interval=config.guidance_interval,
+                guide=guide,
                 height=config.height,
                 width=config.width,
                 chunk_size=config.chunk_size,
@@ -92,6 +111,26 @@ def iter_samples(
             ).images
             yield batch, (images * 255).round().clip(0, 255).astype(np.uint8)
             bar.update(len(batch))
+
+
+def _load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
+    """The transformer of a pipeline folder, if it predicts the same thing under the same labels."""
+    guide = load_pipeline(path)
+    if guide.id2label != pipe.id2label:
+        raise UserError(
+            f"--autoguidance {path} has other labels than the pipeline: take a model that was "
+            "trained on the same data"
+        )
+    kinds = [
+        "flow" if is_flow(p.scheduler) else p.scheduler.config.prediction_type
+        for p in (guide, pipe)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"--autoguidance {path} predicts {kinds[0]} and the pipeline {kinds[1]}: take a model "
+            "with the same objective"
+        )
+    return guide.transformer.to(pipe.device)
 
 
 def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:

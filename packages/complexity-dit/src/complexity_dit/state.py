@@ -74,7 +74,7 @@ class TrainState:
         Beside it goes `data.json`, which data it was trained on: an evaluation must hold out the
         same pictures. For latents that is the data they were made from.
         """
-        model = ComplexityDiTTransformer2DModel.from_config(self.model.config)
+        model = type(self.model).from_config(self.model.config)
         self.ema.copy_to(model.parameters())
         decoder = {}
         if (space := self.latent_space) is not None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,7 +27,7 @@ from complexity_dit.train_log import TrainLog
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -> Path:
     """Run one training, or go on with it.
 
     Writes `<out>/config.yaml`, `train_log.csv` (a row a step), `logs/` (tensorboard),
@@ -33,6 +35,8 @@ def train(config: TrainConfig) -> Path:
 
     Args:
         config: The whole run.
+        build: Makes the network from (config, data); another denoiser with the forward arguments
+            and config fields that `ComplexityDiTPipeline` reads trains in the same loop.
 
     Returns:
         The folder of the finished pipeline.
@@ -46,7 +50,7 @@ def train(config: TrainConfig) -> Path:
     latent_space = open_latent_space(config.data)
     id2label = {field: dict(enumerate(names)) for field, names in data.label_names.items()}
     torch.manual_seed(config.seed)
-    state = build_state(build_model(config, data), config)
+    state = build_state(build(config, data), config)
     state.latent_space = latent_space
     if checkpoint is not None:
         _warn_of_changes(state.load(checkpoint), config)

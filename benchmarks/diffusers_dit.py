@@ -1,0 +1,92 @@
+"""diffusers' DiT behind the arguments of our model: the same loop trains both, the same pipeline
+samples from both.
+
+What the class leaves to its user is done as the DiT paper does it (Peebles & Xie, arXiv
+2212.09748): its initialisation, with AdaLN-Zero. Two habits of the class are switched off: it drops
+labels itself, in every block on its own and from the global generator (the loop drops them, by
+seed and step), and it would learn a variance (`out_channels` is `in_channels` here).
+"""
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from complexity_dit.build import build_model
+
+
+class DiffusersDiT(ModelMixin, ConfigMixin):
+    """`DiTTransformer2DModel` with the arguments and config fields of our transformer."""
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        label_fields: tuple[str, ...],
+        num_classes: tuple[int, ...],
+    ):
+        super().__init__()
+        if len(label_fields) != 1:
+            raise ValueError(f"DiT knows one label field, got {list(label_fields)}")
+        self.dit = DiTTransformer2DModel(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=hidden_size // num_attention_heads,
+            num_layers=num_layers,
+            num_embeds_ada_norm=num_classes[0],
+        )
+        self._init_weights()
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patches = self.dit.pos_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        nn.init.zeros_(patches.bias)
+        for block in self.dit.transformer_blocks:
+            embed = block.norm1.emb
+            embed.class_embedder.dropout_prob = 0.0
+            nn.init.normal_(embed.class_embedder.embedding_table.weight, std=0.02)
+            nn.init.normal_(embed.timestep_embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embed.timestep_embedder.linear_2.weight, std=0.02)
+        zeros = [block.norm1.linear for block in self.dit.transformer_blocks]
+        for zero in [*zeros, self.dit.proj_out_1, self.dit.proj_out_2]:
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
+        """As `ComplexityDiTTransformer2DModel.forward`: labels (B, 1) or None, -1 for missing."""
+        batch, null = len(hidden_states), self.config.num_classes[0]
+        if class_labels is None:
+            class_labels = torch.full((batch, 1), -1, device=hidden_states.device)
+        labels = class_labels.reshape(batch)
+        sample = self.dit(
+            hidden_states,
+            timestep.expand(batch),
+            torch.where(labels < 0, null, labels),
+            return_dict=False,
+        )[0]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def build_diffusers_dit(config, data):
+    """What `build_model` is for ours: the DiT of equal width, depth, heads, patch and labels."""
+    shape = build_model(config, data).config
+    names = (
+        "sample_size", "patch_size", "in_channels", "hidden_size", "num_layers",
+        "num_attention_heads", "label_fields", "num_classes",
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    return DiffusersDiT(**{name: shape[name] for name in names})

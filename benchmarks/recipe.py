@@ -1,0 +1,250 @@
+"""The recipe table: one row trains a small model on real paintings and measures what it paints.
+
+    python benchmarks/recipe.py flow-none --latents CACHE --reference imagefolder:PATH --out DIR
+    python benchmarks/recipe.py --list
+
+A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
+with epsilon; `flow-none` is ours with plain flow matching and without dynamics; the rows after it
+add one thing each; `full` has all of `FULL`. A row is trained, then paints without guidance, and
+FID and KID compare that with held-out paintings, whose labels are asked for. The pipeline stays in
+`--out/run/pipeline`. A stopped row goes on where it was when the command is given again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+from diffusers_dit import build_diffusers_dit
+from results import append_rows, commit
+
+from complexity_dit.build import build_model
+from complexity_dit.config import TrainConfig
+from complexity_dit.data import DataConfig
+from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.sample import SampleConfig, load_pipeline
+from complexity_dit.state import latest_checkpoint
+from complexity_dit.train import train
+
+# What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
+BASE = {
+    "batch_size": 32,
+    "checkpoint_every": 500,
+    "data.label_fields": ["style"],
+    "data.holdout": 0.2,  # 2,113 of the shared paintings: enough for FID at n = 2,048
+    "data.flip": False,
+    "model.size": "tiny",
+    "model.patch_size": 2,
+    "model.dynamics_placement": "none",
+    "optim.lr": 2e-3,
+    "optim.warmup_steps": 300,
+    "optim.schedule": "cosine",
+    "ema.decay": 0.999,
+    # Plain flow matching: uniform times, the network writes the velocity, labels always given.
+    "objective.network_output": "target",
+    "objective.time_sampling": "uniform",
+    "objective.shift": 1.0,
+    "objective.sampling_shift": 1.0,
+    "objective.label_dropout": 0.0,
+}
+
+DYNAMICS = {"model.dynamics_placement": "branch", "model.dynamics_adaptive": "channel"}
+
+# One thing each, on top of BASE.
+KNOBS = {
+    "flip": {"data.flip": True},
+    "logit-normal": {"objective.time_sampling": "logit_normal"},
+    "time-shift": {"objective.shift": 2.0, "objective.sampling_shift": 2.0},
+    "writes-sample": {"objective.network_output": "sample"},
+    "label-dropout": {"objective.label_dropout": 0.1},
+    "direction-loss": {"objective.direction_weight": 0.5},
+    "token-dropping": {"model.token_drop_rate": 0.5},
+    "value-residual": {"model.value_residual": True},
+    "balanced-labels": {"data.balanced_labels": "style"},
+    "timestep-routing": {"model.routing": "timestep", "model.num_experts": 4},
+    "muon": {"optim.name": "muon"},
+    "dynamics": DYNAMICS,
+}
+
+# The knobs of the full recipe: those that helped alone, with dynamics.
+FULL = (
+    "flip", "logit-normal", "writes-sample", "label-dropout", "direction-loss", "token-dropping",
+    "value-residual", "muon",
+)  # fmt: skip
+
+
+def _together(*names):
+    return {field: value for name in names for field, value in KNOBS[name].items()}
+
+
+ROWS = {
+    "diffusers-dit": {"objective.prediction_type": "epsilon"},
+    "flow-none": {},
+    **KNOBS,
+    "full-none": _together(*FULL),
+    "full": _together(*FULL, "dynamics"),
+}
+
+BUILD = {"diffusers-dit": build_diffusers_dit}
+
+
+def with_fields(config, overrides):
+    """The config with dotted fields replaced, e.g. `{"optim.lr": 1e-3}`.
+
+    Raises:
+        ValueError: For a field that the config does not have.
+    """
+    for path, value in overrides.items():
+        name, _, rest = path.partition(".")
+        if not is_dataclass(config) or name not in {field.name for field in fields(config)}:
+            raise ValueError(f"{type(config).__name__} has no field {name!r} (of {path})")
+        inner = with_fields(getattr(config, name), {rest: value}) if rest else value
+        config = replace(config, **{name: inner})
+    return config
+
+
+def row_config(row, out, images, seed, overrides):
+    """The whole run of a row: `images` training images in steps of one batch."""
+    config = with_fields(TrainConfig(), BASE | ROWS[row] | overrides)
+    return replace(
+        config, out=str(out), seed=seed, steps=images // config.batch_size, resume="auto"
+    )
+
+
+class Sessions:
+    """Training seconds over restarts: of a session that was killed, up to its last checkpoint."""
+
+    def __init__(self, path, run):
+        self.path, self.checkpoints = path, run / "checkpoints"
+        self.done = json.loads(path.read_text()) if path.exists() else []
+
+    def begin(self):
+        kept = latest_checkpoint(self.checkpoints)
+        if self.done and "seconds" not in self.done[-1]:
+            # What it did after its last checkpoint is done again; its first checkpoint may not be.
+            started = self.done.pop()["started"]
+            wrote = (kept / "state.json").stat().st_mtime if kept else 0
+            if wrote > started:
+                self.done.append({"started": started, "seconds": wrote - started})
+        self.done.append({"started": time.time()})
+        self._write()
+
+    def end(self):
+        self.done[-1]["seconds"] = time.time() - self.done[-1]["started"]
+        self._write()
+
+    def seconds(self):
+        return sum(session["seconds"] for session in self.done)
+
+    def _write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.done, indent=1) + "\n")
+
+
+def trained(row, config, sessions):
+    """The pipeline folder of a row and the seconds its training took; trains what is missing."""
+    pipeline = Path(config.out) / "pipeline"
+    if not pipeline.exists():
+        sessions.begin()
+        train(config, BUILD.get(row, build_model))
+        sessions.end()
+    return pipeline, sessions.seconds()
+
+
+def measured(pipeline, out, evaluation, sampling, data):
+    """The evaluation's result: read if it is there, else made."""
+    written = out / "result.json"
+    if written.exists():
+        return json.loads(written.read_text())
+    return evaluate(pipeline, data.source, out, evaluation, sampling, data)
+
+
+def main():
+    """Train, measure and print one row and, if asked, add it to the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="one of --list")
+    parser.add_argument("--list", action="store_true", help="print the rows and what they change")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--latents", help="cache written by complexity-dit encode")
+    source.add_argument("--source", help="a source of pictures, trained on in pixels")
+    parser.add_argument(
+        "--reference", help="source of the held-out pictures, e.g. imagefolder:PATH"
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--images", type=int, default=100_000, help="training images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluations", type=int, default=20, help="of the network, a picture")
+    parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
+    parser.add_argument("--weights", default="auto", help="of the feature network")
+    parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--rows", help="CSV to add the rows to")
+    options = parser.parse_args()
+    if options.list:
+        for row, changes in ROWS.items():
+            print(f"{row:18} {', '.join(f'{k}={v}' for k, v in changes.items())}")
+        return
+    if options.row is None or options.out is None or not (options.latents or options.source):
+        parser.error("ROW, --out and one of --latents and --source are needed")
+    if not (options.reference or options.source):
+        parser.error("--latents needs --reference, the pictures it was made from")
+
+    started_from = commit()
+    overrides = {k: _parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
+    overrides["data.source"] = options.source or f"latents:{options.latents}"
+    config = row_config(options.row, options.out / "run", options.images, options.seed, overrides)
+    sessions = Sessions(options.out / "sessions.json", Path(config.out))
+    pipeline, seconds = trained(options.row, config, sessions)
+    pipe = load_pipeline(str(pipeline))
+    held_out = DataConfig(
+        source=options.reference or options.source,
+        resolution=pipe.sample_size,
+        label_fields=config.data.label_fields,
+        holdout=config.data.holdout,
+        num_images=config.data.num_images,
+    )
+    result = measured(
+        pipeline,
+        options.out / f"evaluation-{options.evaluations}",
+        EvalConfig(num_images=options.num_images, weights=options.weights),
+        SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
+        held_out,
+    )
+    values = {
+        "images": (config.steps * config.batch_size, ""),
+        "training": (seconds, "s"),
+        "speed": (config.steps * config.batch_size / seconds, "images/s"),
+        "parameters": (sum(p.numel() for p in pipe.transformer.parameters()), ""),
+        "evaluations": (options.evaluations, ""),
+        "n": (result["n_generated"], ""),
+        **{name: (value, "") for name, value in result["metrics"].items()},
+    }
+    print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
+    if options.rows:
+        changed = "".join(f" {item}" for item in options.override)
+        command = (
+            f"python benchmarks/recipe.py ROW --images {options.images} --evaluations "
+            f"{options.evaluations} --num_images {options.num_images}"
+            + (f" --override{changed}" if changed else "")
+        )
+        about = {"case": options.row, "shape": f"seed {options.seed}", "dtype": "float32"}
+        append_rows(
+            options.rows,
+            "recipe",
+            [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()],
+            command=command,
+            commit=started_from,
+        )
+
+
+def _parsed(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+if __name__ == "__main__":
+    main()

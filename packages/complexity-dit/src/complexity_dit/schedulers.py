@@ -1,0 +1,158 @@
+"""Which stock diffusers scheduler integrates a model's equation, chosen by name.
+
+A model trained by flow matching is an ordinary differential equation dx/dt = v(x, t) from noise at
+t = 1 to a picture at t = 0. Several diffusers schedulers solve it, each with settings of its own
+names; here they get the settings that mean the same equation. Models of the DDPM objectives take
+any scheduler that diffusers calls compatible with theirs.
+"""
+
+import difflib
+import inspect
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from complexity_dit.errors import UserError
+from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+
+_SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FlowMatchEulerDiscreteScheduler": ("shift", {}),
+    "FlowMatchHeunDiscreteScheduler": ("shift", {}),
+    "DPMSolverMultistepScheduler": ("flow_shift", _SOLVER),
+    "DPMSolverSinglestepScheduler": (
+        "flow_shift",
+        _SOLVER | {"final_sigmas_type": "zero", "lower_order_final": True},
+    ),
+    "UniPCMultistepScheduler": ("flow_shift", _SOLVER),
+}
+"""Class name: (its name for the time shift, what makes it integrate a flow). Not here: DEIS, whose
+last flow step stays at the noise level it starts from, and the stochastic and distilled ones."""
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler integrates a flow-matching model."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(
+        getattr(scheduler.config, "use_flow_sigmas", False)
+    )
+
+
+def named_scheduler(
+    current: SchedulerMixin, name: str | None = None, shift: float | None = None
+) -> SchedulerMixin:
+    """Another scheduler for the model that `current` samples from.
+
+    Args:
+        current: The scheduler that the model came with; it says which objective it is.
+        name: Class name in diffusers; None keeps the class.
+        shift: Time shift of a flow scheduler: above 1 takes smaller steps at high noise. None
+            keeps `current`'s.
+
+    Returns:
+        A new scheduler, or `current` when nothing is asked for.
+
+    Raises:
+        UserError: For an unknown name (near ones are listed), a class that does not fit the
+            objective, or a shift that is not above 0 or has no meaning here.
+    """
+    if name is None and shift is None:
+        return current
+    name = name or type(current).__name__
+    if is_flow(current):
+        if name not in FLOW_SCHEDULERS:
+            raise UserError(_unknown(name, list(FLOW_SCHEDULERS), "flow matching"))
+        if shift is None:
+            shift = getattr(current.config, FLOW_SCHEDULERS[type(current).__name__][0])
+        if not shift > 0:
+            raise UserError(f"shift {shift} must be above 0; 1 is off")
+        shift_name, settings = FLOW_SCHEDULERS[name]
+        steps = current.config.num_train_timesteps
+        arguments = settings | {shift_name: shift, "num_train_timesteps": steps}
+        return getattr(diffusers, name)(**arguments)
+    if shift is not None:
+        raise UserError(
+            f"shift {shift} is for flow matching; this model samples with "
+            f"{type(current).__name__}, which has none"
+        )
+    compatible = {cls.__name__: cls for cls in current.compatibles}
+    if name not in compatible:
+        raise UserError(_unknown(name, sorted(compatible), current.config.prediction_type))
+    return compatible[name].from_config(current.config)
+
+
+def _unknown(name: str, names: list[str], objective: str) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    return (
+        f"no scheduler {name!r} for a model trained on {objective}; "
+        f"{'near names are' if near is not names else 'there are'} {', '.join(near)}"
+    )
+
+
+def set_steps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> Tensor:
+    """Prepare a scheduler and return its timesteps, one for each evaluation of the network.
+
+    Flow schedulers that would end at the least noise level of training, a step that does nothing,
+    get levels 1, (n-1)/n, ..., 1/n (then shifted) instead, the last step ending at 0.
+    """
+    n = num_inference_steps
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = 1.0 / n
+        scheduler.set_timesteps(n, device=device)
+    elif hasattr(scheduler.config, "shift") and _takes_sigmas(scheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n, n).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(n, device=device)
+    return scheduler.timesteps
+
+
+def network_times(scheduler: SchedulerMixin) -> Tensor:
+    """The timesteps the network is given, in [0, 1000], beside those the scheduler is stepped with.
+
+    Multistep solvers round their timesteps to integers but integrate between exact noise levels: at
+    low noise that is percents of the velocity. A flow network is told the level itself.
+    """
+    if not is_flow(scheduler) or scheduler.timesteps.is_floating_point():
+        return scheduler.timesteps
+    levels = scheduler.sigmas[: len(scheduler.timesteps)].to(scheduler.timesteps.device)
+    return levels * scheduler.config.num_train_timesteps
+
+
+def is_guided(time: Tensor, guidance_scale: float, interval: tuple[float, float]) -> bool:
+    """Whether guidance acts at a network time in [0, 1000]; the interval is in [0, 1], closed."""
+    level = float(time) / NUM_TRAIN_TIMESTEPS
+    return guidance_scale != 1 and interval[0] <= level <= interval[1]
+
+
+def count_evaluations(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> int:
+    """How often a network runs for one picture.
+
+    A step costs one evaluation, Heun's two (but the last), and as much again where guidance acts:
+    for the null row, or for the guide.
+    """
+    fresh = type(scheduler).from_config(scheduler.config)
+    set_steps(fresh, num_inference_steps, torch.device("cpu"))
+    return sum(
+        1 + is_guided(time, guidance_scale, guidance_interval) for time in network_times(fresh)
+    )
+
+
+def steps_within(scheduler: SchedulerMixin, evaluations: int) -> int:
+    """The largest number of steps that needs at most so many evaluations without guidance."""
+    steps = evaluations
+    while steps > 1 and count_evaluations(scheduler, steps) > evaluations:
+        steps -= 1
+    return steps
+
+
+def _takes_sigmas(scheduler: SchedulerMixin) -> bool:
+    return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters

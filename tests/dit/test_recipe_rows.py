@@ -1,0 +1,155 @@
+"""The recipe table: rows change fields that exist, the DiT trains in our loop, times add up."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from complexity_dit.config import TrainConfig
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# Rows whose fields other branches bring; the mark is strict, so it goes when they are merged.
+WAITING = {
+    "direction-loss", "token-dropping", "value-residual", "balanced-labels", "timestep-routing",
+    "muon", "full-none", "full",
+}  # fmt: skip
+ROWS = [
+    "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
+    "label-dropout", "direction-loss", "token-dropping", "value-residual", "balanced-labels",
+    "timestep-routing", "muon", "dynamics", "full-none", "full",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=pytest.mark.xfail(raises=ValueError, strict=True))
+        if row in WAITING
+        else row
+        for row in ROWS
+    ],
+)
+def test_a_row_changes_what_it_names_and_nothing_else(row: str) -> None:
+    import recipe
+
+    assert list(recipe.ROWS) == ROWS
+    plain = recipe.row_config("flow-none", "out", 3200, 1, {})
+    changed = recipe.row_config(row, "out", 3200, 1, {})
+    assert (changed.steps, changed.batch_size, changed.resume) == (100, 32, "auto")
+    back = {}
+    for field in recipe.ROWS[row]:
+        value = plain
+        for name in field.split("."):
+            value = getattr(value, name)
+        back[field] = value
+    assert recipe.with_fields(changed, back) == plain
+    assert (row == "flow-none") == (changed == plain)
+
+
+def test_a_field_that_does_not_exist_is_named() -> None:
+    import recipe
+
+    with pytest.raises(ValueError, match="OptimConfig has no field 'rate'"):
+        recipe.with_fields(TrainConfig(), {"optim.rate": 1.0})
+
+
+def test_the_dit_starts_at_zero_and_never_drops_a_label() -> None:
+    import diffusers_dit
+
+    torch.manual_seed(0)
+    model = diffusers_dit.DiffusersDiT(8, 2, 3, 32, 2, 2, ["style"], [3]).train()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(500)
+    labels = torch.tensor([[1], [-1]])
+    assert not model(x, t, labels).sample.any()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    first = model(x, t, labels).sample
+    assert first.shape == x.shape
+    assert all(torch.equal(model(x, t, labels).sample, first) for _ in range(20))
+    null = model(x, t, None).sample
+    torch.testing.assert_close(null[1], first[1])
+    assert not torch.allclose(null[0], first[0])
+
+
+def test_the_dit_trains_resumes_and_paints_in_our_loop(small_run: TrainConfig) -> None:
+    from diffusers_dit import DiffusersDiT, build_diffusers_dit
+
+    from complexity_dit.sample import load_pipeline
+    from complexity_dit.train import train
+
+    config = replace(
+        small_run,
+        data=replace(small_run.data, label_fields=["style"]),
+        objective=replace(small_run.objective, prediction_type="epsilon"),
+    )
+    whole = load_pipeline(str(train(config, build_diffusers_dit)))
+    assert isinstance(whole.transformer, DiffusersDiT)
+    whole.set_progress_bar_config(disable=True)
+    image = whole(style=0, num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 16, 16, 3)
+
+    half = replace(config, out=config.out + "-2", resume="auto")
+    train(half, build_diffusers_dit)
+    last = Path(half.out) / "checkpoints" / "step-00000008"
+    for path in sorted(last.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    last.rmdir()
+    resumed = load_pipeline(str(train(half, build_diffusers_dit)))
+    for a, b in zip(whole.transformer.parameters(), resumed.transformer.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_killed_session_counts_up_to_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recipe
+
+    now = [100.0]
+    monkeypatch.setattr(recipe.time, "time", lambda: now[0])
+
+    def session() -> recipe.Sessions:
+        return recipe.Sessions(tmp_path / "sessions.json", tmp_path / "run")
+
+    session().begin()  # killed before any checkpoint
+    now[0] = 200.0
+    session().begin()  # killed after a checkpoint at 260
+    state = tmp_path / "run/checkpoints/step-00000005/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    os.utime(state, (260.0, 260.0))
+    now[0] = 400.0
+    last = session()
+    last.begin()
+    now[0] = 430.0
+    last.end()
+    assert last.seconds() == 60 + 30
+    assert [s["seconds"] for s in json.loads((tmp_path / "sessions.json").read_text())] == [60, 30]
+
+
+def test_runs_of_a_series_stand_in_one_table() -> None:
+    import results
+    import tables
+
+    blank = dict.fromkeys(results.FIELDS, "")
+    rows = [
+        blank | {"bench": "recipe", "case": case, "metric": "fid", "value": value, "commit": commit,
+                 "command": "c", "hardware": "A"}
+        for case, value, commit in (("a", "9", "1"), ("b", "8", "1"), ("a", "7", "2"))
+    ]  # fmt: skip
+    done = tables.rewritten("<!-- table: recipe -->\n<!-- end -->\n", rows)
+    assert done.count("| case |") == 1
+    assert "| a | 2 | 7 |" in done
+    assert "| b | 1 | 8 |" in done
+    assert "9" not in done
