@@ -1,6 +1,5 @@
 """The loss curve: one row a step, written in batches, exact across resumes."""
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -10,7 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from complexity_dit.config import TrainConfig
+from complexity_dit.csv_log import CsvLog
 from complexity_dit.errors import UserError
+from complexity_dit.sharding import whole
 from complexity_dit.state import latest_checkpoint
 
 LOG_FIELDS = ("step", "loss", "grad_norm", "lr")
@@ -23,25 +24,15 @@ class TrainLog:
     """
 
     def __init__(self, out: Path, start_step: int, accelerator: Accelerator) -> None:
-        self.out, self.path, self.accelerator = out, out / "train_log.csv", accelerator
+        self.out, self.accelerator = out, accelerator
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.start_step, self.start_time = start_step, time.perf_counter()
+        self.file = None
         if accelerator.is_main_process:
-            self._keep_rows_up_to(start_step)
-
-    def _keep_rows_up_to(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: drop what was logged of them."""
-        rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+            self.file = CsvLog(out / "train_log.csv", LOG_FIELDS, start_step)
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss, grad_norm, lr))
+        self.pending.append((step, loss, whole(grad_norm), lr))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
         """Write pending rows; stop the run if one of them is not finite.
@@ -64,9 +55,8 @@ class TrainLog:
         step, _, grad_norm, lr = rows[-1]
         seconds = time.perf_counter() - self.start_time
         speed = (step - self.start_step) * config.batch_size / seconds
-        if self.accelerator.is_main_process:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(rows)
+        if self.file is not None:
+            self.file.write(rows)
         average = sum(row[1] for row in rows) / len(rows)
         self.accelerator.log(
             {"loss": average, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}, step
