@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
-from complexity_dit.errors import UserError
+from complexity_dit.errors import RunStopped, UserError
 
 
 def build_parser() -> ArgumentParser:
@@ -133,7 +133,11 @@ def _join_labels(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run a command; wrong input ends with its message and exit status 2, not with a traceback."""
+    """Run a command and turn what ends it into a message and an exit status.
+
+    Wrong input is 2; a training that a signal stopped after saving is 128 + the signal, as in a
+    shell; an interrupted command is 130. Only defects of ours end with a traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -141,6 +145,8 @@ def main() -> None:
         run(sys.argv[1:])
     except UserError as error:
         sys.exit(_fail(f"complexity-dit: error: {error}", 2))
+    except RunStopped as stop:
+        sys.exit(_fail(f"complexity-dit: {stop}", stop.exit_status))
     except KeyboardInterrupt:
         sys.exit(_fail("complexity-dit: interrupted; checkpoints already written are whole", 130))
 

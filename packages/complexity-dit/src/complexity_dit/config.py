@@ -147,7 +147,10 @@ class TrainConfig:
     """Steps between checkpoints; the last step always makes one."""
 
     keep_last: int = 2
-    """Checkpoints to keep; 0 keeps all."""
+    """How many of the newest checkpoints to keep; 0 keeps all."""
+
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever, whatever keep_last says; 0 for none."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Which paintings."""

@@ -204,14 +204,14 @@ def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -
     the cosine over the channels of each position).
 
     Args:
-        prediction: What the network says, (B, C, Y, X); computed in fp32 whatever its dtype.
+        prediction: What the network says, (B, C, Y, X); taken in the dtype of the target.
         target: What it should say, likewise.
         config: The objective.
 
     Returns:
-        A scalar in fp32.
+        A scalar in that dtype.
     """
-    prediction = prediction.float()
+    prediction = prediction.to(target.dtype)
     loss = F.mse_loss(prediction, target)
     if config.direction_weight:
         over_image = config.direction_over == "image"

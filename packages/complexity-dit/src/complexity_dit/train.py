@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,14 +18,23 @@ from tqdm.auto import tqdm
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
-from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
+from complexity_dit.errors import RunStopped, UserError
+from complexity_dit.files import file_aside, folder_aside
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.objective import build_scheduler, training_loss
-from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
+from complexity_dit.processes import Processes
+from complexity_dit.run_folder import claimed_folder
+from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
+from complexity_dit.stopping import StopRequest
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = {
+    "out", "resume", "log_every", "checkpoint_every", "keep_last", "keep_every", "compile",
+    "loader_workers",
+}  # fmt: skip
+"""Settings that a resumed run may change without any effect on its curve."""
 
 
 def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -> Path:
@@ -42,70 +52,102 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
         The folder of the finished pipeline.
 
     Raises:
-        UserError: For bad input, a loss that is not finite, or a disk that is full.
+        UserError: For bad input, a folder that another run writes in, a loss that is not finite,
+            or a disk that is full.
+        RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
-    out = Path(config.out)
-    checkpoint = _checkpoint_to_resume(config, out)
-    data = load_training_data(config.data)
-    latent_space = open_latent_space(config.data)
-    id2label = {field: dict(enumerate(names)) for field, names in data.label_names.items()}
-    torch.manual_seed(config.seed)
-    state = build_state(build(config, data), config)
-    state.latent_space = latent_space
-    if checkpoint is not None:
-        _warn_of_changes(state.load(checkpoint), config)
-        logger.info("resumed from %s at step %d", checkpoint, state.step)
-
+    _check_numbers(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
-        project_dir=out,
+        project_dir=config.out,
         # The first layer has no incoming velocity: that part of its controller gets no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    _check_batch(config, accelerator.num_processes)
-    is_main = accelerator.is_main_process
-    if is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    accelerator.init_trackers("logs")
-    state.ema.to(accelerator.device)
+    processes = Processes(accelerator)
+    _check_batch(config, processes.count)
+    try:
+        with claimed_folder(Path(config.out), config.resume, processes) as checkpoint:
+            return _train(config, build, accelerator, processes, checkpoint)
+    finally:
+        accelerator.end_training()  # takes the process group down: nothing may wait after it
+
+
+def _train(
+    config: TrainConfig,
+    build: Callable[..., ModelMixin],
+    accelerator: Accelerator,
+    processes: Processes,
+    checkpoint: Path | None,
+) -> Path:
+    out, settings = Path(config.out), dataclasses.asdict(config)
+    checkpoints = out / "checkpoints"
+    data = processes.main_first(lambda: load_training_data(config.data))
+    space = open_latent_space(config.data)
+    parts = PipelineParts(
+        build_scheduler(config.objective),
+        {field: dict(enumerate(names)) for field, names in data.label_names.items()},
+        space.data if space else settings["data"],
+        space,
+    )
+    torch.manual_seed(config.seed)
+    state = build_state(build(config, data), config)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    state.average_from_here()
+    if checkpoint is not None:
+        _report_resume(state.load(checkpoint), config, checkpoint, processes.count)
+    if processes.is_main:
+        with file_aside(out / "config.yaml") as aside:
+            aside.write_text(yaml.safe_dump(settings))
+    accelerator.init_trackers("logs")
     if config.compile:
         state.model.compile_repeated_blocks(fullgraph=True)
     if config.gradient_checkpointing:
         state.model.enable_gradient_checkpointing()
 
     batches = DataLoader(
-        StepBatches(data, config, accelerator.process_index, accelerator.num_processes),
+        StepBatches(data, config, processes.index, processes.count),
         batch_size=None,
         sampler=range(state.step, config.steps),
         num_workers=config.loader_workers,
     )
-    scheduler = build_scheduler(config.objective)
-    log = TrainLog(out, state.step, accelerator)
-    with tqdm(
-        total=config.steps, initial=state.step, desc="training", unit="step", disable=not is_main
-    ) as bar:
+    skipped = state.guard.skipped if state.guard else 0
+    log = TrainLog(out, state.step, accelerator, skipped)
+    bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
+               disable=not processes.is_main)  # fmt: skip
+    with bar, StopRequest() as stop:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
             loss, grad_norm, taken = _optimizer_step(accelerator, model, state, batch, config)
             state.step += 1
             log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
-            save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+            stopped_by = processes.largest(stop.number)
+            save = stopped_by or _is_due(state.step, config)
             if save or state.step % config.log_every == 0:
                 bar.set_postfix(log.flush(config))
-            if save and is_main:
-                checkpoints = out / "checkpoints"
-                state.save(checkpoints, scheduler, id2label, dataclasses.asdict(config))
-                drop_old_checkpoints(checkpoints, config.keep_last)
-    if is_main:
-        with folder_aside(out / "pipeline") as folder:
-            state.save_pipeline(folder, scheduler, id2label, dataclasses.asdict(config.data))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # takes the process group down: nothing may wait after it
+            if save:
+                saved = state.save(checkpoints, parts, settings, processes)
+                processes.on_main(
+                    lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
+                )
+            if stopped_by and state.step < config.steps:
+                raise RunStopped(
+                    stopped_by,
+                    f"after step {state.step} of {config.steps}, which is saved in {saved}: go on "
+                    "with --resume auto",
+                )
+        network = state.network("ema")
+        if processes.is_main:
+            with folder_aside(out / "pipeline") as folder:
+                parts.save(network, folder)
     return out / "pipeline"
+
+
+def _is_due(step: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint is made after this step, whatever else happens."""
+    intervals = [config.checkpoint_every, config.keep_every or config.steps, config.steps]
+    return any(step % every == 0 for every in intervals)
 
 
 def _optimizer_step(
@@ -148,6 +190,16 @@ def _optimizer_step(
     return total, grad_norm, taken
 
 
+def _check_numbers(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every",
+                 "checkpoint_every"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)} must be at least 1")
+    for name in ("loader_workers", "keep_last", "keep_every"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} {getattr(config, name)} must be at least 0")
+
+
 def _check_batch(config: TrainConfig, processes: int) -> None:
     share = processes * config.gradient_accumulation_steps
     if config.batch_size % share:
@@ -157,30 +209,22 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _checkpoint_to_resume(config: TrainConfig, out: Path) -> Path | None:
-    """The checkpoint that `resume` names, or None for a fresh start in a folder that is free."""
-    if config.resume == "auto":
-        return latest_checkpoint(out / "checkpoints")
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if config.resume == "none":
-        if occupied:
-            raise UserError(
-                f"{out} exists; go on with --resume auto, or choose another --out for a new run"
-            )
-        return None
-    checkpoint = Path(config.resume)
-    if not (checkpoint / "state.json").is_file():
-        raise UserError(f"--resume {checkpoint} is no checkpoint folder (no state.json in it)")
-    if occupied and out.resolve() not in checkpoint.resolve().parents:
-        raise UserError(f"{out} exists and {checkpoint} is not one of its checkpoints")
-    return checkpoint
-
-
-def _warn_of_changes(saved: dict, config: TrainConfig) -> None:
-    """Name the settings that differ from the checkpoint's: the curve will not be the same."""
-    harmless = {"out", "resume", "log_every", "checkpoint_every", "keep_last", "compile"}
+def _report_resume(
+    saved: dict[str, Any], config: TrainConfig, checkpoint: Path, processes: int
+) -> None:
+    """Say what is gone on with, and name what differs: the curve will not be the same."""
+    logger.info("resumed from %s at step %d", checkpoint, saved["step"])
+    if saved["processes"] != processes:
+        logger.info(
+            "the checkpoint was written by %d process(es) and goes on in %d: with the same data, "
+            "noise and batches, and sums that may be rounded differently",
+            saved["processes"],
+            processes,
+        )
     now = dataclasses.asdict(config)
-    changed = [key for key in now if key not in harmless and now[key] != saved.get(key)]
+    changed = [
+        key for key in now if key not in _FREE_TO_CHANGE and now[key] != saved["config"].get(key)
+    ]
     if changed:
         logger.warning(
             "resuming with other settings than the checkpoint's in %s", ", ".join(changed)

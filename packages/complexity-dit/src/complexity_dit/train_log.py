@@ -1,6 +1,5 @@
 """The loss curve: one row a step, written in batches, exact across resumes."""
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -10,7 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from complexity_dit.config import TrainConfig
+from complexity_dit.csv_log import CsvLog
 from complexity_dit.errors import UserError
+from complexity_dit.sharding import whole
 from complexity_dit.state import latest_checkpoint
 
 LOG_FIELDS = ("step", "loss", "grad_norm", "lr", "skipped")
@@ -22,31 +23,21 @@ class TrainLog:
     Asking for each loss at once would make the device wait for the host at every step.
     """
 
-    def __init__(self, out: Path, start_step: int, accelerator: Accelerator) -> None:
-        self.out, self.path, self.accelerator = out, out / "train_log.csv", accelerator
+    def __init__(
+        self, out: Path, start_step: int, accelerator: Accelerator, skipped: int = 0
+    ) -> None:
+        self.out, self.accelerator, self.skipped = out, accelerator, skipped
         self.pending: list[tuple[int, Tensor, Tensor, float, bool]] = []
         self.start_step, self.start_time = start_step, time.perf_counter()
-        self.skipped = 0
+        self.file = None
         if accelerator.is_main_process:
-            self._keep_rows_up_to(start_step)
-
-    def _keep_rows_up_to(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: drop what was logged of them."""
-        rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.skipped = sum(int(row.get("skipped") or 0) for row in rows)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+            self.file = CsvLog(out / "train_log.csv", LOG_FIELDS, start_step)
 
     def add(
         self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, *, skipped: bool = False
     ) -> None:
         """Keep one step; `skipped` says that the spike guard did not take it."""
-        self.pending.append((step, loss, grad_norm, lr, skipped))
+        self.pending.append((step, loss, whole(grad_norm), lr, skipped))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
         """Write pending rows; stop the run if one of them is not finite.
@@ -68,9 +59,8 @@ class TrainLog:
         self.skipped += sum(row[-1] for row in rows)
         seconds = time.perf_counter() - self.start_time
         speed = (step - self.start_step) * config.batch_size / seconds
-        if self.accelerator.is_main_process:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(rows)
+        if self.file is not None:
+            self.file.write(rows)
         # A skipped step may have no finite loss, and would hide the others'.
         kept = [row[1] for row in rows if not row[-1]]
         average = sum(kept) / len(kept) if kept else math.nan
