@@ -19,7 +19,8 @@ from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
 from complexity_dit.features import FEATURE_CHUNK, draw, shrink
 from complexity_dit.image_sets import dataset_images, folder_images
 from complexity_dit.inception import FeatureExtractor, load_random_features
-from complexity_dit.metrics import feature_statistics, fid_from_features, kid_from_features
+from complexity_dit.kid import kid_from_features
+from complexity_dit.metrics import feature_statistics, fid_from_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
 

@@ -42,14 +42,9 @@ from complexity_dit.inception import (
     Resize,
     load_extractor,
 )
-from complexity_dit.metrics import (
-    Statistics,
-    class_means,
-    fid_from_features,
-    fid_to_statistics,
-    kid_from_features,
-    nearest_class_mean_accuracy,
-)
+from complexity_dit.kid import kid_from_features
+from complexity_dit.metrics import Statistics, fid_from_features, fid_to_statistics
+from complexity_dit.per_label import class_means, nearest_class_mean_accuracy
 
 if TYPE_CHECKING:
     from complexity_dit.data import DataConfig
