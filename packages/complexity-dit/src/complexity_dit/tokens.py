@@ -6,11 +6,16 @@ ones go through the middle blocks, the others bypass them unchanged and come bac
 Shapes: B batch · N tokens · K kept tokens of N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from inl_core import RoutingPlan, make_routing_plan
+
+LayerState = tuple[Tensor, Tensor | None, Tensor | None]
+"""What travels through depth: hidden state, velocity, and the values of the first block."""
 
 NUM_TIMESTEPS = 1000
 """Timesteps are this many times the noise level, as diffusers' schedulers count them."""
@@ -35,21 +40,6 @@ def draw_kept_tokens(batch: int, tokens: int, rate: float, generator: torch.Gene
     """
     scores = torch.rand(batch, tokens, generator=generator)
     return scores.topk(kept_count(tokens, rate), dim=1).indices.sort(dim=1).values
-
-
-def check_kept_tokens(kept: Tensor, batch: int, tokens: int) -> None:
-    """Refuse kept tokens of another type or shape; their values are the caller's promise.
-
-    Raises:
-        ValueError: Naming what was given and what was expected.
-    """
-    fits = kept.ndim == 2 and kept.shape[0] == batch and 1 <= kept.shape[1] <= tokens
-    if kept.dtype != torch.int64 or not fits:
-        raise ValueError(
-            f"kept_tokens of shape {tuple(kept.shape)} and {kept.dtype} must be int64 "
-            f"({batch}, K) with K from 1 to {tokens}: indices of the tokens that stay, ascending "
-            "in each row"
-        )
 
 
 class _Take(torch.autograd.Function):
@@ -78,24 +68,57 @@ class _Take(torch.autograd.Function):
 
 
 class TokenSubset:
-    """The kept tokens of a batch, as row numbers of the batch seen as one list of B * N tokens."""
+    """The kept tokens of a batch, in and out of the state that travels through depth.
 
-    def __init__(self, kept_BK: Tensor, tokens: int) -> None:
+    Args:
+        kept_BK: Indices of the tokens that stay, (B, K) int64, ascending in each row; their values
+            are the caller's promise.
+        batch: Images B.
+        tokens: Tokens N of an image.
+
+    Raises:
+        ValueError: If they have another type or shape.
+    """
+
+    def __init__(self, kept_BK: Tensor, batch: int, tokens: int) -> None:
+        shape = tuple(kept_BK.shape)
+        fits = len(shape) == 2 and shape[0] == batch and 1 <= shape[1] <= tokens
+        if kept_BK.dtype != torch.int64 or not fits:
+            raise ValueError(
+                f"kept_tokens of shape {shape} and {kept_BK.dtype} must be int64 ({batch}, K) with "
+                f"K from 1 to {tokens}: indices of the tokens that stay, ascending in each row"
+            )
         self.kept, self.tokens = kept_BK, tokens
-        first = torch.arange(kept_BK.shape[0], device=kept_BK.device) * tokens
+        first = torch.arange(batch, device=kept_BK.device) * tokens
+        # Row numbers in the batch seen as one list of B * N tokens.
         self.rows = (first[:, None] + kept_BK).flatten()
 
-    def take(self, x: Tensor) -> Tensor:
-        """The kept tokens of `x`: (B, N, ...) to (B, K, ...)."""
+    def take(self, state: LayerState) -> LayerState:
+        """What the kept tokens carry: each (B, N, ...) becomes (B, K, ...), None stays None."""
+        h, v, first = state
+        return (
+            self._take(h),
+            None if v is None else self._take(v),
+            None if first is None else self._take(first),
+        )
+
+    def put_back(self, part: LayerState, whole: LayerState) -> LayerState:
+        """`whole` with hidden state and velocity of the kept tokens replaced by those of `part`.
+
+        Where `whole` has no velocity yet, that of a dropped token is zero, as None means. The
+        values of the first block are those of `whole`.
+        """
+        (h_part, v_part, _), (h, v, first) = part, whole
+        if v_part is not None:
+            if v is None:
+                v = v_part.new_zeros(v_part.shape[0], self.tokens, *v_part.shape[2:])
+            v = self._put(v_part, v)
+        return self._put(h_part, h), v, first
+
+    def _take(self, x: Tensor) -> Tensor:
         return _Take.apply(x.flatten(0, 1), self.rows).unflatten(0, self.kept.shape)
 
-    def put_back(self, part: Tensor, whole: Tensor | None) -> Tensor:
-        """`whole` (B, N, ...) with its kept tokens replaced by `part` (B, K, ...).
-
-        Where `whole` is None the dropped tokens are zero: a velocity that has not begun.
-        """
-        if whole is None:
-            whole = part.new_zeros(part.shape[0], self.tokens, *part.shape[2:])
+    def _put(self, part: Tensor, whole: Tensor) -> Tensor:
         rows = whole.flatten(0, 1).index_copy(0, self.rows, part.flatten(0, 1).to(whole.dtype))
         return rows.view(whole.shape)
 
@@ -129,3 +152,19 @@ def expert_ids(
     bounds = torch.tensor(edges, device=timestep_B.device, dtype=torch.float32) * NUM_TIMESTEPS
     buckets = torch.bucketize(timestep_B.float(), bounds, right=True)
     return buckets[:, None].expand(batch, tokens)
+
+
+def routing_plans(
+    config: Mapping[str, Any], timestep_B: Tensor, tokens: int, kept_BK: Tensor | None
+) -> tuple[RoutingPlan | None, RoutingPlan | None]:
+    """How tokens are grouped by expert, once a batch for every block.
+
+    Returns:
+        The plan of all tokens, and that of the kept ones. None: the network is dense, or keeps all.
+    """
+    routing, experts = config["routing"], config["num_experts"]
+    if routing == "none":
+        return None, None
+    ids = expert_ids(routing, experts, timestep_B, tokens, config["routing_edges"])
+    some = None if kept_BK is None else make_routing_plan(ids.gather(1, kept_BK), experts)
+    return make_routing_plan(ids, experts), some

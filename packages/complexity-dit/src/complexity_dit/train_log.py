@@ -61,9 +61,8 @@ class TrainLog:
         speed = (step - self.start_step) * config.batch_size / seconds
         if self.file is not None:
             self.file.write(rows)
-        # A skipped step may have no finite loss, and would hide the others'.
-        kept = [row[1] for row in rows if not row[-1]]
-        average = sum(kept) / len(kept) if kept else math.nan
+        finite = [row[1] for row in rows if math.isfinite(row[1])]  # all but skipped steps'
+        average = sum(finite) / len(finite) if finite else math.nan
         self.accelerator.log(
             {
                 "loss": average,

@@ -27,20 +27,16 @@ from complexity_dit.architecture import (
 )
 from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
-from complexity_dit.tokens import TokenSubset, check_kept_tokens, expert_ids
+from complexity_dit.tokens import LayerState, TokenSubset, routing_plans
 from inl_core import (
     ModulatedRMSNorm,
     RMSNorm,
     RoutingPlan,
     TokenRoutedMLP,
     branch_epilogue,
-    make_routing_plan,
     ops,
     rotary_2d,
 )
-
-LayerState = tuple[Tensor, Tensor | None, Tensor | None]
-"""What travels through depth: hidden state, velocity, and the values of the first block."""
 
 
 class ComplexityDiTAttnProcessor:
@@ -428,54 +424,38 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
         c_BD = nn.functional.silu(c_BD + self._embed_labels(class_labels, batch, x_BND.device))
 
-        x_BND = self._through_blocks(
-            x_BND,
-            c_BD,
-            (cos_NE, sin_NE),
-            self._expert_ids(timestep.expand(batch), x_BND),
-            kept_tokens,
+        state: LayerState = (x_BND, None, None)
+        plan, kept_plan = routing_plans(
+            self.config, timestep.expand(batch).to(x_BND.device), rows * columns, kept_tokens
         )
+        blocks = list(self.blocks)
+        if kept_tokens is None:
+            state = self._through(blocks, state, c_BD, cos_NE, sin_NE, plan)
+        else:
+            start, end = self._middle()
+            subset = TokenSubset(kept_tokens, batch, rows * columns)
+            cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
+            state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE, plan)
+            part = subset.take(state)
+            part = self._through(blocks[start:end], part, c_BD, cos_BKE, sin_BKE, kept_plan)
+            state = subset.put_back(part, state)
+            state = self._through(blocks[end:], state, c_BD, cos_NE, sin_NE, plan)
+
         shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
-        x_BND = self.proj_out(self.norm_out(x_BND, shift_BD, scale_BD))
+        x_BND = self.proj_out(self.norm_out(state[0], shift_BD, scale_BD))
         sample = unpatchify(x_BND, patch, rows, columns)
         if self.config.network_output == "sample":
             sample = velocity_towards(sample, hidden_states, timestep.expand(batch))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _through_blocks(
-        self,
-        x_BND: Tensor,
-        c_BD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        ids_BN: Tensor | None,
-        kept_BK: Tensor | None,
-    ) -> Tensor:
-        """All blocks; the middle ones with the kept tokens only, if they are given."""
-        blocks = list(self.blocks)
-        everywhere = (*rotary, self._plan(ids_BN))
-        state: LayerState = (x_BND, None, None)
-        if kept_BK is None:
-            return self._through(blocks, state, c_BD, *everywhere)[0]
-        batch, tokens, _ = x_BND.shape
-        check_kept_tokens(kept_BK, batch, tokens)
+    def _middle(self) -> tuple[int, int]:
         start, end = middle_blocks(self.config)
         if start >= end:
             raise ValueError(
-                f"kept_tokens: {len(blocks)} blocks have no middle ones to bypass: use 3 or more, "
-                "or set token_drop_start and token_drop_end"
+                f"kept_tokens: {len(self.blocks)} blocks have no middle ones to bypass: use 3 or "
+                "more, or set token_drop_start and token_drop_end"
             )
-        subset = TokenSubset(kept_BK, tokens)
-        there = (*(table[kept_BK] for table in rotary), self._plan(ids_BN, kept_BK))
-        h_BND, v_BND, first = self._through(blocks[:start], state, c_BD, *everywhere)
-        state = (
-            subset.take(h_BND),
-            None if v_BND is None else subset.take(v_BND),
-            None if first is None else subset.take(first),
-        )
-        h_BKD, v_BKD, _ = self._through(blocks[start:end], state, c_BD, *there)
-        h_BND = subset.put_back(h_BKD, h_BND)
-        v_BND = None if v_BKD is None else subset.put_back(v_BKD, v_BND)
-        return self._through(blocks[end:], (h_BND, v_BND, first), c_BD, *everywhere)[0]
+        return start, end
 
     def _through(
         self,
@@ -486,6 +466,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         sin_NE: Tensor,
         plan: RoutingPlan | None,
     ) -> LayerState:
+        """A stretch of depth, recomputed in the backward if that is asked for."""
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in blocks:
             inputs = (*state, c_BD, cos_NE, sin_NE, plan)
@@ -494,25 +475,6 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             else:
                 state = block(*inputs)
         return state
-
-    def _expert_ids(self, timestep_B: Tensor, x_BND: Tensor) -> Tensor | None:
-        """The expert of every token, (B, N); None for a dense network."""
-        if self.config.routing == "none":
-            return None
-        return expert_ids(
-            self.config.routing,
-            self.config.num_experts,
-            timestep_B.to(x_BND.device),
-            x_BND.shape[1],
-            self.config.routing_edges,
-        )
-
-    def _plan(self, ids_BN: Tensor | None, kept_BK: Tensor | None = None) -> RoutingPlan | None:
-        """How tokens, or the kept ones, are grouped by expert: once a batch, for every block."""
-        if ids_BN is None:
-            return None
-        ids = ids_BN if kept_BK is None else ids_BN.gather(1, kept_BK)
-        return make_routing_plan(ids, self.config.num_experts)
 
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device
