@@ -64,8 +64,20 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         raise UserError(
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
         )
+    joined = torch.distributed.is_initialized()
     process = PartialState()
-    vae = load_vae(data.vae)
+    try:
+        _encode(data, folder, batch_size, part_size, process)
+    finally:
+        if not joined:
+            process.destroy_process_group()
+    return folder
+
+
+def _encode(
+    data: DataConfig, folder: Path, batch_size: int, part_size: int, process: PartialState
+) -> None:
+    vae = load_vae(str(data.vae))
     _check_size(data, vae)
     with process.main_process_first():
         pictures = load_data(data, "all")
@@ -78,11 +90,10 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         process.wait_for_everyone()
     elif done["statistics"]["holdout"] == data.holdout:
         logger.info("%s is complete already", folder)
-        return folder
+        return
     if process.is_main_process:
         _finish(folder, plan, data.holdout)
     process.wait_for_everyone()
-    return folder
 
 
 def _check_size(data: DataConfig, vae: Vae) -> None:

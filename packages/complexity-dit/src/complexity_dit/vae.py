@@ -1,11 +1,13 @@
 """Any VAE that latents can come from: found by hub id or path, hashed, asked for its posterior."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from complexity_dit.autoencoder import TinyAutoencoder
@@ -56,13 +58,16 @@ def load_vae(name: str) -> Vae:
 
 def _config_of(name: str) -> tuple[dict, str | None]:
     """The config of a VAE, and in which sub-folder it is."""
-    said = ""
+    said = "no config.json"
     for subfolder in (None, "vae"):
+        path = Path(name, subfolder or "", "config.json")
         try:
-            config = AutoencoderKL.load_config(name, subfolder=subfolder)
-            return (config[0] if isinstance(config, tuple) else config), subfolder
-        except (OSError, HFValidationError) as error:
-            said = said or str(error).splitlines()[0]
+            if not Path(name).is_dir():
+                path = Path(hf_hub_download(name, "config.json", subfolder=subfolder))
+            if path.is_file():
+                return json.loads(path.read_text()), subfolder
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
     raise UserError(f"no VAE in {name} ({said}); {_WAY_OUT}")
 
 
