@@ -152,14 +152,6 @@ def trained(row, config, sessions):
     return pipeline, sessions.seconds()
 
 
-def measured(pipeline, out, evaluation, sampling, data):
-    """The evaluation's result: read if it is there, else made."""
-    written = out / "result.json"
-    if written.exists():
-        return json.loads(written.read_text())
-    return evaluate(pipeline, data.source, out, evaluation, sampling, data)
-
-
 def main():
     """Train, measure and print one row and, if asked, add it to the result file."""
     parser = argparse.ArgumentParser(
@@ -205,24 +197,29 @@ def main():
         holdout=config.data.holdout,
         num_images=config.data.num_images,
     )
-    result = measured(
-        pipeline,
-        options.out / f"evaluation-{options.evaluations}",
-        EvalConfig(num_images=options.num_images, weights=options.weights),
-        SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
-        held_out,
-    )
+    out = options.out / f"evaluation-{options.evaluations}"
+    fresh = not (out / "result.json").exists()
+    if fresh:
+        evaluate(
+            pipeline,
+            held_out.source,
+            out,
+            EvalConfig(num_images=options.num_images, weights=options.weights),
+            SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
+            held_out,
+        )
+    result = json.loads((out / "result.json").read_text())
     values = {
         "images": (config.steps * config.batch_size, ""),
         "training": (seconds, "s"),
         "speed": (config.steps * config.batch_size / seconds, "images/s"),
         "parameters": (sum(p.numel() for p in pipe.transformer.parameters()), ""),
-        "evaluations": (options.evaluations, ""),
+        "evaluations": (result["settings"]["network_evaluations"], ""),
         "n": (result["n_generated"], ""),
         **{name: (value, "") for name, value in result["metrics"].items()},
     }
     print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
-    if options.rows:
+    if options.rows and fresh:
         changed = "".join(f" {item}" for item in options.override)
         command = (
             f"python benchmarks/recipe.py ROW --images {options.images} --evaluations "
