@@ -1,6 +1,6 @@
 """The recipe table: one row trains a small model on real paintings and measures what it paints.
 
-    python benchmarks/recipe.py flow-none --latents CACHE --reference imagefolder:PATH --out DIR
+    python benchmarks/recipe.py flow-none --latents CACHE --out DIR
     python benchmarks/recipe.py --list
 
 A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
@@ -21,16 +21,16 @@ from results import append_rows, commit
 
 from complexity_dit.build import build_model
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import DataConfig
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.sample import SampleConfig, load_pipeline
-from complexity_dit.state import latest_checkpoint
+from complexity_dit.state import DATA_FILE, latest_checkpoint
 from complexity_dit.train import train
 
 # What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
 BASE = {
     "batch_size": 32,
     "checkpoint_every": 500,
+    "data.resolution": 128,
     "data.label_fields": ["style"],
     "data.holdout": 0.2,  # 2,113 of the shared paintings: enough for FID at n = 2,048
     "data.flip": False,
@@ -58,7 +58,10 @@ KNOBS = {
     "time-shift": {"objective.shift": 2.0, "objective.sampling_shift": 2.0},
     "writes-sample": {"objective.network_output": "sample"},
     "label-dropout": {"objective.label_dropout": 0.1},
-    "direction-loss": {"objective.direction_weight": 0.5},
+    "direction-loss": {
+        "objective.direction_weight": 0.5,
+        "objective.direction_over": "channels",
+    },
     "token-dropping": {"model.token_drop_rate": 0.5},
     "value-residual": {"model.value_residual": True},
     "balanced-labels": {"data.balanced_labels": "style"},
@@ -152,14 +155,6 @@ def trained(row, config, sessions):
     return pipeline, sessions.seconds()
 
 
-def measured(pipeline, out, evaluation, sampling, data):
-    """The evaluation's result: read if it is there, else made."""
-    written = out / "result.json"
-    if written.exists():
-        return json.loads(written.read_text())
-    return evaluate(pipeline, data.source, out, evaluation, sampling, data)
-
-
 def main():
     """Train, measure and print one row and, if asked, add it to the result file."""
     parser = argparse.ArgumentParser(
@@ -170,9 +165,7 @@ def main():
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--latents", help="cache written by complexity-dit encode")
     source.add_argument("--source", help="a source of pictures, trained on in pixels")
-    parser.add_argument(
-        "--reference", help="source of the held-out pictures, e.g. imagefolder:PATH"
-    )
+    parser.add_argument("--reference", help="other pictures than those it was trained on")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=int, default=100_000, help="training images")
     parser.add_argument("--seed", type=int, default=0)
@@ -188,8 +181,6 @@ def main():
         return
     if options.row is None or options.out is None or not (options.latents or options.source):
         parser.error("ROW, --out and one of --latents and --source are needed")
-    if not (options.reference or options.source):
-        parser.error("--latents needs --reference, the pictures it was made from")
 
     started_from = commit()
     overrides = {k: _parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
@@ -198,31 +189,28 @@ def main():
     sessions = Sessions(options.out / "sessions.json", Path(config.out))
     pipeline, seconds = trained(options.row, config, sessions)
     pipe = load_pipeline(str(pipeline))
-    held_out = DataConfig(
-        source=options.reference or options.source,
-        resolution=pipe.sample_size,
-        label_fields=config.data.label_fields,
-        holdout=config.data.holdout,
-        num_images=config.data.num_images,
-    )
-    result = measured(
-        pipeline,
-        options.out / f"evaluation-{options.evaluations}",
-        EvalConfig(num_images=options.num_images, weights=options.weights),
-        SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
-        held_out,
-    )
+    out = options.out / f"evaluation-{options.evaluations}"
+    fresh = not (out / "result.json").exists()
+    if fresh:
+        evaluate(
+            pipeline,
+            options.reference or json.loads((pipeline / DATA_FILE).read_text())["source"],
+            out,
+            EvalConfig(num_images=options.num_images, weights=options.weights),
+            SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
+        )
+    result = json.loads((out / "result.json").read_text())
     values = {
         "images": (config.steps * config.batch_size, ""),
         "training": (seconds, "s"),
         "speed": (config.steps * config.batch_size / seconds, "images/s"),
         "parameters": (sum(p.numel() for p in pipe.transformer.parameters()), ""),
-        "evaluations": (options.evaluations, ""),
+        "evaluations": (result["settings"]["network_evaluations"], ""),
         "n": (result["n_generated"], ""),
         **{name: (value, "") for name, value in result["metrics"].items()},
     }
     print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
-    if options.rows:
+    if options.rows and fresh:
         changed = "".join(f" {item}" for item in options.override)
         command = (
             f"python benchmarks/recipe.py ROW --images {options.images} --evaluations "

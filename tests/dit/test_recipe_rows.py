@@ -153,3 +153,55 @@ def test_runs_of_a_series_stand_in_one_table() -> None:
     assert "| a | 2 | 7 |" in done
     assert "| b | 1 | 8 |" in done
     assert "9" not in done
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
+)
+def test_a_row_and_the_sampler_table_run_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both programs end to end on a tiny run; what is there already is not made again."""
+    import recipe
+    import results
+    import sampler_table
+
+    def rows(bench: str) -> dict[tuple[str, str], str]:
+        found = [r for r in results.read_rows(tmp_path / "rows.csv") if r["bench"] == bench]
+        assert all(str(tmp_path) not in r["command"] for r in found)
+        return {(r["case"], r["metric"]): r["value"] for r in found}
+
+    def call(program, *arguments) -> None:
+        monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
+        program.main()
+
+    common = ("--weights", "random", "--num_images", 8, "--rows", tmp_path / "rows.csv")
+    row = (
+        "flow-none", "--source", "art", "--images", 16, "--out", tmp_path / "row",
+        "--evaluations", 2, *common, "--override", "data.resolution=16", "data.num_images=64",
+        "batch_size=8", "model.size=nano", "optim.warmup_steps=1",
+        'model.overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}',
+    )  # fmt: skip
+    call(recipe, *row)
+    first = rows("recipe")
+    assert first["flow-none", "images"] == "16"
+    assert float(first["flow-none", "speed"]) > 0
+    assert float(first["flow-none", "fd_random"]) > 0
+    monkeypatch.setattr(recipe, "train", None)
+    monkeypatch.setattr(recipe, "evaluate", None)
+    call(recipe, *row)
+    assert rows("recipe") == first
+
+    pipeline = tmp_path / "row/run/pipeline"
+    table = (
+        pipeline, "--reference", "art", "--out", tmp_path / "samplers", *common,
+        "--evaluations", 4, "--scales", 2, "--intervals", "0.2-0.6", "--guided_steps", 4,
+    )  # fmt: skip
+    call(sampler_table, *table)
+    guided = "Euler 4 steps, guidance 2 in 0.2-0.6"  # levels 1, 0.75, 0.5, 0.25
+    found = rows("sampler")
+    counts = {case: value for (case, metric), value in found.items() if metric == "evaluations"}
+    assert counts == {"Euler 4": "4", "Heun 4": "3", "DPM-Solver++ 2M 4": "4", guided: "6"}
+    monkeypatch.setattr(sampler_table, "evaluate", None)
+    call(sampler_table, *table)
+    assert len(results.read_rows(tmp_path / "rows.csv")) == len(first) + len(found)

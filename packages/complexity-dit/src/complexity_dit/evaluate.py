@@ -306,7 +306,12 @@ def _scheduler(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[st
     from complexity_dit.schedulers import count_evaluations, named_scheduler
 
     used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
-    config = {k: v for k, v in used.config.items() if not k.startswith("_")}
+    # DPM-Solver's settings have an infinity, which JSON cannot write as a number.
+    config = {
+        k: str(v) if isinstance(v, float) and not np.isfinite(v) else v
+        for k, v in used.config.items()
+        if not k.startswith("_")
+    }
     evaluations = count_evaluations(
         used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
     )
