@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.errors import RunStopped, UserError
 from complexity_dit.files import file_aside, folder_aside
+from complexity_dit.looks import Look, build_looks
+from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
 from complexity_dit.processes import Processes
 from complexity_dit.run_folder import claimed_folder
 from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
 from complexity_dit.stopping import StopRequest
+from complexity_dit.trackers import check_tracker, start_tracker
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = {
     "out", "resume", "log_every", "checkpoint_every", "keep_last", "keep_every", "compile",
-    "loader_workers",
+    "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
+    "evaluate_every", "evaluate_num_images", "evaluate_reference",
 }  # fmt: skip
 """Settings that a resumed run may change without any effect on its curve."""
 
@@ -53,9 +58,10 @@ def train(config: TrainConfig) -> Path:
         RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
     _check_numbers(config)
+    check_tracker(config.report_to)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
+        log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.out,
         # The first layer has no incoming velocity: that part of its controller gets no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -89,8 +95,8 @@ def _train(
     if processes.is_main:
         with file_aside(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings))
-    accelerator.init_trackers("logs")
-    if config.compile:
+    start_tracker(config.report_to, accelerator, out, settings, state.step)
+    if config.compile == "regional":
         state.model.compile_repeated_blocks(fullgraph=True)
     if config.gradient_checkpointing:
         state.model.enable_gradient_checkpointing()
@@ -102,12 +108,16 @@ def _train(
         num_workers=config.loader_workers,
     )
     log = TrainLog(out, state.step, accelerator)
+    noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
+    looks = build_looks(config, data, parts, accelerator, processes, state.step)
+    if state.step:
+        _look(looks, state, processes)  # a kill may have come between a checkpoint and its looks
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
                disable=not processes.is_main)  # fmt: skip
     with bar, StopRequest() as stop:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm = _optimizer_step(accelerator, model, state, batch, config)
+            loss, grad_norm = _optimizer_step(accelerator, model, state, batch, config, noise)
             state.step += 1
             log.add(state.step, loss, grad_norm, lr)
             bar.update()
@@ -115,6 +125,7 @@ def _train(
             save = stopped_by or _is_due(state.step, config)
             if save or state.step % config.log_every == 0:
                 bar.set_postfix(log.flush(config))
+                noise.flush(state.step)
             if save:
                 saved = state.save(checkpoints, parts, settings, processes)
                 processes.on_main(
@@ -126,6 +137,7 @@ def _train(
                     f"after step {state.step} of {config.steps}, which is saved in {saved}: go on "
                     "with --resume auto",
                 )
+            _look(looks, state, processes)
         network = state.network("ema")
         if processes.is_main:
             with folder_aside(out / "pipeline") as folder:
@@ -135,8 +147,15 @@ def _train(
 
 def _is_due(step: int, config: TrainConfig) -> bool:
     """Whether a checkpoint is made after this step, whatever else happens."""
-    intervals = [config.checkpoint_every, config.keep_every or config.steps, config.steps]
-    return any(step % every == 0 for every in intervals)
+    intervals = (config.checkpoint_every, config.keep_every, config.evaluate_every, config.steps)
+    return any(every and step % every == 0 for every in intervals)
+
+
+def _look(looks: list[Look], state: TrainState, processes: Processes) -> None:
+    """Look at what is due after this step and not there yet."""
+    for look in looks:
+        if state.step % look.every == 0 and not processes.on_main(partial(look.has, state.step)):
+            look(state)
 
 
 def _optimizer_step(
@@ -145,6 +164,7 @@ def _optimizer_step(
     state: TrainState,
     batch: dict[str, Tensor],
     config: TrainConfig,
+    noise: NoiseLevels,
 ) -> tuple[Tensor, Tensor]:
     """One update of weights, schedule and EMA; returns loss and gradient norm, still on device."""
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
@@ -158,6 +178,7 @@ def _optimizer_step(
             target = part["target"]
             loss = nn.functional.mse_loss(prediction.to(target.dtype), target) / parts
             accelerator.backward(loss)
+        noise.add(part["timestep"], prediction.detach(), target)
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     assert grad_norm is not None  # accelerate gives none on XLA only
@@ -173,7 +194,8 @@ def _check_numbers(config: TrainConfig) -> None:
                  "checkpoint_every"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} must be at least 1")
-    for name in ("loader_workers", "keep_last", "keep_every"):
+    for name in ("loader_workers", "keep_last", "keep_every", "noise_bins", "dynamics_every",
+                 "sample_every", "evaluate_every"):  # fmt: skip
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} must be at least 0")
 
@@ -192,7 +214,7 @@ def _report_resume(
 ) -> None:
     """Say what is gone on with, and name what differs: the curve will not be the same."""
     logger.info("resumed from %s at step %d", checkpoint, saved["step"])
-    if saved["processes"] != processes:
+    if saved.get("processes", processes) != processes:
         logger.info(
             "the checkpoint was written by %d process(es) and goes on in %d: with the same data, "
             "noise and batches, and sums that may be rounded differently",
