@@ -74,6 +74,10 @@ class TrainConfig:
     resume: str = "none"
     """auto: go on from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
 
+    init_from: str | None = None
+    """A pipeline folder or Hub id whose weights a new run starts from (fine-tuning): labels are
+    matched by name, new ones start from the null row. A run that is resumed does not read it."""
+
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 

@@ -20,6 +20,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.errors import RunStopped, UserError
 from complexity_dit.files import file_aside, folder_aside
+from complexity_dit.init_from import start_from
 from complexity_dit.looks import Look, build_looks
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
@@ -33,8 +34,8 @@ from complexity_dit.train_log import TrainLog
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = {
-    "out", "resume", "log_every", "checkpoint_every", "keep_last", "keep_every", "compile",
-    "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
+    "out", "resume", "init_from", "log_every", "checkpoint_every", "keep_last", "keep_every",
+    "compile", "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
     "evaluate_every", "evaluate_num_images", "evaluate_reference",
 }  # fmt: skip
 """Settings that a resumed run may change without any effect on its curve."""
@@ -87,11 +88,15 @@ def _train(
         settings["data"],
     )
     torch.manual_seed(config.seed)
-    state = build_state(build_model(config, data), config)
+    network = build_model(config, data)
+    if config.init_from is not None and checkpoint is None:
+        start_from(network, config.init_from, data.label_names)
+    state = build_state(network, config)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     state.average_from_here()
     if checkpoint is not None:
-        _report_resume(state.load(checkpoint), config, checkpoint, processes.count)
+        saved = state.load(checkpoint, data.label_names)
+        _report_resume(saved, config, checkpoint, processes.count)
     if processes.is_main:
         with file_aside(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings))
@@ -127,21 +132,21 @@ def _train(
                 bar.set_postfix(log.flush(config))
                 noise.flush(state.step)
             if save:
-                saved = state.save(checkpoints, parts, settings, processes)
+                newest = state.save(checkpoints, parts, settings, processes)
                 processes.on_main(
                     lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
                 )
             if stopped_by and state.step < config.steps:
                 raise RunStopped(
                     stopped_by,
-                    f"after step {state.step} of {config.steps}, which is saved in {saved}: go on "
+                    f"after step {state.step} of {config.steps}, which is saved in {newest}: go on "
                     "with --resume auto",
                 )
             _look(looks, state, processes)
-        network = state.network("ema")
+        averaged = state.network("ema")
         if processes.is_main:
             with folder_aside(out / "pipeline") as folder:
-                parts.save(network, folder)
+                parts.save(averaged, folder)
     return out / "pipeline"
 
 
