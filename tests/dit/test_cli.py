@@ -54,7 +54,7 @@ def test_train_sample_and_evaluate(command, tmp_path):
     out = tmp_path / "run"
     assert command("train", "--out", out, *SMALL)[0] == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints", "config.yaml", "logs", "pipeline", "train_log.csv",
+        "checkpoints", "config.yaml", "logs", "noise_levels.csv", "pipeline", "train_log.csv",
     ]  # fmt: skip
     status, text, _ = command(
         "sample", out / "pipeline", "--out", tmp_path / "a.png", "--labels.style", "Op_Art",

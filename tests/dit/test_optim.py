@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import OptimConfig
 from complexity_dit.data import load_data
@@ -17,7 +18,7 @@ from complexity_dit.errors import UserError
 from complexity_dit.optim import build_optimizer
 from complexity_dit.spikes import SpikeGuard, build_guard
 from complexity_dit.state import all_checkpoints, latest_checkpoint
-from complexity_dit.train import StepBatches, train
+from complexity_dit.train import train
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2, warmup_steps=2)
 

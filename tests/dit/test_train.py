@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from complexity_dit import state as state_module
+from complexity_dit.batches import StepBatches
 from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.state import all_checkpoints, latest_checkpoint
-from complexity_dit.train import StepBatches, train
+from complexity_dit.train import train
 
 
 def losses(run):

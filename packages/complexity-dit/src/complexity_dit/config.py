@@ -116,6 +116,10 @@ class TrainConfig:
     resume: str = "none"
     """auto: go on from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
 
+    init_from: str | None = None
+    """A pipeline folder or Hub id whose weights a new run starts from (fine-tuning): labels are
+    matched by name, new ones start from the null row. A run that is resumed does not read it."""
+
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 
@@ -131,8 +135,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass; weights and optimizer stay in fp32."""
 
-    compile: bool = False
-    """Compile the repeated blocks (torch.compile, fullgraph); costs about a minute at the start."""
+    compile: Literal["no", "regional"] | bool = "no"
+    """regional compiles the repeated blocks (torch.compile, fullgraph), once for all of them; it
+    costs about a minute at the start. true and false are read as regional and no."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
@@ -141,7 +146,30 @@ class TrainConfig:
     """Processes that prepare batches; 0 is best for pictures that fit in memory."""
 
     log_every: int = 20
-    """Steps between writes of train_log.csv (a row a step) and tensorboard."""
+    """Steps between writes of train_log.csv (a row a step), noise_levels.csv and the tracker."""
+
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where curves go beside the CSV files; tensorboard writes `logs/` in `out`."""
+
+    noise_bins: int = 5
+    """Bins of the noise level whose mean squared errors noise_levels.csv shows; 0 for none."""
+
+    dynamics_every: int = 0
+    """Steps between looks at the dynamics (dynamics.csv: a row a layer); 0 for none."""
+
+    sample_every: int = 0
+    """Steps between grids of pictures of the raw and the EMA weights in samples/; 0 for none."""
+
+    evaluate_every: int = 0
+    """Steps between evaluations of the EMA weights (metrics.csv); 0 for none. Such a step also
+    makes a checkpoint. One process measures and the others wait for it."""
+
+    evaluate_num_images: int = 2048
+    """Images of each side of such an evaluation."""
+
+    evaluate_reference: str | None = None
+    """What it compares with: a data source (its held-out pictures), a folder of pictures or a
+    statistics .npz; by default the source of the training."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
@@ -166,3 +194,8 @@ class TrainConfig:
 
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Which average of its weights is kept."""
+
+    def __post_init__(self) -> None:
+        """Read the switch that `compile` was before it had names."""
+        if isinstance(self.compile, bool):
+            self.compile = "regional" if self.compile else "no"

@@ -16,6 +16,7 @@ any number of processes can go on from them.
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from complexity_dit.compatibility import check_labels, check_meaning
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside, remove_folder
 from complexity_dit.latents import LatentSpace
@@ -145,26 +147,37 @@ class TrainState:
         processes.on_main(write)
         return target
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Continue exactly where `checkpoint` was written.
+    def load(self, checkpoint: Path, label_names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """Continue exactly where `checkpoint` was written, with any number of processes.
+
+        Args:
+            checkpoint: Its folder.
+            label_names: Of the data, in id order.
 
         Returns:
             What `state.json` says of it: step, processes, config, ...
 
         Raises:
-            UserError: If a file is missing or unreadable, or the shapes are another model's.
+            UserError: If a file is missing or unreadable, the data's labels are others, or the
+                checkpoint is another model's.
         """
         try:
             meta = json.loads((checkpoint / "state.json").read_text())
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-            shadow = load_file(
-                checkpoint / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
-            )
+            pipeline = checkpoint / "pipeline"
+            shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+            network = json.loads((pipeline / "transformer" / "config.json").read_text())
+            id2label = json.loads((pipeline / "model_index.json").read_text())["id2label"]
         except (
             Exception
         ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
             raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
+        # JSON made the ids text and sorted the fields.
+        fields = {f: id2label[f] for f in network["label_fields"]}
+        names = {f: [known[str(i)] for i in range(len(known))] for f, known in fields.items()}
+        check_labels(names, label_names, checkpoint)
+        check_meaning(network, self.model.config, f"{checkpoint}")
         _load_weights(self.model, weights, checkpoint)
         self.ema.load_state_dict(meta["ema"])
         for (name, _), parameter in zip(

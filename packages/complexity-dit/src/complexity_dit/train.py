@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import ModelMixin
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -20,19 +19,25 @@ from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
 from complexity_dit.errors import RunStopped, UserError
 from complexity_dit.files import file_aside, folder_aside
+from complexity_dit.init_from import start_from
 from complexity_dit.latents import load_training_data, open_latent_space
-from complexity_dit.objective import build_scheduler, training_loss
+from complexity_dit.looks import Look, build_looks
+from complexity_dit.noise_levels import NoiseLevels
+from complexity_dit.objective import build_scheduler
 from complexity_dit.processes import Processes
 from complexity_dit.run_folder import claimed_folder
 from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
+from complexity_dit.step import optimizer_step
 from complexity_dit.stopping import StopRequest
+from complexity_dit.trackers import check_tracker, start_tracker
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = {
-    "out", "resume", "log_every", "checkpoint_every", "keep_last", "keep_every", "compile",
-    "loader_workers",
+    "out", "resume", "init_from", "log_every", "checkpoint_every", "keep_last", "keep_every",
+    "compile", "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
+    "evaluate_every", "evaluate_num_images", "evaluate_reference",
 }  # fmt: skip
 """Settings that a resumed run may change without any effect on its curve."""
 
@@ -57,9 +62,10 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
         RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
     _check_numbers(config)
+    check_tracker(config.report_to)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
+        log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.out,
         # The first layer has no incoming velocity: that part of its controller gets no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -91,16 +97,20 @@ def _train(
         space,
     )
     torch.manual_seed(config.seed)
-    state = build_state(build(config, data), config)
+    network = build(config, data)
+    if config.init_from is not None and checkpoint is None:
+        start_from(network, config.init_from, data.label_names)
+    state = build_state(network, config)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     state.average_from_here()
     if checkpoint is not None:
-        _report_resume(state.load(checkpoint), config, checkpoint, processes.count)
+        saved = state.load(checkpoint, data.label_names)
+        _report_resume(saved, config, checkpoint, processes.count)
     if processes.is_main:
         with file_aside(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings))
-    accelerator.init_trackers("logs")
-    if config.compile:
+    start_tracker(config.report_to, accelerator, out, settings, state.step)
+    if config.compile == "regional":
         state.model.compile_repeated_blocks(fullgraph=True)
     if config.gradient_checkpointing:
         state.model.enable_gradient_checkpointing()
@@ -113,12 +123,16 @@ def _train(
     )
     skipped = state.guard.skipped if state.guard else 0
     log = TrainLog(out, state.step, accelerator, skipped)
+    noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
+    looks = build_looks(config, data, parts, accelerator, processes, state.step)
+    if state.step:
+        _look(looks, state, processes)  # a kill may have come between a checkpoint and its looks
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
                disable=not processes.is_main)  # fmt: skip
     with bar, StopRequest() as stop:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm, taken = _optimizer_step(accelerator, model, state, batch, config)
+            loss, grad_norm, taken = optimizer_step(accelerator, model, state, batch, config, noise)
             state.step += 1
             log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
@@ -126,68 +140,37 @@ def _train(
             save = stopped_by or _is_due(state.step, config)
             if save or state.step % config.log_every == 0:
                 bar.set_postfix(log.flush(config))
+                noise.flush(state.step)
             if save:
-                saved = state.save(checkpoints, parts, settings, processes)
+                newest = state.save(checkpoints, parts, settings, processes)
                 processes.on_main(
                     lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
                 )
             if stopped_by and state.step < config.steps:
                 raise RunStopped(
                     stopped_by,
-                    f"after step {state.step} of {config.steps}, which is saved in {saved}: go on "
+                    f"after step {state.step} of {config.steps}, which is saved in {newest}: go on "
                     "with --resume auto",
                 )
-        network = state.network("ema")
+            _look(looks, state, processes)
+        averaged = state.network("ema")
         if processes.is_main:
             with folder_aside(out / "pipeline") as folder:
-                parts.save(network, folder)
+                parts.save(averaged, folder)
     return out / "pipeline"
 
 
 def _is_due(step: int, config: TrainConfig) -> bool:
     """Whether a checkpoint is made after this step, whatever else happens."""
-    intervals = [config.checkpoint_every, config.keep_every or config.steps, config.steps]
-    return any(step % every == 0 for every in intervals)
+    intervals = (config.checkpoint_every, config.keep_every, config.evaluate_every, config.steps)
+    return any(every and step % every == 0 for every in intervals)
 
 
-def _optimizer_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    state: TrainState,
-    batch: dict[str, Tensor],
-    config: TrainConfig,
-) -> tuple[Tensor, Tensor, bool]:
-    """One update of weights, schedule and EMA; of the schedule alone where the guard says no.
-
-    Returns:
-        Loss and gradient norm, still on device, and whether the step was taken.
-    """
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-    parts = config.gradient_accumulation_steps
-    chunks = {name: value.chunk(parts) for name, value in batch.items()}
-    total = torch.zeros((), device=accelerator.device)
-    for i in range(parts):
-        part = {name: values[i] for name, values in chunks.items()}
-        with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
-            prediction = model(
-                part["x"],
-                part["timestep"],
-                part["labels"],
-                kept_tokens=part.get("kept_tokens"),
-                return_dict=False,
-            )[0]
-            loss = training_loss(prediction, part["target"], config.objective) / parts
-            accelerator.backward(loss)
-        total += loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    assert grad_norm is not None  # accelerate gives none on XLA only
-    taken = state.guard is None or state.guard.admits(float(grad_norm))
-    if taken:
-        state.optimizer.step()
-        state.ema.step(state.model.parameters())
-    state.optimizer.zero_grad()
-    state.lr_scheduler.step()
-    return total, grad_norm, taken
+def _look(looks: list[Look], state: TrainState, processes: Processes) -> None:
+    """Look at what is due after this step and not there yet."""
+    for look in looks:
+        if state.step % look.every == 0 and not processes.on_main(partial(look.has, state.step)):
+            look(state)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -195,7 +178,8 @@ def _check_numbers(config: TrainConfig) -> None:
                  "checkpoint_every"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} must be at least 1")
-    for name in ("loader_workers", "keep_last", "keep_every"):
+    for name in ("loader_workers", "keep_last", "keep_every", "noise_bins", "dynamics_every",
+                 "sample_every", "evaluate_every"):  # fmt: skip
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} must be at least 0")
 
@@ -214,7 +198,7 @@ def _report_resume(
 ) -> None:
     """Say what is gone on with, and name what differs: the curve will not be the same."""
     logger.info("resumed from %s at step %d", checkpoint, saved["step"])
-    if saved["processes"] != processes:
+    if saved.get("processes", processes) != processes:
         logger.info(
             "the checkpoint was written by %d process(es) and goes on in %d: with the same data, "
             "noise and batches, and sums that may be rounded differently",
