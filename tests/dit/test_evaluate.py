@@ -16,7 +16,8 @@ from complexity_dit import features as features_module
 from complexity_dit.data import DataConfig, load_data
 from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
-from complexity_dit.features import FEATURE_CHUNK, draw, shrink
+from complexity_dit.features import FEATURE_CHUNK, draw
+from complexity_dit.floors import shrink
 from complexity_dit.image_sets import dataset_images, folder_images
 from complexity_dit.inception import FeatureExtractor, load_random_features
 from complexity_dit.kid import kid_from_features
@@ -24,7 +25,21 @@ from complexity_dit.metrics import feature_statistics, fid_from_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
 
-QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True)
+QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bootstrap=2)
+RESULT_KEYS = {
+    "metrics",
+    "absent",
+    "fid_over_n",
+    "per_label",
+    "memorisation",
+    "n_generated",
+    "n_reference",
+    "settings",
+    "versions",
+    "weights_sha256",
+    "reference_fingerprint",
+    "target_fingerprint",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +108,8 @@ def test_two_folders(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None
     config = replace(QUICK, quiet=False, floors=True, seed=4)
     result = evaluate(folders[0], folders[1], out, config)
     assert json.loads((out / "result.json").read_text()) == result
-    assert [p.name for p in out.iterdir()] == ["result.json"]
-    assert {
-        "metrics",
-        "n_generated",
-        "n_reference",
-        "settings",
-        "versions",
-        "weights_sha256",
-        "reference_fingerprint",
-    } == set(result)
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "result.json"]
+    assert set(result) == RESULT_KEYS
     assert (result["n_generated"], result["n_reference"]) == (12, 12)
     extractor = load_random_features()
     fake, real = folder_images(folders[0]), folder_images(folders[1])
@@ -125,7 +132,10 @@ def test_inception_alone_gives_the_names_fid_and_kid(
 ) -> None:
     as_inception(monkeypatch)
     result = evaluate(*folders, config=replace(QUICK, quiet=False))
-    assert set(result["metrics"]) == {"fid", "kid_mean", "kid_std", "kid_stderr"}
+    names = {"fid", "fid_stderr", "kid_mean", "kid_std", "kid_stderr"}
+    assert set(result["metrics"]) == names | {"precision", "recall", "density", "coverage"}
+    assert set(result["absent"]) == {"fid_infinity", "sfid", "inception_score"}
+    assert "no classifier" in result["absent"]["inception_score"]
     assert "NOT FID" not in capsys.readouterr().out
 
 
@@ -150,10 +160,10 @@ def test_statistics_as_reference(
     with pytest.raises(UserError, match="floors need images"):
         evaluate(folders[0], path, config=replace(QUICK, floors=True))
     np.savez(path, mu=np.zeros(3))
-    with pytest.raises(UserError, match="lacks n, sigma"):
+    with pytest.raises(UserError, match="lacks sigma"):
         evaluate(folders[0], path, config=QUICK)
     path.write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(UserError, match="cannot be read as statistics"):
+    with pytest.raises(UserError, match=r"cannot be read as \.npz"):
         evaluate(folders[0], path, config=QUICK)
 
 

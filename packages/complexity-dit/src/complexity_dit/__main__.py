@@ -1,4 +1,4 @@
-"""The command line: `complexity-dit demo | train | encode | sample | evaluate`."""
+"""The command line: `complexity-dit demo | train | encode | sample | evaluate | compare`."""
 
 import json
 import logging
@@ -55,15 +55,23 @@ def build_parser() -> ArgumentParser:
     sample.add_class_arguments(SampleConfig, None)
     commands.add_subcommand("sample", sample)
 
-    evaluate = ArgumentParser(description="FID and KID of a pipeline or a folder of pictures.")
-    evaluate.add_argument("target", type=str, help="pipeline folder, or a folder of pictures")
+    evaluate = ArgumentParser(description="FID, KID and more of a pipeline or of pictures.")
+    evaluate.add_argument(
+        "target",
+        type=str,
+        help="pipeline folder or Hub id, a folder of pictures, an .npz with arr_0, or a source "
+        "(its training pictures)",
+    )
     evaluate.add_argument(
         "--reference",
         type=str,
         required=True,
-        help="art | imagefolder:PATH | hub:NAME (their held-out pictures), a folder, or an .npz",
+        help="art | imagefolder:PATH | hub:NAME (their held-out pictures), a folder, or an .npz "
+        "of pictures or statistics",
     )
-    evaluate.add_argument("--out", type=str, default="runs/evaluation", help="gets result.json")
+    evaluate.add_argument(
+        "--out", type=str, default="runs/evaluation", help="gets result.json and report.html"
+    )
     evaluate.add_class_arguments(EvalConfig, None)
     evaluate.add_class_arguments(SampleConfig, "sample")
     evaluate.add_argument(
@@ -73,6 +81,17 @@ def build_parser() -> ArgumentParser:
         help="how the reference is read; as in the pipeline's training by default",
     )
     commands.add_subcommand("evaluate", evaluate)
+
+    compare = ArgumentParser(description="Two results side by side, if they were measured alike.")
+    compare.add_argument("first", type=str, help="a result.json, or its folder")
+    compare.add_argument("second", type=str, help="another")
+    compare.add_argument(
+        "--allow",
+        type=list[str],
+        default=[],
+        help="settings that may differ, e.g. --allow [sample.guidance_scale]",
+    )
+    commands.add_subcommand("compare", compare)
     return parser
 
 
@@ -108,6 +127,10 @@ def run(arguments: Sequence[str]) -> None:
 
         own = {k: options.pop(k) for k in ("target", "reference", "out", "sample", "data")}
         evaluate(**own, config=EvalConfig(**options))
+    elif command == "compare":
+        from complexity_dit.compare import compare
+
+        print(compare(options["first"], options["second"], options["allow"]))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A look reads a copy of the weights and draws from generators of its own, so the training's bits are
 the same with and without it. All processes make the copy, which may have to be gathered; the main
-one looks, and the others wait for it.
+one looks and the others wait for it, but for an evaluation, which they share.
 """
 
 import logging
@@ -157,18 +157,20 @@ class Evaluation:
         return self.file is not None and step in self.file.steps
 
     def __call__(self, state: TrainState) -> None:
-        network = state.network("ema")
-        self.processes.on_main(partial(self._measure, network, state.step))
-
-    def _measure(self, network: ComplexityDiTTransformer2DModel, step: int) -> None:
-        device = self.accelerator.device
+        # Every process paints and measures its share; the main one writes.
+        device, step = self.accelerator.device, state.step
         result = evaluate(
-            self.parts.around(network).to(device),
+            self.parts.around(state.network("ema")).to(device),
             self.reference,
             self.out / "evaluations" / f"step-{step:08d}",
             EvalConfig(
                 num_images=self.config.evaluate_num_images,
                 device=str(device),
+                measures=["fid", "kid"],
+                bootstrap=0,
+                curve=False,
+                keep_images=False,
+                report=False,
                 overwrite=True,
                 quiet=True,
             ),
@@ -176,8 +178,8 @@ class Evaluation:
             self.data,
         )
         counts = (result["n_generated"], result["n_reference"])
-        assert self.file is not None  # `_open` ran in this process, the main one
-        self.file.write([(step, name, v, *counts) for name, v in result["metrics"].items()])
+        if self.file is not None:
+            self.file.write([(step, name, v, *counts) for name, v in result["metrics"].items()])
         self.accelerator.log({f"evaluation/{k}": v for k, v in result["metrics"].items()}, step)
 
 

@@ -1,10 +1,14 @@
 """Numbers by label: the nearest-class-mean classifier, and each label's own distances."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from complexity_dit.errors import UserError
-from complexity_dit.metrics import Array, Float64
+from complexity_dit.eval_config import EvalConfig
+from complexity_dit.kid import kid_from_features
+from complexity_dit.metrics import Array, Float64, distance_of_sets
 
 
 def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:
@@ -62,3 +66,46 @@ def _labelled(features: Array, labels: NDArray[np.integer]) -> tuple[Float64, ND
             f"features have shape {x.shape} and labels {labels.shape}; expected (n, D) and (n,)"
         )
     return x, labels
+
+
+def distances_by_label(
+    generated: Array,
+    generated_ids: NDArray[np.integer],
+    real: Array,
+    real_ids: NDArray[np.integer],
+    names: list[str],
+    config: EvalConfig,
+    prefixes: tuple[str, str] = ("fid", "kid"),
+) -> dict[str, dict[str, Any]]:
+    """Frechet and kernel distance of each label's own images, both sides at one n.
+
+    Args:
+        generated: Features (n, D) in the order of their draw.
+        generated_ids: The label of each (n,), -1 for none.
+        real: Features (m, D).
+        real_ids: The label of each (m,).
+        names: Names of the labels by id.
+        config: ``label_min``, KID subsets and seed.
+        prefixes: What the two distances are called.
+
+    Returns:
+        Name -> ``n_generated``, ``n_reference`` and either ``n`` (the smaller of both, used on
+        both sides) with the distances, or ``skipped`` with the reason.
+    """
+    fd, kd = prefixes
+    table: dict[str, dict[str, Any]] = {}
+    for label, name in enumerate(names):
+        x, y = generated[generated_ids == label], real[real_ids == label]
+        n = min(len(x), len(y))
+        row: dict[str, Any] = {"n_generated": len(x), "n_reference": len(y)}
+        if n < config.label_min:
+            side = "samples" if len(x) < len(y) else "reference images"
+            row["skipped"] = f"{n or 'no'} {side}, fewer than label_min = {config.label_min}"
+        else:
+            # Half of the images a subset: a subset that is the whole set has no spread.
+            size = min(config.kid_subset_size, max(2, n // 2))
+            kid = kid_from_features(x[:n], y[:n], config.kid_subsets, size, config.seed)
+            row |= {"n": n, fd: distance_of_sets(x[:n], y[:n])}
+            row |= {f"{kd}_mean": kid.mean, f"{kd}_std": kid.std, f"{kd}_stderr": kid.stderr}
+        table[name] = row
+    return table
