@@ -239,6 +239,13 @@ def test_dropping_leaves_every_other_draw_alone(small_run):
         assert torch.equal(mine, item["kept_tokens"][rank::2])
 
 
+def test_the_last_stretch_is_on_whole_images(small_run):
+    model = dataclasses.replace(small_run.model, token_drop_rate=0.5, token_drop_until=0.75)
+    config = dataclasses.replace(small_run, model=model)
+    batches = StepBatches(load_data(small_run.data, "train"), config, 0, 1)
+    assert ["kept_tokens" in batches[step] for step in range(8)] == [True] * 6 + [False] * 2
+
+
 def test_a_run_with_everything_on_trains(small_run):
     model = dataclasses.replace(
         small_run.model,
@@ -263,6 +270,7 @@ def test_a_run_with_everything_on_trains(small_run):
     [
         ({"token_drop_rate": 1.0}, r"token_drop_rate 1.0 must be at least 0 \(off\) and below 1"),
         ({"token_drop_rate": -0.5}, "token_drop_rate -0.5 must be"),
+        ({"token_drop_until": 0.0}, "token_drop_until 0.0 must be above 0"),
         ({"token_drop_rate": 0.5}, "2 blocks has no middle"),
         ({"token_drop_start": 2, "token_drop_end": 1}, "0 <= start < end <= num_layers 2"),
         ({"token_drop_end": 3}, "token_drop_end 3 must satisfy"),

@@ -63,7 +63,7 @@ class StepBatches(Dataset):
         )
         batch = {"x": noisy, "timestep": timestep, "labels": labels[mine], "target": target}
         rate = config.model.token_drop_rate
-        if rate:
+        if rate and step < config.model.token_drop_until * config.steps:
             # A stream of its own: the same noise and times with and without dropping.
             draw = generator_for(config.seed, "tokens", step)
             height, width = noisy.shape[-2:]

@@ -4,7 +4,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from complexity_dit.architecture import middle_blocks
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import ModelConfig, TrainConfig
 from complexity_dit.errors import UserError
 from complexity_dit.latents import TrainingData
 from complexity_dit.objective import time_quantiles
@@ -40,11 +40,17 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"this model cannot be built: {error}") from error
-    _check_token_drop(config.model.token_drop_rate, model)
+    _check_token_drop(config.model, model)
     return model
 
 
-def _check_token_drop(rate: float, model: ComplexityDiTTransformer2DModel) -> None:
+def _check_token_drop(config: ModelConfig, model: ComplexityDiTTransformer2DModel) -> None:
+    rate = config.token_drop_rate
+    if not 0 < config.token_drop_until <= 1:
+        raise UserError(
+            f"token_drop_until {config.token_drop_until} must be above 0 and at most 1: the share "
+            "of the run with dropping (token_drop_rate 0 switches it off)"
+        )
     if not 0 <= rate < 1:
         raise UserError(f"token_drop_rate {rate} must be at least 0 (off) and below 1")
     start, end = middle_blocks(model.config)

@@ -27,6 +27,10 @@ class ModelConfig:
     """Share of an image's tokens, drawn anew at each step, that bypass the middle blocks in
     training (TREAD, arXiv 2501.04765); none do in sampling. 0 is off."""
 
+    token_drop_until: float = 1.0
+    """Share of the run after which no token is dropped any more: a last stretch on whole images
+    brings the network back to what sampling asks of it (as SPRINT does, arXiv 2510.21986)."""
+
     token_drop_start: int | None = None
     """First block that dropped tokens bypass, counted from 0; by default 1, the second."""
 
