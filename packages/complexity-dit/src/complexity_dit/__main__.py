@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
 from complexity_dit.errors import RunStopped, UserError
@@ -92,13 +92,22 @@ def build_parser() -> ArgumentParser:
         help="settings that may differ, e.g. --allow [sample.guidance_scale]",
     )
     commands.add_subcommand("compare", compare)
+    for one in (parser, *commands.choices.values()):
+        one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
 
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one command."""
     parser = build_parser()
-    parsed = parser.instantiate(parser.parse_args(_join_labels(arguments)))
+    arguments = _join_labels(arguments)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        from complexity_dit.cli_errors import explain
+
+        commands = parser._subcommands_action.choices
+        raise UserError(explain(str(error), arguments, commands)) from None
     command = parsed.subcommand
     options = parsed[command].as_dict()
     if command == "demo":
