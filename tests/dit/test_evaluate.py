@@ -211,7 +211,7 @@ def test_a_result_is_replaced_only_when_asked(folders: tuple[Path, Path], tmp_pa
     assert "metrics" in json.loads((out / "result.json").read_text())
 
 
-def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path, caplog) -> None:
     fake, real = folders
     with pytest.raises(UserError, match="num_images is 1"):
         evaluate(fake, real, config=replace(QUICK, num_images=1))
@@ -221,6 +221,8 @@ def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path) -> No
         evaluate(tmp_path, (tmp_path / "empty").mkdir() or tmp_path / "empty", config=QUICK)
     with pytest.raises(UserError, match="device is 'toaster'"):
         evaluate(fake, real, config=replace(QUICK, device="toaster"))
+    evaluate(fake, write_folder(tmp_path / "large", pictures(9, 0, 24)), config=QUICK)
+    assert "the images are 20x20 and the reference 24x24" in caplog.text
     Image.fromarray(pictures(1, 0, 9)[0]).save(fake / "zz.png")
     with pytest.raises(UserError, match=r"zz\.png is 9x9 and 0000\.png is 20x20"):
         evaluate(fake, real, config=QUICK)
