@@ -31,10 +31,7 @@ _FREE = (
     "n_train",
     "shrunk",
     "extractor.weights_source",
-    "data.source",  # reference_fingerprint says whether it is the same data
-    "data.num_workers",
-    "data.flip",
-    "data.strict",
+    "data",  # reference_fingerprint says whether it is the same data
     "sample.batch_size",
 )
 _TOP = ("n_generated", "n_reference", "weights_sha256", "reference_fingerprint")

@@ -134,6 +134,12 @@ def evaluate(
         },
     }
     rows = draw(len(ref.images), n, config.seed) if ref.images else np.empty(0, np.int64)
+    if ref.images and ref.images.size != tuple(size):
+        logger.warning(
+            "the images are %dx%d and the reference %dx%d: both are resized for the network, and "
+            "the distance holds what that does to them",
+            *(size[1], size[0], ref.images.size[1], ref.images.size[0]),
+        )
     if ref.images and len(rows) < n:
         logger.warning("the reference has %d images, fewer than n = %d", len(rows), n)
     if isinstance(subject, ImageSet):

@@ -25,7 +25,8 @@ def process_state() -> "PartialState | None":
         return None
     from accelerate import PartialState
 
-    state = PartialState()
+    # Without cpu=True accelerate takes a machine without a GPU for one process, silently.
+    state = PartialState(cpu=not torch.cuda.is_available())
     return state if state.num_processes > 1 else None
 
 
