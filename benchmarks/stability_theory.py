@@ -96,7 +96,8 @@ def main():
         xlabel="alpha", ylabel="beta at the edge of stability", yscale="log",
         title="lines: 2 (1 + alpha) / (dt gate); dots: simulated",
     )  # fmt: skip
-    axes[0].legend(fontsize=6, ncols=2)
+    axes[0].set_ylim(bottom=0.3)  # room for the legend
+    axes[0].legend(fontsize=6, ncols=3, loc="lower right")
     rows = [{"case": "Jury boundary", "metric": "largest relative error", "value": worst}]
     for axis, beta in zip(axes[1:], (0.1, 2.0), strict=True):
         energy, certificate = energies((0.9, beta, 0.5, 0.1), 120)
