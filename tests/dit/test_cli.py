@@ -85,7 +85,7 @@ def cli_parsed(values):
     return options
 
 
-@pytest.mark.parametrize("name", ["demo", "wikiart-cpu"])
+@pytest.mark.parametrize("name", ["demo", "wikiart-cpu", "wikiart-64"])
 def test_committed_configs_parse(command, name):
     status, text, _ = command("train", f"--config=configs/dit/{name}.yaml", "--print_config")
     assert status == 0
