@@ -1,9 +1,10 @@
-"""The command line: `complexity-dit demo | train | sample | evaluate`."""
+"""The command line: `complexity-dit demo | train | sample | evaluate | plan`."""
 
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -16,6 +17,7 @@ def build_parser() -> ArgumentParser:
     from complexity_dit.config import TrainConfig
     from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
+    from complexity_dit.plan import PlanConfig
     from complexity_dit.sample import SampleConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -65,6 +67,12 @@ def build_parser() -> ArgumentParser:
         help="how the reference is read; as in the pipeline's training by default",
     )
     commands.add_subcommand("evaluate", evaluate)
+
+    plan = ArgumentParser(description="What a run will need: parameters, FLOPs, memory, steps.")
+    plan.add_argument("--config", action="config", help="the YAML of the run")
+    plan.add_class_arguments(TrainConfig, None)
+    plan.add_class_arguments(PlanConfig, None)
+    commands.add_subcommand("plan", plan)
     return parser
 
 
@@ -94,6 +102,13 @@ def run(arguments: Sequence[str]) -> None:
 
         own = {k: options.pop(k) for k in ("target", "reference", "out", "sample", "data")}
         evaluate(**own, config=EvalConfig(**options))
+    elif command == "plan":
+        from complexity_dit.config import TrainConfig
+        from complexity_dit.plan import PlanConfig, plan
+
+        options.pop("config")
+        own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
+        print(plan(TrainConfig(**options), PlanConfig(**own)))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:
