@@ -200,5 +200,5 @@ def test_the_page_shows_what_the_command_prints(capsys):
     shown = re.findall(r"```sh\n(complexity-dit plan .*?)```\n\n```\n(.*?)```", page, re.DOTALL)
     assert len(shown) == 3
     for command, output in shown:
-        run(shlex.split(command)[1:])
+        run(shlex.split(command.replace("\\\n", " "))[1:])
         assert capsys.readouterr().out == output
