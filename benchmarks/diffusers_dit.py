@@ -66,8 +66,12 @@ class DiffusersDiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
-    def forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
+    def forward(
+        self, hidden_states, timestep, class_labels=None, kept_tokens=None, return_dict=True
+    ):
         """As `ComplexityDiTTransformer2DModel.forward`: labels (B, 1) or None, -1 for missing."""
+        if kept_tokens is not None:
+            raise ValueError("DiT cannot drop tokens: set token_drop_rate to 0")
         batch, null = len(hidden_states), self.config.num_classes[0]
         if class_labels is None:
             class_labels = torch.full((batch, 1), -1, device=hidden_states.device)

@@ -1,9 +1,10 @@
-"""The command line: `complexity-dit demo | train | encode | sample | evaluate | compare`."""
+"""The command line: `complexity-dit demo | train | encode | sample | evaluate | compare | plan`."""
 
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -16,6 +17,7 @@ def build_parser() -> ArgumentParser:
     from complexity_dit.config import TrainConfig
     from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
+    from complexity_dit.plan import PlanConfig
     from complexity_dit.sample import SampleConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -92,6 +94,12 @@ def build_parser() -> ArgumentParser:
         help="settings that may differ, e.g. --allow [sample.guidance_scale]",
     )
     commands.add_subcommand("compare", compare)
+
+    plan = ArgumentParser(description="What a run will need: parameters, FLOPs, memory, steps.")
+    plan.add_argument("--config", action="config", help="the YAML of the run")
+    plan.add_class_arguments(TrainConfig, None)
+    plan.add_class_arguments(PlanConfig, None)
+    commands.add_subcommand("plan", plan)
     for one in (parser, *commands.choices.values()):
         one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
@@ -140,6 +148,13 @@ def run(arguments: Sequence[str]) -> None:
         from complexity_dit.compare import compare
 
         print(compare(options["first"], options["second"], options["allow"]))
+    elif command == "plan":
+        from complexity_dit.config import TrainConfig
+        from complexity_dit.plan import PlanConfig, plan
+
+        options.pop("config")
+        own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
+        print(plan(TrainConfig(**options), PlanConfig(**own)))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:

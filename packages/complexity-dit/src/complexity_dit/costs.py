@@ -1,0 +1,210 @@
+"""What a network costs, by formula: parameters, FLOPs and the bytes that training keeps.
+
+Tests hold the parameters to the network itself, the FLOPs to torch's counter and the activations to
+the tensors that autograd saves. Letters: N tokens · D hidden · H heads · K width of keys and values
+· F inner width of the MLP · C width of the dynamics' controller · P numbers in a patch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The letters of a network's config."""
+
+    layers: int
+    hidden: int
+    heads: int
+    key_value: int
+    inner: int
+    controller: int
+    patch_in: int
+    patch_out: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Widths":
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        cells = config["patch_size"] ** 2
+        return cls(
+            layers=config["num_layers"],
+            hidden=hidden,
+            heads=heads,
+            key_value=(config["num_key_value_heads"] or heads) * (hidden // heads),
+            # A multiple of 64, as the network rounds it.
+            inner=-(-int(hidden * config["mlp_ratio"]) // 64) * 64,
+            controller=config["dynamics_controller_hidden"],
+            patch_in=config["in_channels"] * cells,
+            patch_out=(config["out_channels"] or config["in_channels"]) * cells,
+        )
+
+
+def token_count(config: Config) -> int:
+    """Tokens of a picture of the training size."""
+    return (config["sample_size"] // config["patch_size"]) ** 2
+
+
+def count_parameters(config: Config) -> int:
+    """Parameters of the network, exactly."""
+    w = Widths.of(config)
+    D = w.hidden
+    attention = 2 * D * D + 2 * D * w.key_value + 2 * (D // w.heads)
+    adaln = 6 * D * D + 6 * D
+    block = attention + _mlp_parameters(config, w) + adaln + _dynamics_parameters(config, w)
+    embeddings = sum(count + 1 for count in config["num_classes"]) * D
+    time = (256 * D + D) + (D * D + D)
+    ends = (w.patch_in * D + D) + (2 * D * D + 2 * D) + (D * w.patch_out + w.patch_out)
+    mixes = (w.layers - 1) if config.get("value_residual") else 0
+    return w.layers * block + embeddings + time + ends + mixes
+
+
+def _mlp_parameters(config: Config, w: Widths) -> int:
+    if _is_routed(config):  # the experts and the shared one, each half as wide
+        return 3 * w.hidden * (w.inner // 2) * (config["num_experts"] + 1)
+    return 3 * w.hidden * w.inner
+
+
+def _dynamics_parameters(config: Config, w: Widths) -> int:
+    D, C = w.hidden, w.controller
+    coefficients = {
+        "token": 2 * D * C + C + 3 * D * C + 3 * D,
+        "channel": 3 * D,
+        "layer": 3,
+        "lite": 0,
+    }[config["dynamics_adaptive"]]
+    return _dynamics_in_a_block(config) * (D + coefficients)
+
+
+def _dynamics_in_a_block(config: Config) -> int:
+    return {"none": 0, "branch": 1, "stream": 1, "force": 2}[config["dynamics_placement"]]
+
+
+def _is_routed(config: Config) -> bool:
+    return config.get("routing", "none") != "none"
+
+
+def forward_flops(config: Config, kept: int | None = None) -> int:
+    """FLOPs of the matrix products of one picture's forward pass, two for a multiply-add.
+
+    Args:
+        config: Of the transformer.
+        kept: Tokens that go through the middle blocks; None means all.
+    """
+    w, N = Widths.of(config), token_count(config)
+    D = w.hidden
+    total = 2 * N * w.patch_in * D + 2 * (256 * D + D * D)  # patches in, timestep
+    for layer in range(w.layers):
+        total += _block_flops(config, w, _tokens_at(config, layer, N, kept), first=layer == 0)
+    return total + 2 * D * 2 * D + 2 * N * D * w.patch_out  # last modulation, patches out
+
+
+def _block_flops(config: Config, w: Widths, N: int, first: bool) -> int:
+    D = w.hidden
+    attention = 2 * N * (2 * D * D + 2 * D * w.key_value) + 4 * N * N * D
+    mlp = 2 * N * 3 * D * (2 * (w.inner // 2) if _is_routed(config) else w.inner)
+    dynamics = 0
+    if config["dynamics_adaptive"] == "token":
+        # (a, b, c) from h and v; the first step of all has no velocity to read.
+        each = 2 * N * w.controller * (2 * D + 3 * D)
+        steps = _dynamics_in_a_block(config)
+        dynamics = steps * each - (2 * N * w.controller * D if first and steps else 0)
+    return attention + mlp + dynamics + 2 * D * 6 * D
+
+
+def _tokens_at(config: Config, layer: int, tokens: int, kept: int | None) -> int:
+    if kept is None:
+        return tokens
+    start, end = config.get("token_drop_start"), config.get("token_drop_end")
+    start = 1 if start is None else start
+    end = config["num_layers"] - 1 if end is None else end
+    return kept if start <= layer < end else tokens
+
+
+def training_flops(config: Config, kept: int | None = None) -> int:
+    """FLOPs of one picture's forward and backward pass; recomputation is not counted.
+
+    The backward of a product is two products, for its input and for its weight; pictures need no
+    gradient.
+    """
+    w = Widths.of(config)
+    no_input_gradient = 2 * token_count(config) * w.patch_in * w.hidden
+    return 3 * forward_flops(config, kept) - no_input_gradient
+
+
+# Tensors that autograd keeps in a block, in units of 4 bytes, from the definitions in plain PyTorch
+# (which runs on a CPU): of width D, of width K, of width F; then what dynamics add: of width D, of
+# width C. bf16 is autocast: products in bf16, norms and dynamics in fp32.
+_KEPT = {"no": (12.0, 4.0, 4.0), "bf16": (10.0, 3.0, 3.5)}
+_KEPT_BY_DYNAMICS = {
+    "no": {"token": (12, 2), "channel": (3, 0), "layer": (3, 0), "lite": (1, 0)},
+    "bf16": {"token": (11, 1), "channel": (4, 0), "layer": (4, 0), "lite": (1, 0)},
+}
+
+
+def activation_bytes(
+    config: Config, precision: str, kept: int | None = None, checkpointing: bool = False
+) -> int:
+    """Bytes that autograd keeps for one picture between forward and backward.
+
+    Eager PyTorch, operations as their definitions: an upper bound for the compiled network and for
+    the kernels, which keep the inputs of an operation and not its intermediate results. A routed
+    MLP is taken as the dense one of the same active width.
+
+    Args:
+        config: Of the transformer.
+        precision: "no" (fp32) or "bf16" (autocast).
+        kept: Tokens that go through the middle blocks; None means all.
+        checkpointing: Only the inputs of blocks are kept, and one block while it is recomputed.
+    """
+    w, N = Widths.of(config), token_count(config)
+    D = w.hidden
+    blocks = [
+        _block_bytes(config, w, precision, _tokens_at(config, layer, N, kept))
+        for layer in range(w.layers)
+    ]
+    if checkpointing:
+        carried = 1 + (config["dynamics_placement"] != "none")
+        inputs = 4 * D * sum(_tokens_at(config, i, N, kept) for i in range(w.layers)) * carried
+        kept_of_blocks = inputs + max(blocks)
+    else:
+        kept_of_blocks = sum(blocks)
+    width = 4 if precision == "no" else 2
+    ends = width * N * w.patch_in + (8 + width) * N * D + 4 * N * w.patch_out
+    return int(kept_of_blocks + ends)
+
+
+def _block_bytes(config: Config, w: Widths, precision: str, N: int) -> float:
+    D = w.hidden
+    of_d, of_k, of_f = _KEPT[precision]
+    more_d, of_c = _KEPT_BY_DYNAMICS[precision][config["dynamics_adaptive"]]
+    steps = _dynamics_in_a_block(config)
+    per_token = of_d * D + of_k * w.key_value + of_f * w.inner
+    per_token += steps * (more_d * D + of_c * w.controller)
+    if config["dynamics_placement"] == "force":
+        # The force replaces the gated sums that would have kept their branch.
+        per_token -= 2 * D if config["dynamics_adaptive"] == "token" else 0
+    per_token += 2 * w.heads + w.heads * w.key_value // D + 2  # norms of q and k, log-sum-exp
+    return 4 * (N * per_token + 10 * D)  # and the modulation of the picture
+
+
+def state_bytes(config: Config, precision: str, optimizer: str) -> dict[str, int]:
+    """Bytes that do not depend on the batch.
+
+    Weights, gradients, moments and the average in fp32, and autocast's copies of the weights.
+    """
+    parameters, w = count_parameters(config), Widths.of(config)
+    moments = 8 * parameters
+    if optimizer == "muon":  # one moment for the matrices of attention and MLP
+        attention = 2 * w.hidden * (w.hidden + w.key_value)
+        mlp = 0 if _is_routed(config) else 3 * w.hidden * w.inner
+        moments -= 4 * w.layers * (attention + mlp)
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": moments,
+        "average": 4 * parameters,
+        "weights in bf16": 0 if precision == "no" else 2 * parameters,
+    }
