@@ -70,6 +70,7 @@ def test_train_generate_evaluate_and_inspect(command, texts, tmp_path):
     assert told["sizes"]["hidden_size"] == 32
     assert told["parameters"]["active"] == told["parameters"]["total"]
     assert told["trained_on"]["source"] == source
+    assert told["certificate"]["frozen_points_stable"] is True
 
 
 def test_tokenizer_command_makes_what_train_takes(command, texts, tmp_path):

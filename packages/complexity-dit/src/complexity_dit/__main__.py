@@ -1,4 +1,4 @@
-"""The command line: `complexity-dit demo | train | encode | sample | evaluate | compare | plan`."""
+"""The command line: `complexity-dit demo | train | encode | sample | evaluate | ...`."""
 
 import json
 import logging
@@ -95,6 +95,10 @@ def build_parser() -> ArgumentParser:
     )
     commands.add_subcommand("compare", compare)
 
+    inspect = ArgumentParser(description="Say what a pipeline, a checkpoint or a run holds.")
+    inspect.add_argument("path", type=str, help="pipeline folder or Hub id, checkpoint, or run")
+    commands.add_subcommand("inspect", inspect)
+
     plan = ArgumentParser(description="What a run will need: parameters, FLOPs, memory, steps.")
     plan.add_argument("--config", action="config", help="the YAML of the run")
     plan.add_class_arguments(TrainConfig, None)
@@ -148,6 +152,12 @@ def run(arguments: Sequence[str]) -> None:
         from complexity_dit.compare import compare
 
         print(compare(options["first"], options["second"], options["allow"]))
+    elif command == "inspect":
+        import yaml
+
+        from complexity_dit.inspect_model import inspect
+
+        print(yaml.safe_dump(inspect(options["path"]), sort_keys=False), end="")
     elif command == "plan":
         from complexity_dit.config import TrainConfig
         from complexity_dit.plan import PlanConfig, plan

@@ -3,8 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from complexity_lm.loading import Loaded, load, weights_hash
 from complexity_lm.monitor import dynamics_modules
+from inl_core import certify
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def inspect(name: str) -> dict[str, Any]:
             }
             for layer, module in dynamics_modules(loaded.model).items()
         },
+        **_certificate(loaded.model),
         "tokenizer": {
             "class": type(loaded.tokenizer).__name__,
             "ids": len(loaded.tokenizer),
@@ -53,6 +57,21 @@ def inspect(name: str) -> dict[str, Any]:
         "trained_on": asdict(loaded.data) if loaded.data else None,
         "weights_sha256": weights_hash(loaded.model),
     }  # fmt: skip
+
+
+def _certificate(model: nn.Module) -> dict[str, Any]:
+    """The figures of `inl_core.certify` that need no text: of the parameters alone."""
+    if not dynamics_modules(model):
+        return {}
+    found = certify(model)
+    return {
+        "certificate": {
+            "frozen_points_stable": found.frozen_stable,
+            "largest_spectral_radius": max(layer.spectral_radius for layer in found.layers),
+            "stable_whatever_the_coefficients": all(layer.always_stable for layer in found.layers),
+            "reach": found.reach,
+        }
+    }
 
 
 def _parameters(loaded: Loaded) -> dict[str, int]:

@@ -1,0 +1,110 @@
+"""`complexity-dit inspect`: what a pipeline or checkpoint holds, and what its dynamics became."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from complexity_dit.errors import UserError
+from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import load_pipeline
+from complexity_dit.state import DATA_FILE, latest_checkpoint
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.vae import weights_sha256
+from inl_core import INLDynamics, INLDynamicsLite, certify, collect_dynamics_stats
+
+PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Noise levels t at which the network is looked at, on an input of pure noise and no labels."""
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """Open a model and describe it.
+
+    Args:
+        path: A pipeline folder or Hub id, a checkpoint, or the folder of a run (its finished
+            pipeline, else its newest checkpoint).
+
+    Returns:
+        Plain values: sizes, parameters, labels, the dynamics layer by layer, the figures of
+        `inl_core.certify`, the VAE, the data it was trained on.
+
+    Raises:
+        UserError: If there is no such thing.
+    """
+    folder = _pipeline_of(Path(path))
+    pipe = load_pipeline(str(folder) if folder else path)
+    model, vae = pipe.transformer.eval(), pipe.vae
+    trained_on = folder / DATA_FILE if folder else None
+    return {
+        "pipeline": str(folder or path),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sizes": {
+            name: model.config[name]
+            for name in (
+                "hidden_size", "num_layers", "num_attention_heads", "patch_size", "sample_size",
+                "in_channels", "network_output",
+            )
+        },
+        "labels": {field: len(names) for field, names in pipe.label_names.items()},
+        "scheduler": type(pipe.scheduler).__name__,
+        "vae": None if vae is None else type(vae).__name__,
+        "dynamics": {k: v for k, v in model.config.items() if k.startswith("dynamics_")},
+        **_learned(model),
+        "trained_on": json.loads(trained_on.read_text())
+        if trained_on and trained_on.is_file()
+        else None,
+        "weights_sha256": weights_sha256(model),
+    }  # fmt: skip
+
+
+def _pipeline_of(path: Path) -> Path | None:
+    """The pipeline folder that a local path means; None leaves it to be a Hub id."""
+    if not path.exists():
+        return None
+    if (path / ComplexityDiTPipeline.config_name).is_file():
+        return path
+    newest = latest_checkpoint(path / "checkpoints")
+    for folder in (path / "pipeline", newest / "pipeline" if newest else None):
+        if folder is not None and folder.is_dir():
+            return folder
+    raise UserError(
+        f"{path} holds no pipeline; give a pipeline folder, a checkpoint (step-XXXXXXXX) or the "
+        "folder of a run"
+    )
+
+
+@torch.no_grad()
+def _learned(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
+    """What each layer's dynamics do with noise, and the certificate along it."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (INLDynamics, INLDynamicsLite))
+    }
+    if not layers:
+        return {}
+    side, count = model.config.sample_size, len(PROBE_LEVELS)
+    noise = torch.randn(
+        count, model.config.in_channels, side, side, generator=torch.Generator().manual_seed(0)
+    )
+    times = torch.tensor(PROBE_LEVELS) * NUM_TRAIN_TIMESTEPS
+    labels = torch.full((count, len(model.config.label_fields)), -1)
+    with collect_dynamics_stats(model):
+        model(noise, times, labels)
+    certificate = certify(model, (noise, times, labels))
+    return {
+        "layers": {
+            name: {key: round(value, 6) for key, value in module.get_dynamics_stats().items()}
+            for name, module in layers.items()
+        },
+        "certificate": {
+            "frozen_points_stable": certificate.frozen_stable,
+            "largest_spectral_radius": max(x.spectral_radius for x in certificate.layers),
+            "stable_whatever_the_coefficients": all(x.always_stable for x in certificate.layers),
+            "reach": certificate.reach,
+            "largest_gain_of_a_layer": max(x.gain or 0.0 for x in certificate.layers),
+            "gain_along_the_path": certificate.path_gain,
+        },
+    }

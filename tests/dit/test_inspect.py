@@ -1,0 +1,42 @@
+"""`inspect` tells a run, a checkpoint and a pipeline by what is in them."""
+
+import pytest
+import yaml
+
+from complexity_dit.errors import UserError
+from complexity_dit.inspect_model import inspect
+from complexity_dit.train import train
+
+
+@pytest.fixture
+def run(small_run):
+    train(small_run)
+    return small_run
+
+
+def test_a_run_its_checkpoint_and_its_pipeline_are_the_same_model(run, tmp_path):
+    out = tmp_path / "run"
+    newest = max((out / "checkpoints").iterdir())
+    told = [inspect(str(p)) for p in (out, out / "pipeline", newest)]
+    assert len({one["weights_sha256"] for one in told}) == 1
+    assert told[0]["sizes"]["hidden_size"] == 32
+    assert told[0]["trained_on"]["source"] == "art"
+    assert told[0]["labels"].keys() == {"style", "genre"}
+
+
+def test_the_dynamics_are_described_layer_by_layer(run, tmp_path):
+    told = inspect(str(tmp_path / "run"))
+    assert len(told["layers"]) == told["sizes"]["num_layers"]
+    layer = told["layers"]["blocks.0.dynamics"]
+    assert 0 < layer["alpha_mean"] < 1
+    assert told["certificate"]["frozen_points_stable"] is True
+    assert told["certificate"]["gain_along_the_path"] > 0
+    yaml.safe_dump(told)  # plain values only
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pipeline"):
+        inspect(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="no pipeline folder"):
+        inspect(str(tmp_path / "absent"))
