@@ -57,7 +57,8 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for the matrices of attention and MLP, and AdamW for the rest."""
+    """adamw; or muon for the matrices of attention and MLP, and AdamW for the rest: for a GPU, on a
+    CPU without bfloat16 units it can cost more than the rest of the step."""
 
     lr: float = 5e-3
     """Peak learning rate."""
