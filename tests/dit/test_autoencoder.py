@@ -160,6 +160,21 @@ def test_vae_in_the_folder_of_a_pipeline_is_found(small, tmp_path):
     assert weights_sha256(load_vae(str(tmp_path))) == weights_sha256(small)
 
 
+def test_stock_tiny_autoencoder_is_found_by_its_class(tmp_path):
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path)
+    again = load_vae(str(tmp_path))
+    assert isinstance(again, AutoencoderTiny)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    mean, std = posterior(again, images)
+    assert std is None
+    assert mean.shape[-1] * scale_factor(again) == 8
+    torch.testing.assert_close(mean, vae.encode(images).latents)
+
+
 def test_what_is_no_vae_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no VAE folder"):
         load_vae(str(tmp_path / "nowhere"))

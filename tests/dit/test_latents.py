@@ -278,11 +278,19 @@ def test_two_processes_write_the_cache_that_one_writes(source, caches, tmp_path)
     assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
 
 
-def test_source_that_shrank_is_refused(paintings, tiny, tmp_path):
+def test_source_that_shrank_is_named_in_training_and_refused_in_encoding(
+    paintings, tiny, tmp_path, caplog
+):
     folder = Path(shutil.copytree(paintings, tmp_path / "paintings"))
     source = pictures(folder, tiny)
     encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+    load_training_data(as_latents(tmp_path / "cache"))
+    assert "no longer in" not in caplog.text
     (folder / "Cubism" / "01.png").unlink()
+    data = load_training_data(as_latents(tmp_path / "cache"), "all")
+    assert len(data) == IMAGES
+    assert "1 of the 24 pictures that were encoded" in caplog.text
+    assert "01.png" in caplog.text
     with pytest.raises(UserError, match=r"had 24 usable images .* has 23 now"):
         encode(source, tmp_path / "cache", batch_size=4, part_size=10)
     Image.new("RGB", (16, 16)).save(folder / "Cubism" / "01.png")

@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train", train)
 
     encode = ArgumentParser(description="Turn pictures into latents to train on, with a VAE.")
-    encode.add_class_arguments(DataConfig, None)
+    encode.add_class_arguments(DataConfig, None, skip={"balanced_labels"})
     encode.add_argument("--out", type=str, required=True, help="folder of the latents")
     encode.add_argument("--batch_size", type=int, default=16, help="pictures in a call of the VAE")
     encode.add_argument("--part_size", type=int, default=512, help="pictures in a file")

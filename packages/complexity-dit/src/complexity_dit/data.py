@@ -67,7 +67,8 @@ class DataConfig:
     """How many pictures the `art` source draws; other sources always give all they have."""
 
     flip: bool = True
-    """Mirror half of the training pictures left to right, at random."""
+    """Mirror half of the training pictures left to right, at random; for latents, `encode` must
+    have been told the same: false leaves the mirror images out, at half the time and space."""
 
     balanced_labels: str | None = None
     """Label field whose labels training reads equally often, rare or not; pictures without that

@@ -13,6 +13,7 @@ so a folder without `cache.json` is half-written. A row has the file's `sha256` 
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from complexity_dit.vae import Vae, load_vae, weights_sha256
 FORMAT = "complexity-dit-latents-1"
 PLAN_FILE, CACHE_FILE, PARTS = "plan.json", "cache.json", "parts"
 SCHEME = "latents:"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,24 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             )
         return (latents - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
+    def warn_of_lost_pictures(self, source: str) -> None:
+        """Say which encoded files are no longer in a folder that is still there.
+
+        Training does without them; an evaluation against that folder would measure something else.
+        """
+        scheme, _, root = source.partition(":")
+        if scheme != "imagefolder" or not Path(root).expanduser().is_dir():
+            return
+        # A name is "PATH (row N)"; a member of an archive has a URL in place of the path.
+        names = (name.rsplit(" (row ", 1)[0] for name in self._rows.data.column("name").to_pylist())
+        lost = [name for name in names if "://" not in name and not Path(name).exists()]
+        if lost:
+            log.warning(
+                "%d of the %d pictures that were encoded into %s are no longer in %s (%s): "
+                "training has their latents, but an evaluation cannot see them",
+                len(lost), len(self._rows), self._folder, source, lost[0],
+            )  # fmt: skip
+
     def _read(self, column: str, rows: np.ndarray, sides: np.ndarray) -> Tensor:
         if column not in self._views:
             self._views[column] = self._map(column)
@@ -201,7 +222,9 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
             f"data.flip is true, and {folder} has no mirrored latents: set it false, or encode "
             "again with --flip true"
         )
-    return LatentDataset(folder, info, config, split)
+    dataset = LatentDataset(folder, info, config, split)
+    dataset.warn_of_lost_pictures(info["source"]["source"])
+    return dataset
 
 
 def open_latent_space(config: DataConfig) -> LatentSpace | None:
