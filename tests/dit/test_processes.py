@@ -155,47 +155,55 @@ def test_shards_are_one(launch, tmp_path):
     assert_equal_runs(back, one)
 
 
+EVALUATED = """
+import sys
+from functools import partial
+
+from complexity_dit import __main__ as cli
+from complexity_dit import looks
+
+looks.EvalConfig = partial(looks.EvalConfig, weights="random")
+cli.main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+def test_two_processes_evaluate_together_and_stop_after_the_same_step(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     run = tmp_path / "run"
     command = [
-        sys.executable, "-m", "complexity_dit", "train", "--out", str(run), "--steps=100000",
-        "--batch_size=4", "--log_every=1", "--checkpoint_every=5", "--data.num_images=32",
-        "--data.resolution=8", "--optim.warmup_steps=1",
+        sys.executable, "-c", EVALUATED, "train", "--out", str(run), "--steps=100000",
+        "--batch_size=4", "--log_every=1", "--evaluate_every=5", "--evaluate_num_images=6",
+        "--data.num_images=64", "--data.resolution=8", "--optim.warmup_steps=1",
         "--model.overrides={hidden_size: 32, num_layers: 1, num_attention_heads: 2}",
     ]  # fmt: skip
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
     }  # fmt: skip
-    both = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    both = []
     try:
-        while latest_checkpoint(run / "checkpoints") is None:
+        for rank in ("0", "1"):
+            with (tmp_path / f"{rank}.txt").open("w") as said:
+                of_rank = environment | {"RANK": rank, "LOCAL_RANK": rank}
+                both.append(subprocess.Popen(command, env=of_rank, stdout=said, stderr=said))
+        metrics = run / "metrics.csv"
+        while not metrics.exists() or "fd_random" not in metrics.read_text():
             assert [worker.poll() for worker in both] == [None, None]
             time.sleep(0.05)
         both[1].send_signal(signal.SIGTERM)
-        errors = [worker.communicate(timeout=120)[1] for worker in both]
+        statuses = [worker.wait(timeout=200) for worker in both]
     finally:
         for worker in both:
             worker.kill()
             worker.wait()
-    assert [worker.returncode for worker in both] == [143, 143], errors
-    last = latest_checkpoint(run / "checkpoints")
-    for error in errors:
-        assert f"stopped by SIGTERM after step {int(last.name[5:])} of 100000" in error
-        assert "Traceback" not in error
-    rows = (run / "train_log.csv").read_text().splitlines()
-    assert rows[-1].startswith(f"{int(last.name[5:])},")
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert statuses == [143, 143], said
+    last = int(latest_checkpoint(run / "checkpoints").name[5:])
+    for text in said:
+        assert f"stopped by SIGTERM after step {last} of 100000" in text
+        assert "Traceback" not in text
+    assert (run / "train_log.csv").read_text().splitlines()[-1].startswith(f"{last},")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import EMAConfig, OptimConfig
 from complexity_dit.data import load_data
+from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import ObjectiveConfig
-from complexity_dit.train import _optimizer_step
+from complexity_dit.step import optimizer_step
 
 FLOW = ObjectiveConfig(network_output="target", label_dropout=0.0)
 
@@ -93,7 +95,8 @@ def test_adamw_is_fused_and_gradients_are_clipped(small_run):
     state.optimizer.register_step_pre_hook(watch)
     batch = StepBatches(data, run, 0, 1)[0]
     accelerator = Accelerator(cpu=True)
-    _, norm, taken = _optimizer_step(accelerator, state.model, state, batch, run)
+    noise = NoiseLevels(0, Path(run.out), 0, accelerator)
+    _, norm, taken = optimizer_step(accelerator, state.model, state, batch, run, noise)
     assert taken
     assert norm > 1e-2  # as it was
     assert seen == pytest.approx([1e-3], rel=1e-3)  # as it was applied

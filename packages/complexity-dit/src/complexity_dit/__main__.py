@@ -118,8 +118,9 @@ def run(arguments: Sequence[str]) -> None:
     except ArgumentError as error:
         from complexity_dit.cli_errors import explain
 
-        commands = parser._subcommands_action.choices
-        raise UserError(explain(str(error), arguments, commands)) from None
+        commands = parser._subcommands_action
+        assert commands is not None  # build_parser added them
+        raise UserError(explain(str(error), arguments, commands.choices)) from None
     command = parsed.subcommand
     options = parsed[command].as_dict()
     if command == "demo":

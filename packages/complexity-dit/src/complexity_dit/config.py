@@ -166,8 +166,8 @@ class TrainConfig:
     """Steps between grids of pictures of the raw and the EMA weights in samples/; 0 for none."""
 
     evaluate_every: int = 0
-    """Steps between evaluations of the EMA weights (metrics.csv); 0 for none. Such a step also
-    makes a checkpoint. One process measures and the others wait for it."""
+    """Steps between evaluations of the EMA weights, FID and KID (metrics.csv); 0 for none. Such
+    a step also makes a checkpoint."""
 
     evaluate_num_images: int = 2048
     """Images of each side of such an evaluation."""

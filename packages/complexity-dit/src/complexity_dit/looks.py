@@ -119,7 +119,7 @@ class SampleGrids:
 
 
 class Evaluation:
-    """`complexity-dit evaluate` on the averaged weights, with its defaults and fewer images.
+    """`complexity-dit evaluate` on the averaged weights: FID and KID, shared by the processes.
 
     Writes `<out>/evaluations/step-XXXXXXXX/result.json`, and a row for each metric into
     `<out>/metrics.csv`.

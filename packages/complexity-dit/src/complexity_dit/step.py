@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from complexity_dit.config import TrainConfig
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import training_loss
+from complexity_dit.sharding import whole
 from complexity_dit.state import TrainState
 
 
@@ -46,6 +47,7 @@ def optimizer_step(
         total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     assert grad_norm is not None  # accelerate gives none on XLA only
+    grad_norm = whole(grad_norm)
     taken = state.guard is None or state.guard.admits(float(grad_norm))
     if taken:
         state.optimizer.step()

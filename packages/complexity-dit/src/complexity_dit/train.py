@@ -47,7 +47,8 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     """Run one training, or go on with it.
 
     Writes `<out>/config.yaml`, `train_log.csv` (a row a step), `logs/` (tensorboard),
-    `checkpoints/step-XXXXXXXX/` and, at the end, `pipeline/` with the EMA weights.
+    `checkpoints/step-XXXXXXXX/`, what the looks write (see `looks`, `noise_levels`) and, at the
+    end, `pipeline/` with the EMA weights.
 
     Args:
         config: The whole run.
