@@ -223,3 +223,25 @@ def test_tables_come_from_the_last_run_alone(scripts: None) -> None:
 def test_the_tables_are_up_to_date() -> None:
     done = run("tables.py", "--check")
     assert done.returncode == 0, done.stdout
+
+
+def test_bench_eval_puts_three_programs_beside_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    done = run("bench_eval.py", "--n", "40", "--rows", str(out))
+    assert done.returncode == 0, done.stderr
+    values: dict[str, dict[str, float]] = {}
+    for row in rows(out):
+        measure, program = row["case"].split()
+        assert row["shape"] == "n 40 x 2048"
+        if row["metric"] == "value":
+            values.setdefault(measure, {})[program] = float(row["value"])
+        elif row["metric"] != "memory":
+            assert float(row["value"]) > 0
+    assert values["prdc"].keys() == {"ours", "torch-fidelity"}
+    assert (
+        values["fid"].keys() == values["kid"].keys() == {"ours", "torch-fidelity", "torchmetrics"}
+    )
+    # The same work, or the times would say nothing; KID of whole sets needs no equal draws.
+    for found in values.values():
+        for value in found.values():
+            assert value == pytest.approx(found["ours"], rel=2e-3)

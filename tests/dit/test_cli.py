@@ -1,6 +1,7 @@
 """The command line as typed: what works, and what wrong input says and returns."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from PIL import Image
 
 from complexity_dit import __main__ as cli
+from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.config import TrainConfig
 
 SMALL = [
@@ -54,7 +56,7 @@ def test_train_sample_and_evaluate(command, tmp_path):
     out = tmp_path / "run"
     assert command("train", "--out", out, *SMALL)[0] == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints", "config.yaml", "logs", "pipeline", "train_log.csv",
+        "checkpoints", "config.yaml", "logs", "noise_levels.csv", "pipeline", "train_log.csv",
     ]  # fmt: skip
     status, text, _ = command(
         "sample", out / "pipeline", "--out", tmp_path / "a.png", "--labels.style", "Op_Art",
@@ -85,11 +87,37 @@ def cli_parsed(values):
     return options
 
 
-@pytest.mark.parametrize("name", ["demo", "wikiart-cpu"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/dit").glob("*.yaml")))
 def test_committed_configs_parse(command, name):
     status, text, _ = command("train", f"--config=configs/dit/{name}.yaml", "--print_config")
     assert status == 0
     assert yaml.safe_load(text)["data"]["resolution"] > 0
+
+
+def test_encode_and_train(command, paintings, tmp_path):
+    vae = TinyAutoencoder(
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), pool_channels=0,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    cache = tmp_path / "latents"
+    encode = [
+        "encode", f"--source=imagefolder:{paintings}", "--resolution=16", "--holdout=0", "--out",
+    ]  # fmt: skip
+    status, text, _ = command(*encode, cache, f"--vae={tmp_path}/vae")
+    assert status == 0
+    assert str(cache) in text
+    train = ["train", *SMALL, "--data.holdout=0", f"--data.source=latents:{cache}", "--out"]
+    assert command(*train, tmp_path / "run")[0] == 0
+    assert (tmp_path / "run" / "pipeline" / "vae" / "config.json").is_file()
+    for arguments, message in (
+        ([*encode, tmp_path / "a"], "--vae is missing"),
+        ([*encode, tmp_path / "a", f"--vae={tmp_path}/no"], "there is no VAE folder"),
+        ([*train, tmp_path / "b", "--data.resolution=32"], "set data.resolution to it"),
+    ):
+        status, _, error = command(*arguments)
+        assert (status, error.count("\n")) == (2, 1)
+        assert message in error
 
 
 def test_help_explains_every_field(command):
@@ -154,7 +182,7 @@ def test_interrupted_evaluation_leaves_no_result(command, tmp_path, paintings, m
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("complexity_dit.evaluate.fid_from_features", stop)
+    monkeypatch.setattr("complexity_dit.measures.fid_from_features", stop)
     shutil.rmtree(paintings / "Fauvism")
     (paintings / "Cubism" / "truncated.png").unlink()
     status, _, err = command(

@@ -247,12 +247,12 @@ def test_the_split_follows_the_bytes(folder: Path) -> None:
 
 
 def test_the_rule_of_the_split() -> None:
-    assert data._in_split("0" * 64, 0.1, "heldout")
-    assert data._in_split("1999" + "0" * 60, 0.1, "heldout")
-    assert not data._in_split("199a" + "0" * 60, 0.1, "heldout")
-    assert data._in_split("199a" + "0" * 60, 0.1, "train")
-    assert not data._in_split("0" * 64, 0.0, "heldout")
-    assert data._in_split("f" * 64, 0.1, "all")
+    assert data.in_split("0" * 64, 0.1, "heldout")
+    assert data.in_split("1999" + "0" * 60, 0.1, "heldout")
+    assert not data.in_split("199a" + "0" * 60, 0.1, "heldout")
+    assert data.in_split("199a" + "0" * 60, 0.1, "train")
+    assert not data.in_split("0" * 64, 0.0, "heldout")
+    assert data.in_split("f" * 64, 0.1, "all")
 
 
 def test_the_fingerprint_names_the_data(folder: Path) -> None:

@@ -71,6 +71,21 @@ def script_network(path: Path) -> torch.jit.ScriptModule:
         return torch.jit.load(path)
 
 
+def pytorch_fid_state(helper_file: Path) -> dict[str, torch.Tensor]:
+    """The helper's numbers under the names that pytorch-fid and torch-fidelity give them."""
+    from complexity_dit.inception_net import _layer_names
+
+    raw, renamed = script_network(helper_file).state_dict(), {}
+    for _, name, script_name in _layer_names():
+        prefix = f"net.layers.{script_name}."
+        renamed[f"{name}.conv.weight"] = raw[prefix + "weight"]
+        renamed[f"{name}.bn.bias"] = raw[prefix + "beta"]
+        renamed[f"{name}.bn.running_mean"] = raw[prefix + "mean"]
+        renamed[f"{name}.bn.running_var"] = raw[prefix + "var"]
+        renamed[f"{name}.bn.weight"] = torch.ones_like(raw[prefix + "mean"])
+    return renamed
+
+
 def read(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
@@ -151,21 +166,41 @@ def test_reference_features_and_fid_from_images(helper_file: Path) -> None:
 @needs_weights
 def test_state_dict_names_give_the_same_tensors(helper_file: Path) -> None:
     """pytorch-fid's file is not at hand: its names, with the script's numbers, must fold alike."""
-    from complexity_dit.inception_net import _layer_names, fold_state_dict
+    from complexity_dit.inception_net import fold_state_dict
 
-    raw = script_network(helper_file).state_dict()
-    renamed = {}
-    for _, name, script_name in _layer_names():
-        prefix = f"net.layers.{script_name}."
-        renamed[f"{name}.conv.weight"] = raw[prefix + "weight"]
-        renamed[f"{name}.bn.bias"] = raw[prefix + "beta"]
-        renamed[f"{name}.bn.running_mean"] = raw[prefix + "mean"]
-        renamed[f"{name}.bn.running_var"] = raw[prefix + "var"]
-        renamed[f"{name}.bn.weight"] = torch.ones_like(raw[prefix + "mean"])
+    raw, renamed = script_network(helper_file).state_dict(), pytorch_fid_state(helper_file)
     ours, theirs = fold_state_dict(raw, "torchscript"), fold_state_dict(renamed, "state_dict")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ours.keys() == theirs.keys()
     with pytest.raises(UserError, match="lack the tensors"):
         fold_state_dict({}, "state_dict")
+
+
+@needs_weights
+def test_a_file_with_a_classifier_gives_the_inception_score(
+    nowhere: Path, helper_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The helper package has no ``fc``; pytorch-fid's and torch-fidelity's files do."""
+    state = pytorch_fid_state(helper_file)
+    classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0)) / 45
+    path = nowhere / "with_fc.pth"
+    torch.save(state | {"fc.weight": classifier, "fc.bias": torch.zeros(1008)}, path)
+    monkeypatch.setitem(inception.KNOWN_WEIGHTS, inception.sha256_of(path), "state_dict")
+    for _ in ("the file", "its converted copy"):
+        extractor = load_extractor(str(path), spatial=True)
+        assert extractor.classifier is not None
+        torch.testing.assert_close(extractor.classifier, classifier)
+    assert load_inception(str(helper_file)).classifier is None
+
+    # The spatial features are channels of the block that ADM names, and change no other number.
+    x = noise(2)
+    kept = []
+    block = extractor.network.mixed["Mixed_6d"].convs["branch1x1"]
+    block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    both = extractor(x)
+    assert both.shape == (2, 2048 + extractor.spatial_dim) == (2, 2048 + 2023)
+    assert torch.equal(both[:, 2048:], kept[0][:, :7].flatten(1))
+    assert torch.equal(both[:, :2048], load_inception(str(helper_file))(x))
 
 
 @needs_weights

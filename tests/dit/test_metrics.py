@@ -11,16 +11,15 @@ import scipy.linalg
 import torch
 
 from complexity_dit.errors import UserError
+from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import (
-    _mmd2_direct,
-    _mmd2_masked,
-    class_means,
+    Statistics,
+    distance_of_sets,
     feature_statistics,
     fid_from_features,
     fid_to_statistics,
     frechet_distance,
-    kid_from_features,
-    nearest_class_mean_accuracy,
+    inception_score,
 )
 
 needs_data = pytest.mark.skipif(
@@ -76,12 +75,64 @@ def test_fid_equals_torchmetrics() -> None:
     assert fid_from_features(a, b) == pytest.approx(float(_compute_fid(*s1, *s2)), rel=1e-9)
 
 
-def test_identical_sets_are_at_distance_zero() -> None:
-    for n, d in ((6, 40), (300, 40)):
-        a = features(n, d, 0)
-        assert abs(fid_from_features(a, a)) < 1e-9
-        s = feature_statistics(a)
-        assert abs(frechet_distance(s.mu, s.sigma, s.mu, s.sigma)) < 1e-9
+def trace_of_root(s1: np.ndarray, s2: np.ndarray) -> float:
+    """tr (S1 S2)^(1/2) by scipy, through the symmetric product S1^(1/2) S2 S1^(1/2)."""
+    values, vectors = scipy.linalg.eigh(s1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return float(np.sqrt(scipy.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum())
+
+
+@pytest.mark.parametrize(
+    ("n1", "n2", "d", "rank"),
+    [(40, 50, 600, 100), (900, 700, 600, 550), (560, 900, 640, 540), (600, 600, 560, 20)],
+)
+def test_rank_deficient_covariances_equal_scipy(n1: int, n2: int, d: int, rank: int) -> None:
+    """Few samples, dead features, and both; sizes on either side of the switch to eigenvalues.
+
+    scipy works within the space that the features span, where nothing is singular: in the whole
+    space the eigenvalues that should be 0 leave it three digits.
+    """
+    rng = np.random.default_rng(5)
+    spanned = np.linalg.qr(rng.standard_normal((d, rank)))[0].T
+    scale = np.exp(-3 * np.arange(rank) / rank)
+    coordinates = rng.standard_normal((n1, rank)) * scale, rng.standard_normal((n2, rank)) * scale
+    a, b = coordinates[0] @ spanned, coordinates[1] @ spanned + 0.05
+    s1, s2 = (np.cov(c, rowvar=False) for c in coordinates)
+    apart = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2)
+    expected = apart - 2 * trace_of_root(s1, s2)
+    assert fid_from_features(a, b) == pytest.approx(expected, rel=1e-6)
+    assert fid_to_statistics(a, feature_statistics(b)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(6, 40), (300, 40), (600, 640), (900, 600)])
+def test_identical_sets_are_at_distance_zero(n: int, d: int) -> None:
+    a = features(n, d, 0) * 10
+    assert abs(fid_from_features(a, a)) < 1e-6
+    assert abs(fid_from_features(a, a[::-1])) < 1e-6
+    s = feature_statistics(a)
+    assert abs(frechet_distance(s.mu, s.sigma, s.mu, s.sigma)) < 1e-6
+
+
+@pytest.mark.parametrize("d", [5, 60])
+def test_a_row_with_a_count_stands_for_equal_rows(d: int) -> None:
+    a, b = features(30, d, 0), features(20, d, 1, 0.3)
+    counts = np.random.default_rng(0).integers(1, 5, 30)
+    copied = distance_of_sets(np.repeat(a, counts, 0), b)
+    assert distance_of_sets(a, b, counts.astype(float)) == pytest.approx(copied, rel=1e-9)
+
+
+def test_inception_score_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * np.random.default_rng(0).standard_normal((103, 17))
+    judge = isc_features_to_metric(torch.from_numpy(logits))
+    mean, std = inception_score(logits)
+    assert mean == pytest.approx(judge["inception_score_mean"], rel=1e-12)
+    assert std == pytest.approx(judge["inception_score_std"], rel=1e-9)
+    assert inception_score(np.zeros((20, 4)))[0] == pytest.approx(1)
+    assert inception_score(np.tile(1e3 * np.eye(4), (25, 1)), 1)[0] == pytest.approx(4)
+    with pytest.raises(UserError, match="as many images; got 9"):
+        inception_score(logits[:9])
 
 
 @needs_data
@@ -97,43 +148,6 @@ def test_reference_values_from_stored_features() -> None:
     assert fid_from_features(*small) == pytest.approx(values[2], rel=1e-5)
 
 
-def test_kid_is_torch_fidelitys_for_the_same_seed() -> None:
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
-    a, b = features(90, 16, 0).astype(np.float64), features(70, 16, 1, 0.2).astype(np.float64)
-    judge = kid_features_to_metric(
-        torch.from_numpy(a),
-        torch.from_numpy(b),
-        kid_subsets=7,
-        kid_subset_size=30,
-        rng_seed=5,
-        verbose=False,
-    )
-    ours = kid_from_features(a, b, 7, 30, seed=5)
-    assert ours.mean == pytest.approx(judge["kernel_inception_distance_mean"], rel=1e-10)
-    assert ours.std == pytest.approx(judge["kernel_inception_distance_std"], rel=1e-10)
-    assert ours.stderr == pytest.approx(ours.std / 7**0.5, rel=1e-12)
-    assert (ours.subsets, ours.subset_size) == (7, 30)
-
-
-def test_kid_of_whole_sets_is_torchmetrics_mmd(caplog: pytest.LogCaptureFixture) -> None:
-    from torchmetrics.image.kid import poly_mmd
-
-    a, b = features(50, 16, 0), features(50, 16, 1, shift=0.2)
-    judge = float(poly_mmd(torch.from_numpy(a).double(), torch.from_numpy(b).double()))
-    ours = kid_from_features(a, b, subsets=3, subset_size=1000)
-    assert ours.mean == pytest.approx(judge, rel=1e-10)
-    assert ours.subset_size == 50
-    assert "kid_std says nothing" in caplog.text
-
-
-def test_kid_routes_agree() -> None:
-    a, b = features(40, 8, 0).astype(np.float64), features(30, 8, 1, 0.1).astype(np.float64)
-    rng = np.random.default_rng(0)
-    draws = [(rng.choice(40, 12, False), rng.choice(30, 12, False)) for _ in range(5)]
-    np.testing.assert_allclose(_mmd2_masked(a, b, draws), _mmd2_direct(a, b, draws), rtol=1e-9)
-
-
 def test_few_samples_are_refused_or_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     a = features(5, 4, 0)
     for measure in (fid_from_features, kid_from_features):
@@ -142,35 +156,23 @@ def test_few_samples_are_refused_or_warned_about(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         fid_from_features(a, a)
     assert "n is 5: below 2048" in caplog.text
+    assert "feature dimension" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        fid_from_features(features(5, 6, 0), features(7, 6, 1))
+    assert "below the feature dimension 6" in caplog.text
 
 
 def test_bad_features_name_the_fault() -> None:
     a = features(6, 4, 0)
     broken = a.copy()
     broken[2, 1] = np.nan
-    with pytest.raises(UserError, match="1 of 6 rows"):
+    with pytest.raises(UserError, match=r"1 of 6 rows .* \(the first is row 2\)"):
         fid_from_features(broken, a)
     with pytest.raises(UserError, match="4 and 3 wide"):
         fid_from_features(a, a[:, :3])
     with pytest.raises(UserError, match="positive semi-definite"):
         frechet_distance(a[0], -np.eye(4), a[0], np.eye(4))
+    with pytest.raises(UserError, match="made with another network"):
+        fid_to_statistics(a, Statistics(np.zeros(3), np.eye(3), 9))
     with pytest.raises(UserError, match="shapes"):
         frechet_distance(a[0], np.eye(3), a[0], np.eye(4))
-    with pytest.raises(UserError, match="subset_size is 1"):
-        kid_from_features(a, a, subset_size=1)
-
-
-def test_class_means_and_nearest_mean_leave_missing_labels_out() -> None:
-    x = np.array([[0.0, 0], [2, 0], [10, 0], [10, 4], [99, 99]])
-    labels = np.array([0, 0, 3, 3, -1])
-    means = class_means(x, labels)
-    assert sorted(means) == [0, 3]
-    np.testing.assert_array_equal(means[3], [10, 2])
-    probe = np.array([[1.0, 1], [9, 1], [9, 0], [50, 50], [0, 0]])
-    asked = np.array([0, 3, 0, -1, 7])
-    # hit, hit, miss, left out, a class without a mean: miss
-    assert nearest_class_mean_accuracy(probe, asked, means) == 0.5
-    with pytest.raises(UserError, match="no image has a label"):
-        class_means(x, np.full(5, -1))
-    with pytest.raises(UserError, match=r"labels \(2,\)"):
-        class_means(x, np.array([0, 1]))

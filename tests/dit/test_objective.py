@@ -11,6 +11,7 @@ from complexity_dit.objective import (
     drop_labels,
     noisy_input_and_target,
     sample_times,
+    training_loss,
     velocity_towards,
 )
 from complexity_dit.seeding import derive_seed, generator_for
@@ -102,10 +103,10 @@ def test_only_flow_can_be_learned_through_the_clean_image():
 
 def test_labels_are_dropped_field_by_field():
     labels = torch.ones(20000, 2, dtype=torch.long)
-    dropped = drop_labels(labels, 0.1, generator_for(0, "test")) == -1
+    dropped = drop_labels(labels, [0.1, 0.1], generator_for(0, "test")) == -1
     assert dropped.float().mean(0).tolist() == pytest.approx([0.1, 0.1], abs=0.01)
     assert dropped.all(1).float().mean() == pytest.approx(0.01, abs=0.004)
-    assert torch.equal(drop_labels(labels, 0.0, generator_for(0, "test")), labels)
+    assert torch.equal(drop_labels(labels, [0.0, 0.0], generator_for(0, "test")), labels)
 
 
 def test_seeds_depend_on_everything_and_on_nothing_else():
@@ -118,3 +119,58 @@ def test_seeds_depend_on_everything_and_on_nothing_else():
     first = torch.rand(3, generator=generator_for(7, "x", 2))
     torch.rand(100)
     assert torch.equal(first, torch.rand(3, generator=generator_for(7, "x", 2)))
+
+
+def test_each_field_can_have_its_own_dropout():
+    config = ObjectiveConfig(label_dropout={"genre": 0.5, "style": 0.1})
+    rates = config.label_dropouts(["style", "genre"])
+    assert rates == [0.1, 0.5]  # in the order of the fields, not of the mapping
+    labels = torch.ones(20000, 2, dtype=torch.long)
+    dropped = drop_labels(labels, rates, generator_for(0, "test")) == -1
+    assert dropped.float().mean(0).tolist() == pytest.approx([0.1, 0.5], abs=0.01)
+    assert ObjectiveConfig(label_dropout=0.2).label_dropouts(["a", "b"]) == [0.2, 0.2]
+    for wrong in ({"style": 0.1}, {"style": 0.1, "genre": 0.1, "artist": 0.1}):
+        with pytest.raises(UserError, match="fields of the data are style, genre"):
+            ObjectiveConfig(label_dropout=wrong).label_dropouts(["style", "genre"])
+
+
+def test_the_direction_term_sees_the_angle_and_not_the_length():
+    torch.manual_seed(0)
+    target = torch.randn(5, 3, 4, 4)
+    prediction = torch.randn(5, 3, 4, 4)
+    off = ObjectiveConfig()
+    assert torch.equal(
+        training_loss(prediction, target, off), (prediction - target).square().mean()
+    )
+    on = ObjectiveConfig(direction_weight=0.5)
+
+    def term(prediction, config=on):
+        whole = training_loss(prediction, target, config)
+        return (whole - training_loss(prediction, target, off)).item()
+
+    dots = (prediction * target).flatten(1).sum(1).double()
+    cosines = dots / prediction.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
+    assert term(prediction) == pytest.approx(0.5 * (1 - cosines).mean().item(), rel=1e-5)
+    assert term(7 * prediction) == pytest.approx(term(prediction), rel=1e-4)
+    assert term(3 * target) == pytest.approx(0, abs=1e-6)
+    each = ObjectiveConfig(direction_weight=0.5, direction_over="channels")
+    scaled = target * torch.rand(5, 1, 4, 4).add(0.1)  # another length at each position
+    assert term(scaled, each) == pytest.approx(0, abs=1e-6)
+    assert term(scaled) > 0.01
+    assert training_loss(prediction.bfloat16(), target, on).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"direction_weight": -1.0}, "direction_weight -1.0 must be"),
+        ({"direction_weight": float("nan")}, "direction_weight nan must be"),
+        ({"direction_weight": 0.5, "prediction_type": "epsilon"}, "needs a velocity"),
+        ({"label_dropout": 1.5}, "label_dropout: 1.5 must be a probability"),
+        ({"label_dropout": {"style": -0.1}}, "label_dropout of style: -0.1"),
+    ],
+)
+def test_objectives_that_make_no_sense_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        ObjectiveConfig(**settings).check()
+    ObjectiveConfig(direction_weight=0.5, prediction_type="v_prediction").check()

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from complexity_dit import state as state_module
+from complexity_dit.batches import StepBatches
 from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.state import all_checkpoints, latest_checkpoint
-from complexity_dit.train import StepBatches, train
+from complexity_dit.train import train
 
 
 def losses(run):
@@ -171,22 +171,12 @@ def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
     assert state.optimizer.param_groups[1]["weight_decay"] == 0
 
 
-def test_folder_aside_leaves_nothing_behind(tmp_path):
-    target = tmp_path / "thing"
-    with folder_aside(target) as folder:
-        (folder / "a").write_text("first")
-    writing = folder_aside(target)
-    (writing.__enter__() / "a").write_text("second")
-    assert not writing.__exit__(RuntimeError, RuntimeError(), None)
-    assert (target / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
-
-
 def test_checkpoint_says_what_made_it(small_run):
     train(small_run)
     meta = json.loads(
         (latest_checkpoint(Path(small_run.out) / "checkpoints") / "state.json").read_text()
     )
     assert meta["step"] == 8
+    assert meta["processes"] == 1
     assert meta["config"]["optim"]["lr"] == small_run.optim.lr
     assert (Path(small_run.out) / "config.yaml").exists()

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from complexity_dit.autoencoder import TinyAutoencoder
     from complexity_dit.config import TrainConfig
     from complexity_dit.errors import UserError
     from complexity_dit.pipeline import ComplexityDiTPipeline
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ComplexityDiTPipeline": "pipeline",
     "ComplexityDiTTransformer2DModel": "transformer",
+    "TinyAutoencoder": "autoencoder",
     "TrainConfig": "config",
     "UserError": "errors",
 }
@@ -22,6 +24,7 @@ _HOMES = {
 __all__ = [
     "ComplexityDiTPipeline",
     "ComplexityDiTTransformer2DModel",
+    "TinyAutoencoder",
     "TrainConfig",
     "UserError",
     "__version__",

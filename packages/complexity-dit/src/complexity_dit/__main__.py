@@ -1,4 +1,4 @@
-"""The command line: `complexity-dit demo | train | sample | evaluate | plan`."""
+"""The command line: `complexity-dit demo | train | encode | sample | evaluate | compare | plan`."""
 
 import json
 import logging
@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
-from complexity_dit.errors import UserError
+from complexity_dit.errors import RunStopped, UserError
 
 
 def build_parser() -> ArgumentParser:
@@ -33,6 +33,14 @@ def build_parser() -> ArgumentParser:
     train.add_class_arguments(TrainConfig, None)
     commands.add_subcommand("train", train)
 
+    encode = ArgumentParser(description="Turn pictures into latents to train on, with a VAE.")
+    encode.add_class_arguments(DataConfig, None)
+    encode.add_argument("--out", type=str, required=True, help="folder of the latents")
+    encode.add_argument("--batch_size", type=int, default=16, help="pictures in a call of the VAE")
+    encode.add_argument("--part_size", type=int, default=512, help="pictures in a file")
+    encode.set_defaults(resolution=128)
+    commands.add_subcommand("encode", encode)
+
     sample = ArgumentParser(description="Paint with a trained pipeline.")
     sample.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
     sample.add_argument(
@@ -49,15 +57,23 @@ def build_parser() -> ArgumentParser:
     sample.add_class_arguments(SampleConfig, None)
     commands.add_subcommand("sample", sample)
 
-    evaluate = ArgumentParser(description="FID and KID of a pipeline or a folder of pictures.")
-    evaluate.add_argument("target", type=str, help="pipeline folder, or a folder of pictures")
+    evaluate = ArgumentParser(description="FID, KID and more of a pipeline or of pictures.")
+    evaluate.add_argument(
+        "target",
+        type=str,
+        help="pipeline folder or Hub id, a folder of pictures, an .npz with arr_0, or a source "
+        "(its training pictures)",
+    )
     evaluate.add_argument(
         "--reference",
         type=str,
         required=True,
-        help="art | imagefolder:PATH | hub:NAME (their held-out pictures), a folder, or an .npz",
+        help="art | imagefolder:PATH | hub:NAME (their held-out pictures), a folder, or an .npz "
+        "of pictures or statistics",
     )
-    evaluate.add_argument("--out", type=str, default="runs/evaluation", help="gets result.json")
+    evaluate.add_argument(
+        "--out", type=str, default="runs/evaluation", help="gets result.json and report.html"
+    )
     evaluate.add_class_arguments(EvalConfig, None)
     evaluate.add_class_arguments(SampleConfig, "sample")
     evaluate.add_argument(
@@ -68,18 +84,38 @@ def build_parser() -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", evaluate)
 
+    compare = ArgumentParser(description="Two results side by side, if they were measured alike.")
+    compare.add_argument("first", type=str, help="a result.json, or its folder")
+    compare.add_argument("second", type=str, help="another")
+    compare.add_argument(
+        "--allow",
+        type=list[str],
+        default=[],
+        help="settings that may differ, e.g. --allow [sample.guidance_scale]",
+    )
+    commands.add_subcommand("compare", compare)
+
     plan = ArgumentParser(description="What a run will need: parameters, FLOPs, memory, steps.")
     plan.add_argument("--config", action="config", help="the YAML of the run")
     plan.add_class_arguments(TrainConfig, None)
     plan.add_class_arguments(PlanConfig, None)
     commands.add_subcommand("plan", plan)
+    for one in (parser, *commands.choices.values()):
+        one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
 
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one command."""
     parser = build_parser()
-    parsed = parser.instantiate(parser.parse_args(_join_labels(arguments)))
+    arguments = _join_labels(arguments)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        from complexity_dit.cli_errors import explain
+
+        commands = parser._subcommands_action.choices
+        raise UserError(explain(str(error), arguments, commands)) from None
     command = parsed.subcommand
     options = parsed[command].as_dict()
     if command == "demo":
@@ -92,6 +128,12 @@ def run(arguments: Sequence[str]) -> None:
 
         options.pop("config")
         print(f"the pipeline is in {train(TrainConfig(**options))}")
+    elif command == "encode":
+        from complexity_dit.data import DataConfig
+        from complexity_dit.encode import encode
+
+        own = {name: options.pop(name) for name in ("out", "batch_size", "part_size")}
+        print(f"the latents are in {encode(DataConfig(**options), **own)}")
     elif command == "sample":
         from complexity_dit.sample import SampleConfig, sample
 
@@ -109,6 +151,10 @@ def run(arguments: Sequence[str]) -> None:
         options.pop("config")
         own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
         print(plan(TrainConfig(**options), PlanConfig(**own)))
+    elif command == "compare":
+        from complexity_dit.compare import compare
+
+        print(compare(options["first"], options["second"], options["allow"]))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:
@@ -134,7 +180,11 @@ def _join_labels(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run a command; wrong input ends with its message and exit status 2, not with a traceback."""
+    """Run a command and turn what ends it into a message and an exit status.
+
+    Wrong input is 2; a training that a signal stopped after saving is 128 + the signal, as in a
+    shell; an interrupted command is 130. Only defects of ours end with a traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -142,6 +192,8 @@ def main() -> None:
         run(sys.argv[1:])
     except UserError as error:
         sys.exit(_fail(f"complexity-dit: error: {error}", 2))
+    except RunStopped as stop:
+        sys.exit(_fail(f"complexity-dit: {stop}", stop.exit_status))
     except KeyboardInterrupt:
         sys.exit(_fail("complexity-dit: interrupted; checkpoints already written are whole", 130))
 

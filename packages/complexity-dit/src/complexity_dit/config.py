@@ -23,16 +23,50 @@ class ModelConfig:
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
     """What the coefficients of the dynamics depend on; lite has fixed ones."""
 
+    token_drop_rate: float = 0.0
+    """Share of an image's tokens, drawn anew at each step, that bypass the middle blocks in
+    training (TREAD, arXiv 2501.04765); none do in sampling. 0 is off."""
+
+    token_drop_until: float = 1.0
+    """Share of the run after which no token is dropped any more: a last stretch on whole images
+    brings the network back to what sampling asks of it (as SPRINT does, arXiv 2510.21986)."""
+
+    token_drop_start: int | None = None
+    """First block that dropped tokens bypass, counted from 0; by default 1, the second."""
+
+    token_drop_end: int | None = None
+    """Block before which dropped tokens are back; by default the last one."""
+
+    value_residual: bool = False
+    """Blend the attention values of every block with the first block's, by a learned share that
+    starts at one half (arXiv 2410.17897)."""
+
+    routing: Literal["none", "timestep", "position"] = "none"
+    """Experts in place of the MLP, at equal work a token: chosen by the image's noise level, in
+    buckets that training meets equally often, or by the token's band of the picture."""
+
+    num_experts: int = 4
+    """Experts of each block, beside the shared one; with routing only."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of attention and MLP, and AdamW for the rest."""
 
     lr: float = 5e-3
     """Peak learning rate."""
+
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, scaled to updates of AdamW's size; by default `lr`."""
+
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
 
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -51,6 +85,18 @@ class OptimConfig:
 
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+
+    spike_factor: float = 0.0
+    """Skip a step whose gradient norm, before clipping, is more than this many times the 0.9
+    quantile of recent norms, and one that is not finite: weights, moments and EMA stay, the
+    schedule goes on. Asks the device for the norm at every step. 0 is off: a norm that is not
+    finite then stops the run."""
+
+    spike_window: int = 100
+    """How many recent norms that quantile is of; nothing finite is skipped before there are."""
+
+    spike_limit: int = 10
+    """Most steps in a row without a finite norm that the guard skips; one more stops the run."""
 
 
 @dataclass
@@ -74,6 +120,10 @@ class TrainConfig:
     resume: str = "none"
     """auto: go on from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
 
+    init_from: str | None = None
+    """A pipeline folder or Hub id whose weights a new run starts from (fine-tuning): labels are
+    matched by name, new ones start from the null row. A run that is resumed does not read it."""
+
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
 
@@ -89,8 +139,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass; weights and optimizer stay in fp32."""
 
-    compile: bool = False
-    """Compile the repeated blocks (torch.compile, fullgraph); costs about a minute at the start."""
+    compile: Literal["no", "regional"] | bool = "no"
+    """regional compiles the repeated blocks (torch.compile, fullgraph), once for all of them; it
+    costs about a minute at the start. true and false are read as regional and no."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
@@ -99,13 +150,39 @@ class TrainConfig:
     """Processes that prepare batches; 0 is best for pictures that fit in memory."""
 
     log_every: int = 20
-    """Steps between writes of train_log.csv (a row a step) and tensorboard."""
+    """Steps between writes of train_log.csv (a row a step), noise_levels.csv and the tracker."""
+
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where curves go beside the CSV files; tensorboard writes `logs/` in `out`."""
+
+    noise_bins: int = 5
+    """Bins of the noise level whose mean squared errors noise_levels.csv shows; 0 for none."""
+
+    dynamics_every: int = 0
+    """Steps between looks at the dynamics (dynamics.csv: a row a layer); 0 for none."""
+
+    sample_every: int = 0
+    """Steps between grids of pictures of the raw and the EMA weights in samples/; 0 for none."""
+
+    evaluate_every: int = 0
+    """Steps between evaluations of the EMA weights (metrics.csv); 0 for none. Such a step also
+    makes a checkpoint. One process measures and the others wait for it."""
+
+    evaluate_num_images: int = 2048
+    """Images of each side of such an evaluation."""
+
+    evaluate_reference: str | None = None
+    """What it compares with: a data source (its held-out pictures), a folder of pictures or a
+    statistics .npz; by default the source of the training."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
 
     keep_last: int = 2
-    """Checkpoints to keep; 0 keeps all."""
+    """How many of the newest checkpoints to keep; 0 keeps all."""
+
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever, whatever keep_last says; 0 for none."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Which paintings."""
@@ -121,3 +198,8 @@ class TrainConfig:
 
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Which average of its weights is kept."""
+
+    def __post_init__(self) -> None:
+        """Read the switch that `compile` was before it had names."""
+        if isinstance(self.compile, bool):
+            self.compile = "regional" if self.compile else "no"

@@ -45,7 +45,12 @@ class DataConfig:
     source: str = "art"
     """Where the pictures come from: `art` (drawn by this package), `imagefolder:PATH` (a folder
     with or without metadata.csv) or `hub:NAME` (a dataset of the Hugging Face hub, or a folder
-    that `datasets.load_dataset` can read)."""
+    that `datasets.load_dataset` can read). Training also takes `latents:PATH`, which
+    `complexity-dit encode` made from one of these."""
+
+    vae: str | None = None
+    """VAE of latents, as hub id or folder: `AutoencoderKL`, `AutoencoderTiny`, `TinyAutoencoder` or
+    the files of TAEF2. Training needs it only when the one that the cache names has moved."""
 
     resolution: int = 32
     """Side of the square training pictures in pixels; smaller images are skipped and counted."""
@@ -64,6 +69,10 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the training pictures left to right, at random."""
 
+    balanced_labels: str | None = None
+    """Label field whose labels training reads equally often, rare or not; pictures without that
+    label keep their share. By default every picture comes equally often."""
+
     strict: bool = False
     """Stop at the first unreadable or too small image instead of skipping it."""
 
@@ -81,6 +90,9 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         label_names: Names in id order by field, over the whole data, so both splits agree.
         labels: Ids, int64 of shape (N, F), -1 where missing; fields in the order of label_names.
         resolution: Side of the pictures in pixels.
+        channels: Channels of what the network sees, 3.
+        sample_size: Side of what the network sees in its own cells, here pixels.
+        samples_posterior: Whether ``clean`` takes noise, which only latents do.
         fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
             resolution, the split and the version of the preprocessing.
         skipped: Images of this split that could not be used.
@@ -100,6 +112,8 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.label_names = label_names
         self.labels = labels[torch.as_tensor(kept, dtype=torch.int64)]
         self.resolution = resolution
+        self.channels, self.sample_size = 3, resolution
+        self.samples_posterior = False
         self.skipped = skipped
         self._rows = rows
         self._kept = torch.as_tensor(kept, dtype=torch.int64)
@@ -122,6 +136,33 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self._pixels is not None:
             return self._pixels[chosen]
         return self._gather(self._kept[chosen])
+
+    def sha256(self, index: int) -> str:
+        """The sha256 of a picture's file."""
+        return self._rows.data.column("sha256")[int(self._kept[index])].as_py()
+
+    def name(self, index: int) -> str:
+        """Where a picture comes from, for messages."""
+        return self._rows.data.column("name")[int(self._kept[index])].as_py()
+
+    def clean(
+        self,
+        indices: Sequence[int] | torch.Tensor,
+        flips: torch.Tensor,
+        posterior_noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the pictures at ``indices`` as the network learns them.
+
+        Args:
+            indices: Which pictures, n of them.
+            flips: bool (n,): which of them to mirror left to right.
+            posterior_noise: Latents only; pictures have no posterior.
+
+        Returns:
+            float32 (n, channels, sample_size, sample_size), here pixels in [-1, 1].
+        """
+        pixels = self.pixels(indices).float() / 127.5 - 1
+        return torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)
 
     def _gather(self, positions: torch.Tensor) -> torch.Tensor:
         column = self._rows.data.column("pixels")
@@ -167,7 +208,7 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     names, reasons, hashes = (
         rows.data.column(name).to_pylist() for name in ("name", "reason", "sha256")
     )
-    mine = [_in_split(sha, config.holdout, split) for sha in hashes]
+    mine = [in_split(sha, config.holdout, split) for sha in hashes]
     kept = [i for i, reason in enumerate(reasons) if mine[i] and not reason]
     bad = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if len(bad) == len(rows):
@@ -230,7 +271,8 @@ def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_items, generator=generator)
 
 
-def _in_split(sha: str, holdout: float, split: str) -> bool:
+def in_split(sha: str, holdout: float, split: str) -> bool:
+    """Whether the file with this sha256 belongs to a split."""
     heldout = int(sha[:16], 16) / 2**64 < holdout
     return split == "all" or heldout == (split == "heldout")
 
@@ -250,5 +292,5 @@ def _check(config: DataConfig, split: str) -> None:
     if config.source != "art" and (scheme not in ("imagefolder", "hub") or not rest):
         raise UserError(
             f"source {config.source!r} must be art, imagefolder:PATH or hub:NAME "
-            "(for example hub:huggan/wikiart)"
+            "(for example hub:huggan/wikiart); latents:PATH is for training only"
         )

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -18,14 +17,12 @@ from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.inception import FeatureExtractor, cache_dir
+from complexity_dit.parallel_evaluation import all_agree, gather_rows, is_main, own_blocks
 
 logger = logging.getLogger(__name__)
 
 FEATURE_CHUNK = 32
 """Images in one call of the feature network; the last chunk is padded to it."""
-
-SHRUNK_SIZE = 8
-SHRUNK_FILTER = "area mean down to 8x8, bicubic up, rounded to uint8"
 
 
 def extract_features(
@@ -62,7 +59,7 @@ def extract_features(
         features.append(extractor(tensor)[:n].numpy())
         bar.update(n)
 
-    with tqdm(total=total, desc=desc, unit="image") as bar:
+    with tqdm(total=total, desc=desc, unit="image", disable=not is_main()) as bar:
         for batch in batches:
             if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
                 raise UserError(
@@ -91,21 +88,6 @@ def draw(count: int, n: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)[:n].astype(np.int64)
 
 
-def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images shrunk to 8 x 8 and back (`SHRUNK_FILTER`): colours stay, structure goes.
-
-    Args:
-        images: uint8 (n, H, W, 3).
-
-    Returns:
-        uint8 of the same shape.
-    """
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    small = F.interpolate(x, (SHRUNK_SIZE, SHRUNK_SIZE), mode="area")
-    back = F.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False)
-    return back.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def set_features(
     images: ImageSet,
     rows: NDArray[np.int64],
@@ -114,30 +96,50 @@ def set_features(
     transform: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
     transform_name: str = "",
 ) -> NDArray[np.float32]:
-    """Features of some images of a set, through the cache on disk when it may be used."""
+    """Features of some images of a set, through the cache on disk when it may be used.
+
+    With several processes each takes blocks of whole network calls, so that every image is at the
+    same place of the same call whatever their number.
+
+    Args:
+        images: The set.
+        rows: Numbers of the images (n,).
+        extractor: The network.
+        cache: Whether features may be read from and written to the user's cache folder.
+        transform: Changes uint8 (n, H, W, 3) images first.
+        transform_name: What it is, with all that its result depends on.
+
+    Returns:
+        (n, D) float32 in the order of rows, on every process.
+    """
     key = json.dumps(
         {
             "images": images.fingerprint,
             "rows": array_hash(rows),
-            "extractor": [extractor.name, extractor.weights_sha256],
+            "extractor": [extractor.name, extractor.weights_sha256, extractor.spatial_dim],
             "how": [extractor.resize, extractor.dtype, extractor.device.type, FEATURE_CHUNK],
-            "transform": transform_name and f"{transform_name}: {SHRUNK_FILTER}",
+            "transform": transform_name,
         }
     )
     path = cache_dir() / f"features-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    if cache and path.is_file():
-        kept = _read_features(path, key, len(rows))
-        if kept is not None:
-            return kept
+    kept = _read_features(path, key, len(rows)) if cache and path.is_file() else None
+    if all_agree(kept is not None) and kept is not None:
+        return kept
+    runs = own_blocks(len(rows), images.block)
 
     def batches() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(rows), FEATURE_CHUNK):
-            batch = images.read(rows[start : start + FEATURE_CHUNK].tolist())
+        for run in runs:
+            batch = images.read(rows[run].tolist())
             yield transform(batch) if transform else batch
 
-    desc = " ".join(filter(None, ["features of", images.name, transform_name]))
-    features = extract_features(batches(), extractor, len(rows), desc)
-    if cache:
+    own = [number for run in runs for number in run]
+    what = transform_name.partition(":")[0]
+    desc = " ".join(filter(None, ["features of", images.name, what]))
+    part = np.empty((0, 0), np.float32)
+    if own:
+        part = extract_features(batches(), extractor, len(own), desc)
+    features = gather_rows(part, own, len(rows))
+    if cache and is_main():
         try:
             with file_aside(path) as scratch:
                 np.savez(scratch, features=features, key=np.array(key))

@@ -1,24 +1,35 @@
-"""What an evaluation can compare: folders of images, splits of a data source, kept statistics."""
+"""Sets of images an evaluation can compare: folders, .npz files, splits of a data source."""
 
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from complexity_dit.errors import UserError
-from complexity_dit.metrics import Statistics
+from complexity_dit.statistics_files import read_arrays
 
 if TYPE_CHECKING:
     from complexity_dit.data import PaintingDataset
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+_MODES = {
+    "RGBA": "alpha",
+    "LA": "grey with alpha",
+    "PA": "palette with alpha",
+    "P": "palette",
+    "I;16": "16-bit grey",
+    "I": "32-bit grey",
+    "F": "floating point",
+    "1": "black and white",
+    "CMYK": "print colours",
+    "YCbCr": "video colours",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class ImageSet:
         read: Numbers -> uint8 (n, H, W, 3).
         labels: (count, F) class ids, -1 where missing; F is 0 without labels.
         label_names: Field -> names in the order of their ids; fields in column order.
+        block: How many are best read together.
     """
 
     name: str
@@ -42,6 +54,7 @@ class ImageSet:
     read: Callable[[Sequence[int]], NDArray[np.uint8]]
     labels: NDArray[np.int64]
     label_names: dict[str, list[str]] = field(default_factory=dict)
+    block: int = 32
 
     def __len__(self) -> int:
         return self.count
@@ -60,14 +73,14 @@ def folder_images(folder: Path) -> ImageSet:
     """The images of a folder and its sub-folders, in the order of their relative paths.
 
     Args:
-        folder: Where PNG, JPEG, WebP or BMP files of one size are.
+        folder: Where image files of one size are, PNG preferably.
 
     Returns:
         Their `ImageSet`; the fingerprint is a sha256 over relative paths and bytes.
 
     Raises:
         UserError: No such folder, or fewer than 2 images. Reading raises it too, naming the file:
-            another size, a broken file, a mode other than 8-bit RGB or grey.
+            another size, a broken file, an animation, a mode other than 8-bit RGB or grey.
     """
     if not folder.is_dir():
         raise UserError(
@@ -78,11 +91,7 @@ def folder_images(folder: Path) -> ImageSet:
         (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
-    if len(paths) < 2:
-        raise UserError(
-            f"{folder} holds {len(paths)} images ({', '.join(sorted(IMAGE_SUFFIXES))}); a distance "
-            "needs at least 2"
-        )
+    _require_two(folder, len(paths))
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
@@ -119,29 +128,95 @@ def dataset_images(dataset: "PaintingDataset", name: str) -> ImageSet:
     )
 
 
-def read_statistics(path: Path) -> Statistics:
-    """Kept statistics: an ``.npz`` with ``mu`` (D,), ``sigma`` (D, D) and ``n``.
+def array_images(images: NDArray[np.uint8], name: str = "images") -> ImageSet:
+    """An array of images, uint8 (n, H, W, 3), as a set.
 
     Raises:
-        UserError: No such file, or arrays that are missing or do not fit.
+        UserError: Another dtype or shape, or fewer than 2 images.
     """
-    try:
-        # Opened here because np.load leaks the handle of a broken zip.
-        with path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            arrays = dict(file) if isinstance(file, NpzFile) else {}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as statistics ({error})") from error
-    missing = sorted({"mu", "sigma", "n"} - set(arrays))
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; expected mu, sigma and n")
-    mu, sigma, n = (arrays[key] for key in ("mu", "sigma", "n"))
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size) or n.size != 1:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
-            f"{path} holds mu {mu.shape}, sigma {sigma.shape}, n {n.shape}; expected (D,), (D, D) "
-            "and one number"
+            f"{name} are {images.dtype} of shape {images.shape}; expected uint8 (n, H, W, 3)"
         )
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), int(n.item()))
+    _require_two(Path(name), len(images))
+    return ImageSet(
+        *(name, hashlib.sha256(images.tobytes()).hexdigest(), len(images), images.shape[1:3]),
+        read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
+        labels=np.empty((len(images), 0), np.int64),
+    )
+
+
+def npz_images(path: Path) -> ImageSet | None:
+    """The images of an ADM-style ``.npz``: ``arr_0``, uint8 (N, H, W, 3).
+
+    An array stored uncompressed, as ``numpy.savez`` does, stays on disk and is read by number.
+
+    Returns:
+        Their `ImageSet`, or None when the file holds no ``arr_0`` (it may hold statistics).
+
+    Raises:
+        UserError: No such file, or ``arr_0`` is something else (floats name their values that are
+            not finite), or fewer than 2 images.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    stored = _stored_array(path, "arr_0.npy")
+    if stored is None:
+        stored = read_arrays(path).get("arr_0")
+    if stored is None:
+        return None
+    if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3:
+        broken = ""
+        if np.issubdtype(stored.dtype, np.floating):
+            lost = int((~np.isfinite(stored)).reshape(len(stored), -1).any(1).sum())
+            broken = f", {lost} of them with values that are not finite" if lost else ""
+        raise UserError(
+            f"{path} holds arr_0 of {stored.dtype} {stored.shape}{broken}; expected images as "
+            "uint8 (N, H, W, 3), made by (x * 255).round().clip(0, 255)"
+        )
+    _require_two(path, len(stored))
+    images = stored
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    return ImageSet(
+        *(path.name, fingerprint, len(images), images.shape[1:3]),
+        read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
+        labels=np.empty((len(images), 0), np.int64),
+    )
+
+
+def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
+    """A member of a zip that is stored uncompressed, mapped from disk; None for any other."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            found = archive.getinfo(name)
+            if found.compress_type != zipfile.ZIP_STORED:
+                return None
+            # 30 bytes of local header, then the name and the extra field, whose lengths it holds.
+            file.seek(found.header_offset + 26)
+            lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(
+                file.read(2), "little"
+            )
+            file.seek(found.header_offset + 30 + lengths)
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+                version, np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = read(file)
+            if fortran or dtype.hasobject:
+                return None
+            return np.memmap(path, dtype, "r", file.tell(), shape)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        # Whatever is wrong, the plain reader says it.
+        return None
+
+
+def _require_two(path: Path, count: int) -> None:
+    if count < 2:
+        raise UserError(
+            f"{path} holds {count} images ({', '.join(sorted(IMAGE_SUFFIXES))}); a distance needs "
+            "at least 2"
+        )
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
@@ -149,7 +224,12 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "L"):
                 raise UserError(
-                    f"{path} has the mode {image.mode}; expected 8-bit RGB or grey: convert it"
+                    f"{path} has the mode {image.mode} ({_MODES.get(image.mode, 'other')}); "
+                    "expected 8-bit RGB or grey: convert it, as the distance depends on how"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(
+                    f"{path} is an animation of {image.n_frames} frames; give one image a file"
                 )
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:

@@ -26,12 +26,8 @@ from tqdm.auto import tqdm
 
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
-from complexity_dit.inception_net import (
-    InceptionV3Features,
-    RandomConvFeatures,
-    Resize,
-    fold_state_dict,
-)
+from complexity_dit.inception_net import InceptionV3Features, Resize, fold_state_dict
+from complexity_dit.random_net import RandomConvFeatures
 
 __all__ = [
     "Dtype",
@@ -75,13 +71,16 @@ class FeatureExtractor:
     """A feature network with everything that must stand beside a number measured with it.
 
     Attributes:
-        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim``), in eval mode, no gradients.
+        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim`` + ``spatial_dim``), in eval
+            mode, no gradients.
         name: Which network; metrics take their names from it.
-        feature_dim: Numbers an image.
+        feature_dim: Numbers an image that distances are measured in.
         weights_source: Where the weights came from (``path``, ``torch hub cache``, ...).
         weights_sha256: sha256 of the source file (of the tensors for the random network).
         resize: Named way from the image's size to the network's.
         dtype: Arithmetic inside the network: ``float32`` or ``bfloat16``.
+        spatial_dim: Numbers of sFID that follow the features, 0 without.
+        classifier: ``fc.weight`` (classes, ``feature_dim``) of the Inception score, or None.
     """
 
     network: nn.Module
@@ -91,11 +90,31 @@ class FeatureExtractor:
     weights_sha256: str
     resize: str
     dtype: Dtype
+    spatial_dim: int = 0
+    classifier: Tensor | None = None
 
     @property
     def is_inception(self) -> bool:
         """Whether distances measured with it may be called FID and KID."""
         return self.name == INCEPTION_NAME
+
+    @property
+    def prefixes(self) -> tuple[str, str]:
+        """What the Frechet and the kernel distance are called: FID and KID are Inception's."""
+        if self.is_inception:
+            return "fid", "kid"
+        family = self.name.partition("-")[0]
+        return f"fd_{family}", f"kd_{family}"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What two sets of features must have in common to be compared."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "resize": self.resize,
+            "dtype": self.dtype,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +123,7 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) on any device -> float32 (N, ``feature_dim``) on the CPU."""
+        """uint8 (N, 3, H, W) on any device -> float32 (N, features) on the CPU."""
         # TF32 would leave 10 bits of mantissa in "float32" features on recent GPUs.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             features: Tensor = self.network(images.to(self.device))
@@ -129,16 +148,19 @@ def load_extractor(
     dtype: Dtype = "float32",
     device: str | torch.device = "cpu",
     allow_download: bool = True,
+    spatial: bool = False,
 ) -> FeatureExtractor:
     """The extractor of an evaluation: Inception when its weights can be had, random otherwise.
 
     Args:
-        weights: ``auto`` (search, then the random network), ``random``, or a path to Inception
-            weights (``.pt``, ``.pth`` or our ``.safetensors``).
-        resize: See `InceptionV3Features`; the random network has one way only.
+        weights: ``auto`` (search, then the random network), ``random``, a path to Inception
+            weights (``.pt``, ``.pth`` or our ``.safetensors``), or a folder of a transformers
+            vision model (DINOv2, CLIP).
+        resize: See `InceptionV3Features`; the other networks have one way only.
         dtype: Arithmetic inside the network.
         device: Where it runs.
         allow_download: Whether the search may end with a download.
+        spatial: Whether Inception also gives the features of sFID.
 
     Returns:
         A `FeatureExtractor`; ask its ``is_inception`` before calling anything FID.
@@ -148,6 +170,10 @@ def load_extractor(
     """
     if weights == "random":
         return load_random_features(dtype=dtype, device=device)
+    if Path(weights).expanduser().is_dir():
+        from complexity_dit.vision_models import load_vision_model
+
+        return load_vision_model(Path(weights).expanduser(), dtype, device)
     found = find_inception(weights, allow_download)
     if found is None:
         logger.warning(
@@ -156,7 +182,7 @@ def load_extractor(
             "or give a weights file."
         )
         return load_random_features(dtype=dtype, device=device)
-    return _inception_from(found, resize, dtype, device)
+    return _inception_from(found, resize, dtype, device, spatial)
 
 
 def load_inception(
@@ -186,7 +212,7 @@ def load_random_features(
     """The random network of `seed`; distances measured with it are not FID."""
     network = RandomConvFeatures(seed)
     sha256 = _tensors_sha256(network.state_dict())
-    network.to(device, _torch_dtype(dtype)).eval().requires_grad_(False)
+    network.to(device, torch_dtype(dtype)).eval().requires_grad_(False)
     return FeatureExtractor(
         network, RANDOM_NAME, network.feature_dim, f"seed {seed}", sha256, "antialias-64", dtype
     )
@@ -275,17 +301,30 @@ def _require_known(path: Path, expected: str | None = None) -> str:
 
 
 def _inception_from(
-    found: FoundWeights, resize: Resize, dtype: Dtype, device: str | torch.device
+    found: FoundWeights,
+    resize: Resize,
+    dtype: Dtype,
+    device: str | torch.device,
+    spatial: bool = False,
 ) -> FeatureExtractor:
     state, sha256 = _load_state(found.path)
+    classifier = state.pop("fc.weight", None)
     # On meta, no time and no draw from the caller's random state goes into an initialisation.
     with torch.device("meta"):
-        network = InceptionV3Features(resize)
+        network = InceptionV3Features(resize, spatial)
     network.load_state_dict(state, assign=True)
-    network.to(device, _torch_dtype(dtype)).to(memory_format=torch.channels_last)
+    network.to(device, torch_dtype(dtype)).to(memory_format=torch.channels_last)
     network.eval().requires_grad_(False)
     return FeatureExtractor(
-        network, INCEPTION_NAME, network.feature_dim, found.source, sha256, resize, dtype
+        network,
+        INCEPTION_NAME,
+        network.feature_dim,
+        found.source,
+        sha256,
+        resize,
+        dtype,
+        spatial_dim=network.spatial_dim if spatial else 0,
+        classifier=classifier,
     )
 
 
@@ -349,7 +388,8 @@ def _tensors_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _torch_dtype(dtype: Dtype) -> torch.dtype:
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The named arithmetic as torch's, or an error."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     return torch.float32 if dtype == "float32" else torch.bfloat16

@@ -2,8 +2,7 @@
 
 A plain module of our own, cut at the last pooling layer (2048 numbers an image), with that graph's
 departures from the published Inception-v3, built from one table that also carries each layer's
-name in the two kinds of weight files; and the fixed random network that stands in without weights.
-`complexity_dit.inception` finds and loads the weights.
+name in the two kinds of weight files. `complexity_dit.inception` finds and loads the weights.
 """
 
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ Resize = Literal["tf1", "pytorch-fid", "antialias"]
 
 INPUT_SIZE = 299
 BATCH_NORM_EPS = 1e-3
+SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
 @dataclass(frozen=True)
@@ -267,12 +267,16 @@ class InceptionV3Features(nn.Module):
             (x - 128) / 128; torch-fidelity and ADM), ``pytorch-fid`` (bilinear on x / 255 with
             half-pixel centres, then 2x - 1) or ``antialias`` (antialiased bilinear, then
             (x - 128) / 128; torchmetrics' default).
+        spatial: Also return the spatial features of sFID (Nash et al., 2021; ADM): the first 7
+            channels of TensorFlow's ``mixed_6/conv``, 17 x 17 each.
     """
 
     feature_dim = 2048
+    spatial_dim = 17 * 17 * SPATIAL_CHANNELS
 
-    def __init__(self, resize: Resize = "tf1") -> None:
+    def __init__(self, resize: Resize = "tf1", spatial: bool = False) -> None:
         super().__init__()
+        self.spatial = spatial
         if resize not in ("tf1", "pytorch-fid", "antialias"):
             raise UserError(f"resize is {resize!r}; expected tf1, pytorch-fid or antialias")
         self.resize = resize
@@ -306,19 +310,24 @@ class InceptionV3Features(nn.Module):
             images: uint8 (N, 3, H, W), any size.
 
         Returns:
-            float32 (N, 2048).
+            float32 (N, 2048); with ``spatial`` (N, 2048 + 2023).
 
         Raises:
             UserError: The tensor is not uint8 or not (N, 3, H, W).
         """
-        _check_images(images)
+        check_images(images)
         x = self.preprocess(images)
         x = x.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
         for layer in _STEM:
             x = self.stem[layer.name](x) if isinstance(layer, _Conv) else F.max_pool2d(x, 3, 2)
-        for block in self.mixed.values():
+        spatial = None
+        for name, block in self.mixed.items():
             x = block(x)
-        return x.float().mean((2, 3))
+            if self.spatial and name == SPATIAL_BLOCK:
+                # The block's first branch is the 1x1 convolution that the graph calls mixed_6/conv.
+                spatial = x[:, :SPATIAL_CHANNELS].float().flatten(1)
+        pooled = x.float().mean((2, 3))
+        return pooled if spatial is None else torch.cat([pooled, spatial], 1)
 
 
 def fold_state_dict(
@@ -330,12 +339,13 @@ def fold_state_dict(
     weight = w g / sqrt(s + eps) and bias = b - m g / sqrt(s + eps).
 
     Args:
-        state: The file's tensors by name. A classifier (``fc``) beside them is left out.
+        state: The file's tensors by name.
         naming: ``torchscript`` (NVIDIA's ``layers.mixed_3.tower.conv.beta``) or ``state_dict``
             (pytorch-fid's ``Mixed_6a.branch3x3dbl_1.bn.bias``).
 
     Returns:
-        A state dict of `InceptionV3Features`, float32.
+        A state dict of `InceptionV3Features`, float32, and the classifier's ``fc.weight``
+        (classes, 2048) beside it where the file has one.
 
     Raises:
         UserError: A tensor is missing.
@@ -358,6 +368,8 @@ def fold_state_dict(
             scale = scale * state[scale_key].double()
         folded[f"{ours}.weight"] = (state[kernel].double() * scale[:, None, None, None]).float()
         folded[f"{ours}.bias"] = (shift - mean * scale).float()
+    if "fc.weight" in state:
+        folded["fc.weight"] = state["fc.weight"].float().contiguous()
     return folded
 
 
@@ -376,39 +388,8 @@ def _layer_names() -> list[tuple[str, str, str]]:
     return names
 
 
-class RandomConvFeatures(nn.Module):
-    """A fixed random network: enough to see that images differ, no substitute for Inception.
-
-    Args:
-        seed: Seed of the weights; the same seed gives the same network.
-    """
-
-    feature_dim = 256
-    input_size = 64
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, o in ((3, 32), (32, 64), (64, 128), (128, self.feature_dim)):
-            weight = torch.randn(o, i, 3, 3, generator=generator)
-            self.weights.append(nn.Parameter(weight * (2 / (9 * i)) ** 0.5))
-            self.biases.append(nn.Parameter(0.1 * torch.randn(o, generator=generator)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 (N, 256)."""
-        _check_images(images)
-        size = (self.input_size, self.input_size)
-        x = F.interpolate(
-            images.float(), size, mode="bilinear", align_corners=False, antialias=True
-        )
-        x = (x - 128) / 128
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = F.conv2d(x.to(weight.dtype), weight, bias, stride=2, padding=1).relu()
-        return x.float().mean((2, 3))
-
-
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Raise a `UserError` unless images are uint8 (N, 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(
             f"images are {images.dtype} of shape {tuple(images.shape)}; "

@@ -1,13 +1,13 @@
-"""Distances and accuracies computed from feature arrays: numbers in, numbers out.
+"""Frechet distance of two sets of features (FID: Heusel et al., 2017) and the Inception score.
 
-Frechet distance (FID: Heusel et al., 2017) and kernel distance (KID: Binkowski et al., 2018) of
-two sets of features, and the nearest-class-mean classifier that checks labels. NumPy, float64.
+Numbers in, numbers out; sums, covariances and eigenvalues in float64.
 """
 
 import logging
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from complexity_dit.errors import UserError
@@ -18,26 +18,18 @@ Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
 
 RECOMMENDED_SAMPLES = 2048
-# Rows of the kernel matrix held at once: memory stays at rows x n for any n.
-_KERNEL_ROWS = 1024
+# Rows of a covariance summed at once: memory stays at D x D for any n.
+_BLOCK_ROWS = 4096
+# Up to this size a singular value decomposition costs about what eigenvalues do.
+_SMALL = 512
 
 
 class Statistics(NamedTuple):
-    """Mean (D,), unbiased covariance (D, D) and number of a set of features."""
+    """Mean (D,), unbiased covariance (D, D) and number of a set of features (0: not known)."""
 
     mu: Float64
     sigma: Float64
     n: int
-
-
-class KernelDistance(NamedTuple):
-    """KID over subsets: mean, spread, standard error of the mean, and how it was subsampled."""
-
-    mean: float
-    std: float
-    stderr: float
-    subsets: int
-    subset_size: int
 
 
 def feature_statistics(features: Array) -> Statistics:
@@ -52,10 +44,9 @@ def feature_statistics(features: Array) -> Statistics:
     Raises:
         UserError: Fewer than 2 rows, or values that are not finite.
     """
-    x = _checked(features, "features")
-    mu = x.mean(0)
-    x = x - mu
-    return Statistics(mu, x.T @ x / (len(x) - 1), len(x))
+    x = checked(features, "features")
+    mu = x.mean(0, dtype=np.float64)
+    return Statistics(mu, _covariance(x, mu, np.ones(len(x))), len(x))
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -104,121 +95,116 @@ def fid_from_features(features1: Array, features2: Array) -> float:
     Raises:
         UserError: Fewer than 2 rows, widths that differ, or values that are not finite.
     """
-    x1, x2 = _checked_pair(features1, features2)
-    mus, traces, factors = [], 0.0, []
-    for x in (x1, x2):
-        mu = x.mean(0)
-        rows = (x - mu) / np.sqrt(len(x) - 1)
-        mus.append(mu)
-        traces += float(np.einsum("nd,nd->", rows, rows))
-        factors.append(rows.T if len(x) <= x.shape[1] else _factor(rows.T @ rows))
-    return _frechet(mus[0] - mus[1], traces, factors[0], factors[1])
+    x1, x2 = checked_pair(features1, features2)
+    warn_few(min(len(x1), len(x2)), x1.shape[1])
+    return distance_of_sets(x1, x2)
 
 
 def fid_to_statistics(features: Array, reference: Statistics) -> float:
     """`frechet_distance` of features to kept statistics; arguments as in `fid_from_features`."""
-    x = _checked(features, "features")
-    _warn_few(min(len(x), reference.n))
+    x = checked(features, "features")
+    if x.shape[1] != reference.mu.size:
+        raise UserError(
+            f"features are {x.shape[1]} wide and the statistics {reference.mu.size}; they were "
+            "made with another network"
+        )
+    warn_few(min(len(x), reference.n) if reference.n else len(x), x.shape[1])
     own = feature_statistics(x)
     return frechet_distance(own.mu, own.sigma, reference.mu, reference.sigma)
 
 
-def kid_from_features(
-    features1: Array,
-    features2: Array,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 0,
-) -> KernelDistance:
-    """Kernel distance: unbiased squared MMD with k(x, y) = (x.y / D + 1)^3, over random subsets.
+def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Inception score (Salimans et al., 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
 
-    Subset i takes ``subset_size`` rows of each set without replacement; the draws are those of
-    torch-fidelity for the same seed.
+    The images are shuffled and split as torch-fidelity does it with its default seed.
 
     Args:
-        features1: (n1, D) with n1 >= 2; a warning is logged below 2048.
-        features2: (n2, D) with n2 >= 2.
-        subsets: How many subsets, at least 1.
-        subset_size: Rows a subset, at least 2; reduced to the smaller set (and reported so).
-        seed: Seed of the draws.
+        logits: (n, classes) of the classifier, without its bias (as torch-fidelity and ADM do).
+        splits: Parts whose scores are averaged.
+        seed: Seed of the shuffle.
 
     Returns:
-        `KernelDistance`: mean and population standard deviation over subsets, the standard error
-        std / sqrt(subsets), and the sizes used. The mean may be a little below 0.
+        Mean and population standard deviation over splits; both between 1 and ``classes``.
 
     Raises:
-        UserError: Fewer than 2 rows, widths that differ, values that are not finite, or sizes
-            below their minimum.
+        UserError: Fewer images than splits, or values that are not finite.
     """
-    x1, x2 = _checked_pair(features1, features2)
-    if subsets < 1 or subset_size < 2:
-        raise UserError(
-            f"subsets is {subsets} and subset_size is {subset_size}; expected at least 1 and 2"
-        )
-    m = min(subset_size, len(x1), len(x2))
-    if m == len(x1) == len(x2):
-        logger.warning("each KID subset is the whole set of %d: kid_std says nothing", m)
-    rng = np.random.RandomState(seed)
-    draws = [(rng.choice(len(x1), m, False), rng.choice(len(x2), m, False)) for _ in range(subsets)]
-    # Few rows, many subsets: sum one kernel matrix under 0/1 masks instead of remaking its parts.
-    masked = max(len(x1), len(x2)) ** 2 <= subsets * m * m
-    values = _mmd2_masked(x1, x2, draws) if masked else _mmd2_direct(x1, x2, draws)
-    std = float(values.std())
-    return KernelDistance(float(values.mean()), std, std / float(np.sqrt(subsets)), subsets, m)
+    x = checked(logits, "logits").astype(np.float64)
+    n = len(x)
+    if n < splits:
+        raise UserError(f"an Inception score of {splits} splits needs as many images; got {n}")
+    x = x[np.random.RandomState(seed).permutation(n)]
+    log_p = x - x.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    scores = []
+    for i in range(splits):
+        part = log_p[i * n // splits : (i + 1) * n // splits]
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
-def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:
-    """Mean feature vector of every class that has an image.
-
-    Args:
-        features: (n, D).
-        labels: (n,) class ids; -1 is a missing label and is left out.
-
-    Returns:
-        Class id -> mean (D,), float64, ids ascending.
-
-    Raises:
-        UserError: Lengths differ, or every label is missing.
-    """
-    x, labels = _labelled(features, labels)
-    means = {int(c): x[labels == c].mean(0) for c in np.unique(labels) if c >= 0}
-    if not means:
-        raise UserError("no image has a label; class means need at least one")
-    return means
-
-
-def nearest_class_mean_accuracy(
-    features: Array, labels: NDArray[np.integer], means: dict[int, Float64]
+def distance_of_sets(
+    x1: Array, x2: Array, counts1: Float64 | None = None, counts2: Float64 | None = None
 ) -> float:
-    """Share of labelled images whose nearest class mean (Euclidean) is that of their label.
+    """`fid_from_features` without its checks and its warning, for many calls.
 
-    Args:
-        features: (n, D).
-        labels: (n,) class ids; images with -1 are left out, a class without a mean counts as a
-            miss.
-        means: From `class_means`.
-
-    Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        UserError: Lengths differ, or every label is missing.
+    With counts, row i stands for as many equal images: a resample costs no copies.
     """
-    x, labels = _labelled(features, labels)
-    known = labels >= 0
-    if not known.any():
-        raise UserError("no image has a label; the accuracy needs at least one")
-    ids = np.array(sorted(means))
-    centres = np.stack([means[int(i)] for i in ids])
-    # |x - c|^2 without its |x|^2, which is the same for every class.
-    scores = np.einsum("kd,kd->k", centres, centres) - 2 * x[known] @ centres.T
-    return float((ids[scores.argmin(1)] == labels[known]).mean())
+    parts = [_moments(x1, counts1), _moments(x2, counts2)]
+    (mu1, trace1, factor1), (mu2, trace2, factor2) = parts
+    return _frechet(mu1 - mu2, trace1 + trace2, factor1, factor2)
+
+
+def _moments(x: Array, counts: Float64 | None) -> tuple[Float64, float, Float64]:
+    """Mean, trace of the covariance and a factor F (D, rank) with F F^T the covariance."""
+    counts = np.ones(len(x)) if counts is None else counts
+    mu = counts @ x / counts.sum()
+    if len(x) <= x.shape[1]:
+        rows = _centred_rows(x, mu, counts)
+        return mu, float(np.einsum("nd,nd->", rows, rows)), rows.T
+    sigma = _covariance(x, mu, counts)
+    return mu, float(np.trace(sigma)), _factor(sigma)
 
 
 def _frechet(difference: Float64, traces: float, factor1: Float64, factor2: Float64) -> float:
     """|difference|^2 + traces - 2 |F1^T F2|_*, factors (D, rank)."""
-    nuclear = np.linalg.svd(factor1.T @ factor2, compute_uv=False).sum()
-    return float(difference @ difference + traces - 2 * nuclear)
+    apart = float(difference @ difference) + traces
+    product = factor1.T @ factor2
+    if min(product.shape) > _SMALL:
+        gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
+        squares = torch.linalg.eigvalsh(torch.from_numpy(gram)).numpy().clip(0)
+        distance = apart - 2 * float(np.sqrt(squares).sum())
+        # Eigenvalues are several times faster than singular values, but an error delta in a
+        # square s^2 is one of about delta / 2s in s. Where such errors could matter, as between
+        # sets that share a null space, the singular values themselves are taken.
+        delta = 10 * np.finfo(np.float64).eps * float(squares[-1])
+        error = 2 * float((delta / (np.sqrt(squares) + np.sqrt(delta) + 1e-300)).sum())
+        if error <= max(1e-7 * distance, 1e-9 * traces):
+            return distance
+    return apart - 2 * float(torch.linalg.svdvals(torch.from_numpy(product)).sum())
+
+
+def _centred_rows(x: Array, mu: Float64, counts: Float64) -> Float64:
+    """R (n - 1, D) with R^T R the covariance of x.
+
+    A reflection takes the direction of the mean, u = (c / sum c)^(1/2), onto the first row, which
+    is dropped: the rows left have full rank, where those of x - mu are one too many.
+    """
+    n, roots = counts.sum(), np.sqrt(counts)
+    u = roots / np.sqrt(n)
+    shift = (np.sqrt(n) * mu - roots[0] * x[0]) / (1 - u[0])
+    return (roots[1:, None] * x[1:] - u[1:, None] * shift) / np.sqrt(n - 1)
+
+
+def _covariance(x: Array, mu: Float64, counts: Float64) -> Float64:
+    """Unbiased covariance (D, D) in float64, summed over blocks of rows."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    roots = np.sqrt(counts)[:, None]
+    for start in range(0, len(x), _BLOCK_ROWS):
+        block = (x[start : start + _BLOCK_ROWS] - mu) * roots[start : start + _BLOCK_ROWS]
+        total += block.T @ block
+    return total / (counts.sum() - 1)
 
 
 def _factor(sigma: Float64) -> Float64:
@@ -240,84 +226,51 @@ def _factor(sigma: Float64) -> Float64:
     return factor
 
 
-def _kernel(x: Float64, y: Float64) -> Float64:
-    return (x @ y.T / x.shape[1] + 1.0) ** 3
+def checked(features: Array, name: str) -> Array:
+    """Features as float32 or float64 (n, D), n at least 2 and every value finite.
 
-
-def _mmd2_direct(
-    x1: Float64, x2: Float64, draws: list[tuple[NDArray[np.intp], NDArray[np.intp]]]
-) -> Float64:
-    """Unbiased squared MMD of each pair of subsets (Gretton et al., 2012, eq. 3)."""
-    values = []
-    for i, j in draws:
-        a, b = x1[i], x2[j]
-        k_aa, k_bb, m = _kernel(a, a), _kernel(b, b), len(i)
-        within = (k_aa.sum() - np.trace(k_aa) + k_bb.sum() - np.trace(k_bb)) / (m * (m - 1))
-        values.append(within - 2 * _kernel(a, b).mean())
-    return np.array(values)
-
-
-def _mmd2_masked(
-    x1: Float64, x2: Float64, draws: list[tuple[NDArray[np.intp], NDArray[np.intp]]]
-) -> Float64:
-    """The same values: a subset's kernel sum is z^T K z with z its 0/1 mask."""
-    m = len(draws[0][0])
-    masks1, masks2 = np.zeros((len(x1), len(draws))), np.zeros((len(x2), len(draws)))
-    for s, (i, j) in enumerate(draws):
-        masks1[i, s] = masks2[j, s] = 1.0
-
-    def within(x: Float64, masks: Float64) -> Float64:
-        diagonal = (np.einsum("nd,nd->n", x, x) / x.shape[1] + 1.0) ** 3
-        return _masked_sums(x, x, masks, masks) - diagonal @ masks
-
-    inside = (within(x1, masks1) + within(x2, masks2)) / (m * (m - 1))
-    return inside - 2 * _masked_sums(x1, x2, masks1, masks2) / (m * m)
-
-
-def _masked_sums(x: Float64, y: Float64, masks_x: Float64, masks_y: Float64) -> Float64:
-    sums = np.zeros(masks_x.shape[1])
-    for start in range(0, len(x), _KERNEL_ROWS):
-        rows = slice(start, start + _KERNEL_ROWS)
-        sums += np.einsum("ns,ns->s", masks_x[rows], _kernel(x[rows], y) @ masks_y)
-    return sums
-
-
-def _checked(features: Array, name: str) -> Float64:
-    x = np.asarray(features, np.float64)
+    Raises:
+        UserError: Another shape, fewer rows, or values that are not finite, with their number.
+    """
+    x = np.asarray(features)
+    if x.dtype not in (np.float32, np.float64):
+        x = x.astype(np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise UserError(
             f"{name} have shape {x.shape}; a distance needs (n, D) with n of at least 2 images"
         )
-    if not np.isfinite(x).all():
-        bad = int((~np.isfinite(x)).any(1).sum())
-        raise UserError(f"{bad} of {len(x)} rows of {name} are not finite; look at those images")
+    finite = np.isfinite(x).all(1)
+    if not finite.all():
+        raise UserError(
+            f"{int((~finite).sum())} of {len(x)} rows of {name} are not finite (the first is row "
+            f"{int(finite.argmin())}); look at those images"
+        )
     return x
 
 
-def _checked_pair(features1: Array, features2: Array) -> tuple[Float64, Float64]:
-    x1, x2 = _checked(features1, "the first features"), _checked(features2, "the second features")
+def checked_pair(features1: Array, features2: Array) -> tuple[Array, Array]:
+    """Both sets `checked`, and of one width.
+
+    Raises:
+        UserError: As `checked`, or widths that differ.
+    """
+    x1, x2 = checked(features1, "the first features"), checked(features2, "the second features")
     if x1.shape[1] != x2.shape[1]:
         raise UserError(
             f"features are {x1.shape[1]} and {x2.shape[1]} wide; use one extractor for both"
         )
-    _warn_few(min(len(x1), len(x2)))
     return x1, x2
 
 
-def _warn_few(n: int) -> None:
+def warn_few(n: int, dimension: int) -> None:
+    """Log that a Frechet distance of few samples is strongly biased."""
     if n < RECOMMENDED_SAMPLES:
         logger.warning(
-            "n is %d: below %d the Frechet distance is strongly biased; compare only with "
+            "n is %d: below %d the Frechet distance is strongly biased%s; compare only with "
             "numbers at the same n",
             n,
             RECOMMENDED_SAMPLES,
+            f", and below the feature dimension {dimension} it is no full covariance's"
+            if n < dimension
+            else "",
         )
-
-
-def _labelled(features: Array, labels: NDArray[np.integer]) -> tuple[Float64, NDArray[np.integer]]:
-    x, labels = np.asarray(features, np.float64), np.asarray(labels)
-    if x.ndim != 2 or labels.shape != (len(x),):
-        raise UserError(
-            f"features have shape {x.shape} and labels {labels.shape}; expected (n, D) and (n,)"
-        )
-    return x, labels

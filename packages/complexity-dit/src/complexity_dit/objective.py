@@ -5,12 +5,15 @@ logit-normal times (Esser et al., arXiv 2403.03206) is the default; epsilon and 
 linear DDPM schedule are there for comparison with DiT.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
+from torch.nn import functional as F
 
 from complexity_dit.errors import UserError
 
@@ -50,8 +53,17 @@ class ObjectiveConfig:
     """Time shift in sampling (flow only). Above the training's: the last step, to the clean image,
     then starts from more noise, whose traces a small network cannot remove in smaller steps."""
 
-    label_dropout: float = 0.1
-    """Probability that each label of an image is replaced by the null row, for guidance."""
+    label_dropout: float | dict[str, float] = 0.1
+    """Probability that each label of an image is replaced by the null row, for guidance; or one
+    for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
+
+    direction_weight: float = 0.0
+    """Weight of the velocity-direction term 1 - cosine(prediction, target), added to the squared
+    error (FasterDiT, arXiv 2410.10356); flow and v_prediction only. 0 is off."""
+
+    direction_over: Literal["image", "channels"] = "image"
+    """What a direction is: image, one for all numbers of an image; or channels, one at each
+    position over its channels, which asks for many channels (latents)."""
 
     @property
     def writes_sample(self) -> bool:
@@ -67,6 +79,45 @@ class ObjectiveConfig:
             )
         return self.prediction_type == "flow" and self.network_output != "target"
 
+    def check(self) -> None:
+        """Refuse settings that do not fit each other.
+
+        Raises:
+            UserError: If a weight or a probability is out of range, or the direction term is asked
+                for where the target is no velocity.
+        """
+        _ = self.writes_sample
+        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
+            raise UserError(
+                f"direction_weight {self.direction_weight} must be 0 (off) or a positive number"
+            )
+        if self.direction_weight and self.prediction_type == "epsilon":
+            raise UserError(
+                f"direction_weight {self.direction_weight} needs a velocity as the target: use "
+                "prediction_type flow or v_prediction, or direction_weight 0 with epsilon"
+            )
+        dropout = self.label_dropout
+        for field, value in dropout.items() if isinstance(dropout, dict) else [("", dropout)]:
+            if not 0 <= value <= 1:
+                name = f"label_dropout of {field}" if field else "label_dropout"
+                raise UserError(f"{name}: {value} must be a probability, from 0 to 1")
+
+    def label_dropouts(self, fields: Sequence[str]) -> list[float]:
+        """The dropout probability of each label field, in their order.
+
+        Raises:
+            UserError: If `label_dropout` names a field that is not there, or leaves one out.
+        """
+        if not isinstance(self.label_dropout, dict):
+            return [self.label_dropout] * len(fields)
+        if set(self.label_dropout) != set(fields):
+            raise UserError(
+                f"label_dropout names {', '.join(self.label_dropout) or 'no field'}, but the label "
+                f"fields of the data are {', '.join(fields) or 'none'}: give each of them a "
+                "probability (0 for never), or one number for all"
+            )
+        return [self.label_dropout[field] for field in fields]
+
 
 def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     """Noise levels t in (0, 1), shape (count,), fp32: 0 is the clean image, 1 is pure noise."""
@@ -77,6 +128,14 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
         times = torch.rand(count, generator=generator)
     times = config.shift * times / (1 + (config.shift - 1) * times)
     return times.clamp(min=MIN_NOISE) if config.writes_sample else times
+
+
+def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
+    """The count - 1 noise levels that cut the distribution of `sample_times` into equal parts."""
+    times = torch.arange(1, count, dtype=torch.float64) / count
+    if config.time_sampling == "logit_normal":
+        times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))
+    return (config.shift * times / (1 + (config.shift - 1) * times)).tolist()
 
 
 def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -120,14 +179,45 @@ def noisy_input_and_target(
     return noisy, steps, schedule.get_velocity(clean, noise, steps)
 
 
-def drop_labels(labels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Replace each label, independently, by -1 (the null row) with the given probability.
+def drop_labels(
+    labels: Tensor, probabilities: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """Replace each label, independently, by -1 (the null row) with the probability of its field.
 
     Fields are dropped one by one rather than together, so that guidance works from any subset of
     labels, and a painting with a style but no genre is an input that the network has seen.
+
+    Args:
+        labels: Label ids, (B, F).
+        probabilities: One for each field, F of them.
+        generator: Where the randomness comes from.
     """
-    dropped = torch.rand(labels.shape, generator=generator) < probability
+    dropped = torch.rand(labels.shape, generator=generator) < torch.tensor(probabilities)
     return torch.where(dropped, -1, labels)
+
+
+def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Mean squared error, plus `direction_weight` times the mean of 1 - cosine.
+
+    The squared error of a velocity is dominated by its length; the second term asks for its
+    direction alone (FasterDiT, Yao et al., arXiv 2410.10356; LightningDiT, arXiv 2501.01423, takes
+    the cosine over the channels of each position).
+
+    Args:
+        prediction: What the network says, (B, C, Y, X); taken in the dtype of the target.
+        target: What it should say, likewise.
+        config: The objective.
+
+    Returns:
+        A scalar in that dtype.
+    """
+    prediction = prediction.to(target.dtype)
+    loss = F.mse_loss(prediction, target)
+    if config.direction_weight:
+        over_image = config.direction_over == "image"
+        pair = [x.flatten(1) if over_image else x for x in (prediction, target)]
+        loss = loss + config.direction_weight * (1 - F.cosine_similarity(*pair, dim=1)).mean()
+    return loss
 
 
 def build_scheduler(config: ObjectiveConfig) -> SchedulerMixin:

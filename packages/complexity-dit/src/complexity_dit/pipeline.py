@@ -12,21 +12,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.errors import UserError
 from complexity_dit.labels import resolve_label
 from complexity_dit.schedulers import is_guided, network_times, set_steps
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.vae import Vae, scale_factor
 
 LabelValue = str | int | None
 
 _PIPELINE_SHIM = "pipeline_complexity_dit"
-_TRANSFORMER_SHIM = "modeling_complexity_dit"
+# Our classes among the components: diffusers does not know them, so a module of this name beside
+# their weights imports them.
+_SHIMS: dict[str, tuple[str, type]] = {
+    "transformer": ("modeling_complexity_dit", ComplexityDiTTransformer2DModel),
+    "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
+}
 
 
 class ComplexityDiTPipeline(DiffusionPipeline):
@@ -35,11 +42,16 @@ class ComplexityDiTPipeline(DiffusionPipeline):
     Args:
         transformer: The denoiser.
         scheduler: Any stock diffusers scheduler that fits the training objective.
-        vae: `AutoencoderKL` or `AutoencoderTiny` for latents; None paints pixels directly.
+        vae: `AutoencoderKL`, `AutoencoderTiny` or `TinyAutoencoder` for latents; None paints pixels
+            directly.
         id2label: Names of the labels, `{field: {id: name}}`, in the transformer's field order.
+        latents_mean: Mean of each latent channel in training: the VAE gets x * std + mean. None
+            means that the VAE's own scaling and shift factors stand between them.
+        latents_std: Standard deviation of each latent channel, given together with the mean.
 
     Raises:
-        UserError: If `id2label` does not match the transformer's label fields.
+        UserError: If `id2label` does not match the transformer's label fields, or the statistics
+            do not match its channels.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -50,8 +62,10 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         self,
         transformer: ComplexityDiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        vae: Vae | None = None,
         id2label: dict | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -68,9 +82,17 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         self.id2label: dict[str, dict[int, str]] = {
             field: {int(i): name for i, name in id2label[field].items()} for field in fields
         }
-        self.register_to_config(id2label=self.id2label)
-        blocks = getattr(getattr(vae, "config", None), "block_out_channels", (1,))
-        self.vae_scale_factor = 2 ** (len(blocks) - 1)
+        statistics = {len(values) for values in (latents_mean, latents_std) if values is not None}
+        both = (latents_mean is None) == (latents_std is None)
+        if not both or statistics - {config.in_channels} or (statistics and vae is None):
+            raise UserError(
+                "latents_mean and latents_std go together and with a VAE, one number for each of "
+                f"the {config.in_channels} channels, not {latents_mean} and {latents_std}"
+            )
+        self.register_to_config(
+            id2label=self.id2label, latents_mean=latents_mean, latents_std=latents_std
+        )
+        self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
@@ -330,7 +352,16 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         if self.vae is None:
             return latents
         config = self.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        if self.config.latents_mean is not None:
+            mean, std = (
+                torch.tensor(values, device=latents.device).view(-1, 1, 1)
+                for values in (self.config.latents_mean, self.config.latents_std)
+            )
+            latents = latents * std + mean
+        else:
+            shift = getattr(config, "shift_factor", None) or 0.0
+            latents = latents / config.scaling_factor + shift
+        latents = latents.to(self.vae.dtype)
         return _in_chunks(
             lambda z: self.vae.decode(z, return_dict=False)[0], chunk_size, chunk_offset, latents
         )
@@ -346,9 +377,9 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.get("_class_name") == [_PIPELINE_SHIM, cls.__name__]:
             config["_class_name"] = cls.__name__
-        model = ComplexityDiTTransformer2DModel
-        if config.get("transformer") == [_TRANSFORMER_SHIM, model.__name__]:
-            config["transformer"] = [model.__module__, model.__name__]
+        for component, (shim, model) in _SHIMS.items():
+            if config.get(component) == [shim, model.__name__]:
+                config[component] = [model.__module__, model.__name__]
         return loaded
 
     def save_pretrained(
@@ -360,9 +391,9 @@ class ComplexityDiTPipeline(DiffusionPipeline):
     ) -> None:
         """Save as a folder that `DiffusionPipeline.from_pretrained` can load.
 
-        Besides what diffusers writes, the folder gets two one-line modules that import the
-        pipeline and transformer classes from this package; `model_index.json` names them, because
-        diffusers does not import a third-party package on its own.
+        Besides what diffusers writes, the folder gets one-line modules that import the classes of
+        this package (pipeline, transformer, and a `TinyAutoencoder`); `model_index.json` names
+        them, because diffusers does not import a third-party package on its own.
 
         Args:
             save_directory: The folder.
@@ -377,16 +408,14 @@ class ComplexityDiTPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        shims = {"_class_name": (folder / f"{_PIPELINE_SHIM}.py", type(self))}
-        # Another denoiser keeps the module path that diffusers wrote for it.
-        if isinstance(self.transformer, ComplexityDiTTransformer2DModel):
-            shims["transformer"] = (
-                folder / "transformer" / f"{_TRANSFORMER_SHIM}.py",
-                ComplexityDiTTransformer2DModel,
-            )
-        for entry, (path, cls) in shims.items():
+        index["_class_name"] = [_PIPELINE_SHIM, type(self).__name__]
+        shims: list[tuple[Path, type]] = [(folder / f"{_PIPELINE_SHIM}.py", type(self))]
+        for component, (shim, cls) in _SHIMS.items():
+            if isinstance(getattr(self, component), cls):
+                index[component] = [shim, cls.__name__]
+                shims.append((folder / component / f"{shim}.py", cls))
+        for path, cls in shims:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
-            index[entry] = [path.stem, cls.__name__]
         index_path.write_text(json.dumps(index, indent=2) + "\n")
         if push_to_hub:
             self._push_folder(folder, **hub)

@@ -82,8 +82,8 @@ def iter_samples(
         Indices, and their pictures as uint8 (n, Y, X, 3), rounded to nearest.
 
     Raises:
-        UserError: If a number in the config is out of range, no such scheduler fits the model, or
-            the guide is of other data.
+        UserError: If a number in the config is out of range, no such scheduler fits the model, the
+            guide is of other data, or a picture has values that are not finite.
     """
     if config.batch_size < 1 or config.chunk_size < 1:
         raise UserError(
@@ -109,6 +109,16 @@ def iter_samples(
                 chunk_offset=batch[0] % config.chunk_size,
                 output_type="np",
             ).images
+            if not np.isfinite(images).all():
+                broken = [
+                    i
+                    for i, image in zip(batch, images, strict=True)
+                    if not np.isfinite(image).all()
+                ]
+                raise UserError(
+                    f"sample {broken[0]} holds values that are not finite ({len(broken)} of "
+                    f"{len(batch)} in its batch); the weights or the guidance_scale are at fault"
+                )
             yield batch, (images * 255).round().clip(0, 255).astype(np.uint8)
             bar.update(len(batch))
 

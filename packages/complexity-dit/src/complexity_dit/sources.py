@@ -93,7 +93,7 @@ def _read_source(source: str) -> datasets.Dataset:
         if scheme == "imagefolder":
             return _read_folder(name)
         if not os.path.isdir(name):
-            _reach_hub(name)
+            reach_hub(source)
         parts = datasets.load_dataset(name)
         if len(parts) > 1:
             sizes = ", ".join(f"{split} ({len(part)})" for split, part in parts.items())
@@ -134,8 +134,16 @@ def _read_folder(name: str) -> datasets.Dataset:
     return rows
 
 
-def _reach_hub(name: str) -> None:
-    """Ask the hub for its front page, so that no network means one line and not 23 s of retries."""
+def reach_hub(what: str, way_out: str = _WAY_OUT) -> None:
+    """Ask the hub for its front page, so that no network means one line and not 23 s of retries.
+
+    Args:
+        what: What is wanted of it, to start the message with.
+        way_out: What to do without it.
+
+    Raises:
+        UserError: If the hub does not answer.
+    """
     if constants.HF_HUB_OFFLINE or datasets_config.HF_HUB_OFFLINE:
         return
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
@@ -149,7 +157,7 @@ def _reach_hub(name: str) -> None:
     except OSError as error:
         said = getattr(error, "reason", error)
     raise UserError(
-        f"hub:{name}: cannot reach {constants.ENDPOINT} ({said}); {_WAY_OUT}, or set "
+        f"{what}: cannot reach {constants.ENDPOINT} ({said}); {way_out}, or set "
         "HF_HUB_OFFLINE=1 if this machine has already cached it"
     )
 

@@ -4,33 +4,38 @@ A checkpoint folder holds
 
     pipeline/               the EMA weights as a pipeline folder, ready to sample from
     model.safetensors       the raw weights
-    optimizer.safetensors   AdamW's moments
-    state.json              step, EMA and schedule counters, the run's config
+    optimizer.safetensors   the optimizer's moments
+    state.json              step, EMA and schedule counters, recent gradient norms, the run's config
+                            and process count
 
 There is no generator state and no data position to save: both are functions of (seed, step), see
 `seeding`. Folders are written aside, flushed to disk and renamed, so a final name is always whole.
+Weights and moments are stored whole, also when the processes of a run hold a shard each, so that
+any number of processes can go on from them.
 """
 
 import json
-import logging
 import re
-import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from complexity_dit.compatibility import check_labels, check_meaning
 from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
+from complexity_dit.files import folder_aside, remove_folder
+from complexity_dit.latents import LatentSpace
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.processes import Processes
+from complexity_dit.sharding import shared_out, whole
+from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-
-logger = logging.getLogger(__name__)
 
 DATA_FILE = "data.json"
 """In a pipeline folder: the `DataConfig` that it was trained with."""
@@ -39,14 +44,45 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass
+class PipelineParts:
+    """What a saved pipeline has beside its network.
+
+    Attributes:
+        scheduler: Samples from a model trained on the run's objective.
+        id2label: Names of the labels, `{field: {id: name}}`.
+        data: The `DataConfig` as a dict: an evaluation must hold out the same pictures. For latents
+            that is the data they were made from.
+        latent_space: What the pipeline decodes with; None for pixels.
+    """
+
+    scheduler: SchedulerMixin
+    id2label: dict[str, dict[int, str]]
+    data: dict[str, Any]
+    latent_space: LatentSpace | None = None
+
+    def around(self, network: ModelMixin) -> ComplexityDiTPipeline:
+        """A pipeline with this network."""
+        decoder = {}
+        if (space := self.latent_space) is not None:
+            decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
+        return ComplexityDiTPipeline(network, self.scheduler, id2label=self.id2label, **decoder)
+
+    def save(self, network: ModelMixin, folder: Path) -> None:
+        """Write a pipeline folder with `data.json` in it."""
+        self.around(network).save_pretrained(folder)
+        (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
+
+
+@dataclass
 class TrainState:
     """What training updates.
 
     Attributes:
-        model: The unwrapped raw model.
-        ema: Its exponential moving average.
+        model: The unwrapped raw model; its parameters may be shards (FSDP2).
+        ema: Its exponential moving average, placed and sharded as the model is.
         optimizer: The optimizer (accelerate's wrapper or plain).
         lr_scheduler: The learning-rate schedule.
+        guard: The spike guard, if there is one.
         step: Optimizer steps done.
     """
 
@@ -54,106 +90,131 @@ class TrainState:
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    guard: SpikeGuard | None = None
     step: int = 0
 
-    def save_pipeline(
-        self,
-        folder: Path,
-        scheduler: SchedulerMixin,
-        id2label: dict[str, dict[int, str]],
-        data: dict[str, Any],
-    ) -> None:
-        """Save a pipeline with a copy of the EMA weights; the model in training is not touched.
+    def average_from_here(self) -> None:
+        """Start the average at the weights, placed and sharded as they are now."""
+        self.ema.shadow_params = [p.detach().clone() for p in self.model.parameters()]
 
-        Beside it goes `data.json`, which data it was trained on: an evaluation must hold out the
-        same pictures.
-        """
-        model = type(self.model).from_config(self.model.config)
-        self.ema.copy_to(model.parameters())
-        ComplexityDiTPipeline(model, scheduler, id2label=id2label).save_pretrained(folder)
-        (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n")
+    @torch.no_grad()
+    def network(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
+        """A whole copy on the CPU; the model in training is not touched. All processes call it."""
+        sources = self.model.parameters() if weights == "raw" else self.ema.shadow_params
+        copy = type(self.model).from_config(self.model.config)
+        for parameter, source in zip(copy.parameters(), sources, strict=True):
+            parameter.copy_(whole(source))
+        return copy.eval()
 
     def save(
-        self,
-        checkpoints: Path,
-        scheduler: SchedulerMixin,
-        id2label: dict[str, dict[int, str]],
-        config: dict[str, Any],
+        self, checkpoints: Path, parts: PipelineParts, config: dict[str, Any], processes: Processes
     ) -> Path:
-        """Write `checkpoints/step-XXXXXXXX`.
+        """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
         Raises:
             UserError: If the disk refuses; nothing half-written stays, older checkpoints are whole.
         """
+        average, weights = self.network("ema"), _named(self.model)
+        moments, groups = _flatten_optimizer(self.optimizer.state_dict())
         ema = self.ema.state_dict()
         ema.pop("shadow_params")
-        tensors, groups = _flatten_optimizer(self.optimizer.state_dict())
         meta = {
             "step": self.step,
+            "processes": processes.count,
             "ema": ema,
             "optimizer_groups": groups,
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "guard": self.guard and self.guard.state_dict(),
             "config": config,
         }
         target = checkpoints / f"step-{self.step:08d}"
-        try:
-            with folder_aside(target) as folder:
-                self.save_pipeline(folder / "pipeline", scheduler, id2label, config["data"])
-                save_file(_named(self.model), folder / "model.safetensors")
-                save_file(tensors, folder / "optimizer.safetensors")
-                (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
-        except Exception as error:  # safetensors reports a full disk as its own error type
-            kept = latest_checkpoint(checkpoints)
-            raise UserError(
-                f"could not write {target}: {error}; the last good checkpoint is {kept or 'none'}: "
-                "free space (or choose another --out) and go on with --resume auto"
-            ) from error
+
+        def write() -> None:
+            try:
+                with folder_aside(target) as folder:
+                    parts.save(average, folder / "pipeline")
+                    save_file(weights, folder / "model.safetensors")
+                    save_file(moments, folder / "optimizer.safetensors")
+                    (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+            except Exception as error:  # safetensors reports a full disk as its own error type
+                kept = latest_checkpoint(checkpoints)
+                raise UserError(
+                    f"could not write {target}: {error}; the last good checkpoint is "
+                    f"{kept or 'none'}: free space (or choose another --out) and go on with "
+                    "--resume auto"
+                ) from error
+
+        processes.on_main(write)
         return target
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Continue exactly where `checkpoint` was written.
+    def load(self, checkpoint: Path, label_names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """Continue exactly where `checkpoint` was written, with any number of processes.
+
+        Args:
+            checkpoint: Its folder.
+            label_names: Of the data, in id order.
 
         Returns:
-            The config that the checkpoint was trained with.
+            What `state.json` says of it: step, processes, config, ...
 
         Raises:
-            UserError: If a file is missing or unreadable, or the shapes are another model's.
+            UserError: If a file is missing or unreadable, the data's labels are others, or the
+                checkpoint is another model's.
         """
         try:
             meta = json.loads((checkpoint / "state.json").read_text())
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-            shadow = load_file(
-                checkpoint / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
-            )
+            pipeline = checkpoint / "pipeline"
+            shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+            network = json.loads((pipeline / "transformer" / "config.json").read_text())
+            id2label = json.loads((pipeline / "model_index.json").read_text())["id2label"]
         except (
             Exception
         ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
             raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
+        # JSON made the ids text and sorted the fields.
+        fields = {f: id2label[f] for f in network["label_fields"]}
+        names = {f: [known[str(i)] for i in range(len(known))] for f, known in fields.items()}
+        check_labels(names, label_names, checkpoint)
+        check_meaning(network, self.model.config, f"{checkpoint}")
         _load_weights(self.model, weights, checkpoint)
         self.ema.load_state_dict(meta["ema"])
         for (name, _), parameter in zip(
             self.model.named_parameters(), self.ema.shadow_params, strict=True
         ):
-            parameter.copy_(shadow[name])
-        self.optimizer.load_state_dict(_unflatten_optimizer(moments, meta["optimizer_groups"]))
+            parameter.copy_(shared_out(shadow[name], parameter))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
+        self._load_optimizer(saved, checkpoint)
         self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+        if self.guard is not None and meta.get("guard"):
+            self.guard.load_state_dict(meta["guard"])
         self.step = meta["step"]
-        return meta["config"]
+        return meta
+
+    def _load_optimizer(self, saved: dict[str, Any], checkpoint: Path) -> None:
+        try:
+            self.optimizer.load_state_dict(saved)
+        except ValueError as error:  # other groups, or groups of other sizes
+            raise UserError(
+                f"{checkpoint} was written by another optimizer ({error}): go on with the "
+                "--optim.name it was trained with, or start anew in another --out"
+            ) from error
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    return {name: whole(p.detach()).contiguous() for name, p in model.named_parameters()}
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Load weights of exactly this model, or say which tensors differ."""
-    own = _named(model)
+    own = {name: p.shape for name, p in model.named_parameters()}
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     shapes = [
-        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
+        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name])} here"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in weights and weights[name].shape != own[name]
     ]
     if missing or extra or shapes:
         differences = (
@@ -165,23 +226,29 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(shared_out(weights[name], parameter))
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """An optimizer's state as named tensors and JSON, so that no pickle is needed."""
     tensors = {
-        f"{index}.{name}": value.contiguous()
+        f"{index}.{name}": whole(value).contiguous()
         for index, entries in state["state"].items()
         for name, value in entries.items()
     }
     return tensors, state["param_groups"]
 
 
-def _unflatten_optimizer(tensors: dict[str, Tensor], groups: list[dict]) -> dict[str, Any]:
+def _unflatten_optimizer(
+    tensors: dict[str, Tensor], groups: list[dict], parameters: list[Tensor]
+) -> dict[str, Any]:
+    """The inverse, each entry of a parameter's shape sharded as the parameter is."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = shared_out(value, parameter)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
 
@@ -199,7 +266,19 @@ def all_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name))
 
 
-def drop_old_checkpoints(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def drop_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that are neither among the newest nor at a step to keep for ever.
+
+    Args:
+        checkpoints: Their folder.
+        keep_last: How many of the newest stay; 0 keeps all.
+        keep_every: Those at a multiple of this many steps stay; 0 for none.
+    """
     for old in all_checkpoints(checkpoints)[:-keep_last] if keep_last else []:
-        shutil.rmtree(old)
+        if not keep_every or step_of(old) % keep_every:
+            remove_folder(old)

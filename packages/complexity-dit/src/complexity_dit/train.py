@@ -3,28 +3,43 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import ModelMixin
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import load_data
-from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
+from complexity_dit.errors import RunStopped, UserError
+from complexity_dit.files import file_aside, folder_aside
+from complexity_dit.init_from import start_from
+from complexity_dit.latents import load_training_data, open_latent_space
+from complexity_dit.looks import Look, build_looks
+from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
-from complexity_dit.state import TrainState, drop_old_checkpoints, latest_checkpoint
+from complexity_dit.processes import Processes
+from complexity_dit.run_folder import claimed_folder
+from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
+from complexity_dit.step import optimizer_step
+from complexity_dit.stopping import StopRequest
+from complexity_dit.trackers import check_tracker, start_tracker
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = {
+    "out", "resume", "init_from", "log_every", "checkpoint_every", "keep_last", "keep_every",
+    "compile", "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
+    "evaluate_every", "evaluate_num_images", "evaluate_reference",
+}  # fmt: skip
+"""Settings that a resumed run may change without any effect on its curve."""
 
 
 def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -> Path:
@@ -42,96 +57,131 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
         The folder of the finished pipeline.
 
     Raises:
-        UserError: For bad input, a loss that is not finite, or a disk that is full.
+        UserError: For bad input, a folder that another run writes in, a loss that is not finite,
+            or a disk that is full.
+        RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
-    out = Path(config.out)
-    checkpoint = _checkpoint_to_resume(config, out)
-    data = load_data(config.data, "train")
-    id2label = {field: dict(enumerate(names)) for field, names in data.label_names.items()}
-    torch.manual_seed(config.seed)
-    state = build_state(build(config, data), config)
-    if checkpoint is not None:
-        _warn_of_changes(state.load(checkpoint), config)
-        logger.info("resumed from %s at step %d", checkpoint, state.step)
-
+    _check_numbers(config)
+    check_tracker(config.report_to)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_dir=out,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.out,
         # The first layer has no incoming velocity: that part of its controller gets no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    _check_batch(config, accelerator.num_processes)
-    is_main = accelerator.is_main_process
-    if is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    accelerator.init_trackers("logs")
-    state.ema.to(accelerator.device)
+    processes = Processes(accelerator)
+    _check_batch(config, processes.count)
+    try:
+        with claimed_folder(Path(config.out), config.resume, processes) as checkpoint:
+            return _train(config, build, accelerator, processes, checkpoint)
+    finally:
+        accelerator.end_training()  # takes the process group down: nothing may wait after it
+
+
+def _train(
+    config: TrainConfig,
+    build: Callable[..., ModelMixin],
+    accelerator: Accelerator,
+    processes: Processes,
+    checkpoint: Path | None,
+) -> Path:
+    out, settings = Path(config.out), dataclasses.asdict(config)
+    checkpoints = out / "checkpoints"
+    data = processes.main_first(lambda: load_training_data(config.data))
+    space = open_latent_space(config.data)
+    parts = PipelineParts(
+        build_scheduler(config.objective),
+        {field: dict(enumerate(names)) for field, names in data.label_names.items()},
+        space.data if space else settings["data"],
+        space,
+    )
+    torch.manual_seed(config.seed)
+    network = build(config, data)
+    if config.init_from is not None and checkpoint is None:
+        start_from(network, config.init_from, data.label_names)
+    state = build_state(network, config)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
-    if config.compile:
+    state.average_from_here()
+    if checkpoint is not None:
+        saved = state.load(checkpoint, data.label_names)
+        _report_resume(saved, config, checkpoint, processes.count)
+    if processes.is_main:
+        with file_aside(out / "config.yaml") as aside:
+            aside.write_text(yaml.safe_dump(settings))
+    start_tracker(config.report_to, accelerator, out, settings, state.step)
+    if config.compile == "regional":
         state.model.compile_repeated_blocks(fullgraph=True)
     if config.gradient_checkpointing:
         state.model.enable_gradient_checkpointing()
 
     batches = DataLoader(
-        StepBatches(data, config, accelerator.process_index, accelerator.num_processes),
+        StepBatches(data, config, processes.index, processes.count),
         batch_size=None,
         sampler=range(state.step, config.steps),
         num_workers=config.loader_workers,
     )
-    scheduler = build_scheduler(config.objective)
-    log = TrainLog(out, state.step, accelerator)
-    with tqdm(
-        total=config.steps, initial=state.step, desc="training", unit="step", disable=not is_main
-    ) as bar:
+    skipped = state.guard.skipped if state.guard else 0
+    log = TrainLog(out, state.step, accelerator, skipped)
+    noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
+    looks = build_looks(config, data, parts, accelerator, processes, state.step)
+    if state.step:
+        _look(looks, state, processes)  # a kill may have come between a checkpoint and its looks
+    bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
+               disable=not processes.is_main)  # fmt: skip
+    with bar, StopRequest() as stop:
         for batch in batches:
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm = _optimizer_step(accelerator, model, state, batch, config)
+            loss, grad_norm, taken = optimizer_step(accelerator, model, state, batch, config, noise)
             state.step += 1
-            log.add(state.step, loss, grad_norm, lr)
+            log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
-            save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+            stopped_by = processes.largest(stop.number)
+            save = stopped_by or _is_due(state.step, config)
             if save or state.step % config.log_every == 0:
                 bar.set_postfix(log.flush(config))
-            if save and is_main:
-                checkpoints = out / "checkpoints"
-                state.save(checkpoints, scheduler, id2label, dataclasses.asdict(config))
-                drop_old_checkpoints(checkpoints, config.keep_last)
-    if is_main:
-        with folder_aside(out / "pipeline") as folder:
-            state.save_pipeline(folder, scheduler, id2label, dataclasses.asdict(config.data))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # takes the process group down: nothing may wait after it
+                noise.flush(state.step)
+            if save:
+                newest = state.save(checkpoints, parts, settings, processes)
+                processes.on_main(
+                    lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
+                )
+            if stopped_by and state.step < config.steps:
+                raise RunStopped(
+                    stopped_by,
+                    f"after step {state.step} of {config.steps}, which is saved in {newest}: go on "
+                    "with --resume auto",
+                )
+            _look(looks, state, processes)
+        averaged = state.network("ema")
+        if processes.is_main:
+            with folder_aside(out / "pipeline") as folder:
+                parts.save(averaged, folder)
     return out / "pipeline"
 
 
-def _optimizer_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    state: TrainState,
-    batch: dict[str, Tensor],
-    config: TrainConfig,
-) -> tuple[Tensor, Tensor]:
-    """One update of weights, schedule and EMA; returns loss and gradient norm, still on device."""
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-    parts = config.gradient_accumulation_steps
-    chunks = {name: value.chunk(parts) for name, value in batch.items()}
-    total = torch.zeros((), device=accelerator.device)
-    for i in range(parts):
-        part = {name: values[i] for name, values in chunks.items()}
-        with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
-            prediction = model(part["x"], part["timestep"], part["labels"], return_dict=False)[0]
-            loss = nn.functional.mse_loss(prediction.float(), part["target"]) / parts
-            accelerator.backward(loss)
-        total += loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    assert grad_norm is not None  # accelerate gives none on XLA only
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.lr_scheduler.step()
-    state.ema.step(state.model.parameters())
-    return total, grad_norm
+def _is_due(step: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint is made after this step, whatever else happens."""
+    intervals = (config.checkpoint_every, config.keep_every, config.evaluate_every, config.steps)
+    return any(every and step % every == 0 for every in intervals)
+
+
+def _look(looks: list[Look], state: TrainState, processes: Processes) -> None:
+    """Look at what is due after this step and not there yet."""
+    for look in looks:
+        if state.step % look.every == 0 and not processes.on_main(partial(look.has, state.step)):
+            look(state)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every",
+                 "checkpoint_every"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)} must be at least 1")
+    for name in ("loader_workers", "keep_last", "keep_every", "noise_bins", "dynamics_every",
+                 "sample_every", "evaluate_every"):  # fmt: skip
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} {getattr(config, name)} must be at least 0")
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:
@@ -143,30 +193,22 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _checkpoint_to_resume(config: TrainConfig, out: Path) -> Path | None:
-    """The checkpoint that `resume` names, or None for a fresh start in a folder that is free."""
-    if config.resume == "auto":
-        return latest_checkpoint(out / "checkpoints")
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if config.resume == "none":
-        if occupied:
-            raise UserError(
-                f"{out} exists; go on with --resume auto, or choose another --out for a new run"
-            )
-        return None
-    checkpoint = Path(config.resume)
-    if not (checkpoint / "state.json").is_file():
-        raise UserError(f"--resume {checkpoint} is no checkpoint folder (no state.json in it)")
-    if occupied and out.resolve() not in checkpoint.resolve().parents:
-        raise UserError(f"{out} exists and {checkpoint} is not one of its checkpoints")
-    return checkpoint
-
-
-def _warn_of_changes(saved: dict, config: TrainConfig) -> None:
-    """Name the settings that differ from the checkpoint's: the curve will not be the same."""
-    harmless = {"out", "resume", "log_every", "checkpoint_every", "keep_last", "compile"}
+def _report_resume(
+    saved: dict[str, Any], config: TrainConfig, checkpoint: Path, processes: int
+) -> None:
+    """Say what is gone on with, and name what differs: the curve will not be the same."""
+    logger.info("resumed from %s at step %d", checkpoint, saved["step"])
+    if saved.get("processes", processes) != processes:
+        logger.info(
+            "the checkpoint was written by %d process(es) and goes on in %d: with the same data, "
+            "noise and batches, and sums that may be rounded differently",
+            saved["processes"],
+            processes,
+        )
     now = dataclasses.asdict(config)
-    changed = [key for key in now if key not in harmless and now[key] != saved.get(key)]
+    changed = [
+        key for key in now if key not in _FREE_TO_CHANGE and now[key] != saved["config"].get(key)
+    ]
     if changed:
         logger.warning(
             "resuming with other settings than the checkpoint's in %s", ", ".join(changed)

@@ -1,6 +1,5 @@
 """The loss curve: one row a step, written in batches, exact across resumes."""
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -10,10 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from complexity_dit.config import TrainConfig
+from complexity_dit.csv_log import CsvLog
 from complexity_dit.errors import UserError
+from complexity_dit.sharding import whole
 from complexity_dit.state import latest_checkpoint
 
-LOG_FIELDS = ("step", "loss", "grad_norm", "lr")
+LOG_FIELDS = ("step", "loss", "grad_norm", "lr", "skipped")
 
 
 class TrainLog:
@@ -22,26 +23,21 @@ class TrainLog:
     Asking for each loss at once would make the device wait for the host at every step.
     """
 
-    def __init__(self, out: Path, start_step: int, accelerator: Accelerator) -> None:
-        self.out, self.path, self.accelerator = out, out / "train_log.csv", accelerator
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+    def __init__(
+        self, out: Path, start_step: int, accelerator: Accelerator, skipped: int = 0
+    ) -> None:
+        self.out, self.accelerator, self.skipped = out, accelerator, skipped
+        self.pending: list[tuple[int, Tensor, Tensor, float, bool]] = []
         self.start_step, self.start_time = start_step, time.perf_counter()
+        self.file = None
         if accelerator.is_main_process:
-            self._keep_rows_up_to(start_step)
+            self.file = CsvLog(out / "train_log.csv", LOG_FIELDS, start_step)
 
-    def _keep_rows_up_to(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: drop what was logged of them."""
-        rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss, grad_norm, lr))
+    def add(
+        self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, *, skipped: bool = False
+    ) -> None:
+        """Keep one step; `skipped` says that the spike guard did not take it."""
+        self.pending.append((step, loss, whole(grad_norm), lr, skipped))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
         """Write pending rows; stop the run if one of them is not finite.
@@ -52,29 +48,37 @@ class TrainLog:
         Raises:
             UserError: Naming the first step whose loss or gradient norm is not finite.
         """
-        mean = self.accelerator.reduce(
-            torch.stack([loss for _, loss, _, _ in self.pending]), "mean"
-        )
+        mean = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean")
         rows = [
-            (step, loss, float(norm), lr)
-            for (step, _, norm, lr), loss in zip(self.pending, mean.tolist(), strict=True)
+            (step, loss, float(norm), lr, int(skipped))
+            for (step, _, norm, lr, skipped), loss in zip(self.pending, mean.tolist(), strict=True)
         ]
         self.pending.clear()
         self._stop_if_not_finite(rows, config)
-        step, _, grad_norm, lr = rows[-1]
+        step, _, grad_norm, lr, _ = rows[-1]
+        self.skipped += sum(row[-1] for row in rows)
         seconds = time.perf_counter() - self.start_time
         speed = (step - self.start_step) * config.batch_size / seconds
-        if self.accelerator.is_main_process:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(rows)
-        average = sum(row[1] for row in rows) / len(rows)
+        if self.file is not None:
+            self.file.write(rows)
+        finite = [row[1] for row in rows if math.isfinite(row[1])]  # all but skipped steps'
+        average = sum(finite) / len(finite) if finite else math.nan
         self.accelerator.log(
-            {"loss": average, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}, step
+            {
+                "loss": average,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "images_per_second": speed,
+                "skipped_steps": self.skipped,
+            },
+            step,
         )
         return {"loss": f"{average:.4f}", "images/s": f"{speed:.0f}"}
 
     def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
-        for step, loss, grad_norm, _ in rows:
+        for step, loss, grad_norm, _, skipped in rows:
+            if skipped:
+                continue
             # fp16's gradient scaler meets infinite norms by design and skips those steps.
             bad_norm = config.mixed_precision != "fp16" and not math.isfinite(grad_norm)
             if bad_norm or not math.isfinite(loss):

@@ -1,7 +1,8 @@
 """ComplexityDiT: a diffusion transformer whose layers carry INL dynamics.
 
 All blocks are in this one file, as diffusers does it. Shape suffixes:
-B batch · C channels · Y, X pixels · N tokens · D hidden · H heads · E head width · F label fields.
+B batch · C channels · Y, X pixels · N tokens (in the middle of the network only the K kept ones, if
+some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,53 +18,25 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from complexity_dit.architecture import DYNAMICS_DEFAULTS, SIZES, check_config
+from complexity_dit.architecture import (
+    SIZES,
+    build_dynamics,
+    check_config,
+    middle_blocks,
+    swiglu_width,
+)
 from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
+from complexity_dit.tokens import LayerState, TokenSubset, routing_plans
 from inl_core import (
-    INLDynamics,
-    INLDynamicsLite,
     ModulatedRMSNorm,
     RMSNorm,
+    RoutingPlan,
+    TokenRoutedMLP,
     branch_epilogue,
     ops,
     rotary_2d,
 )
-
-
-def _swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
-    """Inner width of the SwiGLU MLP: ``mlp_ratio * hidden_size`` rounded up to a multiple of 64."""
-    return -(-int(hidden_size * mlp_ratio) // 64) * 64
-
-
-def _build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
-    """One dynamics layer from the model's config (one each for attention and MLP in `force`)."""
-    defaults = DYNAMICS_DEFAULTS[config["dynamics_placement"]]
-    alpha, beta, gate, dt = (
-        defaults[key] if config[f"dynamics_{key}"] is None else config[f"dynamics_{key}"]
-        for key in ("alpha", "beta", "gate", "dt")
-    )
-    bounds = {
-        "velocity_max": config["dynamics_velocity_max"],
-        "mu_min": config["dynamics_mu_min"],
-        "mu_max": config["dynamics_mu_max"],
-    }
-    # The controller draws its own random numbers. Forking keeps the outer stream where a model
-    # without dynamics has it, so that all placements share the same backbone initialisation.
-    with torch.random.fork_rng(devices=[]):
-        if config["dynamics_adaptive"] == "lite":
-            return INLDynamicsLite(config["hidden_size"], alpha, beta, gate, dt, **bounds)
-        return INLDynamics(
-            config["hidden_size"],
-            init_alpha=alpha,
-            init_beta=beta,
-            init_gate=gate,
-            dt=dt,
-            beta_max=config["dynamics_beta_max"],
-            adaptive=config["dynamics_adaptive"],
-            controller_hidden=config["dynamics_controller_hidden"],
-            **bounds,
-        )
 
 
 class ComplexityDiTAttnProcessor:
@@ -73,11 +46,18 @@ class ComplexityDiTAttnProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn: "ComplexityDiTAttention", x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor
-    ) -> Tensor:
+        self,
+        attn: "ComplexityDiTAttention",
+        x_BND: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        first_BNHE: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         q_BNHE = attn.to_q(x_BND).unflatten(-1, (attn.heads, attn.head_dim))
         k_BNHE = attn.to_k(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
         v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        if attn.value_mix is not None and first_BNHE is not None:
+            v_BNHE = v_BNHE + attn.value_mix.to(v_BNHE.dtype) * (first_BNHE - v_BNHE)
         q_BNHE, k_BNHE = ops.qk_norm_rope(
             q_BNHE, k_BNHE, attn.norm_q.weight, attn.norm_k.weight, cos_NE, sin_NE, attn.norm_q.eps
         )
@@ -89,18 +69,24 @@ class ComplexityDiTAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        return attn.to_out[0](out_BNHE.flatten(-2))
+        return attn.to_out[0](out_BNHE.flatten(-2)), v_BNHE
 
 
 class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
-    """Grouped-query self-attention with RMS-normalised queries and keys."""
+    """Grouped-query self-attention with RMS-normalised queries and keys.
+
+    With `mixes_values` the values are (1 - m) V + m V1, V1 those of the first block and m learned,
+    0.5 at the start (value residual; Zhou et al., arXiv 2410.17897).
+    """
 
     _default_processor_cls = ComplexityDiTAttnProcessor
     _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
     _supports_qkv_fusion = False
     processor: ComplexityDiTAttnProcessor
 
-    def __init__(self, hidden_size: int, heads: int, kv_heads: int, eps: float) -> None:
+    def __init__(
+        self, hidden_size: int, heads: int, kv_heads: int, eps: float, mixes_values: bool
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, hidden_size // heads
         self.to_q = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
@@ -109,10 +95,19 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
         self.norm_q = RMSNorm(self.head_dim, eps=eps)
         self.norm_k = RMSNorm(self.head_dim, eps=eps)
+        # Shape (1,), not (): sharding wrappers refuse parameters without a dimension.
+        self.value_mix = nn.Parameter(torch.full((1,), 0.5)) if mixes_values else None
         self.set_processor(ComplexityDiTAttnProcessor())
 
-    def forward(self, x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-        return self.processor(self, x_BND, cos_NE, sin_NE)
+    def forward(
+        self,
+        x_BND: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        first_BNHE: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output (B, N, D) and the values that went into it (B, N, H, E)."""
+        return self.processor(self, x_BND, cos_NE, sin_NE, first_BNHE)
 
 
 class ComplexityDiTFeedForward(nn.Module):
@@ -131,44 +126,63 @@ class ComplexityDiTFeedForward(nn.Module):
 class ComplexityDiTBlock(nn.Module):
     """AdaLN-Zero block; `placement` says where the second-order dynamics act (DESIGN 3.2)."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], index: int) -> None:
         super().__init__()
         hidden_size, eps = config["hidden_size"], config["norm_eps"]
         heads = config["num_attention_heads"]
         self.placement = config["dynamics_placement"]
         self.velocity_norm_eps = eps if config["dynamics_velocity_norm"] else None
+        self.gives_values = config["value_residual"] and index == 0
         self.norm1 = ModulatedRMSNorm(hidden_size, eps=eps)
         self.attn = ComplexityDiTAttention(
-            hidden_size, heads, config["num_key_value_heads"] or heads, eps
+            hidden_size,
+            heads,
+            config["num_key_value_heads"] or heads,
+            eps,
+            mixes_values=config["value_residual"] and index > 0,
         )
         self.norm2 = ModulatedRMSNorm(hidden_size, eps=eps)
-        self.mlp = ComplexityDiTFeedForward(
-            hidden_size, _swiglu_width(hidden_size, config["mlp_ratio"])
-        )
+        inner = swiglu_width(hidden_size, config["mlp_ratio"])
+        if config["routing"] == "none":
+            self.mlp = ComplexityDiTFeedForward(hidden_size, inner)
+        else:  # a token meets its expert and the shared one: together as wide as the dense MLP
+            self.mlp = TokenRoutedMLP(hidden_size, inner // 2, config["num_experts"])
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         if self.placement != "none":
-            self.dynamics = _build_dynamics(config)
+            self.dynamics = build_dynamics(config)
         if self.placement == "force":
-            self.dynamics_mlp = _build_dynamics(config)
+            self.dynamics_mlp = build_dynamics(config)
 
     def forward(
-        self, h_BND: Tensor, v_BND: Tensor | None, c_BD: Tensor, cos_NE: Tensor, sin_NE: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        h_BND: Tensor,
+        v_BND: Tensor | None,
+        first_BNHE: Tensor | None,
+        c_BD: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        plan: RoutingPlan | None = None,
+    ) -> LayerState:
         """One layer of depth.
 
         Args:
             h_BND: Hidden state ("position").
             v_BND: Velocity carried through depth; None at the first layer and without dynamics.
+            first_BNHE: Values of the first block, for a value residual; None there or without.
             c_BD: Activated condition (time plus labels).
-            cos_NE: Rotary cosines.
-            sin_NE: Rotary sines.
+            cos_NE: Rotary cosines; (B, N, E) where each image has kept other tokens.
+            sin_NE: Rotary sines, likewise.
+            plan: Which expert each token meets, for a routed MLP.
 
         Returns:
-            The next hidden state and velocity.
+            The next hidden state and velocity, and the values of the first block.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
-        branch_BND = self.attn(self.norm1(h_BND, shift1, scale1), cos_NE, sin_NE)
+        normed_BND = self.norm1(h_BND, shift1, scale1)
+        branch_BND, values_BNHE = self.attn(normed_BND, cos_NE, sin_NE, first_BNHE)
+        if self.gives_values:
+            first_BNHE = values_BNHE
         # The sum, the step before it and the norm after it are one operation where they can be.
         conditions = (gate1, shift2, scale2)
         eps = self.norm2.eps
@@ -182,14 +196,14 @@ class ComplexityDiTBlock(nn.Module):
         else:
             normed_BND, h_BND = ops.gated_residual_norm(h_BND, branch_BND, *conditions, eps=eps)
 
-        branch_BND = self.mlp(normed_BND)
+        branch_BND = self.mlp(normed_BND) if plan is None else self.mlp(normed_BND, plan)
         if self.placement == "force":
             h_BND, v_BND = self._pushed(self.dynamics_mlp, h_BND, v_BND, branch_BND, gate2)
         else:
             h_BND = ops.gated_residual(h_BND, branch_BND, gate2)
             if self.placement == "stream":
                 h_BND, v_BND = self.dynamics(h_BND, v_BND)
-        return h_BND, v_BND
+        return h_BND, v_BND, first_BNHE
 
     def _pushed(
         self,
@@ -243,6 +257,18 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             `sample` (flow matching only) is the clean image x, and the model returns the velocity
             (x_t - x) / t that leads to it (x-prediction; Li & He, arXiv 2511.13720). A small
             network finds pictures easier to write down than noise.
+        token_drop_start: First of the middle blocks, which dropped tokens bypass when `forward` is
+            given `kept_tokens`; None means the second block, 1.
+        token_drop_end: The block before which dropped tokens are back; None means the last one.
+        value_residual: Blend the values of every block with those of the first, by a learned share
+            that starts at one half (arXiv 2410.17897).
+        routing: `none` is a dense MLP; with `timestep` or `position` each token meets, beside a
+            shared expert, one of `num_experts` chosen by the noise level of the image or by the
+            token's band of the picture. Both are half as wide as the dense MLP, so the work for a
+            token is the same.
+        num_experts: Routed experts of each block.
+        routing_edges: `timestep` only: rising noise levels in (0, 1) between the experts, one less
+            than there are experts; None means buckets of equal width.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -282,6 +308,12 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         dynamics_mu_max: float | None = 2.0,
         dynamics_velocity_norm: bool = False,
         network_output: str = "target",
+        token_drop_start: int | None = None,
+        token_drop_end: int | None = None,
+        value_residual: bool = False,
+        routing: str = "none",
+        num_experts: int = 4,
+        routing_edges: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         config = self.config
@@ -298,7 +330,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 for field, count in zip(label_fields, num_classes, strict=True)
             }
         )
-        self.blocks = nn.ModuleList([ComplexityDiTBlock(config) for _ in range(num_layers)])
+        self.blocks = nn.ModuleList([ComplexityDiTBlock(config, i) for i in range(num_layers)])
         self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
@@ -318,6 +350,10 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, TokenRoutedMLP):
+                for parameter in module.parameters():
+                    for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else [parameter]:
+                        nn.init.xavier_uniform_(matrix)
         for zero in [block.adaln for block in self.blocks] + [self.adaln_out, self.proj_out]:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -344,6 +380,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         hidden_states: Tensor,
         timestep: Tensor,
         class_labels: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
@@ -354,13 +391,16 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 give it (flow matching: 1000 times sigma).
             class_labels: Label ids, (B, F) in the order of `label_fields` ((B,) for one field);
                 -1 means missing. None means that all are missing.
+            kept_tokens: For training: the tokens of each image, (B, K) int64 and ascending, that go
+                through the middle blocks; the others bypass them. None means that all do.
             return_dict: False returns a plain tuple.
 
         Returns:
             `Transformer2DModelOutput` with `sample` of shape (B, out_channels, Y, X).
 
         Raises:
-            ValueError: If the size is not divisible by the patch or labels have the wrong shape.
+            ValueError: If the size is not divisible by the patch, labels or kept tokens have the
+                wrong shape, or tokens are to be dropped in a network without middle blocks.
         """
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
@@ -384,21 +424,57 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
         c_BD = nn.functional.silu(c_BD + self._embed_labels(class_labels, batch, x_BND.device))
 
-        v_BND: Tensor | None = None
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x_BND, v_BND = self._gradient_checkpointing_func(  # pyright: ignore
-                    block, x_BND, v_BND, c_BD, cos_NE, sin_NE
-                )
-            else:
-                x_BND, v_BND = block(x_BND, v_BND, c_BD, cos_NE, sin_NE)
+        state: LayerState = (x_BND, None, None)
+        plan, kept_plan = routing_plans(
+            self.config, timestep.expand(batch).to(x_BND.device), rows * columns, kept_tokens
+        )
+        blocks = list(self.blocks)
+        if kept_tokens is None:
+            state = self._through(blocks, state, c_BD, cos_NE, sin_NE, plan)
+        else:
+            start, end = self._middle()
+            subset = TokenSubset(kept_tokens, batch, rows * columns)
+            cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
+            state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE, plan)
+            part = subset.take(state)
+            part = self._through(blocks[start:end], part, c_BD, cos_BKE, sin_BKE, kept_plan)
+            state = subset.put_back(part, state)
+            state = self._through(blocks[end:], state, c_BD, cos_NE, sin_NE, plan)
 
         shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
-        x_BND = self.proj_out(self.norm_out(x_BND, shift_BD, scale_BD))
+        x_BND = self.proj_out(self.norm_out(state[0], shift_BD, scale_BD))
         sample = unpatchify(x_BND, patch, rows, columns)
         if self.config.network_output == "sample":
             sample = velocity_towards(sample, hidden_states, timestep.expand(batch))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _middle(self) -> tuple[int, int]:
+        start, end = middle_blocks(self.config)
+        if start >= end:
+            raise ValueError(
+                f"kept_tokens: {len(self.blocks)} blocks have no middle ones to bypass: use 3 or "
+                "more, or set token_drop_start and token_drop_end"
+            )
+        return start, end
+
+    def _through(
+        self,
+        blocks: list[nn.Module],
+        state: LayerState,
+        c_BD: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        plan: RoutingPlan | None,
+    ) -> LayerState:
+        """A stretch of depth, recomputed in the backward if that is asked for."""
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for block in blocks:
+            inputs = (*state, c_BD, cos_NE, sin_NE, plan)
+            if checkpointing:
+                state = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore
+            else:
+                state = block(*inputs)
+        return state
 
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device

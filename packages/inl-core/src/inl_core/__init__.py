@@ -3,7 +3,8 @@
 `inl_core.ops` holds the operations as functions, `inl_core.reference` their definition.
 """
 
-from inl_core import ops, reference, stability
+from inl_core import integrators, ops, reference, stability
+from inl_core.certificate import Certificate, certify
 from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
 from inl_core.epilogue import branch_epilogue
 from inl_core.norms import ModulatedRMSNorm, RMSNorm
@@ -26,6 +27,7 @@ from inl_core.stability import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "INLDynamics",
     "INLDynamicsLite",
     "ModulatedRMSNorm",
@@ -37,7 +39,9 @@ __all__ = [
     "bounded_clamp",
     "branch_epilogue",
     "build_routing_table",
+    "certify",
     "collect_dynamics_stats",
+    "integrators",
     "is_stable",
     "lyapunov",
     "make_routing_plan",

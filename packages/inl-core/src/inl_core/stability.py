@@ -21,7 +21,7 @@ What does not hold:
   (beta 0.01, gate 1) followed by eight of (beta 2, gate 0.01) have spectral radius 4.5.
 
 Everything here is fp64. Arguments are floats or tensors that broadcast together; call the results
-"one point per element".
+"one point per element". What a trained model does with all this is in `inl_core.certificate`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,179 @@
+"""Does a second-order layer help a transformer with second-order systems? (paper §10)
+
+    python benchmarks/physics.py --rows benchmarks/results.csv
+
+A small causal transformer (the language model's, fed with continuous states) learns to predict the
+next state of three systems of `physics_systems`, then continues held-out trajectories on its own:
+32 true states, then 64 steps in which it reads its own output. The error of a rollout is the root
+mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
+placement of the dynamics is compared with `none` of equal parameters (a wider MLP), pairwise by
+seed: the geometric mean of the ratios, with a 95 % t-interval.
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import torch
+from physics_systems import SYSTEMS, trajectories
+from results import append_rows, read_rows
+from torch import nn
+
+from complexity_lm import DeepConfig, DeepModel
+
+PRIMER, HORIZON = 32, 64
+PLACEMENTS = ("none", "stream", "branch", "force")
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 0,
+    "vocab_size": 8,
+}
+# Two-sided 95 % quantile of Student's t by degrees of freedom.
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Forecaster(nn.Module):
+    """States (B, N, O) -> the next state at every position, as the last one plus a change."""
+
+    def __init__(self, channels, placement, wider=0):
+        super().__init__()
+        shape = SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
+        self.enter = nn.Linear(channels, shape["hidden_size"])
+        self.body = DeepModel(DeepConfig(dynamics_placement=placement, **shape))
+        self.leave = nn.Linear(shape["hidden_size"], channels)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, states):
+        hidden = self.body(inputs_embeds=self.enter(states), use_cache=False).last_hidden_state
+        return states + self.leave(hidden)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def width_for_equal_parameters(channels):
+    """What the MLP of `none` needs more to have the parameters of `branch`."""
+    plain, wanted = (parameters(Forecaster(channels, p)) for p in ("none", "branch"))
+    return round((wanted - plain) / (parameters(Forecaster(channels, "none", 1)) - plain))
+
+
+def trained(model, data, steps, batch_size, seed):
+    """The model after `steps` of AdamW on one-step errors; the seed fixes the order of the data."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        batch = data[torch.randint(len(data), (batch_size,), generator=draw)]
+        loss = nn.functional.mse_loss(model(batch[:, :-1]), batch[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def rollout_errors(model, truth):
+    """Error after 1 to HORIZON steps of the model's own, (HORIZON,)."""
+    states = truth[:, :PRIMER]
+    for _ in range(HORIZON):
+        states = torch.cat([states, model(states)[:, -1:]], 1)
+    wrong = states[:, PRIMER:] - truth[:, PRIMER:]
+    return wrong.square().mean((0, 2)).sqrt()
+
+
+def ratio_interval(ratios):
+    """Geometric mean of paired ratios with the ends of its 95 % t-interval."""
+    logs = [math.log(ratio) for ratio in ratios]
+    middle = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(middle), 0.0, math.inf
+    half = T_95[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def run(task, placement, seed, options, data, truth):
+    """Train one model and return its rows' metrics."""
+    torch.manual_seed(seed)
+    wider = width_for_equal_parameters(data.shape[-1]) if placement == "none" else 0
+    model = Forecaster(data.shape[-1], placement, wider)
+    start = time.perf_counter()
+    trained(model, data, options.steps, options.batch_size, seed)
+    seconds = time.perf_counter() - start
+    errors = rollout_errors(model, truth)
+    result = {f"rollout error, {k} steps": (float(errors[:k].mean()), "sd") for k in (1, 16, 64)}
+    result["parameters"] = (parameters(model), "")
+    result["training"] = (seconds, "s")
+    print(
+        f"{task} {placement} seed {seed}: "
+        + ", ".join(f"{k} {v:.4g}" for k, (v, _) in result.items()),
+        flush=True,
+    )
+    return result
+
+
+def main():
+    """Run what has no rows yet, then the paired ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--trajectories", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, default=3, help="2 to 10")
+    parser.add_argument("--tasks", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--rows", help="CSV to add the rows to; what it has is not run again")
+    options = parser.parse_args()
+    amount = f"{options.steps} steps of {options.batch_size}"
+    shape = f"{options.trajectories} x {PRIMER + HORIZON}, {amount}"
+
+    known = {}
+    for row in read_rows(options.rows) if options.rows else []:
+        if row["bench"] == "physics" and row["shape"] == shape:
+            known.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
+    for task in options.tasks:
+        data = trajectories(task, options.trajectories, PRIMER + HORIZON, seed=1)
+        truth = trajectories(task, 256, PRIMER + HORIZON, seed=2)
+        mean, spread = data.mean((0, 1)), data.std((0, 1))
+        data, truth = (data - mean) / spread, (truth - mean) / spread
+        for seed in range(options.seeds):
+            for placement in PLACEMENTS:
+                case = f"{task} / {placement} / seed {seed}"
+                if case in known:
+                    continue
+                result = run(task, placement, seed, options, data, truth)
+                known[case] = {metric: value for metric, (value, _) in result.items()}
+                if options.rows:
+                    rows = [
+                        {
+                            "case": case,
+                            "shape": shape,
+                            "dtype": "float32",
+                            "metric": m,
+                            "value": v,
+                            "unit": u,
+                        }
+                        for m, (v, u) in result.items()
+                    ]
+                    append_rows(options.rows, "physics", rows, "cpu")
+        for placement in PLACEMENTS[1:]:
+            for steps in (1, 16, 64):
+                metric = f"rollout error, {steps} steps"
+                ratios = [
+                    known[f"{task} / {placement} / seed {s}"][metric]
+                    / known[f"{task} / none / seed {s}"][metric]
+                    for s in range(options.seeds)
+                ]
+                middle, low, high = ratio_interval(ratios)
+                interval = f"95 % in [{low:.3f}, {high:.3f}]"
+                print(f"{task} {placement}, {steps} steps: {middle:.3f} of none, {interval}")
+
+
+if __name__ == "__main__":
+    main()

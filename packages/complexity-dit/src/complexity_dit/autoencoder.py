@@ -1,0 +1,247 @@
+"""TinyAutoencoder: the TAESD family with the pooling branch of TAEF2.
+
+TAESD (github.com/madebyollin/taesd, MIT) is a distilled autoencoder of plain 3x3 convolutions.
+TAEF2, its member for FLUX.2's latents (32 channels, 8 times smaller), adds a normalised 1x1 branch
+to the blocks of the coarsest stage, which diffusers' `AutoencoderTiny` does not have.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from complexity_dit.errors import UserError
+
+KNOWN_PICKLES = {
+    "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",
+    "0a44a31e1ae59eb9dbf9359d24942fd3ef5928162c1800d97a28c61d51be0ab5": "taef2_decoder.pth",
+}
+"""sha256 of the published files that exist as .pth only; no other .pth is opened."""
+
+
+class TinyBlock(nn.Module):
+    """`relu(y + conv(y))` with y = x + pool(x); three 3x3 convolutions, and the pool if it has one.
+
+    Args:
+        channels: Width, in and out.
+        pool_channels: Inner width of the 1x1 branch; 0 means none.
+        pool_groups: Groups of the branch's GroupNorm.
+    """
+
+    def __init__(self, channels: int, pool_channels: int, pool_groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.pool = None
+        if pool_channels:
+            self.pool = nn.Sequential(
+                nn.Conv2d(channels, pool_channels, 1, bias=False),
+                nn.GroupNorm(pool_groups, pool_channels),
+                nn.ReLU(),
+                nn.Conv2d(pool_channels, channels, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(x + self.conv(x))
+
+
+class SoftClamp(nn.Module):
+    """`bound * tanh(z / bound)`: keeps stray latents within what the decoder has seen."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.bound * torch.tanh(z / self.bound)
+
+
+class TinyAutoencoder(ModelMixin, ConfigMixin):
+    """A small autoencoder with the interface of diffusers' `AutoencoderTiny`.
+
+    Layers are numbered as in the published files, so that those load without renaming.
+
+    Args:
+        in_channels: Channels of an image.
+        latent_channels: Channels of a latent.
+        block_out_channels: Width of each stage, finest first; each stage after the first halves the
+            size, so a latent is 2^(stages - 1) times smaller than its image.
+        layers_per_block: Blocks of each stage of the encoder, finest first.
+        decoder_layers_per_block: Blocks of each stage of the decoder, coarsest first.
+        pool_channels: Inner width of the pooling branch in the coarsest stage; 0 means none.
+        pool_groups: Groups of its GroupNorm.
+        latent_bound: The decoder sees `bound * tanh(z / bound)`.
+        scaling_factor: As in diffusers: a model trains on (z - shift_factor) * scaling_factor.
+        shift_factor: See `scaling_factor`.
+
+    Raises:
+        UserError: If the three lists are not of one length.
+    """
+
+    _no_split_modules: ClassVar[list[str]] = ["TinyBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 32,
+        block_out_channels: Sequence[int] = (64, 64, 64, 64),
+        layers_per_block: Sequence[int] = (1, 3, 3, 3),
+        decoder_layers_per_block: Sequence[int] = (3, 3, 3, 1),
+        pool_channels: int = 256,
+        pool_groups: int = 4,
+        latent_bound: float = 3.0,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths, stages = list(block_out_channels), len(block_out_channels)
+        if not stages == len(layers_per_block) == len(decoder_layers_per_block):
+            raise UserError(
+                f"block_out_channels {widths}, layers_per_block {list(layers_per_block)} and "
+                f"decoder_layers_per_block {list(decoder_layers_per_block)} must be of one length"
+            )
+
+        def blocks(stage: int, count: int) -> list[nn.Module]:
+            pool = pool_channels if stage == stages - 1 else 0
+            return [TinyBlock(widths[stage], pool, pool_groups) for _ in range(count)]
+
+        layers: list[nn.Module] = []
+        for stage, count in enumerate(layers_per_block):
+            layers += [
+                nn.Conv2d(widths[stage - 1], widths[stage], 3, stride=2, padding=1, bias=False)
+                if stage
+                else nn.Conv2d(in_channels, widths[0], 3, padding=1)
+            ]
+            layers += blocks(stage, count)
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(widths[-1], latent_channels, 3, padding=1))
+
+        layers = [SoftClamp(latent_bound), nn.Conv2d(latent_channels, widths[-1], 3, padding=1)]
+        layers += [nn.ReLU()]
+        for stage, count in zip(reversed(range(stages)), decoder_layers_per_block, strict=True):
+            layers += blocks(stage, count)
+            if stage:
+                layers += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(widths[stage], widths[stage - 1], 3, padding=1, bias=False),
+                ]
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(widths[0], in_channels, 3, padding=1))
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+        """Images in [-1, 1], (B, C, Y, X), to latents (B, latent_channels, Y / f, X / f).
+
+        f is 2^(stages - 1), 8 for TAEF2. There is no posterior: an image has one latent.
+        """
+        latents = self.encoder((x + 1) / 2)  # the family works on [0, 1]
+        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, latent_channels, Y, X) to images (B, C, f Y, f X), about in [-1, 1].
+
+        Args:
+            z: Latents as `encode` gives them.
+            generator: Not used; decoders of diffusers take one.
+            return_dict: False returns a plain tuple.
+        """
+        sample = self.decoder(z) * 2 - 1
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruct images in [-1, 1]."""
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
+
+    @classmethod
+    def from_taesd(cls, folder: str | Path) -> "TinyAutoencoder":
+        """Load the two files of a TAESD-family release: `*encoder*` and `*decoder*`.
+
+        Widths, depths and the pooling branch are read off the tensors. Files are `.safetensors`,
+        or the `.pth` of TAEF2, which is published in no other form: its sha256 is checked before it
+        is opened, with torch's tensors-only loader.
+
+        Args:
+            folder: Where the two files are.
+
+        Raises:
+            UserError: If a file is missing, unknown, or holds other tensors.
+        """
+        parts = {part: _read_part(Path(folder), part) for part in ("encoder", "decoder")}
+        state = {f"{part}.{k}": v.float() for part, own in parts.items() for k, v in own.items()}
+        try:
+            model = cls(**_family_config(parts["encoder"], parts["decoder"]))
+            model.load_state_dict(state)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"{folder} holds no autoencoder of the TAESD family: {error}"
+            ) from error
+        return model.eval()
+
+
+def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    found = sorted(
+        path for suffix in (".safetensors", ".pth") for path in folder.glob(f"*{part}*{suffix}")
+    )
+    safe = [path for path in found if path.suffix == ".safetensors"] or found
+    if len(safe) != 1:
+        raise UserError(
+            f"{folder} has {len(safe)} files named *{part}*.safetensors (or .pth); expected one"
+        )
+    path = safe[0]
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 not in KNOWN_PICKLES:
+            raise UserError(
+                f"{path} is a pickle with sha256 {sha256}, not one of the published "
+                f"{', '.join(KNOWN_PICKLES.values())}; it was not opened. Give a .safetensors file"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _family_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Any]:
+    """Widths and depths of a release, read off its numbered layers.
+
+    A layer without `conv.` and without a bias is where a stage starts (encoder) or ends (decoder).
+    """
+    changes = [int(k.split(".")[0]) for k in encoder if k.count(".") == 1 and k.endswith("weight")]
+    starts, last = sorted(changes)[:-1], max(changes)
+    widths = [encoder[f"{i}.weight"].shape[0] for i in starts]
+    depths = [b - a - 1 for a, b in zip(starts, [*starts[1:], last], strict=True)]
+    ends = sorted(
+        int(k.split(".")[0]) for k in decoder if k.count(".") == 1 and k.endswith("weight")
+    )[1:]
+    # Between two stages of the decoder stand an upsampling and a convolution.
+    begins = [3, *(end + 1 for end in ends[:-1])]
+    finals = [end - 2 for end in ends[:-1]] + [ends[-1] - 1]
+    pool = [v for k, v in encoder.items() if k.endswith("pool.0.weight")]
+    return {
+        "in_channels": encoder["0.weight"].shape[1],
+        "latent_channels": encoder[f"{last}.weight"].shape[0],
+        "block_out_channels": widths,
+        "layers_per_block": depths,
+        "decoder_layers_per_block": [f - b + 1 for b, f in zip(begins, finals, strict=True)],
+        "pool_channels": pool[0].shape[0] if pool else 0,
+    }

@@ -1,0 +1,294 @@
+"""From pictures to cached latents: resumable, shared between processes, whole or absent.
+
+Training then reads what the VAE would compute again in every epoch. Latents are kept in fp16: for
+values of unit size its rounding is 60 dB below them, and a VAE reconstructs to about 30 dB.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from complexity_dit.data import DataConfig, PaintingDataset, in_split, load_data
+from complexity_dit.errors import UserError
+from complexity_dit.files import file_aside
+from complexity_dit.latents import (
+    CACHE_FILE,
+    FORMAT,
+    PLAN_FILE,
+    number_of_parts,
+    part_path,
+)
+from complexity_dit.vae import Vae, load_vae, posterior, scale_factor, weights_sha256
+
+logger = logging.getLogger(__name__)
+
+_DECIDING = ("format", "images", "source_fingerprint", "resolution", "mirrored", "part_size", "vae")
+
+
+def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: int = 512) -> Path:
+    """Encode every picture of a source, training and held-out, with `data.vae`.
+
+    An interrupted run goes on where it was when it is started again. Under `accelerate launch` or
+    `torchrun` each process encodes its share of the parts. Run again on a finished cache with
+    another `data.holdout`, it only takes the statistics anew.
+
+    Args:
+        data: Which pictures, at what size, with which labels, by which VAE. `data.flip` false
+            leaves the mirror images out, at half the time and space; `data.holdout` says over
+            which pictures the statistics are taken (the training split).
+        out: Folder of the cache.
+        batch_size: Pictures in one call of the VAE.
+        part_size: Pictures in one file; an interrupted run loses at most one file's work.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The source or the VAE cannot be used, the folder holds something else, or a
+            latent is not finite.
+    """
+    folder = Path(out)
+    if batch_size < 1 or part_size < 1:
+        raise UserError(f"batch_size {batch_size} and part_size {part_size} must be at least 1")
+    if data.vae is None:
+        raise UserError(
+            "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
+        )
+    joined = torch.distributed.is_initialized()
+    process = PartialState()
+    try:
+        _encode(data, folder, batch_size, part_size, process)
+    finally:
+        if not joined:
+            process.destroy_process_group()
+    return folder
+
+
+def _encode(
+    data: DataConfig, folder: Path, batch_size: int, part_size: int, process: PartialState
+) -> None:
+    vae = load_vae(str(data.vae))
+    _check_size(data, vae)
+    with process.main_process_first():
+        pictures = load_data(data, "all")
+    plan = _plan(data, pictures, vae, part_size)
+    with process.main_process_first():
+        _begin(folder, plan)
+    done = _read_if_there(folder / CACHE_FILE)
+    if done is None:
+        _write_parts(folder, plan, pictures, vae.to(process.device), batch_size, process)
+        process.wait_for_everyone()
+    elif done["statistics"]["holdout"] == data.holdout:
+        logger.info("%s is complete already", folder)
+        return
+    if process.is_main_process:
+        _finish(folder, plan, data.holdout)
+    process.wait_for_everyone()
+
+
+def _check_size(data: DataConfig, vae: Vae) -> None:
+    factor = scale_factor(vae)
+    if data.resolution % factor:
+        raise UserError(
+            f"resolution {data.resolution} must be a multiple of {factor}, how many times smaller "
+            f"the latents of {data.vae} are"
+        )
+
+
+def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int) -> dict[str, Any]:
+    path = Path(str(data.vae)).expanduser()
+    config = vae.config
+    cells = data.resolution // scale_factor(vae)
+    with torch.device(vae.device):
+        probe = posterior(vae, torch.zeros(1, 3, data.resolution, data.resolution))
+    return {
+        "format": FORMAT,
+        "images": len(pictures),
+        "skipped": pictures.skipped,
+        "source": asdict(data),
+        "source_fingerprint": pictures.fingerprint,
+        "label_names": pictures.label_names,
+        "resolution": data.resolution,
+        "mirrored": data.flip,
+        "part_size": part_size,
+        "vae": {
+            "name": str(path.resolve()) if path.is_dir() else data.vae,
+            "class": type(vae).__name__,
+            "sha256": weights_sha256(vae),
+            "scaling_factor": config.scaling_factor,
+            "shift_factor": getattr(config, "shift_factor", None),
+        },
+        "shape": [config.latent_channels, cells, cells],
+        "has_std": probe[1] is not None,
+        "dtype": "float16",
+    }
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or check that the folder's own is the same."""
+    known = _read_if_there(folder / PLAN_FILE)
+    if known is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is no folder of latents; choose another --out")
+        _write_json(folder / PLAN_FILE, plan)
+        return
+    if known.get("format") == FORMAT and known["images"] != plan["images"]:
+        raise UserError(
+            f"the source had {known['images']} usable images when {folder} was begun and has "
+            f"{plan['images']} now: bring the others back, or encode into a new folder"
+        )
+    # Where the VAE lies does not matter, what it computes does.
+    ours, theirs = ({k: _identity(k, p.get(k)) for k in _DECIDING} for p in (plan, known))
+    changed = [f"{k} {theirs[k]} (now {ours[k]})" for k in _DECIDING if ours[k] != theirs[k]]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with {'; '.join(changed)}: repeat that command, or choose "
+            "another --out"
+        )
+
+
+def _identity(key: str, value: Any) -> Any:
+    return value["sha256"][:16] if key == "vae" and value else value
+
+
+def _write_parts(
+    folder: Path,
+    plan: dict[str, Any],
+    pictures: PaintingDataset,
+    vae: Vae,
+    batch_size: int,
+    process: PartialState,
+) -> None:
+    features = _features(plan)
+    size, total = plan["part_size"], plan["images"]
+    mine = [
+        part
+        for part in range(process.process_index, number_of_parts(plan), process.num_processes)
+        if not part_path(folder, part).exists()
+    ]
+    shares = {part: range(part * size, min((part + 1) * size, total)) for part in mine}
+    with tqdm(
+        total=sum(map(len, shares.values())),
+        desc="encoding",
+        unit="image",
+        disable=not process.is_main_process,
+    ) as bar:
+        for part, rows in shares.items():
+            path = part_path(folder, part)
+            columns: dict[str, Any] = {
+                "sha256": [pictures.sha256(i) for i in rows],
+                "name": [pictures.name(i) for i in rows],
+            }
+            for i, field in enumerate(pictures.label_names):
+                columns[f"label_{field}"] = pictures.labels[rows.start : rows.stop, i].numpy()
+            latents = _encode_rows(rows, pictures, vae, plan, batch_size, bar)
+            for name, values in latents.items():
+                flat = pa.array(values.reshape(-1))
+                columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
+            table = pa.table(columns).cast(features.arrow_schema)
+            with file_aside(path) as aside, ArrowWriter(path=str(aside), features=features) as file:
+                file.write_table(table)
+                file.finalize()
+
+
+@torch.inference_mode()
+def _encode_rows(
+    rows: range,
+    pictures: PaintingDataset,
+    vae: Vae,
+    plan: dict[str, Any],
+    batch_size: int,
+    bar: tqdm,
+) -> dict[str, np.ndarray]:
+    """Columns of latents, float16 (rows, sides, C, Y, X)."""
+    batches: list[list[np.ndarray]] = []
+    for start in range(rows.start, rows.stop, batch_size):
+        indices = range(start, min(start + batch_size, rows.stop))
+        sides = []
+        for mirrored in (False, True)[: 1 + plan["mirrored"]]:
+            images = pictures.clean(indices, torch.full((len(indices),), mirrored))
+            sides.append(posterior(vae, images.to(vae.device)))
+        columns = [
+            torch.stack([x for x in column if x is not None], dim=1).half().cpu().numpy()
+            for column in zip(*sides, strict=True)
+            if column[0] is not None
+        ]
+        for column in columns:
+            finite = np.isfinite(column).reshape(len(indices), -1).all(1)
+            if not finite.all():
+                bad = pictures.name(indices[int(np.flatnonzero(~finite)[0])])
+                raise UserError(
+                    f"the VAE {plan['vae']['name']} gives latents of {bad} that are NaN, infinite "
+                    "or beyond fp16: its weights are damaged or made for another range"
+                )
+        batches.append(columns)
+        bar.update(len(indices))
+    names = ("latents", "latents_std")
+    return {n: np.concatenate(c) for n, c in zip(names, zip(*batches, strict=True), strict=False)}
+
+
+def _features(plan: dict[str, Any]) -> datasets.Features:
+    numbers = int(np.prod(plan["shape"])) * (2 if plan["mirrored"] else 1)
+    latent = datasets.List(datasets.Value("float16"), length=numbers)
+    labels = {
+        f"label_{field}": datasets.ClassLabel(names=names)
+        for field, names in plan["label_names"].items()
+    }
+    text = datasets.Value("string")
+    columns: dict[str, Any] = {"sha256": text, "name": text, **labels, "latents": latent}
+    return datasets.Features(columns | ({"latents_std": latent} if plan["has_std"] else {}))
+
+
+def _finish(folder: Path, plan: dict[str, Any], holdout: float) -> None:
+    """Take the statistics of the training split and declare the cache whole."""
+    channels = plan["shape"][0]
+    count, total, square = 0, np.zeros(channels), np.zeros(channels)
+    for part in range(number_of_parts(plan)):
+        table = datasets.Dataset.from_file(str(part_path(folder, part))).data
+        train = [in_split(sha, holdout, "train") for sha in table.column("sha256").to_pylist()]
+        columns = {}
+        for name in ("latents", "latents_std")[: 1 + plan["has_std"]]:
+            flat = [c.flatten().to_numpy() for c in table.column(name).chunks]
+            values = np.concatenate(flat).reshape(len(train), -1, *plan["shape"])
+            columns[name] = values[np.asarray(train)].astype(np.float64)
+        latents = columns["latents"]
+        count += latents.size // channels
+        total += latents.sum((0, 1, 3, 4))
+        # A posterior adds its own variance to that of its mean.
+        square += sum((x**2).sum((0, 1, 3, 4)) for x in columns.values())
+    if not count:
+        raise UserError(f"no training pictures among {plan['images']}: lower holdout {holdout}")
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean**2, 0))
+    flat_channels = np.flatnonzero(~(std > 1e-6)).tolist()
+    if flat_channels:
+        raise UserError(
+            f"channels {flat_channels} of the latents are the same number everywhere: this VAE "
+            "makes nothing of these pictures"
+        )
+    statistics = {"holdout": holdout, "mean": mean.tolist(), "std": std.tolist()}
+    _write_json(folder / CACHE_FILE, plan | {"statistics": statistics})
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with file_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

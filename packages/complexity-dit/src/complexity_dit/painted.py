@@ -1,0 +1,207 @@
+"""The samples of a pipeline as a set of images: painted when they are read, kept, and reused.
+
+Kept images are PNGs of a folder beside ``settings.json``. An interrupted evaluation finds them
+again: a file counts when its pixels, its number and the settings give the check it carries.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor, nn
+
+from complexity_dit.errors import UserError
+from complexity_dit.features import FEATURE_CHUNK, array_hash
+from complexity_dit.files import file_aside
+from complexity_dit.image_sets import ImageSet
+from complexity_dit.parallel_evaluation import on_main
+
+if TYPE_CHECKING:
+    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.sample import SampleConfig
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+CHECK = "complexity-dit-check"
+
+
+def painted_images(
+    pipe: "ComplexityDiTPipeline",
+    labels: Tensor,
+    config: "SampleConfig",
+    folder: Path | None = None,
+    overwrite: bool = False,
+    asked: dict[str, NDArray[np.int64]] | None = None,
+    label_names: dict[str, list[str]] | None = None,
+) -> ImageSet:
+    """The seeded samples of a pipeline.
+
+    Args:
+        pipe: The pipeline.
+        labels: Label ids to ask for, (n, F) int64, -1 for not given.
+        config: Seed, sampler and batch.
+        folder: Keeps the images; None keeps none, and an image read twice is painted twice.
+        overwrite: Remove what the folder keeps of other settings.
+        asked: Field -> ids (n,) asked for, as the reference numbers them.
+        label_names: Field -> names of those ids.
+
+    Returns:
+        An `ImageSet` of n images; its fingerprint is one of the settings, weights included.
+
+    Raises:
+        UserError: The folder keeps images of other settings (named), and ``overwrite`` is false.
+    """
+    settings = _settings(pipe, labels, config)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if folder is not None:
+        on_main(lambda: _open(folder, settings, overwrite))
+    from complexity_dit.sample import iter_samples
+
+    def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
+        found: dict[int, NDArray[np.uint8]] = {}
+        for number in numbers if folder else ():
+            image = _read_kept(folder / f"{number:06d}.png", number, key)
+            if image is not None:
+                found[number] = image
+        missing = sorted(set(numbers) - set(found))
+        for indices, images in iter_samples(pipe, labels, config, missing, progress=False):
+            for number, image in zip(indices, images, strict=True):
+                found[number] = image
+                if folder:
+                    _keep(folder / f"{number:06d}.png", image, number, key)
+        return np.stack([found[number] for number in numbers])
+
+    whole = math.lcm(config.chunk_size, FEATURE_CHUNK)
+    asked, names = asked or {}, label_names or {}
+    return ImageSet(
+        name="samples",
+        fingerprint=key,
+        count=len(labels),
+        size=(config.height or pipe.sample_size, config.width or pipe.sample_size),
+        read=read,
+        labels=np.stack([*asked.values()], 1) if asked else np.empty((len(labels), 0), np.int64),
+        label_names={field: names[field] for field in asked},
+        # Whole network calls of the painter and of the feature network, a batch or more.
+        block=whole * math.ceil(config.batch_size / whole),
+    )
+
+
+def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
+    """sha256 over the configs and weights of all networks of a pipeline, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(pipe.components):
+        part = pipe.components[name]
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {module_hash(part)}".encode())
+    return digest.hexdigest()
+
+
+def module_hash(module: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of a module's tensors, in hex."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settings(
+    pipe: "ComplexityDiTPipeline", labels: Tensor, config: "SampleConfig"
+) -> dict[str, Any]:
+    """All that the bits of the images depend on."""
+    sample = asdict(config)
+    sample.pop("batch_size")
+    return {
+        "pipeline_sha256": pipeline_hash(pipe),
+        **scheduler_settings(pipe, config),
+        "labels_sha256": array_hash(labels.numpy()),
+        "num_images": len(labels),
+        "device": pipe.device.type,
+        "dtype": str(pipe.transformer.dtype),
+        **{f"sample.{name}": value for name, value in sample.items()},
+    }
+
+
+def scheduler_settings(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[str, Any]:
+    """The scheduler that paints, with its settings, and the network evaluations of a picture."""
+    from complexity_dit.schedulers import count_evaluations, named_scheduler
+
+    used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
+    # DPM-Solver's settings have an infinity, which JSON cannot write as a number.
+    config = {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in used.config.items()
+        if not k.startswith("_")
+    }
+    evaluations = count_evaluations(
+        used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
+    )
+    return {
+        "scheduler": {"class": type(used).__name__, **config},
+        "network_evaluations": evaluations,
+    }
+
+
+def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder ready for these settings, or say which others it is for."""
+    settings = json.loads(json.dumps(settings))
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        try:
+            kept = json.loads(path.read_text())
+        except ValueError:
+            kept = {}
+        if kept == settings:
+            count = sum(1 for _ in folder.glob("*.png"))
+            logger.info("%s keeps %d images of an earlier run; they are checked", folder, count)
+            return
+        differ = sorted(k for k in kept.keys() | settings.keys() if kept.get(k) != settings.get(k))
+        if not overwrite:
+            raise UserError(
+                f"{folder} keeps images made with other settings ({', '.join(differ)}); choose "
+                "another --out, remove it, or set overwrite"
+            )
+        for image in folder.glob("[0-9]*.png"):
+            image.unlink()
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and has no {SETTINGS_FILE}; choose another --out")
+    with file_aside(path) as aside:
+        aside.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _check(image: NDArray[np.uint8], number: int, key: str) -> str:
+    return hashlib.sha256(f"{key} {number} {array_hash(image)}".encode()).hexdigest()
+
+
+def _keep(path: Path, image: NDArray[np.uint8], number: int, key: str) -> None:
+    about = PngImagePlugin.PngInfo()
+    about.add_text(CHECK, _check(image, number, key))
+    with file_aside(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG", pnginfo=about)
+
+
+def _read_kept(path: Path, number: int, key: str) -> NDArray[np.uint8] | None:
+    """A kept image if it is whole and what these settings painted, else None."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as file:
+            image, check = np.asarray(file.convert("RGB")), file.info.get(CHECK)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+        image, check = None, None
+    if image is not None and check == _check(image, number, key):
+        return image
+    logger.warning("%s is not what was painted; it is painted again", path)
+    return None

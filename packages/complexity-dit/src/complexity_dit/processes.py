@@ -1,0 +1,75 @@
+"""What the processes of one run settle among themselves, host to host: no device waits for it."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+from complexity_dit.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long the others wait for the main process, which may decode a data set or measure FID."""
+
+
+class Processes:
+    """The processes of a run; a single one talks to nobody.
+
+    Messages go through a gloo group of their own: on GPUs the training's own group would make the
+    host wait for the device, and gives up after ten minutes.
+
+    Args:
+        accelerator: Of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.count, self.index = accelerator.num_processes, accelerator.process_index
+        self.is_main = accelerator.is_main_process
+        self._group = None
+        if self.count > 1:
+            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes call this with."""
+        if self._group is None:
+            return number
+        shared = torch.tensor([number])
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=self._group)
+        return int(shared)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something in the main process; all wait for it.
+
+        Args:
+            work: What the main process does; what it returns is pickled for the others.
+
+        Returns:
+            What `work` returned, in every process.
+
+        Raises:
+            UserError: In every process, if `work` raised it.
+        """
+        answer, error = None, None
+        if self.is_main:
+            try:
+                answer = work()
+            except UserError as raised:
+                error = raised
+        if self._group is not None:
+            shared = [(answer, error and str(error))]
+            distributed.broadcast_object_list(shared, src=0, group=self._group)
+            answer, message = shared[0]
+            error = error or (UserError(message) if message else None)
+        if error is not None:
+            raise error
+        return answer  # pyright: ignore[reportReturnType] (None only where T is)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do something in every process, in the main one before the others: it fills a cache."""
+        mine: list[T] = []
+        self.on_main(lambda: mine.append(work()))
+        return mine[0] if self.is_main else work()

@@ -1,0 +1,226 @@
+"""What can be said about the stability of a model's dynamics: three figures, none implies another.
+
+1. *Frozen points*: each (alpha, beta, gate) that a layer uses, taken as constant, is stable or not
+   (`inl_core.stability`). For coefficients that vary from layer to layer this certifies nothing.
+2. *Reach*: with a velocity clip no layer moves a channel by more than dt * gate * velocity_max,
+   so all of them together by no more than the sum. True for any input; usually loose.
+3. *Gain* along real inputs: how much each layer stretches the pairs (h - mu, v) that it really
+   meets, clip included, and the product of the frozen matrices along each token's own path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inl_core import ops
+from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.reference import bounded_clamp
+from inl_core.stability import is_stable, spectral_radius, transition_matrix
+
+__all__ = ["Certificate", "LayerCertificate", "certify"]
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """The figures of one dynamics module.
+
+    Attributes:
+        name: The module's name in the model.
+        points: How many frozen points were looked at.
+        stable_share: Share of them that Jury's test calls stable.
+        spectral_radius: The largest among them.
+        always_stable: Whether every point that the module's bounds allow is stable.
+        reach: dt * gate * velocity_max, with the largest gate that the module can have; infinite
+            without a velocity clip.
+        gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens; None without inputs.
+    """
+
+    name: str
+    points: int
+    stable_share: float
+    spectral_radius: float
+    always_stable: bool
+    reach: float
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The figures of a model.
+
+    Attributes:
+        layers: One entry for each dynamics module, in the order in which they run.
+        path_gain: The largest spectral norm, over tokens and channels, of the product of the
+            frozen matrices in that order; None without inputs or when shapes differ on the way. It
+            is what happens to a small disturbance of (h, v) that only the dynamics carry on.
+    """
+
+    layers: tuple[LayerCertificate, ...]
+    path_gain: float | None
+
+    @property
+    def frozen_stable(self) -> bool:
+        """Whether every frozen point that was looked at is stable."""
+        return all(layer.stable_share == 1.0 for layer in self.layers)
+
+    @property
+    def reach(self) -> float:
+        """The sum of the layers' reach."""
+        return sum(layer.reach for layer in self.layers)
+
+    def __str__(self) -> str:
+        """A table, one line a layer, and the three figures under it."""
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        lines = [f"{'layer':{width}}   points  stable  radius  always   reach    gain"]
+        for layer in self.layers:
+            gain = "-" if layer.gain is None else f"{layer.gain:.3f}"
+            lines.append(
+                f"{layer.name:{width}} {layer.points:8d} {layer.stable_share:7.1%} "
+                f"{layer.spectral_radius:7.4f} {'yes' if layer.always_stable else 'no':>7} "
+                f"{layer.reach:7.3f} {gain:>7}"
+            )
+        path = "not measured" if self.path_gain is None else f"{self.path_gain:.3f}"
+        lines += [
+            f"frozen points stable: {'all' if self.frozen_stable else 'not all'}",
+            f"reach of all layers: {self.reach:.3f}",
+            f"gain along the path of real inputs: {path}",
+        ]
+        return "\n".join(lines)
+
+
+def certify(
+    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | None = None
+) -> Certificate:
+    """Look at every dynamics module of a model.
+
+    Args:
+        model: Any module with `INLDynamics` or `INLDynamicsLite` in it.
+        inputs: Arguments of one forward of the model: keywords as a mapping, or positional ones as
+            a sequence. It runs in eval mode without gradients. None looks at the parameters alone;
+            of a token controller that is the one point at which its hidden layer is silent.
+
+    Returns:
+        The figures; `print` shows them as a table.
+
+    Raises:
+        ValueError: If the model has no dynamics, or the forward never ran one of them.
+    """
+    modules = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, (INLDynamics, INLDynamicsLite))
+    }
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no INLDynamics: there is nothing to certify")
+    with torch.no_grad():
+        if inputs is None:
+            layers = [
+                _layer(name, module, _resting_point(module), None)
+                for module, name in modules.items()
+            ]
+            return Certificate(tuple(layers), None)
+        return _along_inputs(model, modules, inputs)
+
+
+def _along_inputs(
+    model: nn.Module, modules: dict[Any, str], inputs: Mapping[str, Any] | Sequence[Any]
+) -> Certificate:
+    layers: list[LayerCertificate] = []
+    product: list[Tensor | None] = []
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict, outputs: Any) -> None:
+        given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
+        h, v = given["h"], given.get("v")
+        point = _point(module, h, v)
+        layers.append(_layer(modules[module], module, point, _gain(module, h, v, outputs)))
+        alpha, beta, gate = (x.expand(h.shape) for x in point)
+        matrix = transition_matrix(alpha, beta, gate, module.dt)
+        if not product:
+            product.append(matrix)
+        elif product[0] is not None:
+            same = product[0].shape == matrix.shape
+            product[0] = matrix @ product[0] if same else None
+
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
+    training = model.training
+    model.eval()
+    try:
+        # Collecting also keeps the modules out of fused calls, which would pass the hooks by.
+        with collect_dynamics_stats(model):
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    idle = sorted(set(modules.values()) - {layer.name for layer in layers})
+    if idle:
+        raise ValueError(f"the forward of these inputs never ran {', '.join(idle)}")
+    path = product[0]
+    norm = None if path is None else float(torch.linalg.matrix_norm(path, ord=2).max())
+    return Certificate(tuple(layers), norm)
+
+
+def _point(module: Any, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The activated coefficients that the module uses for a state, in fp64."""
+    if isinstance(module, INLDynamicsLite):
+        alpha, beta, gate = h.new_tensor(
+            [module.alpha, module.beta, module.gate], dtype=torch.float64
+        )
+        return alpha, beta, gate
+    raw = module._coefficients(h, v)
+    alpha, beta, gate = ops.inl_coefficients(*raw, beta_max=module.beta_max)
+    return alpha.double(), beta.double(), gate.double()
+
+
+def _resting_point(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(module, INLDynamics) and module.adaptive == "token":
+        raw = module.bias_out.chunk(3)
+        alpha, beta, gate = ops.inl_coefficients(*raw, beta_max=module.beta_max)
+        return alpha.double(), beta.double(), gate.double()
+    return _point(module, module.mu, None)
+
+
+def _gain(module: Any, h: Tensor, v: Tensor | None, outputs: tuple[Tensor, Tensor]) -> float:
+    mu = bounded_clamp(module.mu.double(), module.mu_min, module.mu_max)
+    before = (h.double() - mu).square().sum(-1)
+    if v is not None:
+        before = before + v.double().square().sum(-1)
+    h_next, v_next = outputs
+    after = (h_next.double() - mu).square().sum(-1) + v_next.double().square().sum(-1)
+    moved = before > 0  # a token at rest at mu has no gain
+    return float((after[moved] / before[moved]).max().sqrt()) if bool(moved.any()) else 1.0
+
+
+def _layer(
+    name: str, module: Any, point: tuple[Tensor, Tensor, Tensor], gain: float | None
+) -> LayerCertificate:
+    alpha, beta, gate = torch.broadcast_tensors(*point)
+    learned = isinstance(module, INLDynamics)
+    # A token controller can ask for any gate below 1, whatever these inputs made it ask for.
+    gate_max = 1.0 if learned and module.adaptive == "token" else float(gate.max())
+    clip = math.inf if module.velocity_max is None else module.velocity_max
+    stable = is_stable(alpha, beta, gate, module.dt)
+    if learned:
+        # 0 < alpha, gate < 1 and 0 < beta <= beta_max, so dt gate beta < dt beta_max; the least
+        # bound 2 (1 + alpha) is 2.
+        always = module.beta_max is not None and module.dt * module.beta_max <= 2.0
+    else:
+        always = bool(stable.all())
+    return LayerCertificate(
+        name=name,
+        points=stable.numel(),
+        stable_share=float(stable.double().mean()),
+        spectral_radius=float(spectral_radius(alpha, beta, gate, module.dt).max()),
+        always_stable=always,
+        reach=module.dt * gate_max * clip,
+        gain=gain,
+    )

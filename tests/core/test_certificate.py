@@ -1,0 +1,139 @@
+"""The three figures of a certificate against hand-made models whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inl_core import INLDynamics, INLDynamicsLite, branch_epilogue, certify, transition_matrix
+
+
+class Stack(nn.Module):
+    """Dynamics one after another, as a stream without sub-layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, h: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        for layer in self.layers:
+            h, v = layer(h, v)
+        return h, v
+
+
+def lite(beta: float, gate: float, **settings: float | None) -> INLDynamicsLite:
+    return INLDynamicsLite(4, 0.9, beta, gate, 0.1, **settings)
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_stable_points_and_a_path_that_grows() -> None:
+    """The counterexample of DESIGN 3.3: each point is stable and sixteen steps grow 4.5-fold."""
+    layers = [lite(0.01, 1.0) for _ in range(8)] + [lite(2.0, 0.01) for _ in range(8)]
+    model = Stack(*layers).double()
+    report = certify(model, (inputs(),))
+    assert report.frozen_stable
+    assert all(layer.always_stable for layer in report.layers)
+    first, second = transition_matrix(0.9, 0.01, 1.0, 0.1), transition_matrix(0.9, 2.0, 0.01, 0.1)
+    product = torch.linalg.matrix_power(second, 8) @ torch.linalg.matrix_power(first, 8)
+    wanted = float(torch.linalg.matrix_norm(product, ord=2))
+    assert report.path_gain == pytest.approx(wanted, rel=1e-12)
+    assert report.path_gain > 4.5
+
+
+def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_passed() -> None:
+    model = Stack(lite(2.0, 0.5, velocity_max=3.0), lite(2.0, 1.0, velocity_max=1.0)).double()
+    report = certify(model)
+    assert report.reach == pytest.approx(0.1 * (0.5 * 3.0 + 1.0 * 1.0))
+    h = inputs() * 1e3
+    moved = (model(h)[0] - h).detach().abs().max()
+    assert float(moved) == pytest.approx(report.reach, rel=1e-9)
+    assert certify(Stack(lite(2.0, 0.5, velocity_max=None))).reach == math.inf
+
+
+def test_gain_of_a_layer_is_what_its_worst_token_sees() -> None:
+    model = Stack(lite(2.0, 0.5)).double()
+    h = inputs()
+    with torch.no_grad():
+        h_next, v_next = model(h)
+    ratio = (h_next.square() + v_next.square()).sum(-1) / h.square().sum(-1)
+    (layer,) = certify(model, {"h": h}).layers
+    assert layer.gain == pytest.approx(float(ratio.max().sqrt()), rel=1e-12)
+    assert certify(model).layers[0].gain is None
+
+
+@pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
+def test_learned_coefficients_are_read_where_the_model_uses_them(adaptive: str) -> None:
+    dynamics = INLDynamics(4, adaptive=adaptive, dt=0.5)
+    model = Stack(dynamics).double()
+    with torch.no_grad():
+        for name, parameter in dynamics.named_parameters():
+            if name.startswith(("weight", "alpha")):
+                parameter.add_(torch.randn_like(parameter))
+    h = inputs()
+    (layer,) = certify(model, (h,)).layers
+    alpha, beta, gate = (
+        x.expand(h.shape)
+        for x in (
+            dynamics._coefficients(h, None)[0].sigmoid(),
+            nn.functional.softplus(dynamics._coefficients(h, None)[1]).clamp(max=2.0),
+            dynamics._coefficients(h, None)[2].sigmoid(),
+        )
+    )
+    matrix = transition_matrix(alpha, beta, gate, 0.5).detach()
+    radius = torch.linalg.eigvals(matrix).abs().max()
+    assert layer.spectral_radius == pytest.approx(float(radius), rel=1e-9)
+    assert layer.stable_share == 1.0
+    assert layer.points == {"token": h.numel(), "channel": 4, "layer": 1}[adaptive]
+
+
+def test_an_unbounded_spring_is_not_always_stable_and_a_runaway_one_is_found() -> None:
+    dynamics = INLDynamics(4, adaptive="channel", dt=0.1, beta_max=None)
+    assert not certify(Stack(dynamics)).layers[0].always_stable
+    assert certify(Stack(dynamics)).frozen_stable
+    with torch.no_grad():
+        dynamics.beta_raw[0] = 80.0  # above 2 (1 + alpha) / (dt gate) = 76
+    report = certify(Stack(dynamics))
+    assert not report.frozen_stable
+    assert report.layers[0].stable_share == 0.75
+    assert report.layers[0].spectral_radius > 1.0
+    assert "not all" in str(report)
+
+
+def test_dynamics_inside_a_fused_epilogue_are_seen_too() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dynamics = INLDynamics(4, adaptive="channel")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return branch_epilogue(self.dynamics, x, None, x)[0]
+
+    model = Branch().double().train()
+    assert certify(model, (inputs(),)).layers[0].gain is not None
+    assert model.training
+    assert not model.dynamics._collecting
+
+
+def test_bad_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no INLDynamics"):
+        certify(nn.Linear(2, 2))
+
+    class Idle(Stack):
+        def forward(self, h: Tensor) -> Tensor:
+            return h
+
+    with pytest.raises(ValueError, match=r"never ran layers\.0"):
+        certify(Idle(lite(1.0, 0.5)), (inputs(),))
+
+
+def test_the_table_names_every_layer() -> None:
+    text = str(certify(Stack(lite(1.0, 0.5), lite(0.5, 0.5)).double(), (inputs(),)))
+    assert "layers.0" in text
+    assert "layers.1" in text
+    assert "frozen points stable: all" in text

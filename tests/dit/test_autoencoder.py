@@ -1,0 +1,177 @@
+"""TinyAutoencoder against diffusers, its formula and TAEF2's published weights; VAEs by name."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from complexity_dit.autoencoder import TinyAutoencoder, TinyBlock
+from complexity_dit.errors import UserError
+from complexity_dit.vae import load_vae, posterior, scale_factor, weights_sha256
+
+SMALL = {
+    "latent_channels": 6, "block_out_channels": (8, 8, 12), "layers_per_block": (1, 2, 1),
+    "decoder_layers_per_block": (2, 1, 1), "pool_channels": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small() -> TinyAutoencoder:
+    torch.manual_seed(0)
+    return TinyAutoencoder(**SMALL).eval()
+
+
+@pytest.fixture
+def taef2() -> Path:
+    data = os.environ.get("COMPLEXITY_DATA")
+    if not data:
+        pytest.skip("COMPLEXITY_DATA names no folder with taef2/ and wikiart/")
+    return Path(data) / "taef2"
+
+
+def release(model: TinyAutoencoder, folder: Path) -> Path:
+    """Write a model as the two files of a release."""
+    folder.mkdir()
+    for part in ("encoder", "decoder"):
+        save_file(getattr(model, part).state_dict(), folder / f"tae_{part}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_taef2_reconstructs_paintings(count, taef2):
+    vae = load_vae(str(taef2))
+    assert vae.config.latent_channels == 32
+    assert scale_factor(vae) == 8
+    files = sorted((taef2.parent / "wikiart" / "images").glob("*.jpg"))[:count]
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    psnr = []
+    for batch in images.split(8):
+        again = vae(batch).sample.clamp(-1, 1)
+        error = ((again - batch) / 2).square().flatten(1).mean(1)
+        psnr += (-10 * error.log10()).tolist()
+    assert np.mean(psnr) > 28.0  # 26.5 dB with 8 groups in its norm instead of 4
+
+
+def test_taef2_saved_as_a_diffusers_model_is_the_same_vae(taef2, tmp_path):
+    vae = load_vae(str(taef2))
+    vae.save_pretrained(tmp_path / "saved")
+    again = load_vae(str(tmp_path / "saved"))
+    assert isinstance(again, TinyAutoencoder)
+    assert weights_sha256(again) == weights_sha256(vae)
+
+
+def test_without_the_pooling_branch_it_is_autoencoder_tiny():
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1), latent_channels=6,
+    ).eval()  # fmt: skip
+    ours = TinyAutoencoder(**SMALL | {"block_out_channels": (8, 8, 8), "pool_channels": 0}).eval()
+    state = {}
+    for name, value in theirs.state_dict().items():
+        part, _, layer, rest = name.split(".", 3)
+        # Their decoder clamps outside its list of layers.
+        state[f"{part}.{int(layer) + (part == 'decoder')}.{rest}"] = value
+    ours.load_state_dict(state)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    latents = ours.encode(images).latents
+    assert latents.shape == (2, 6, 4, 6)
+    torch.testing.assert_close(latents, theirs.encode(images).latents)
+    torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample)
+    assert torch.equal(ours(images).sample, ours.decode(latents, return_dict=False)[0])
+
+
+def test_block_with_pooling_branch_is_its_formula():
+    torch.manual_seed(0)
+    block = TinyBlock(8, pool_channels=16, pool_groups=4).double()
+    first, norm, _, last = block.pool
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    wide = torch.einsum("oi,biyx->boyx", first.weight[..., 0, 0], x)
+    groups = wide.reshape(2, 4, -1)
+    spread = groups.var(-1, correction=0, keepdim=True) + norm.eps
+    normed = ((groups - groups.mean(-1, keepdim=True)) / spread.sqrt()).reshape(wide.shape)
+    normed = (normed * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)).clamp(min=0)
+    y = x + torch.einsum("oi,biyx->boyx", last.weight[..., 0, 0], normed)
+    torch.testing.assert_close(block(x), (y + block.conv(y)).clamp(min=0))
+
+
+@pytest.mark.parametrize("pool_channels", [0, 16])
+def test_shape_of_a_release_is_read_off_its_tensors(pool_channels, tmp_path):
+    model = TinyAutoencoder(**SMALL | {"pool_channels": pool_channels})
+    again = TinyAutoencoder.from_taesd(release(model, tmp_path / "release"))
+    for key, value in (SMALL | {"pool_channels": pool_channels}).items():
+        assert again.config[key] == (list(value) if isinstance(value, tuple) else value)
+    assert weights_sha256(again) == weights_sha256(model)
+    assert weights_sha256(load_vae(str(tmp_path / "release"))) == weights_sha256(model)
+
+
+def test_hash_sees_every_weight(small):
+    before = weights_sha256(small)
+    with torch.no_grad():
+        small.decoder[-1].bias[0] += 1e-3
+    assert weights_sha256(small) != before
+
+
+def test_there_is_no_posterior(small):
+    mean, std = posterior(small, torch.zeros(1, 3, 8, 8))
+    assert mean.shape == (1, 6, 2, 2)
+    assert std is None
+
+
+def test_unknown_pickle_is_not_opened(small, tmp_path):
+    folder = release(small, tmp_path / "release")
+    (folder / "tae_decoder.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "opened",)
+
+    torch.save({"0.weight": Bomb()}, folder / "tae_decoder.pth")
+    with pytest.raises(UserError, match=r"is a pickle with sha256 .*not opened"):
+        load_vae(str(folder))
+    assert not (tmp_path / "opened").exists()
+
+
+def test_broken_releases_are_named(small, tmp_path):
+    folder = release(small, tmp_path / "release")
+    decoder = folder / "tae_decoder.safetensors"
+    save_file({"0.weight": torch.zeros(1)}, decoder)
+    with pytest.raises(UserError, match="no autoencoder of the TAESD family"):
+        load_vae(str(folder))
+    decoder.write_bytes(b"half a file")
+    with pytest.raises(UserError, match="cannot read"):
+        load_vae(str(folder))
+    decoder.unlink()
+    with pytest.raises(UserError, match=r"0 files named \*decoder"):
+        load_vae(str(folder))
+
+
+def test_vae_in_the_folder_of_a_pipeline_is_found(small, tmp_path):
+    small.save_pretrained(tmp_path / "vae")
+    assert weights_sha256(load_vae(str(tmp_path))) == weights_sha256(small)
+
+
+def test_what_is_no_vae_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no VAE folder"):
+        load_vae(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no VAE in"):
+        load_vae(str(tmp_path))
+    with pytest.raises(UserError, match=r"no VAE in someone/vae"):  # offline, and not cached
+        load_vae("someone/vae")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(UserError, match=r"is a UNet2DModel; latents can come from AutoencoderKL"):
+        load_vae(str(tmp_path))
+
+
+def test_depths_of_unequal_length_are_refused():
+    with pytest.raises(UserError, match="must be of one length"):
+        TinyAutoencoder(block_out_channels=(8, 8), layers_per_block=(1,))

@@ -1,0 +1,75 @@
+"""Misspelt fields and wrong values: exit status 2, one line, the nearest name, no traceback."""
+
+import pytest
+import yaml
+
+from complexity_dit import __main__ as cli
+from complexity_dit.config import TrainConfig
+
+CASES = [
+    (["train", "--optim.lrr=1"], "unknown field 'optim.lrr': did you mean optim.lr?"),
+    (["train", "--stepps", "3"], "unknown field 'stepps': did you mean steps?"),
+    (["train", "--lr=3"], "did you mean optim.lr?"),
+    (["train", "--optimm.lr=3"], "did you mean optim.lr?"),
+    (["train", "--qqqq=1"], "unknown field 'qqqq'; see complexity-dit train --help"),
+    (["train", "--batch_size=many"], "batch_size is 'many'; expected int"),
+    (["train", "--compile=fast"], "compile is 'fast'; expected one of 'no', 'regional' or bool"),
+    (["train", "--config=/nowhere.yaml"], "/nowhere.yaml"),
+    (["train", "extra"], "train takes no 'extra'"),
+    (["sample", "p", "--out=x", "--num_imges=3"], "did you mean num_images?"),
+    (["sample", "p", "--out=x", "--labels.style", "A", "--sed=1"], "did you mean seed?"),
+    (["sample"], "required: sample.pipeline, sample.out"),
+    (["evaluate", "p", "--reference=art", "--data.sorce=art"], "did you mean data.source?"),
+    (["evaluate", "p", "--reference=art", "--sample.sede=1"], "did you mean sample.seed?"),
+    (["trian"], "unknown command 'trian': did you mean train?"),
+    ([], "no command: choose one of demo, train"),
+]
+IN_YAML = [
+    ({"optim": {"lrr": 1}}, "unknown field 'optim.lrr': did you mean optim.lr?"),
+    ({"stepz": 1}, "did you mean steps?"),
+    ({"modle": {"size": "S"}}, "did you mean model.size?"),
+    ({"model": {"dynamics_placement": "brunch"}}, "is 'brunch'; expected one of 'stream'"),
+    ({"data": {"label_fields": 3}}, "data.label_fields is '3'; expected list or null"),
+]
+
+
+def fails(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["complexity-dit", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("complexity-dit: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES)
+def test_on_the_command_line(monkeypatch, capsys, arguments, words):
+    assert words in fails(monkeypatch, capsys, arguments)
+
+
+@pytest.mark.parametrize(("values", "words"), IN_YAML)
+def test_in_a_yaml(monkeypatch, capsys, tmp_path, values, words):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert words in fails(
+        monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"]
+    )  # fmt: skip
+
+
+def test_a_broken_yaml(monkeypatch, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("a: [1\nb: }")
+    assert "line 2" in fails(monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("no", "no"), ("regional", "regional"), ("false", "no"), ("true", "regional")],
+)
+def test_compile_by_name_and_by_the_switch_it_was(tmp_path, written, meant):
+    (tmp_path / "run.yaml").write_text(f"compile: {written}\n")
+    for argument in (f"--config={tmp_path}/run.yaml", f"--compile={written}"):
+        parser = cli.build_parser()
+        options = parser.instantiate(parser.parse_args(["train", argument])).train.as_dict()
+        options.pop("config")
+        assert TrainConfig(**options).compile == meant

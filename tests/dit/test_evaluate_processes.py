@@ -1,0 +1,137 @@
+"""An evaluation gives the same bits for any number of processes and any batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from complexity_dit import features as features_module
+from complexity_dit import parallel_evaluation
+from complexity_dit.features import FEATURE_CHUNK, set_features
+from complexity_dit.inception import load_random_features
+from complexity_dit.metrics import fid_from_features
+from complexity_dit.painted import painted_images
+from complexity_dit.parallel_evaluation import gather_rows, own_blocks
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import SampleConfig
+
+N = 2 * FEATURE_CHUNK + 5
+
+
+def test_blocks_are_shared_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for index in range(3):
+        state = SimpleNamespace(process_index=index, num_processes=3)
+        monkeypatch.setattr(parallel_evaluation, "process_state", lambda state=state: state)
+        shares.append(own_blocks(70, 16))
+    assert [[run[0] for run in share] for share in shares] == [[0, 48], [16, 64], [32]]
+    assert sorted(number for share in shares for run in share for number in run) == list(range(70))
+    assert own_blocks(16, 16) == []  # the third of three processes has nothing to do
+
+
+def test_one_process_puts_rows_in_their_places() -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    np.testing.assert_array_equal(gather_rows(rows, [2, 0, 1], 3), rows[[1, 2, 0]])
+
+
+def test_features_of_samples_do_not_depend_on_batch_and_processes(
+    pipe: ComplexityDiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares of 1, 2 and 3 processes, one after the other, and batches of 1, 7 and 64."""
+    labels = torch.tensor([[i % 3, i % 2] for i in range(N)])
+    extractor = load_random_features()
+    whole = np.empty((N, extractor.feature_dim), np.float32)
+
+    def place(rows: np.ndarray, numbers: list[int], count: int) -> np.ndarray:
+        whole[numbers] = rows
+        return whole
+
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(features_module, "gather_rows", place)
+        patch.setattr(features_module, "all_agree", lambda value: value)
+        patch.setattr(features_module, "is_main", lambda: True)
+        for batch, world in ((64, 1), (1, 3), (7, 2)):
+            whole[:] = np.nan
+            sampling = SampleConfig(num_inference_steps=1, batch_size=batch)
+            images = painted_images(pipe, labels, sampling)
+            for index in range(world):
+                state = SimpleNamespace(process_index=index, num_processes=world)
+                patch.setattr(parallel_evaluation, "process_state", lambda state=state: state)
+                set_features(images, np.arange(N), extractor, cache=False)
+            found[batch, world] = whole.copy()
+    first = found[64, 1]
+    assert np.isfinite(first).all()
+    for other in found.values():
+        np.testing.assert_array_equal(other, first)
+
+
+def test_another_chunk_moves_the_distance_by_rounding_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from complexity_dit.image_sets import array_images
+
+    rng = np.random.default_rng(0)
+    sides = [rng.integers(0, high, (50, 16, 16, 3), dtype=np.uint8) for high in (200, 256)]
+    extractor = load_random_features()
+
+    def distance() -> float:
+        both = (array_images(side) for side in sides)
+        return fid_from_features(*(set_features(s, np.arange(50), extractor, False) for s in both))
+
+    usual = distance()
+    monkeypatch.setattr(features_module, "FEATURE_CHUNK", 7)
+    assert distance() == pytest.approx(usual, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_two_and_three_processes_give_one_result(
+    pipe: ComplexityDiTPipeline, tmp_path: Path
+) -> None:
+    """The command under torchrun, with gloo: images, statistics and result."""
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(N):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+            tmp_path / "real" / f"{i:03d}.png"
+        )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }  # fmt: skip
+    results = {}
+    for world, batch in ((1, 64), (2, 7), (3, 1)):
+        out = tmp_path / f"out-{world}"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world),
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+            "-m", "complexity_dit", "evaluate", str(tmp_path / "pipeline"), "--reference",
+            str(tmp_path / "real"), "--out", str(out), "--num_images", str(N), "--weights",
+            "random", "--device", "cpu", "--cache", "false", "--bootstrap", "2",
+            "--save_statistics", "true", "--floors", "true",
+            "--sample.num_inference_steps", "1", f"--sample.batch_size={batch}",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("NOT FID") == 1  # one process prints
+        results[world] = out
+    first = results[1]
+    pixels = [np.asarray(Image.open(first / "generated" / f"{i:06d}.png")) for i in range(N)]
+    metrics = json.loads((first / "result.json").read_text())["metrics"]
+    for out in results.values():
+        for i in range(N):
+            other = np.asarray(Image.open(out / "generated" / f"{i:06d}.png"))
+            np.testing.assert_array_equal(other, pixels[i])
+        assert json.loads((out / "result.json").read_text())["metrics"] == metrics
+        with np.load(out / "reference.npz") as a, np.load(first / "reference.npz") as b:
+            for key in ("mu", "sigma"):
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-12)

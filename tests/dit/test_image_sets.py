@@ -1,0 +1,144 @@
+"""What an evaluation can read: folders, .npz of images and statistics; and what it refuses."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from complexity_dit.errors import UserError
+from complexity_dit.image_sets import array_images, folder_images, npz_images
+from complexity_dit.metrics import Statistics
+from complexity_dit.statistics_files import KeptStatistics, read_statistics, write_statistics
+
+
+def pictures(n: int, size: int = 12) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "set").mkdir()
+    for i, image in enumerate(pictures(3)):
+        Image.fromarray(image).save(tmp_path / "set" / f"{i}.png")
+    return tmp_path / "set"
+
+
+def save(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **{"format": "PNG", **options})
+    return file.getvalue()
+
+
+def plain(mode: str) -> Image.Image:
+    return Image.new(mode, (12, 12))
+
+
+RED = Image.new("RGB", (12, 12), "red")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("x.png", save(plain("RGBA")), r"x\.png has the mode RGBA \(alpha\)"),
+        ("x.png", save(plain("I;16")), r"mode I;16 \(16-bit grey\)"),
+        ("x.png", save(plain("P")), r"mode P \(palette\)"),
+        ("x.jpg", save(plain("CMYK"), format="JPEG"), r"mode CMYK \(print colours\)"),
+        (
+            "x.webp",
+            save(plain("RGB"), format="WEBP", save_all=True, append_images=[RED]),
+            "animation of 2 frames",
+        ),
+        ("x.png", save(Image.new("RGB", (9, 8))), r"x\.png is 9x8 and 0\.png is 12x12"),
+        ("x.png", save(Image.fromarray(pictures(1)[0]))[:-60], r"x\.png cannot be read"),
+        ("x.png", b"", r"x\.png cannot be read"),
+    ],
+)  # fmt: skip
+def test_files_that_need_a_decision_are_refused_by_name(
+    folder: Path, name: str, data: bytes, words: str
+) -> None:
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        folder_images(folder).read(range(4))
+
+
+def test_grey_is_read_as_equal_channels(folder: Path) -> None:
+    Image.new("L", (12, 12), 77).save(folder / "x.png")
+    assert (folder_images(folder).read([3]) == 77).all()
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_images_are_the_array(tmp_path: Path, write) -> None:
+    images, path = pictures(5), tmp_path / "a.npz"
+    write(path, arr_0=images, other=np.zeros(2))
+    found = npz_images(path)
+    assert found is not None
+    assert (len(found), found.size) == (5, (12, 12))
+    np.testing.assert_array_equal(found.read([4, 0]), images[[4, 0]])
+    np.savez(path, mu=np.zeros(2), sigma=np.eye(2))
+    assert npz_images(path) is None
+
+
+def test_a_stored_array_is_not_read_into_memory(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(5))
+    found = npz_images(tmp_path / "a.npz")
+    assert found is not None
+    mapped = found.read.__closure__
+    assert mapped is not None
+    assert any(isinstance(cell.cell_contents, np.memmap) for cell in mapped)
+
+
+def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    broken = pictures(3).astype(np.float32)
+    broken[1, 0, 0, 0] = np.nan
+    cases = [
+        (broken, "float32 .*, 1 of them with values that are not finite; expected images as uint8"),
+        (pictures(3).transpose(0, 3, 1, 2), r"uint8 \(3, 3, 12, 12\); expected"),
+        (pictures(1), "holds 1 images"),
+    ]
+    for array, words in cases:
+        np.savez(path, arr_0=array)
+        with pytest.raises(UserError, match=words):
+            npz_images(path)
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(UserError, match="cannot be read as"):
+        npz_images(path)
+    with pytest.raises(UserError, match="there is no file"):
+        npz_images(tmp_path / "none.npz")
+    with pytest.raises(UserError, match="expected uint8"):
+        array_images(broken)
+
+
+def test_statistics_come_back_whole(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    main, own = (Statistics(rng.random(d), np.eye(d), 40) for d in (4, 6))
+    identity = {"name": "n", "weights_sha256": "s", "resize": "tf1", "dtype": "float32"}
+    path = tmp_path / "s.npz"
+    write_statistics(path, KeptStatistics(main, own, identity, "print"))
+    kept = read_statistics(path)
+    assert (kept.identity, kept.fingerprint) == (identity, "print")
+    assert kept.spatial is not None
+    for a, b in zip((*kept.statistics, *kept.spatial), (*main, *own), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_programs_statistics_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
+    kept = read_statistics(path)
+    assert (kept.identity, kept.spatial, kept.statistics.n) == ({}, None, 0)
+    assert kept.statistics.sigma.dtype == np.float64
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=np.eye(2))
+    spatial = read_statistics(path).spatial
+    assert spatial is not None
+    assert spatial.mu.tolist() == [1, 1]
+    for arrays, words in (
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"mu \(3,\) and sigma \(2, 2\)"),
+        ({"mu": np.array([np.nan]), "sigma": np.eye(1)}, "not finite"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "name": "x"}, "without dtype, resize"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(UserError, match=words):
+            read_statistics(path)

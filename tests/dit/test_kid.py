@@ -1,0 +1,77 @@
+"""Kernel distances against torch-fidelity and torchmetrics, and one route against the other."""
+
+import numpy as np
+import pytest
+import torch
+
+from complexity_dit.errors import UserError
+from complexity_dit.kid import _mmd2_direct, _mmd2_masked, kid_from_features
+from complexity_dit.products import BLOCK_ROWS, common_centre
+
+
+def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).standard_normal((d, d)) / np.sqrt(d)
+    return (rng.standard_normal((n, d)) @ mix + shift).astype(np.float32)
+
+
+def test_kid_is_torch_fidelitys_for_the_same_seed() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = features(90, 16, 0).astype(np.float64), features(70, 16, 1, 0.2).astype(np.float64)
+    judge = kid_features_to_metric(
+        torch.from_numpy(a),
+        torch.from_numpy(b),
+        kid_subsets=7,
+        kid_subset_size=30,
+        rng_seed=5,
+        verbose=False,
+    )
+    ours = kid_from_features(a, b, 7, 30, seed=5)
+    assert ours.mean == pytest.approx(judge["kernel_inception_distance_mean"], rel=1e-10)
+    assert ours.std == pytest.approx(judge["kernel_inception_distance_std"], rel=1e-10)
+    assert ours.stderr == pytest.approx(ours.std / 7**0.5, rel=1e-12)
+    assert (ours.subsets, ours.subset_size) == (7, 30)
+
+
+def test_kid_of_whole_sets_is_torchmetrics_mmd(caplog: pytest.LogCaptureFixture) -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = features(50, 16, 0).astype(np.float64), features(50, 16, 1, 0.2).astype(np.float64)
+    judge = float(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)))
+    ours = kid_from_features(a, b, subsets=3, subset_size=1000)
+    assert ours.mean == pytest.approx(judge, rel=1e-10)
+    assert ours.subset_size == 50
+    assert "kid_std says nothing" in caplog.text
+
+
+def test_kid_routes_agree() -> None:
+    a, b = features(40, 8, 0).astype(np.float64), features(30, 8, 1, 0.1).astype(np.float64)
+    rng = np.random.default_rng(0)
+    draws = [(rng.choice(40, 12, False), rng.choice(30, 12, False)) for _ in range(5)]
+    c = common_centre(a, b)
+    direct = _mmd2_direct(a, b, draws, c)
+    np.testing.assert_allclose(_mmd2_masked(a, b, draws, c), direct, rtol=1e-9)
+
+
+def test_more_rows_than_a_block_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = features(60, 8, 0).astype(np.float64), features(45, 8, 1, 0.1).astype(np.float64)
+    whole = kid_from_features(a, b, 20, 40)
+    monkeypatch.setattr("complexity_dit.products.BLOCK_ROWS", 7)
+    assert max(len(a), len(b)) < BLOCK_ROWS
+    assert kid_from_features(a, b, 20, 40).mean == pytest.approx(whole.mean, rel=1e-12)
+
+
+def test_float32_products_keep_the_distance_of_features_far_from_zero() -> None:
+    """Float32 features give what their float64 copies give, though 1 in 1e4 of a kernel counts."""
+    a, b = features(300, 64, 0) + 5, features(300, 64, 1, 0.02) + 5
+    exact = kid_from_features(a.astype(np.float64), b.astype(np.float64), 20, 100)
+    assert kid_from_features(a, b, 20, 100).mean == pytest.approx(exact.mean, rel=1e-4)
+
+
+def test_bad_sizes_are_named() -> None:
+    a = features(6, 4, 0)
+    with pytest.raises(UserError, match="subset_size is 1"):
+        kid_from_features(a, a, subset_size=1)
+    with pytest.raises(UserError, match="subsets is 0"):
+        kid_from_features(a, a, subsets=0)

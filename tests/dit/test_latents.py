@@ -1,0 +1,426 @@
+"""Cached latents: encoded once, resumed exactly, trained on, sampled from, and every bad cache."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from complexity_dit import encode as encode_module
+from complexity_dit.autoencoder import TinyAutoencoder
+from complexity_dit.batches import StepBatches
+from complexity_dit.config import TrainConfig
+from complexity_dit.data import DataConfig, load_data
+from complexity_dit.encode import encode
+from complexity_dit.errors import UserError
+from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.latents import load_training_data, open_latent_space, part_path
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import SampleConfig
+from complexity_dit.train import train
+from complexity_dit.vae import load_vae, posterior
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def paintings(tmp_path_factory) -> Path:
+    """Pictures of 16 px in two folders, which are their labels."""
+    folder = tmp_path_factory.mktemp("paintings")
+    draw = np.random.default_rng(0)
+    for i in range(IMAGES):
+        style = folder / ("Cubism" if i % 2 else "Fauvism")
+        style.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            style / f"{i:02}.png"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory) -> str:
+    """A small AutoencoderKL with random weights: 2 times smaller, 4 channels, a real posterior."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("kl")
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A small TinyAutoencoder with random weights: 4 times smaller, 6 channels."""
+    torch.manual_seed(1)
+    vae = TinyAutoencoder(
+        latent_channels=6, block_out_channels=(8, 8, 8), layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1), pool_channels=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def caches(paintings, tiny, kl, tmp_path_factory) -> dict[str, Path]:
+    """One whole cache by each VAE, in three parts; tests that break one copy it first."""
+    out = tmp_path_factory.mktemp("caches")
+    return {
+        name: encode(pictures(paintings, vae), out / name, batch_size=4, part_size=10)
+        for name, vae in (("tiny", tiny), ("kl", kl))
+    }
+
+
+def pictures(paintings: Path, vae: str | None) -> DataConfig:
+    return DataConfig(source=f"imagefolder:{paintings}", resolution=16, holdout=0.25, vae=vae)
+
+
+@pytest.fixture
+def source(paintings, tiny) -> DataConfig:
+    return pictures(paintings, tiny)
+
+
+@pytest.fixture
+def copied(caches, tmp_path) -> Path:
+    """A cache by the small TinyAutoencoder that a test may break."""
+    return Path(shutil.copytree(caches["tiny"], tmp_path / "copied"))
+
+
+def as_latents(cache: Path) -> DataConfig:
+    return DataConfig(source=f"latents:{cache}", resolution=16, holdout=0.25)
+
+
+def short_run(data: DataConfig, out: Path) -> TrainConfig:
+    config = TrainConfig(out=str(out), steps=4, batch_size=4, log_every=2, checkpoint_every=4)
+    shape = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
+    model = dataclasses.replace(config.model, patch_size=2, overrides=shape)
+    return dataclasses.replace(config, data=data, model=model)
+
+
+def bytes_of(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_train_sample_evaluate(kind, caches, paintings, tmp_path):
+    folder = train(short_run(as_latents(caches[kind]), tmp_path / "run"))
+    pipe = ComplexityDiTPipeline.from_pretrained(folder)
+    assert pipe.sample_size == 16
+    assert pipe.transformer.config.in_channels == pipe.vae.config.latent_channels
+    result = evaluate(
+        folder, f"imagefolder:{paintings}", None,
+        EvalConfig(num_images=4, weights="random", quiet=True, cache=False, kid_subsets=2),
+        SampleConfig(num_inference_steps=1),
+    )  # fmt: skip
+    # What is held out of training on latents is what training on pixels would hold out.
+    held_out = load_data(pictures(paintings, None), "heldout")
+    assert result["reference_fingerprint"] == held_out.fingerprint
+
+
+def test_pipeline_decodes_with_the_statistics_of_the_cache(caches, tmp_path):
+    pipe = ComplexityDiTPipeline.from_pretrained(
+        train(short_run(as_latents(caches["tiny"]), tmp_path / "run"))
+    )
+    pipe.set_progress_bar_config(disable=True)
+    space = open_latent_space(as_latents(caches["tiny"]))
+    x = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=2,
+             output_type="latent").images  # fmt: skip
+    images = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=2,
+                  output_type="pt").images  # fmt: skip
+    z = x * torch.tensor(space.std).view(-1, 1, 1) + torch.tensor(space.mean).view(-1, 1, 1)
+    expected = (space.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected)
+
+
+def test_a_process_that_imports_only_diffusers_paints_latents(caches, tmp_path):
+    folder = train(short_run(as_latents(caches["tiny"]), tmp_path / "run"))
+    script = f"""
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+pipe.save_pretrained({str(tmp_path / "again")!r})
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+image = pipe(num_inference_steps=1, output_type="np",
+             generator=torch.Generator().manual_seed(0)).images
+numpy.save({str(tmp_path / "image.npy")!r}, image)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pipe = ComplexityDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    ours = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=1,
+                output_type="np").images  # fmt: skip
+    assert np.array_equal(np.load(tmp_path / "image.npy"), ours)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_latents_are_those_of_the_pictures_and_of_their_mirror_images(
+    kind, split, caches, paintings, tiny, kl
+):
+    latents = load_training_data(as_latents(caches[kind]), split)
+    pixels = load_data(pictures(paintings, None), split)
+    assert len(latents) == len(pixels)
+    assert latents.label_names == pixels.label_names
+    assert torch.equal(latents.labels, pixels.labels)
+    indices, flips = [3, 0, 3], torch.tensor([False, True, True])
+    noise = torch.randn(3, latents.channels, latents.sample_size, latents.sample_size)
+    vae = load_vae({"tiny": tiny, "kl": kl}[kind])
+    with torch.no_grad():
+        mean, std = posterior(vae, pixels.clean(indices, flips))
+    assert latents.samples_posterior == (std is not None)
+    expected = mean if std is None else mean + std * noise
+    found = latents.clean(indices, flips, noise if std is not None else None)
+    found = found * latents.std.view(-1, 1, 1) + latents.mean.view(-1, 1, 1)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)  # fp16
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_training_latents_have_mean_0_and_deviation_1(kind, caches):
+    data = load_training_data(as_latents(caches[kind]))
+    indices = torch.arange(len(data)).repeat(2)
+    flips = torch.arange(2).repeat_interleave(len(data)).bool()
+    shape = (len(indices), data.channels, data.sample_size, data.sample_size)
+    # Noise of exactly unit square: what it adds is the posterior's variance itself.
+    noises = (torch.ones(shape), -torch.ones(shape)) if data.samples_posterior else (None,)
+    x = torch.cat([data.clean(indices, flips, noise) for noise in noises]).double()
+    torch.testing.assert_close(
+        x.mean((0, 2, 3)), torch.zeros(data.channels).double(), atol=1e-4, rtol=0
+    )
+    deviation = x.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-4, rtol=0)
+
+
+def test_batches_with_a_posterior_are_a_function_of_the_step(caches, tmp_path):
+    config = short_run(as_latents(caches["kl"]), tmp_path)
+    data = load_training_data(config.data)
+    whole = StepBatches(data, config, 0, 1)[2]
+    parts = [StepBatches(pickle.loads(pickle.dumps(data)), config, rank, 2)[2] for rank in (0, 1)]
+    for name, value in whole.items():
+        assert torch.equal(value[0::2], parts[0][name])
+        assert torch.equal(value[1::2], parts[1][name])
+    data.samples_posterior = False
+    at_the_mean = StepBatches(data, config, 0, 1)[2]
+    assert torch.equal(at_the_mean["timestep"], whole["timestep"])
+    assert not torch.equal(at_the_mean["x"], whole["x"])
+
+
+def test_other_programs_can_read_the_parts(caches):
+    files = [str(path) for path in sorted((caches["kl"] / "parts").iterdir())]
+    rows = datasets.load_dataset("arrow", data_files=files, split="train")
+    assert len(rows) == IMAGES
+    assert rows.features["label_label"].names == ["Cubism", "Fauvism"]
+    assert len(rows[0]["latents"]) == len(rows[0]["latents_std"]) == 2 * 4 * 8 * 8
+
+
+def test_interrupted_encoding_goes_on_where_it_was(source, caches, tmp_path, monkeypatch):
+    calls, last = [], 8  # a probe, six for the first part of ten pictures, and one more
+
+    def stops_in_the_second_part(vae, images):
+        calls.append(len(images))
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return posterior(vae, images)
+
+    monkeypatch.setattr(encode_module, "posterior", stops_in_the_second_part)
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+    with pytest.raises(UserError, match="half-written: 1 of 3 parts are there"):
+        load_training_data(as_latents(tmp_path / "cache"))
+    with pytest.raises(UserError, match="half-written"):
+        train(short_run(as_latents(tmp_path / "cache"), tmp_path / "run"))
+    calls, last = [], None
+    encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+    assert sum(calls) == 1 + 2 * (IMAGES - 10)
+    assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
+
+
+def test_a_whole_cache_is_not_encoded_again(source, copied, monkeypatch):
+    monkeypatch.setattr(encode_module, "_write_parts", lambda *_: pytest.fail("encoded again"))
+    before = bytes_of(copied)
+    encode(source, copied, part_size=10)
+    assert bytes_of(copied) == before
+    # Another hold-out moves only the statistics.
+    encode(dataclasses.replace(source, holdout=0.5), copied, part_size=10)
+    changed = {name for name, value in bytes_of(copied).items() if value != before[name]}
+    assert changed == {"cache.json"}
+    with pytest.raises(UserError, match=r"holdout is 0.25, and .* was made with 0.5"):
+        load_training_data(as_latents(copied))
+    assert len(load_training_data(dataclasses.replace(as_latents(copied), holdout=0.5))) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_cache_that_one_writes(source, caches, tmp_path):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "complexity_dit",
+        "encode", "--source", source.source, "--vae", str(source.vae), "--resolution", "16",
+        "--holdout", "0.25", "--out", str(tmp_path / "cache"), "--part_size", "10",
+        "--batch_size", "4",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
+
+
+def test_source_that_shrank_is_refused(paintings, tiny, tmp_path):
+    folder = Path(shutil.copytree(paintings, tmp_path / "paintings"))
+    source = pictures(folder, tiny)
+    encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+    (folder / "Cubism" / "01.png").unlink()
+    with pytest.raises(UserError, match=r"had 24 usable images .* has 23 now"):
+        encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+    Image.new("RGB", (16, 16)).save(folder / "Cubism" / "01.png")
+    with pytest.raises(UserError, match="source_fingerprint"):
+        encode(source, tmp_path / "cache", batch_size=4, part_size=10)
+
+
+def test_another_vae_is_refused(source, copied, kl, tmp_path):
+    other = TinyAutoencoder.from_pretrained(source.vae)
+    with torch.no_grad():
+        other.encoder[0].bias += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    for vae in (kl, str(tmp_path / "other")):
+        config = dataclasses.replace(as_latents(copied), vae=vae)
+        with pytest.raises(UserError, match="did not make the latents"):
+            train(short_run(config, tmp_path / "run"))
+        with pytest.raises(UserError, match="was begun with vae"):
+            encode(dataclasses.replace(source, vae=vae), copied, part_size=10)
+    assert not (tmp_path / "run").exists()
+
+
+def test_vae_that_moved_is_named(source, tiny, kl, paintings, tmp_path):
+    moved = Path(shutil.copytree(tiny, tmp_path / "here"))
+    cache = encode(pictures(paintings, str(moved)), tmp_path / "cache", part_size=10)
+    moved.rename(tmp_path / "there")
+    with pytest.raises(UserError, match=r"here.*data.vae says where it is now"):
+        open_latent_space(as_latents(cache))
+    found = dataclasses.replace(as_latents(cache), vae=str(tmp_path / "there"))
+    assert isinstance(open_latent_space(found).vae, TinyAutoencoder)
+
+
+def test_vae_that_gives_nan_is_refused(source, tmp_path):
+    broken = TinyAutoencoder.from_pretrained(source.vae)
+    with torch.no_grad():
+        broken.encoder[-1].bias[2] = torch.inf
+    broken.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"latents of .*png .* NaN, infinite"):
+        encode(dataclasses.replace(source, vae=str(tmp_path / "vae")), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_vae_whose_latents_do_not_vary_is_refused(source, tmp_path):
+    blind = TinyAutoencoder.from_pretrained(source.vae)
+    with torch.no_grad():
+        blind.encoder[-1].weight[2] = 0
+    blind.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"channels \[2\] of the latents are the same"):
+        encode(dataclasses.replace(source, vae=str(tmp_path / "vae")), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_in_the_cache_stops_the_training_and_names_the_picture(value, copied, tmp_path):
+    path = part_path(copied, 0)
+    row = datasets.Dataset.from_file(str(path))[4]
+    good = np.asarray(row["latents"], dtype=np.float16)
+    bad = good.copy()
+    bad[7] = value
+    content = path.read_bytes()
+    assert content.count(good.tobytes()) == 1
+    path.write_bytes(content.replace(good.tobytes(), bad.tobytes()))
+    config = dataclasses.replace(as_latents(copied), holdout=0.25)
+    data = load_training_data(config, "all")
+    data.clean([3], torch.tensor([False]))
+    name = Path(row["name"].split(" ")[0]).name
+    with pytest.raises(UserError, match=rf"{name}.*\(row 4 of .*\) is not finite"):
+        data.clean([3, 4], torch.tensor([False, False]))
+
+
+def test_damaged_parts_are_named(source, copied, caches):
+    part = part_path(copied, 1)
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"part-00001.arrow should hold 10 of the 24 pictures"):
+        load_training_data(as_latents(copied))
+    part.write_bytes(part_path(copied, 2).read_bytes())
+    with pytest.raises(UserError, match="it holds 4"):
+        load_training_data(as_latents(copied))
+    part.unlink()
+    with pytest.raises(UserError, match="it is not there"):
+        load_training_data(as_latents(copied))
+    # The way out that the message names.
+    (copied / "cache.json").unlink()
+    encode(source, copied, batch_size=4, part_size=10)
+    assert bytes_of(copied) == bytes_of(caches["tiny"])
+
+
+def test_settings_that_do_not_fit_the_cache(copied, source, tmp_path):
+    config = as_latents(copied)
+    cases = [
+        (dataclasses.replace(config, resolution=32), "resolution is 32, and .* with 16"),
+        (dataclasses.replace(config, label_fields=["style"]), "label field 'style' is not in"),
+        (dataclasses.replace(config, source=f"latents:{tmp_path}/none"), "no folder of latents"),
+        (dataclasses.replace(config, source="art", vae="x"), "goes with source latents:PATH"),
+    ]
+    for case, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_training_data(case)
+    with pytest.raises(UserError, match="latents:PATH is for training only"):
+        load_data(config, "heldout")
+    info = json.loads((copied / "cache.json").read_text())
+    (copied / "cache.json").write_text(json.dumps(info | {"format": "complexity-dit-latents-0"}))
+    with pytest.raises(UserError, match="has the format"):
+        load_training_data(config)
+    (copied / "cache.json").write_text("half of")
+    with pytest.raises(UserError, match=r"cannot read .*cache.json"):
+        load_training_data(config)
+
+
+def test_cache_without_mirror_images(source, tmp_path):
+    plain = dataclasses.replace(source, flip=False)
+    cache = encode(plain, tmp_path / "cache", batch_size=8)
+    with pytest.raises(UserError, match="has no mirrored latents"):
+        load_training_data(as_latents(cache))
+    data = load_training_data(dataclasses.replace(as_latents(cache), flip=False))
+    assert data.clean([0, 1], torch.tensor([False, False])).shape == (2, 6, 4, 4)
+    with pytest.raises(UserError, match="no mirrored latents"):
+        data.clean([0], torch.tensor([True]))
+
+
+def test_what_encode_refuses(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    cases = [
+        (dataclasses.replace(source, vae=None), "new", "--vae is missing"),
+        (dataclasses.replace(source, resolution=10), "new", "must be a multiple of 4"),
+        (source, "mine", "is no folder of latents"),
+    ]
+    for config, out, message in cases:
+        with pytest.raises(UserError, match=message):
+            encode(config, tmp_path / out)
+    with pytest.raises(UserError, match="at least 1"):
+        encode(source, tmp_path / "new", part_size=0)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_statistics_without_a_vae_are_refused(pipe):
+    with pytest.raises(UserError, match="latents_mean and latents_std go together"):
+        ComplexityDiTPipeline(
+            pipe.transformer, pipe.scheduler, None, pipe.id2label, [0.0] * 3, [1.0] * 3
+        )

@@ -1,0 +1,109 @@
+"""The samples of a pipeline as a set: kept, checked and reused, the same whatever the batches."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import complexity_dit.sample
+from complexity_dit.errors import UserError
+from complexity_dit.features import FEATURE_CHUNK
+from complexity_dit.painted import painted_images
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import SampleConfig
+
+SAMPLING = SampleConfig(num_inference_steps=1, batch_size=4, chunk_size=4)
+N = 10
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([[i % 3, i % 2] for i in range(N)])
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the images that were painted, in order."""
+    numbers: list[int] = []
+    original = complexity_dit.sample.iter_samples
+
+    def spy(pipe, labels, config, indices=None, progress=True):
+        for batch, images in original(pipe, labels, config, indices, progress):
+            numbers.extend(batch)
+            yield batch, images
+
+    monkeypatch.setattr(complexity_dit.sample, "iter_samples", spy)
+    return numbers
+
+
+def test_kept_images_are_reused_and_are_the_same_bits(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
+) -> None:
+    free = painted_images(pipe, labels, SAMPLING).read(range(N))
+    painted.clear()
+    kept = painted_images(pipe, labels, SAMPLING, tmp_path / "kept")
+    np.testing.assert_array_equal(kept.read([0, 1, 2, 3]), free[:4])
+    # Stopped here, and started again with another batch size: that is no other setting.
+    again = painted_images(pipe, labels, replace(SAMPLING, batch_size=3), tmp_path / "kept")
+    np.testing.assert_array_equal(again.read(range(N)), free)
+    assert painted == list(range(N))
+    np.testing.assert_array_equal(again.read([7, 2]), free[[7, 2]])
+    assert painted == list(range(N))
+    assert again.fingerprint == kept.fingerprint
+
+
+def test_a_changed_file_is_painted_again(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int], caplog
+) -> None:
+    images = painted_images(pipe, labels, SAMPLING, tmp_path)
+    first = images.read(range(N))
+    painted.clear()
+    broken = tmp_path / "000002.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    Image.fromarray(first[0]).save(tmp_path / "000004.png")  # no check of ours
+    (tmp_path / "000007.png").write_bytes((tmp_path / "000006.png").read_bytes())  # another's
+    np.testing.assert_array_equal(images.read(range(N)), first)
+    assert painted == [2, 4, 7]
+    assert caplog.text.count("painted again") == 3
+
+
+def test_other_settings_are_refused_by_name(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
+) -> None:
+    painted_images(pipe, labels, SAMPLING, tmp_path).read([0])
+    other = replace(SAMPLING, guidance_scale=3.0, seed=5)
+    with pytest.raises(UserError, match=r"sample\.guidance_scale, sample\.seed"):
+        painted_images(pipe, labels, other, tmp_path)
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).view(-1)[0] += 1
+    with pytest.raises(UserError, match="pipeline_sha256"):
+        painted_images(pipe, labels, SAMPLING, tmp_path)
+    painted.clear()
+    painted_images(pipe, labels, SAMPLING, tmp_path, overwrite=True).read([0])
+    assert painted == [0]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "cat.png").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        painted_images(pipe, labels, SAMPLING, tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(1, 16), (7, 16), (64, 16), (40, 12)])
+def test_blocks_hold_whole_calls_of_painter_and_feature_network(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, batch: int, chunk: int
+) -> None:
+    block = painted_images(pipe, labels, SampleConfig(batch_size=batch, chunk_size=chunk)).block
+    assert block % chunk == block % FEATURE_CHUNK == 0
+    assert batch <= block < batch + 2 * max(block // 2, 96)
+
+
+def test_pictures_that_are_not_finite_are_refused(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="sample 0 holds values that are not finite"):
+        painted_images(pipe, labels, SAMPLING, tmp_path).read([0, 1])
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,307 @@
+"""Dropped tokens, value residual and routed experts: what each of them changes, and what not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from complexity_dit.batches import StepBatches
+from complexity_dit.build import build_model
+from complexity_dit.data import load_data
+from complexity_dit.errors import UserError
+from complexity_dit.objective import ObjectiveConfig, sample_times, time_quantiles
+from complexity_dit.seeding import generator_for
+from complexity_dit.tokens import TokenSubset, draw_kept_tokens, expert_ids
+from complexity_dit.train import train
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core import ops
+
+TOKENS = 16
+PLACEMENTS = ("stream", "branch", "force", "none")
+
+
+def build(**overrides):
+    """Four blocks on 16 tokens; zero-initialised weights get values, so every path matters."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "label_fields": ["style"],
+        "num_classes": [3],
+    }
+    model = ComplexityDiTTransformer2DModel(**(settings | overrides)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "adaln" in name or "proj_out" in name:
+                p.normal_(std=0.1)
+            if "value_mix" in name:
+                p.uniform_(0.2, 0.8)
+    return model
+
+
+def inputs(batch=3):
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, 8, 8), torch.rand(batch) * 1000, torch.tensor([[0], [2], [-1]])
+
+
+def kept(rate=0.5, batch=3):
+    return draw_kept_tokens(batch, TOKENS, rate, generator_for(0, "test"))
+
+
+EVERYTHING = {"value_residual": True, "routing": "position", "num_experts": 4}
+
+
+@pytest.mark.parametrize("extra", [{}, EVERYTHING])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_keeping_every_token_is_the_plain_forward(placement, extra):
+    model = build(dynamics_placement=placement, **extra)
+    everything = torch.arange(TOKENS).expand(3, TOKENS)
+    with torch.no_grad():
+        plain = model(*inputs()).sample
+        torch.testing.assert_close(model(*inputs(), kept_tokens=everything).sample, plain)
+        assert not torch.allclose(model(*inputs(), kept_tokens=kept()).sample, plain)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_dropped_tokens_bypass_the_middle_with_position_and_velocity(placement, start, monkeypatch):
+    """Block by block: the middle sees the kept tokens alone, what follows sees all of them."""
+    model = build(dynamics_placement=placement, token_drop_start=start, token_drop_end=3)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _m, given, made: seen.append((given, made)))
+    chosen = kept()
+    with torch.no_grad():
+        model(*inputs(), kept_tokens=chosen)
+    assert [made[0].shape[1] for _, made in seen] == [TOKENS] * start + [8] * (3 - start) + [TOKENS]
+    dropped = torch.ones(3, TOKENS, dtype=torch.bool).scatter(1, chosen, False)
+    (h_end, v_end, *_), _ = seen[3]
+    (h_out, v_out, _) = seen[2][1]
+    if start:
+        (h_whole, v_whole, _) = seen[0][1]
+        assert torch.equal(h_end[dropped], h_whole[dropped])
+    assert torch.equal(h_end[~dropped], h_out.flatten(0, 1))
+    if placement == "none":
+        assert v_end is None
+        return
+    assert torch.equal(v_end[~dropped], v_out.flatten(0, 1))
+    expected = v_whole[dropped] if start else torch.zeros_like(v_end[dropped])
+    assert torch.equal(v_end[dropped], expected)
+    assert v_out.abs().sum() > 0
+
+
+def test_kept_tokens_keep_their_places_in_the_rotary_embedding(monkeypatch):
+    tables = []
+    real = ops.qk_norm_rope
+
+    def watched(q, k, q_weight, k_weight, cos, sin, eps):
+        tables.append((cos, sin))
+        return real(q, k, q_weight, k_weight, cos, sin, eps)
+
+    monkeypatch.setattr(ops, "qk_norm_rope", watched)
+    chosen = kept()
+    with torch.no_grad():
+        build()(*inputs(), kept_tokens=chosen)
+    for whole, part in zip(tables[0], tables[1], strict=True):
+        assert torch.equal(part, torch.stack([whole[row] for row in chosen]))
+
+
+def test_gradients_with_dropped_tokens_are_right():
+    """Against autograd's own indexing, and against finite differences."""
+    torch.manual_seed(0)
+    x, part = (torch.randn(3, n, 2, dtype=torch.float64, requires_grad=True) for n in (TOKENS, 8))
+    chosen = kept()
+    subset = TokenSubset(chosen, 3, TOKENS)
+    taken = subset.take((x, None, None))
+    assert torch.equal(taken[0], torch.stack([x[i, row] for i, row in enumerate(chosen)]))
+    assert taken[1:] == (None, None)
+    assert torch.autograd.gradcheck(lambda x: subset.take((x, x * x, None))[:2], (x,))
+
+    def back(part, x):
+        h, v, _ = subset.put_back((part, part * part, None), (x, None, None))
+        return h, v
+
+    assert torch.autograd.gradcheck(back, (part, x))
+
+
+def test_checkpointing_and_one_graph_with_dropped_tokens():
+    x, t, labels = inputs()
+    gradients, outputs = [], []
+    for how in ("plain", "checkpointed", "compiled"):
+        model = build(num_layers=3, dynamics_adaptive="channel", **EVERYTHING).train()
+        run = model
+        if how == "checkpointed":
+            model.enable_gradient_checkpointing()
+        elif how == "compiled":
+            run = torch.compile(model, fullgraph=True, backend="eager")
+        out = run(x, t, labels, kept_tokens=kept()).sample
+        out.square().mean().backward()
+        outputs.append(out.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for out, grads in zip(outputs[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(out, outputs[0])
+        assert grads.keys() == gradients[0].keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, gradients[0][name], msg=name)
+
+
+def test_every_token_is_kept_equally_often():
+    chosen = draw_kept_tokens(20000, TOKENS, 0.75, generator_for(0, "test"))
+    assert chosen.dtype == torch.int64
+    assert chosen.shape == (20000, 4)
+    assert (chosen.diff(dim=1) > 0).all()
+    share = torch.bincount(chosen.flatten(), minlength=TOKENS) / 20000
+    assert share.tolist() == pytest.approx([0.25] * TOKENS, abs=0.015)
+    assert draw_kept_tokens(2, TOKENS, 0.999, generator_for(0, "test")).shape == (2, 1)
+
+
+def test_value_residual_starts_at_one_half_and_learns():
+    model = build(value_residual=True)
+    plain = build(value_residual=False)
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.attn.value_mix.zero_()
+        missing = plain.load_state_dict(model.state_dict(), strict=False)
+        assert all("value_mix" in name for name in missing.unexpected_keys)
+        assert torch.equal(model(*inputs()).sample, plain(*inputs()).sample)  # 0: own values only
+        for block in model.blocks[1:]:
+            block.attn.value_mix.fill_(1.0)  # the first block's only: others' to_v are unused
+        ours = model(*inputs()).sample
+        for block in model.blocks[1:]:
+            block.attn.to_v.weight.normal_()
+        torch.testing.assert_close(model(*inputs()).sample, ours)
+    fresh = ComplexityDiTTransformer2DModel.from_config(model.config)
+    assert fresh.blocks[0].attn.value_mix is None
+    assert [block.attn.value_mix.item() for block in fresh.blocks[1:]] == [0.5] * 3
+    model = build(value_residual=True)
+    model(*inputs(), kept_tokens=kept()).sample.square().mean().backward()
+    assert all(block.attn.value_mix.grad.abs() > 0 for block in model.blocks[1:])
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("routing", ["timestep", "position"])
+def test_every_expert_learns_from_its_own_tokens(routing, dropping):
+    model = build(routing=routing, num_experts=3)
+    x, _, labels = inputs()
+    timestep = torch.tensor([100.0, 500.0, 900.0])  # one image in each bucket
+    model(x, timestep, labels, kept_tokens=kept() if dropping else None).sample.sum().backward()
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            assert parameter.grad is not None, name
+            grads = parameter.grad.flatten(1) if parameter.ndim == 3 else parameter.grad[None]
+            assert all(grad.abs().sum() > 0 for grad in grads), name
+    model.zero_grad()
+    model(x, timestep.fill_(100.0), labels).sample.sum().backward()
+    used = [model.blocks[0].mlp.gate.grad[i].abs().sum() > 0 for i in range(3)]
+    assert used == ([True, False, False] if routing == "timestep" else [True] * 3)
+
+
+def test_experts_follow_noise_level_or_place():
+    times = torch.tensor([0.0, 249.9, 250.0, 999.0, 1000.0])
+    assert expert_ids("timestep", 4, times, 2).tolist() == [[i, i] for i in (0, 0, 1, 3, 3)]
+    assert expert_ids("timestep", 2, times, 1, edges=[0.9]).flatten().tolist() == [0, 0, 0, 1, 1]
+    bands = expert_ids("position", 2, times[:1], 4)
+    assert bands.tolist() == [[0, 0, 1, 1]]
+    assert expert_ids("position", 3, times[:1], 64)[0].bincount().tolist() == [22, 21, 21]
+
+
+@pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
+def test_noise_buckets_are_met_equally_often(sampling):
+    config = ObjectiveConfig(time_sampling=sampling, logit_mean=-0.3, logit_std=1.3, shift=3.0)
+    times = sample_times(40000, config, generator_for(0, "test"))
+    ids = expert_ids("timestep", 5, times * 1000, 1, time_quantiles(5, config))
+    assert (ids.flatten().bincount() / 40000).tolist() == pytest.approx([0.2] * 5, abs=0.01)
+
+
+def test_a_routed_network_does_the_work_of_a_dense_one():
+    dense = build().blocks[0].mlp
+    routed = build(routing="position", num_experts=8).blocks[0].mlp
+    assert routed.active_parameters == sum(p.numel() for p in dense.parameters())
+
+
+def test_dropping_leaves_every_other_draw_alone(small_run):
+    data = load_data(small_run.data, "train")
+    plain = StepBatches(data, small_run, 0, 1)[3]
+    assert "kept_tokens" not in plain
+    model = dataclasses.replace(small_run.model, token_drop_rate=0.5)
+    config = dataclasses.replace(small_run, model=model)
+    batches = StepBatches(data, config, 0, 1)
+    item = batches[3]
+    assert all(torch.equal(item[name], plain[name]) for name in plain)
+    assert item["kept_tokens"].shape == (4, 8)
+    assert torch.equal(batches[3]["kept_tokens"], item["kept_tokens"])
+    assert not torch.equal(batches[4]["kept_tokens"], item["kept_tokens"])
+    for rank in (0, 1):
+        mine = StepBatches(data, config, rank, 2)[3]["kept_tokens"]
+        assert torch.equal(mine, item["kept_tokens"][rank::2])
+
+
+def test_the_last_stretch_is_on_whole_images(small_run):
+    model = dataclasses.replace(small_run.model, token_drop_rate=0.5, token_drop_until=0.75)
+    config = dataclasses.replace(small_run, model=model)
+    batches = StepBatches(load_data(small_run.data, "train"), config, 0, 1)
+    assert ["kept_tokens" in batches[step] for step in range(8)] == [True] * 6 + [False] * 2
+
+
+def test_a_run_with_everything_on_trains(small_run):
+    model = dataclasses.replace(
+        small_run.model,
+        token_drop_rate=0.5,
+        value_residual=True,
+        routing="timestep",
+        num_experts=2,
+        overrides={"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2},
+    )
+    objective = ObjectiveConfig(direction_weight=0.5)
+    run = dataclasses.replace(
+        small_run, model=model, objective=objective, gradient_accumulation_steps=2
+    )
+    folder = train(run)
+    again = ComplexityDiTTransformer2DModel.from_pretrained(folder / "transformer")
+    assert again.config.routing_edges == pytest.approx([2 / 3])  # shift 2 moves the median there
+    assert again.config.value_residual
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"token_drop_rate": 1.0}, r"token_drop_rate 1.0 must be at least 0 \(off\) and below 1"),
+        ({"token_drop_rate": -0.5}, "token_drop_rate -0.5 must be"),
+        ({"token_drop_until": 0.0}, "token_drop_until 0.0 must be above 0"),
+        ({"token_drop_rate": 0.5}, "2 blocks has no middle"),
+        ({"token_drop_start": 2, "token_drop_end": 1}, "0 <= start < end <= num_layers 2"),
+        ({"token_drop_end": 3}, "token_drop_end 3 must satisfy"),
+        (
+            {"value_residual": True, "token_drop_start": 0, "token_drop_end": 2},
+            "token_drop_start 0 must be at least 1 with value_residual",
+        ),
+        ({"routing": "timestep", "num_experts": 1}, "num_experts 1 must be at least 2"),
+        ({"routing": "position", "num_experts": 17}, "at most the 16 tokens"),
+        (
+            {"routing": "position", "overrides": {"routing_edges": [0.5]}},
+            "go with routing timestep",
+        ),
+        (
+            {"routing": "timestep", "num_experts": 3, "overrides": {"routing_edges": [0.6, 0.5]}},
+            "must be 2 rising noise levels",
+        ),
+        ({"routing": "timestep", "overrides": {"routing": "tokens"}}, "'tokens' must be one of"),
+    ],
+)
+def test_models_that_make_no_sense_are_refused(small_run, settings, words):
+    overrides = small_run.model.overrides | settings.pop("overrides", {})
+    model = dataclasses.replace(small_run.model, overrides=overrides, **settings)
+    with pytest.raises(UserError, match=words):
+        build_model(dataclasses.replace(small_run, model=model), load_data(small_run.data, "train"))
+
+
+def test_wrong_kept_tokens_are_refused():
+    model = build()
+    for wrong in (kept().int(), kept()[:2], kept()[0], torch.zeros(3, 17, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"kept_tokens of shape .* must be int64 \(3, K\)"):
+            model(*inputs(), kept_tokens=wrong)
+    with pytest.raises(ValueError, match="2 blocks have no middle ones"):
+        build(num_layers=2)(*inputs(), kept_tokens=kept())
