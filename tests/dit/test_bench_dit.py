@@ -46,5 +46,4 @@ def test_rows_are_beside_diffusers_and_beside_themselves(bench):
     assert found["diffusers"][1:] == (1.0, None)
     assert found["dynamics"][2] is None
     assert found["dynamics, half the tokens"][2] > 0
-    assert bench.peak_memory("diffusers", OPTIONS) > 0
     assert "Self CPU" in bench.profiled("dynamics", OPTIONS, compiled=False)
