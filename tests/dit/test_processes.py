@@ -1,63 +1,201 @@
-"""Several processes train as one does."""
+"""Several processes train as one does, each with all of the weights (DDP) or a shard (FSDP2)."""
 
 import csv
-import dataclasses
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import yaml
+from safetensors.torch import load_file
 
-from complexity_dit.config import OptimConfig, TrainConfig
-from complexity_dit.objective import ObjectiveConfig
+from complexity_dit.state import latest_checkpoint
+
+WORKER = """
+import logging, sys
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import complexity_dit.train as training
+from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
+from complexity_dit.data import DataConfig
+
+logging.basicConfig(level=logging.INFO)
+out, kind, steps, resume = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
 
 
-def rows_of(run: Path) -> list[dict[str, str]]:
+def shard(self, model, optimizer):
+    # What accelerate's FSDP2 does on GPUs; on a CPU it refuses.
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    mesh = init_device_mesh("cpu", (self.num_processes,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    sharded = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups):
+        group["params"] = [sharded[name] for name in members]
+    return model, optimizer
+
+
+def checked(accelerator, model, state, *rest):
+    found = step(accelerator, model, state, *rest)
+    moments = [m for s in state.optimizer.state.values() for m in s.values() if m.numel() > 1]
+    assert len(moments) > 20
+    for tensor in (*state.model.parameters(), *state.ema.shadow_params, *moments):
+        assert isinstance(tensor, DTensor)
+        assert tensor.to_local().numel() < tensor.numel() or tensor.shape[0] < 2
+    return found
+
+
+if kind == "fsdp":
+    Accelerator.prepare = shard
+    step, training.optimizer_step = training.optimizer_step, checked
+training.train(
+    TrainConfig(
+        out=out, resume=resume, steps=int(steps), batch_size=4, log_every=4, checkpoint_every=10,
+        keep_last=0, sample_every=10, dynamics_every=10,
+        data=DataConfig(resolution=8, num_images=32),
+        # mu starts at its lower bound of 0. There a gradient passes only if it points inside, which
+        # every process decides for its own share of the batch: exact only within the bounds.
+        model=ModelConfig(overrides={
+            "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "dynamics_mu_min": -1.0,
+        }),
+        # A constant rate: a run of 10 steps is the first half of a run of 20.
+        optim=OptimConfig(warmup_steps=2, schedule="constant_with_warmup"),
+    )
+)
+"""
+
+# `accelerate launch --cpu --num_processes 2` starts one process unless mpirun is there.
+LAUNCH = (
+    "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0"
+)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Train in fp64 in a folder of `tmp_path`; returns that folder and what was logged."""
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def run(out, kind, steps=20, resume="auto"):
+        processes = [] if kind == "one" else LAUNCH.split()
+        arguments = [str(tmp_path / out), kind, str(steps), str(resume)]
+        done = subprocess.run(
+            [sys.executable, *processes, str(tmp_path / "worker.py"), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        last = latest_checkpoint(tmp_path / out / "checkpoints")
+        meta = json.loads((last / "state.json").read_text())
+        assert (meta["step"], meta["processes"]) == (steps, 1 if kind == "one" else 2)
+        return tmp_path / out, done.stderr
+
+    return run
+
+
+def curve(run: Path) -> dict[str, list[float]]:
     with (run / "train_log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(i + 1) for i in range(20)]
+    return {name: [float(row[name]) for row in rows] for name in ("loss", "grad_norm")}
 
 
-def losses(run: Path) -> list[float]:
-    return [float(row["loss"]) for row in rows_of(run)]
-
-
-def with_every_knob(run: TrainConfig) -> TrainConfig:
-    """A run whose every random draw and every decision must agree between processes."""
-    shape = {"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
-    return dataclasses.replace(
-        run,
-        steps=12,
-        data=dataclasses.replace(run.data, balanced_labels="style"),
-        model=dataclasses.replace(
-            run.model, token_drop_rate=0.5, value_residual=True, routing="timestep", num_experts=2,
-            overrides=shape,
-        ),
-        objective=ObjectiveConfig(direction_weight=0.5, label_dropout={"style": 0.1, "genre": 0.3}),
-        optim=OptimConfig(
-            name="muon", lr=1e-3, muon_lr=1e-2, warmup_steps=2, spike_factor=1.0, spike_window=4
-        ),
-    )  # fmt: skip
+def assert_equal_runs(ours: Path, theirs: Path) -> None:
+    for name, values in curve(ours).items():
+        assert values == pytest.approx(curve(theirs)[name], rel=1e-9, abs=0), name
+    a, b = latest_checkpoint(ours / "checkpoints"), latest_checkpoint(theirs / "checkpoints")
+    files = [str(p.relative_to(a)) for p in a.rglob("*.safetensors")]
+    assert len(files) == 3
+    for file in files:
+        found, expected = load_file(a / file), load_file(b / file)
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert value.dtype == expected[key].dtype
+            distance = (value - expected[key]).abs().max() / (1e-6 + expected[key].abs().max())
+            assert distance < 1e-7, (file, key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [False, True])
-def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, knobs: bool) -> None:
-    run = with_every_knob(small_run) if knobs else small_run
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(dataclasses.asdict(run)))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for processes in ("1", "2"):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes,
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            "-m", "complexity_dit", "train", "--config", str(config),
-            "--out", str(tmp_path / processes),
-        ]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
-    one, two = ([row["skipped"] for row in rows_of(tmp_path / n)] for n in ("1", "2"))
-    assert one == two
-    assert ("1" in one) == knobs
+@pytest.mark.timeout(900)
+def test_two_processes_are_one(launch, tmp_path):
+    """DDP, and checkpoints that any number of processes goes on from."""
+    one, _ = launch("one", "one")
+    two, _ = launch("two", "ddp")
+    assert_equal_runs(two, one)
+    _, said = launch("on", "ddp", resume=one / "checkpoints" / "step-00000010")
+    assert "written by 1 process(es) and goes on in 2" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shards_are_one(launch, tmp_path):
+    """FSDP2 on a gloo mesh: training, saving, loading, looking; there and back again."""
+    one, _ = launch("one", "one")
+    sharded, _ = launch("sharded", "fsdp")
+    assert_equal_runs(sharded, one)
+    assert {p.name for p in (sharded / "samples").iterdir()} == {
+        p.name for p in (one / "samples").iterdir()
+    }
+    launch("there", "one", steps=10)
+    there, said = launch("there", "fsdp")
+    assert "written by 1 process(es) and goes on in 2" in said
+    assert_equal_runs(there, one)
+    launch("back", "fsdp", steps=10)
+    back, said = launch("back", "one")
+    assert "written by 2 process(es) and goes on in 1" in said
+    assert_equal_runs(back, one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "complexity_dit", "train", "--out", str(run), "--steps=100000",
+        "--batch_size=4", "--log_every=1", "--checkpoint_every=5", "--data.num_images=32",
+        "--data.resolution=8", "--optim.warmup_steps=1",
+        "--model.overrides={hidden_size: 32, num_layers: 1, num_attention_heads: 2}",
+    ]  # fmt: skip
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+    }  # fmt: skip
+    both = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        while latest_checkpoint(run / "checkpoints") is None:
+            assert [worker.poll() for worker in both] == [None, None]
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+        errors = [worker.communicate(timeout=120)[1] for worker in both]
+    finally:
+        for worker in both:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in both] == [143, 143], errors
+    last = latest_checkpoint(run / "checkpoints")
+    for error in errors:
+        assert f"stopped by SIGTERM after step {int(last.name[5:])} of 100000" in error
+        assert "Traceback" not in error
+    rows = (run / "train_log.csv").read_text().splitlines()
+    assert rows[-1].startswith(f"{int(last.name[5:])},")

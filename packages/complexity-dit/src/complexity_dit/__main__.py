@@ -144,6 +144,10 @@ def run(arguments: Sequence[str]) -> None:
 
         own = {k: options.pop(k) for k in ("target", "reference", "out", "sample", "data")}
         evaluate(**own, config=EvalConfig(**options))
+    elif command == "compare":
+        from complexity_dit.compare import compare
+
+        print(compare(options["first"], options["second"], options["allow"]))
     elif command == "plan":
         from complexity_dit.config import TrainConfig
         from complexity_dit.plan import PlanConfig, plan
@@ -151,10 +155,6 @@ def run(arguments: Sequence[str]) -> None:
         options.pop("config")
         own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
         print(plan(TrainConfig(**options), PlanConfig(**own)))
-    elif command == "compare":
-        from complexity_dit.compare import compare
-
-        print(compare(options["first"], options["second"], options["allow"]))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:

@@ -32,13 +32,14 @@ def optimizer_step(
     for i in range(parts):
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
-            prediction = model(
-                part["x"],
-                part["timestep"],
-                part["labels"],
-                kept_tokens=part.get("kept_tokens"),
-                return_dict=False,
-            )[0]
+            with accelerator.autocast():  # DDP has its own; FSDP2 has none
+                prediction = model(
+                    part["x"],
+                    part["timestep"],
+                    part["labels"],
+                    kept_tokens=part.get("kept_tokens"),
+                    return_dict=False,
+                )[0]
             loss = training_loss(prediction, part["target"], config.objective) / parts
             accelerator.backward(loss)
         noise.add(part["timestep"], prediction.detach(), part["target"])

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from complexity_dit.acceleration import make_accelerator
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
 from complexity_dit.config import TrainConfig
@@ -29,7 +30,7 @@ from complexity_dit.run_folder import claimed_folder
 from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
 from complexity_dit.step import optimizer_step
 from complexity_dit.stopping import StopRequest
-from complexity_dit.trackers import check_tracker, start_tracker
+from complexity_dit.trackers import start_tracker
 from complexity_dit.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
         RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
     _check_numbers(config)
-    check_tracker(config.report_to)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.out,
-        # The first layer has no incoming velocity: that part of its controller gets no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = make_accelerator(config)
     processes = Processes(accelerator)
     _check_batch(config, processes.count)
     try:
@@ -101,6 +95,8 @@ def _train(
     if config.init_from is not None and checkpoint is None:
         start_from(network, config.init_from, data.label_names)
     state = build_state(network, config)
+    if config.compile == "regional":
+        network.compile_repeated_blocks(fullgraph=True)  # before sharding hooks into the blocks
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     state.average_from_here()
     if checkpoint is not None:
@@ -110,10 +106,8 @@ def _train(
         with file_aside(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings))
     start_tracker(config.report_to, accelerator, out, settings, state.step)
-    if config.compile == "regional":
-        state.model.compile_repeated_blocks(fullgraph=True)
     if config.gradient_checkpointing:
-        state.model.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
 
     batches = DataLoader(
         StepBatches(data, config, processes.index, processes.count),

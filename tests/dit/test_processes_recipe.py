@@ -1,0 +1,63 @@
+"""Two processes take the same decisions as one, with every knob of the recipe turned."""
+
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from complexity_dit.config import OptimConfig, TrainConfig
+from complexity_dit.objective import ObjectiveConfig
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "train_log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["loss"]) for row in rows_of(run)]
+
+
+def with_every_knob(run: TrainConfig) -> TrainConfig:
+    """A run whose every random draw and every decision must agree between processes."""
+    shape = {"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
+    return dataclasses.replace(
+        run,
+        steps=12,
+        data=dataclasses.replace(run.data, balanced_labels="style"),
+        model=dataclasses.replace(
+            run.model, token_drop_rate=0.5, value_residual=True, routing="timestep", num_experts=2,
+            overrides=shape,
+        ),
+        objective=ObjectiveConfig(direction_weight=0.5, label_dropout={"style": 0.1, "genre": 0.3}),
+        optim=OptimConfig(
+            name="muon", lr=1e-3, muon_lr=1e-2, warmup_steps=2, spike_factor=1.0, spike_window=4
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [False, True])
+def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, knobs: bool) -> None:
+    run = with_every_knob(small_run) if knobs else small_run
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(dataclasses.asdict(run)))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for processes in ("1", "2"):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes,
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+            "-m", "complexity_dit", "train", "--config", str(config),
+            "--out", str(tmp_path / processes),
+        ]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+    one, two = ([row["skipped"] for row in rows_of(tmp_path / n)] for n in ("1", "2"))
+    assert one == two
+    assert ("1" in one) == knobs
