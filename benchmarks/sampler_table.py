@@ -69,7 +69,14 @@ def main():
     options = parser.parse_args()
 
     measured = EvalConfig(
-        num_images=options.num_images, weights=options.weights, label_field=None, quiet=True
+        num_images=options.num_images,
+        weights=options.weights,
+        measures=["fid", "kid"],
+        bootstrap=0,
+        curve=False,
+        label_field=None,
+        report=False,
+        quiet=True,
     )
     started_from = commit()
     for case, sampling in cases(load_pipeline(options.pipeline).scheduler, options).items():

@@ -90,6 +90,20 @@ def test_parameters_flops_and_activations_are_the_network_s(shape, placement, ad
         assert formula == pytest.approx(saved_bytes(model, precision), rel=tolerance)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [{"value_residual": True}, {"routing": "timestep", "num_experts": 3}, {"routing": "position"}],
+)
+def test_what_the_recipe_adds_is_counted(extra):
+    shape = {**SHAPES[0], **extra, "patch_size": 2, "in_channels": 4}
+    model = ComplexityDiTTransformer2DModel(
+        **shape, label_fields=["style", "genre"], num_classes=[8, 3]
+    )
+    assert count_parameters(model.config) == sum(p.numel() for p in model.parameters())
+    formula = BATCH * activation_bytes(model.config, "no")
+    assert formula == pytest.approx(saved_bytes(model, "no"), rel=0.1)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_of_every_named_size(size):
     with torch.device("meta"):

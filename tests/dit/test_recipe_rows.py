@@ -14,11 +14,6 @@ from complexity_dit.config import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-# Rows whose fields other branches bring; the mark is strict, so it goes when they are merged.
-WAITING = {
-    "direction-loss", "token-dropping", "value-residual", "balanced-labels", "timestep-routing",
-    "muon", "full-none", "full",
-}  # fmt: skip
 ROWS = [
     "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
     "label-dropout", "direction-loss", "token-dropping", "value-residual", "balanced-labels",
@@ -32,15 +27,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, marks=pytest.mark.xfail(raises=ValueError, strict=True))
-        if row in WAITING
-        else row
-        for row in ROWS
-    ],
-)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_row_changes_what_it_names_and_nothing_else(row: str) -> None:
     import recipe
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from complexity_dit.architecture import middle_blocks, swiglu_width
+
 Config = Mapping[str, Any]
 
 
@@ -34,8 +36,7 @@ class Widths:
             hidden=hidden,
             heads=heads,
             key_value=(config["num_key_value_heads"] or heads) * (hidden // heads),
-            # A multiple of 64, as the network rounds it.
-            inner=-(-int(hidden * config["mlp_ratio"]) // 64) * 64,
+            inner=swiglu_width(hidden, config["mlp_ratio"]),
             controller=config["dynamics_controller_hidden"],
             patch_in=config["in_channels"] * cells,
             patch_out=(config["out_channels"] or config["in_channels"]) * cells,
@@ -57,7 +58,7 @@ def count_parameters(config: Config) -> int:
     embeddings = sum(count + 1 for count in config["num_classes"]) * D
     time = (256 * D + D) + (D * D + D)
     ends = (w.patch_in * D + D) + (2 * D * D + 2 * D) + (D * w.patch_out + w.patch_out)
-    mixes = (w.layers - 1) if config.get("value_residual") else 0
+    mixes = (w.layers - 1) if config["value_residual"] else 0
     return w.layers * block + embeddings + time + ends + mixes
 
 
@@ -83,7 +84,7 @@ def _dynamics_in_a_block(config: Config) -> int:
 
 
 def _is_routed(config: Config) -> bool:
-    return config.get("routing", "none") != "none"
+    return config["routing"] != "none"
 
 
 def forward_flops(config: Config, kept: int | None = None) -> int:
@@ -117,9 +118,7 @@ def _block_flops(config: Config, w: Widths, N: int, first: bool) -> int:
 def _tokens_at(config: Config, layer: int, tokens: int, kept: int | None) -> int:
     if kept is None:
         return tokens
-    start, end = config.get("token_drop_start"), config.get("token_drop_end")
-    start = 1 if start is None else start
-    end = config["num_layers"] - 1 if end is None else end
+    start, end = middle_blocks(config)
     return kept if start <= layer < end else tokens
 
 
@@ -179,6 +178,8 @@ def activation_bytes(
 def _block_bytes(config: Config, w: Widths, precision: str, N: int) -> float:
     D = w.hidden
     of_d, of_k, of_f = _KEPT[precision]
+    if config["value_residual"]:  # the difference to the first block's values
+        of_k += 1.0 if precision == "no" else 0.5
     more_d, of_c = _KEPT_BY_DYNAMICS[precision][config["dynamics_adaptive"]]
     steps = _dynamics_in_a_block(config)
     per_token = of_d * D + of_k * w.key_value + of_f * w.inner

@@ -21,6 +21,7 @@ from complexity_dit.costs import (
     training_flops,
 )
 from complexity_dit.errors import UserError
+from complexity_dit.tokens import kept_count
 
 
 @dataclass
@@ -95,8 +96,8 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     counted = zip(network["label_fields"], network["num_classes"], strict=True)
     labels = ", ".join(f"{count:,} of {field}" for field, count in counted)
     tokens, parameters = token_count(network), count_parameters(network)
-    rate = getattr(config.model, "token_drop_rate", 0.0)
-    kept = max(1, round(tokens * (1 - rate))) if rate else None
+    rate = config.model.token_drop_rate
+    kept = kept_count(tokens, rate) if rate else None
     flops = training_flops(network, kept)
     images = config.steps * config.batch_size
     lines = [
@@ -144,7 +145,7 @@ def _memory_lines(
     config: TrainConfig, options: PlanConfig, network: dict, kept: int | None
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
-    state = state_bytes(network, precision, getattr(config.optim, "name", "adamw"))
+    state = state_bytes(network, precision, config.optim.name)
     local = config.batch_size // options.processes // config.gradient_accumulation_steps
     activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)
     total = sum(state.values())

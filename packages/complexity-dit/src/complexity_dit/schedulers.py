@@ -66,9 +66,9 @@ def named_scheduler(
     if is_flow(current):
         if name not in FLOW_SCHEDULERS:
             raise UserError(_unknown(name, list(FLOW_SCHEDULERS), "flow matching"))
-        if shift is None:
-            shift = getattr(current.config, FLOW_SCHEDULERS[type(current).__name__][0])
-        if not shift > 0:
+        own: float = current.config.get("flow_shift") or current.config.get("shift") or 1.0
+        shift = own if shift is None else shift
+        if shift <= 0:
             raise UserError(f"shift {shift} must be above 0; 1 is off")
         shift_name, settings = FLOW_SCHEDULERS[name]
         steps = current.config.num_train_timesteps

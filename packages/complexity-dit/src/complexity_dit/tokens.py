@@ -150,7 +150,7 @@ def expert_ids(
     if edges is None:
         edges = [i / num_experts for i in range(1, num_experts)]
     bounds = torch.tensor(edges, device=timestep_B.device, dtype=torch.float32) * NUM_TIMESTEPS
-    buckets = torch.bucketize(timestep_B.float(), bounds, right=True)
+    buckets = torch.bucketize(timestep_B.float().contiguous(), bounds, right=True)
     return buckets[:, None].expand(batch, tokens)
 
 

@@ -1,0 +1,49 @@
+"""The speed benchmark compares what it says: equal parameters, half of the tokens, whole steps."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OPTIONS = argparse.Namespace(
+    size="nano", cells=8, channels=4, patch=2, batch_size=2, rounds=1, dtype="fp32", device="cpu",
+    threads=1, cases=["diffusers", "dynamics", "dynamics, half the tokens"],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_dit
+
+    return bench_dit
+
+
+def test_equal_parameters_are_equal_to_the_step_of_the_mlp(bench):
+    counts = {case: bench.parameters(bench.build(case, OPTIONS)) for case in bench.CASES}
+    step = 3 * 64 * 128 * 4  # 64 units of a SwiGLU in each of four layers
+    assert abs(counts["none, equal parameters"] - counts["diffusers"]) <= step / 2
+    assert counts["none"] < counts["none, equal parameters"]
+    assert counts["dynamics"] == counts["dynamics, half the tokens"]
+
+
+def test_half_of_the_tokens_go_through_the_middle(bench):
+    step, model = bench.stepper("dynamics, half the tokens", OPTIONS, compiled=False)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, output: seen.append(args[0].shape[1]))
+    before = [p.detach().clone() for p in model.parameters()]
+    step()
+    assert seen == [16, 8, 8, 16]
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(moved) > 0.8 * len(moved)
+
+
+def test_rows_are_beside_diffusers_and_beside_themselves(bench):
+    found = bench.measure(OPTIONS, compiled=False)
+    assert found["diffusers"][1:] == (1.0, None)
+    assert found["dynamics"][2] is None
+    assert found["dynamics, half the tokens"][2] > 0
+    assert "Self CPU" in bench.profiled("dynamics", OPTIONS, compiled=False)
