@@ -227,7 +227,7 @@ def _grid(images: NDArray[np.uint8]) -> str:
     for i, image in enumerate(small):
         row, column = divmod(i, GRID_COLUMNS)
         sheet.paste(image, (column * (width + 2), row * (height + 2)))
-    return _picture(sheet)
+    return _picture(sheet, cell=width)
 
 
 def _scaled(image: NDArray[np.uint8]) -> Image.Image:
@@ -237,8 +237,9 @@ def _scaled(image: NDArray[np.uint8]) -> Image.Image:
     return picture
 
 
-def _picture(image: Image.Image) -> str:
-    scale = max(1, round(LARGEST_SIDE / 2 / min(image.size)))
+def _picture(image: Image.Image, cell: int | None = None) -> str:
+    """An <img>, small ones enlarged by a whole factor; ``cell`` is the width of one in a sheet."""
+    scale = max(1, LARGEST_SIDE // 2 // (cell or image.width))
     file = io.BytesIO()
     image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
