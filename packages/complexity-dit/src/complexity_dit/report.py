@@ -84,15 +84,12 @@ class Pictures:
         pairs: Sequence[dict[str, Any]],
     ) -> "Pictures":
         """Read the first images of both sides, and the closest pairs."""
-        shown = [
-            (
-                generated.read([pair["sample"]])[0],
-                train.read([pair["training_image"]])[0],
-                f"sample {pair['sample']}, training image {pair['training_image']}: "
-                f"{pair['distance']:.3g}",
-            )
-            for pair in (pairs if train else ())
-        ]
+        shown = []
+        if train is not None:
+            for pair in pairs:
+                i, j, distance = pair["sample"], pair["training_image"], pair["distance"]
+                caption = f"sample {i}, training image {j}: {distance:.3g}"
+                shown.append((generated.read([i])[0], train.read([j])[0], caption))
         return cls(
             generated.read(picked[:GRID_IMAGES].tolist()),
             reference.read(rows[:GRID_IMAGES].tolist()) if reference else None,
