@@ -27,7 +27,7 @@ MEASURES = ("fid", "kid", "prdc")
 SUBSETS, SUBSET_SIZE, UPDATE = 100, 1000, 256
 
 
-def features(n, seed, d=2048):
+def features(n, d, seed):
     """Float32 rows with means near 0.4 and a covariance whose eigenvalues fall as a power."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))[0]
@@ -75,7 +75,7 @@ def torchmetrics(measure, a, b):
     class Given(torch.nn.Module):
         """Features in place of images: what the metric does with them is all that is timed."""
 
-        num_features = 2048
+        num_features = a.shape[1]
 
         def forward(self, x):
             return x
@@ -118,10 +118,10 @@ def measured(program, measure, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rows_of(n, rounds, folder):
+def rows_of(n, width, rounds, folder):
     """Rows of all programs and measures at one n."""
     for name, seed in (("a", 1), ("b", 0)):
-        np.save(folder / f"{name}.npy", features(n, seed))
+        np.save(folder / f"{name}.npy", features(n, width, seed))
     for measure in MEASURES:
         programs = [p for p in PROGRAMS if (measure, p) != ("prdc", "torchmetrics")]
         found = {p: [] for p in programs}
@@ -131,7 +131,11 @@ def rows_of(n, rounds, folder):
         seconds = {p: statistics.median(r["seconds"] for r in found[p]) for p in programs}
         fastest = min(seconds[p] for p in programs if p != "ours")
         for program in programs:
-            about = {"case": f"{measure} {program}", "shape": f"n {n} x 2048", "dtype": "float32"}
+            about = {
+                "case": f"{measure} {program}",
+                "shape": f"n {n} x {width}",
+                "dtype": "float32",
+            }
             mib = max(r["mib"] for r in found[program])
             value = found[program][0]["value"]
             yield about | {"metric": "time", "value": seconds[program], "unit": "s"}
@@ -152,12 +156,13 @@ def main():
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, nargs="+", default=[2048, 10000], help="images a side")
+    parser.add_argument("--width", type=int, default=2048, help="numbers an image")
     parser.add_argument("--rounds", type=int, default=1, help="processes a number")
     parser.add_argument("--rows", type=Path, help="append rows to this CSV")
     options = parser.parse_args()
     for n in options.n:
         with tempfile.TemporaryDirectory() as folder:
-            rows = list(rows_of(n, options.rounds, Path(folder)))
+            rows = list(rows_of(n, options.width, options.rounds, Path(folder)))
         if options.rows:
             append_rows(options.rows, "eval", rows, "cpu")
 

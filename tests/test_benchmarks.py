@@ -225,14 +225,15 @@ def test_the_tables_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_bench_eval_puts_three_programs_beside_each_other(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
-    done = run("bench_eval.py", "--n", "40", "--rows", str(out))
+    done = run("bench_eval.py", "--n", "40", "--width", "24", "--rows", str(out))
     assert done.returncode == 0, done.stderr
     values: dict[str, dict[str, float]] = {}
     for row in rows(out):
         measure, program = row["case"].split()
-        assert row["shape"] == "n 40 x 2048"
+        assert row["shape"] == "n 40 x 24"
         if row["metric"] == "value":
             values.setdefault(measure, {})[program] = float(row["value"])
         elif row["metric"] != "memory":
@@ -241,7 +242,8 @@ def test_bench_eval_puts_three_programs_beside_each_other(tmp_path: Path) -> Non
     assert (
         values["fid"].keys() == values["kid"].keys() == {"ours", "torch-fidelity", "torchmetrics"}
     )
-    # The same work, or the times would say nothing; KID of whole sets needs no equal draws.
+    # The same work, or the times would say nothing. KID of whole sets needs no equal draws; the
+    # others sum it in float32, which costs it digits.
     for found in values.values():
         for value in found.values():
-            assert value == pytest.approx(found["ours"], rel=2e-3)
+            assert value == pytest.approx(found["ours"], rel=1e-3)

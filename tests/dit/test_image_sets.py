@@ -94,8 +94,8 @@ def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
     broken = pictures(3).astype(np.float32)
     broken[1, 0, 0, 0] = np.nan
     cases = [
-        (broken, "float32 .*, 1 of them with values that are not finite; expected images as uint8"),
-        (pictures(3).transpose(0, 3, 1, 2), r"uint8 \(3, 3, 12, 12\); expected"),
+        (broken, "float32 .*, 1 image with values that are not finite; expected images as uint8"),
+        (pictures(3).transpose(0, 3, 1, 2), r"uint8 of shape \(3, 3, 12, 12\); expected"),
         (pictures(1), "holds 1 images"),
     ]
     for array, words in cases:
@@ -107,7 +107,7 @@ def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
         npz_images(path)
     with pytest.raises(UserError, match="there is no file"):
         npz_images(tmp_path / "none.npz")
-    with pytest.raises(UserError, match="expected uint8"):
+    with pytest.raises(UserError, match="expected images as uint8"):
         array_images(broken)
 
 

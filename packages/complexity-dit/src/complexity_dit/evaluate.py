@@ -134,28 +134,19 @@ def evaluate(
         },
     }
     rows = draw(len(ref.images), n, config.seed) if ref.images else np.empty(0, np.int64)
-    if ref.images and ref.images.size != tuple(size):
-        logger.warning(
-            "the images are %dx%d and the reference %dx%d: both are resized for the network, and "
-            "the distance holds what that does to them",
-            *(size[1], size[0], ref.images.size[1], ref.images.size[0]),
-        )
-    if ref.images and len(rows) < n:
-        logger.warning("the reference has %d images, fewer than n = %d", len(rows), n)
+    if ref.images:
+        _warn_of_unequal_sides(ref.images, size, len(rows), n)
     if isinstance(subject, ImageSet):
-        generated, picked, pipe = subject, draw(len(subject), n, config.seed), None
+        pipe, generated, picked = None, subject, draw(len(subject), n, config.seed)
     else:
         from complexity_dit.sample import SampleConfig
 
-        pipe, picked, sample = subject, np.arange(n), sample or SampleConfig()
+        pipe, sample, picked = subject, sample or SampleConfig(), np.arange(n)
         settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
-        labels, asked = labels_to_ask(pipe, n, ref.images, rows)
         keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
-        generated = painted_images(
-            *(pipe, labels, sample, keep, config.overwrite),
-            asked,
-            ref.images.label_names if ref.images else {},
-        )
+        labels, asked = labels_to_ask(pipe, n, ref.images, rows)
+        names = ref.images.label_names if ref.images else {}
+        generated = painted_images(pipe, labels, sample, keep, config.overwrite, asked, names)
     sides = collect(generated, picked, ref, rows, extractor, config, pipe)
 
     def finish() -> dict[str, Any]:
@@ -168,6 +159,17 @@ def evaluate(
     if is_main() and not config.quiet:
         print(format_result(result))
     return result
+
+
+def _warn_of_unequal_sides(real: ImageSet, size: tuple[int, int], found: int, n: int) -> None:
+    if real.size != tuple(size):
+        logger.warning(
+            "the images are %dx%d and the reference %dx%d: both are resized for the network, and "
+            "the distance holds what that does to them",
+            *(size[1], size[0], real.size[1], real.size[0]),
+        )
+    if found < n:
+        logger.warning("the reference has %d images, fewer than n = %d", found, n)
 
 
 def evaluate_images(

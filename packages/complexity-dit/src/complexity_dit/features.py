@@ -119,6 +119,7 @@ def set_features(
             "extractor": [extractor.name, extractor.weights_sha256, extractor.spatial_dim],
             "how": [extractor.resize, extractor.dtype, extractor.device.type, FEATURE_CHUNK],
             "transform": transform_name,
+            "pixels": _pixel_hash(images, rows) if cache and images.lasting else "",
         }
     )
     path = cache_dir() / f"features-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -146,6 +147,14 @@ def set_features(
         except OSError as error:
             logger.warning("features could not be kept for the next evaluation (%s)", error)
     return features
+
+
+def _pixel_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
+    """Of the pixels in the order of rows: a source's fingerprint does not say its order."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), images.block):
+        digest.update(images.read(rows[start : start + images.block].tolist()).tobytes())
+    return digest.hexdigest()
 
 
 def _read_features(path: Path, key: str, n: int) -> NDArray[np.float32] | None:

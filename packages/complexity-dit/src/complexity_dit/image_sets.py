@@ -1,6 +1,7 @@
 """Sets of images an evaluation can compare: folders, .npz files, splits of a data source."""
 
 import hashlib
+import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class ImageSet:
         labels: (count, F) class ids, -1 where missing; F is 0 without labels.
         label_names: Field -> names in the order of their ids; fields in column order.
         block: How many are best read together.
+        lasting: Whether the images are a data source's, so that features are worth keeping.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ImageSet:
     labels: NDArray[np.int64]
     label_names: dict[str, list[str]] = field(default_factory=dict)
     block: int = 32
+    lasting: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -91,7 +94,11 @@ def folder_images(folder: Path) -> ImageSet:
         (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
-    _require_two(folder, len(paths))
+    if len(paths) < 2:
+        raise UserError(
+            f"{folder} holds {len(paths)} images ({', '.join(sorted(IMAGE_SUFFIXES))}); a distance "
+            "needs at least 2"
+        )
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
@@ -125,6 +132,7 @@ def dataset_images(dataset: "PaintingDataset", name: str) -> ImageSet:
         *(name, dataset.fingerprint, len(dataset), (side, side), read),
         labels=dataset.labels.numpy(),
         label_names=dataset.label_names,
+        lasting=True,
     )
 
 
@@ -134,16 +142,8 @@ def array_images(images: NDArray[np.uint8], name: str = "images") -> ImageSet:
     Raises:
         UserError: Another dtype or shape, or fewer than 2 images.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(
-            f"{name} are {images.dtype} of shape {images.shape}; expected uint8 (n, H, W, 3)"
-        )
-    _require_two(Path(name), len(images))
-    return ImageSet(
-        *(name, hashlib.sha256(images.tobytes()).hexdigest(), len(images), images.shape[1:3]),
-        read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
-        labels=np.empty((len(images), 0), np.int64),
-    )
+    _require_images(images, name)
+    return _array_set(images, name, hashlib.sha256(images.tobytes()).hexdigest())
 
 
 def npz_images(path: Path) -> ImageSet | None:
@@ -165,24 +165,33 @@ def npz_images(path: Path) -> ImageSet | None:
         stored = read_arrays(path).get("arr_0")
     if stored is None:
         return None
-    if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3:
-        broken = ""
-        if np.issubdtype(stored.dtype, np.floating):
-            lost = int((~np.isfinite(stored)).reshape(len(stored), -1).any(1).sum())
-            broken = f", {lost} of them with values that are not finite" if lost else ""
-        raise UserError(
-            f"{path} holds arr_0 of {stored.dtype} {stored.shape}{broken}; expected images as "
-            "uint8 (N, H, W, 3), made by (x * 255).round().clip(0, 255)"
-        )
-    _require_two(path, len(stored))
-    images = stored
+    _require_images(stored, f"arr_0 of {path}")
     with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        return _array_set(stored, path.name, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _array_set(images: NDArray[np.uint8], name: str, fingerprint: str) -> ImageSet:
     return ImageSet(
-        *(path.name, fingerprint, len(images), images.shape[1:3]),
+        *(name, fingerprint, len(images), images.shape[1:3]),
         read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
         labels=np.empty((len(images), 0), np.int64),
     )
+
+
+def _require_images(array: NDArray[Any], name: str) -> None:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        broken = ""
+        if np.issubdtype(array.dtype, np.floating):
+            lost = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
+            broken = (
+                f", {lost} image{'s' * (lost > 1)} with values that are not finite" if lost else ""
+            )
+        raise UserError(
+            f"{name} is {array.dtype} of shape {array.shape}{broken}; expected images as uint8 "
+            "(n, H, W, 3), made by (x * 255).round().clip(0, 255)"
+        )
+    if len(array) < 2:
+        raise UserError(f"{name} holds {len(array)} images; a distance needs at least 2")
 
 
 def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
@@ -192,16 +201,14 @@ def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
             found = archive.getinfo(name)
             if found.compress_type != zipfile.ZIP_STORED:
                 return None
-            # 30 bytes of local header, then the name and the extra field, whose lengths it holds.
+            # 30 bytes of local header end with the lengths of the name and of an extra field,
+            # which come next; then the member's bytes as they are.
             file.seek(found.header_offset + 26)
-            lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(
-                file.read(2), "little"
-            )
-            file.seek(found.header_offset + 30 + lengths)
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-                version, np.lib.format.read_array_header_2_0
-            )
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            file.seek(found.header_offset + 30 + name_length + extra_length)
+            is_first = np.lib.format.read_magic(file) == (1, 0)
+            header = np.lib.format
+            read = header.read_array_header_1_0 if is_first else header.read_array_header_2_0
             shape, fortran, dtype = read(file)
             if fortran or dtype.hasobject:
                 return None
@@ -211,25 +218,17 @@ def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
         return None
 
 
-def _require_two(path: Path, count: int) -> None:
-    if count < 2:
-        raise UserError(
-            f"{path} holds {count} images ({', '.join(sorted(IMAGE_SUFFIXES))}); a distance needs "
-            "at least 2"
-        )
-
-
 def _read_image(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(
+                    f"{path} is an animation of {image.n_frames} frames; give one image a file"
+                )
             if image.mode not in ("RGB", "L"):
                 raise UserError(
                     f"{path} has the mode {image.mode} ({_MODES.get(image.mode, 'other')}); "
                     "expected 8-bit RGB or grey: convert it, as the distance depends on how"
-                )
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(
-                    f"{path} is an animation of {image.n_frames} frames; give one image a file"
                 )
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:

@@ -68,15 +68,16 @@ def painted_images(
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
         found: dict[int, NDArray[np.uint8]] = {}
-        for number in numbers if folder else ():
-            image = _read_kept(folder / f"{number:06d}.png", number, key)
-            if image is not None:
-                found[number] = image
+        if folder is not None:
+            for number in numbers:
+                image = _read_kept(folder / f"{number:06d}.png", number, key)
+                if image is not None:
+                    found[number] = image
         missing = sorted(set(numbers) - set(found))
         for indices, images in iter_samples(pipe, labels, config, missing, progress=False):
             for number, image in zip(indices, images, strict=True):
                 found[number] = image
-                if folder:
+                if folder is not None:
                     _keep(folder / f"{number:06d}.png", image, number, key)
         return np.stack([found[number] for number in numbers])
 

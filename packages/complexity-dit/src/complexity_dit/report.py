@@ -84,15 +84,12 @@ class Pictures:
         pairs: Sequence[dict[str, Any]],
     ) -> "Pictures":
         """Read the first images of both sides, and the closest pairs."""
-        shown = [
-            (
-                generated.read([pair["sample"]])[0],
-                train.read([pair["training_image"]])[0],
-                f"sample {pair['sample']}, training image {pair['training_image']}: "
-                f"{pair['distance']:.3g}",
-            )
-            for pair in (pairs if train else ())
-        ]
+        shown = []
+        if train is not None:
+            for pair in pairs:
+                i, j, distance = pair["sample"], pair["training_image"], pair["distance"]
+                caption = f"sample {i}, training image {j}: {distance:.3g}"
+                shown.append((generated.read([i])[0], train.read([j])[0], caption))
         return cls(
             generated.read(picked[:GRID_IMAGES].tolist()),
             reference.read(rows[:GRID_IMAGES].tolist()) if reference else None,
@@ -227,7 +224,7 @@ def _grid(images: NDArray[np.uint8]) -> str:
     for i, image in enumerate(small):
         row, column = divmod(i, GRID_COLUMNS)
         sheet.paste(image, (column * (width + 2), row * (height + 2)))
-    return _picture(sheet)
+    return _picture(sheet, cell=width)
 
 
 def _scaled(image: NDArray[np.uint8]) -> Image.Image:
@@ -237,8 +234,9 @@ def _scaled(image: NDArray[np.uint8]) -> Image.Image:
     return picture
 
 
-def _picture(image: Image.Image) -> str:
-    scale = max(1, round(LARGEST_SIDE / 2 / min(image.size)))
+def _picture(image: Image.Image, cell: int | None = None) -> str:
+    """An <img>, small ones enlarged by a whole factor; ``cell`` is the width of one in a sheet."""
+    scale = max(1, LARGEST_SIDE // 2 // (cell or image.width))
     file = io.BytesIO()
     image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

@@ -68,7 +68,8 @@ def collect(
         return set_features(images, numbers, extractor, config.cache, *transform)
 
     # Samples and given folders change from run to run: their features are not kept.
-    fake = set_features(generated, picked, extractor, cache=False)
+    kept = config.cache and generated.lasting
+    fake = set_features(generated, picked, extractor, kept)
     sides = Sides(generated, picked, fake, ref, rows)
     if ref.images is None:
         return sides
@@ -76,13 +77,19 @@ def collect(
     named = pipe is not None and config.label_field in generated.label_names
     if ref.train and (config.floors or config.memorisation or named):
         sides.train = ref.train()
-    if sides.train and (config.floors or named):
-        sides.train_rows = draw(len(sides.train), len(rows), config.seed)
-        sides.seen = of(sides.train, sides.train_rows)
-    if sides.train and config.memorisation:
-        most = config.memorisation_images or len(sides.train)
-        sides.searched_rows = draw(len(sides.train), most, config.seed)
-        sides.searched = of(sides.train, sides.searched_rows)
+        count = len(sides.train)
+        most = 0
+        if config.memorisation:
+            most = min(config.memorisation_images or count, count)
+            sides.searched_rows = draw(count, most, config.seed)
+            sides.searched = of(sides.train, sides.searched_rows)
+        if config.floors or named:
+            sides.train_rows = draw(count, len(rows), config.seed)
+            if sides.searched is not None and most >= len(sides.train_rows):
+                # Both draws begin alike: the search has these already.
+                sides.seen = sides.searched[: len(sides.train_rows)]
+            else:
+                sides.seen = of(sides.train, sides.train_rows)
     if config.floors:
         sides.shrunk = of(ref.images, rows, shrink, f"shrunk: {SHRUNK_FILTER}")
         if pipe is not None and pipe.vae is not None:

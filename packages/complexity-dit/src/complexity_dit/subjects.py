@@ -158,7 +158,7 @@ def pick_device(name: str) -> torch.device:
         from complexity_dit.parallel_evaluation import process_state
 
         state = process_state()
-        return state.device if state else torch.device("cuda")
+        return (state and state.device) or torch.device("cuda")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -27,6 +27,9 @@ class VisionFeatures(nn.Module):
         std: Channel deviations.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, side: int, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.model, self.side = model, side

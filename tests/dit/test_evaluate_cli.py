@@ -1,0 +1,129 @@
+"""`complexity-dit evaluate` and `compare` as typed: what wrong input says and returns."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from complexity_dit import __main__ as cli
+from complexity_dit.pipeline import ComplexityDiTPipeline
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command as the shell would; returns exit status, standard output and error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["complexity-dit", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def write_set(folder: Path, n: int = 12, size: int = 16, seed: int = 0) -> Path:
+    folder.mkdir()
+    images = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def broken_set(folder: Path, name: str, **what: object) -> Path:
+    """A set with one file that is not like the others."""
+    write_set(folder)
+    kind = what["mode"]
+    if kind == "size":
+        Image.new("RGB", (9, 9)).save(folder / name)
+    elif kind == "corrupt":
+        (folder / name).write_bytes((folder / "00.png").read_bytes()[:200])
+    elif kind == "animated":
+        frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
+    else:
+        Image.new(str(kind), (16, 16)).save(folder / name)
+    return folder
+
+
+BROKEN = [
+    ("mixed sizes", "zz.png", "size", "make all images one size"),
+    ("alpha", "zz.png", "RGBA", "mode RGBA (alpha)"),
+    ("16-bit", "zz.png", "I;16", "mode I;16 (16-bit grey)"),
+    ("CMYK", "zz.jpg", "CMYK", "mode CMYK (print colours)"),
+    ("animated", "zz.gif", "animated", "an animation of 2 frames"),
+    ("animated WebP", "zz.webp", "animated", "an animation of 2 frames"),
+    ("corrupt", "zz.png", "corrupt", "cannot be read"),
+]
+
+
+def bad_inputs(root: Path, pipe: ComplexityDiTPipeline) -> list[tuple[str, list[object], str]]:
+    """(what is wrong, command, words of the message) of everything that must be refused."""
+    good, real = write_set(root / "good"), write_set(root / "real", seed=1)
+    one = write_set(root / "one", n=1)
+    start = ["evaluate", good, "--reference", real, "--weights", "random", "--out", root / "out"]
+    cases: list[tuple[str, list[object], str]] = [
+        ("n < 2", [*start, "--num_images", 1], "num_images is 1"),
+        ("one image", ["evaluate", one, *start[2:]], "holds 1 images"),
+        ("no such reference", [*start[:3], root / "none", *start[4:]], "is no folder"),
+    ]
+    for what, name, mode, words in BROKEN:
+        folder = broken_set(root / f"with {what}", name, mode=mode)
+        cases.append((what, ["evaluate", folder, *start[2:]], words))
+    np.savez(root / "nan.npz", arr_0=np.full((4, 16, 16, 3), np.nan, np.float32))
+    cases.append(("NaN images", ["evaluate", root / "nan.npz", *start[2:]], "not finite"))
+    identity = {"name": "dinov2-32x2", "weights_sha256": "0", "resize": "x", "dtype": "float32"}
+    np.savez(root / "other.npz", mu=np.zeros(256), sigma=np.eye(256), n=9, **identity)
+    other = [*start[:3], root / "other.npz", *start[4:]]
+    cases.append(("another extractor's statistics", other, "made with another extractor"))
+    np.savez(root / "bare.npz", mu=np.zeros(256), sigma=np.eye(256))
+    bare = [*start[:3], root / "bare.npz", *start[4:]]
+    cases.append(("statistics that do not say", bare, "cannot be compared with features of random"))
+    torch.save({"a": torch.zeros(1)}, root / "evil.pth")
+    wrong = ["evaluate", good, "--reference", real, "--weights", root / "evil.pth"]
+    cases.append(("weights of another hash", [*wrong, "--out", root / "w"], "it was not opened"))
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(float("nan"))
+    pipe.save_pretrained(root / "nan pipeline")
+    painting = ["evaluate", root / "nan pipeline", *start[2:-1], root / "painted"]
+    cases.append(("NaN samples", [*painting, "--num_images", 4], "values that are not finite"))
+    cases.append(("measures", [*start, "--measures", "[fid,ssim]"], "ssim"))
+    return cases
+
+
+def test_wrong_input_exits_with_2_and_says_what_to_do(
+    command, pipe: ComplexityDiTPipeline, tmp_path: Path
+) -> None:
+    for what, arguments, words in bad_inputs(tmp_path, pipe):
+        status, _, err = command(*arguments)
+        assert status == 2, (what, err)
+        assert words in err, (what, err)
+        assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_compared_when_measured_alike(command, tmp_path: Path) -> None:
+    good, real = write_set(tmp_path / "good"), write_set(tmp_path / "real", seed=1)
+    for name, extra in (("a", []), ("b", []), ("c", ["--seed", 1])):
+        arguments = ["evaluate", good, "--reference", real, "--weights", "random", "--out"]
+        status, text, _ = command(*arguments, tmp_path / name, "--bootstrap", 2, *extra)
+        assert status == 0
+        assert "absent" in text
+    status, text, _ = command("compare", tmp_path / "a", tmp_path / "b" / "result.json")
+    assert status == 0
+    assert "fd_random" in text
+    status, _, err = command("compare", tmp_path / "a", tmp_path / "c")
+    assert status == 2
+    assert "eval.seed: 0 and 1" in err
+    status, text, _ = command("compare", tmp_path / "a", tmp_path / "c", "--allow", "[eval.seed]")
+    assert status == 0
+    assert "different by --allow: eval.seed" in text
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["settings"]["eval"]["num_images"] == 2048

@@ -1,0 +1,216 @@
+"""Evaluations of every kind of input, with floors, labels and copies, with a network of seconds."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import complexity_dit.sample
+from complexity_dit.data import DataConfig, load_data
+from complexity_dit.errors import UserError
+from complexity_dit.evaluate import EvalConfig, evaluate, evaluate_images
+from complexity_dit.features import draw, set_features
+from complexity_dit.image_sets import array_images, folder_images
+from complexity_dit.inception import load_random_features
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import SampleConfig
+
+QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bootstrap=2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pictures(n: int, seed: int, size: int = 20) -> np.ndarray:
+    """Smooth random colours, so that sets of other seeds differ in more than noise."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 200, (n, 1, 1, 3)) + 10 * seed
+    return (base + rng.integers(0, 40, (n, size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        write_folder(tmp_path / "fake", pictures(12, 1)),
+        write_folder(tmp_path / "real", pictures(15, 3)),
+    )
+
+
+def test_samples_of_an_interrupted_run_are_used_again(
+    pipe: ComplexityDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = write_folder(tmp_path / "real", pictures(40, 0, 8))
+    config = replace(QUICK, num_images=40)
+    sample = SampleConfig(num_inference_steps=1, batch_size=32)
+    painted: list[int] = []
+    original = complexity_dit.sample.iter_samples
+
+    def stopping(pipe, labels, config, indices=None, progress=True):
+        for batch, images in original(pipe, labels, config, indices, progress):
+            if 32 in batch and not painted.count(-1):
+                painted.append(-1)
+                raise KeyboardInterrupt
+            painted.extend(batch)
+            yield batch, images
+
+    monkeypatch.setattr(complexity_dit.sample, "iter_samples", stopping)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, real, out, config, sample)
+    assert not (out / "result.json").exists()
+    result = evaluate(pipe, real, out, config, sample)
+    assert painted == [*range(32), -1, *range(32, 40)]
+    assert sorted(p.name for p in out.iterdir()) == ["generated", "report.html", "result.json"]
+    assert result["metrics"] == evaluate(pipe, real, None, config, sample)["metrics"]
+    # The kept PNGs are an ordinary folder of images.
+    folder = evaluate(out / "generated", real, config=config)["metrics"]
+    assert folder["precision"] == pytest.approx(result["metrics"]["precision"], abs=0.05)
+
+
+def test_every_input_of_the_same_images_gives_the_same_numbers(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fake, real = (folder_images(folder) for folder in folders)
+    arrays = [side.read(range(len(side))) for side in (fake, real)]
+    for name, array in zip("ab", arrays, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=array)
+    config = replace(QUICK, measures=["fid", "prdc"])
+    usual = evaluate(*folders, config=config)["metrics"]
+    assert evaluate(tmp_path / "a.npz", tmp_path / "b.npz", config=config)["metrics"] == usual
+    # All images of both sides, where `evaluate` draws as many as the smaller side has.
+    found = evaluate_images(arrays[0], arrays[1][draw(15, 12, 0)], config).metrics
+    assert found["fd_random"] == pytest.approx(usual["fd_random"], rel=1e-6)
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(UserError, match="statistics can only be a --reference"):
+        evaluate(tmp_path / "s.npz", folders[1], config=config)
+
+
+def test_our_statistics_know_their_extractor(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    saving = replace(QUICK, save_statistics=True, measures=["fid"], num_images=12)
+    usual = evaluate(*folders, tmp_path / "out", saving)
+    path = tmp_path / "out" / "reference.npz"
+    config = replace(QUICK, num_images=12)
+    result = evaluate(folders[0], path, config=config)
+    assert result["metrics"]["fd_random"] == pytest.approx(usual["metrics"]["fd_random"], rel=1e-9)
+    assert result["n_reference"] == 12
+    assert result["reference_fingerprint"] == usual["reference_fingerprint"]
+    assert "this needs the images" in result["absent"]["kd_random"]
+    with pytest.raises(UserError, match=r"another extractor: dtype float32, not bfloat16\. "):
+        evaluate(folders[0], path, config=replace(config, dtype="bfloat16"))
+    with pytest.raises(UserError, match="save_statistics needs an output folder"):
+        evaluate(*folders, None, saving)
+
+
+def test_a_source_as_target_is_its_training_split(tmp_path: Path, caplog) -> None:
+    """Held-out against training pictures, each school beside its floor, and the copies found."""
+    data = DataConfig(source="art", resolution=8, num_images=200, holdout=0.4)
+    config = replace(QUICK, num_images=70, floors=True, label_min=8, memorisation=True)
+    with caplog.at_level(logging.INFO):
+        result = evaluate("art", "art", tmp_path / "out", config, data=data)
+    held, train = load_data(data, "heldout"), load_data(data, "train")
+    names = held.label_names["style"]
+    rows = draw(len(held), 70, 0)
+    labels = result["per_label"]["labels"]
+    assert result["per_label"]["field"] == "style"
+    assert list(labels) == list(names)
+    ids = held.labels[rows, list(held.label_names).index("style")]
+    for name, row in labels.items():
+        assert row["n_reference"] == int((ids == names.index(name)).sum())
+        if "skipped" in row:
+            assert min(row["n_generated"], row["n_reference"]) < 8
+            assert f"style {name}: {row['skipped']}" in caplog.text
+            continue
+        # The target is the training split itself: floor and number are the same images.
+        assert row["fd_random"] == row["floor"]["fd_random"]
+        assert row["n"] == min(row["n_generated"], row["n_reference"])
+    assert any("skipped" in row for row in labels.values())
+    assert any("n" in row for row in labels.values())
+    metrics = result["metrics"]
+    assert metrics["fd_random"] == pytest.approx(metrics["fd_random_train"], rel=1e-9)
+    assert result["memorisation"]["probability_closer"] > 0.95
+    pairs = result["memorisation"]["closest_pairs"]
+    assert len(pairs) == 16
+    for pair in pairs:
+        assert pair["distance"] == 0
+        a, b = (train.pixels([pair[side]]) for side in ("sample", "training_image"))
+        assert torch.equal(a, b)
+    assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_vaes_floor_stands_beside_the_others(
+    pipe: ComplexityDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    real = write_folder(tmp_path / "real", pictures(9, 0, 8))
+    config = replace(QUICK, num_images=9, floors=True)
+    sample = SampleConfig(num_inference_steps=1)
+    without = evaluate(pipe, real, config=config, sample=sample)
+    assert without["absent"]["fd_random_vae"] == "there is no VAE"
+    assert "no training split" in without["absent"]["fd_random_train"]
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,), latent_channels=3,
+    ).eval()  # fmt: skip
+    result = evaluate(pipe, real, config=config, sample=sample)
+    assert result["metrics"]["fd_random_vae"] > 0
+    assert result["settings"]["vae"].startswith("vae: AutoencoderTiny")
+
+
+def test_a_label_without_pictures_is_named(folders: tuple[Path, Path]) -> None:
+    from complexity_dit.per_label import distances_by_label
+
+    x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    ids = np.array([0] * 20 + [2] * 10)
+    table = distances_by_label(x, ids, x, np.roll(ids, 5), ["a", "b", "c"], QUICK)
+    assert table["b"]["skipped"] == "no reference images, fewer than label_min = 50"
+    table = distances_by_label(
+        x, ids, x, ids, ["a", "b", "c"], replace(QUICK, label_min=10), ("fd_x", "kd_x")
+    )
+    assert table["c"]["n"] == 10
+    assert abs(table["a"]["fd_x"]) < 1e-6
+    assert {"kd_x_mean", "kd_x_std", "kd_x_stderr"} < set(table["a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bootstrap": 1}, "bootstrap is 1"),
+        ({"label_min": 1}, "label_min is 1"),
+        ({"measures": ["fid", "ssim"]}, "ssim"),
+        ({"measures": []}, "expected some of fid"),
+        ({"memorisation": True, "memorisation_images": 1}, "memorisation_images is 1"),
+        ({"memorisation": True}, "memorisation needs training images"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(
+    folders: tuple[Path, Path], change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        evaluate(*folders, config=replace(QUICK, **change))
+
+
+def test_kept_features_belong_to_the_order_of_the_pictures() -> None:
+    """A source's fingerprint is the same when its files are renamed; its rows are not."""
+    images, rows = pictures(6, 0), np.arange(6)
+    extractor = load_random_features()
+    found = []
+    for order in (images, images[::-1], images):
+        source = replace(array_images(np.ascontiguousarray(order)), fingerprint="x", lasting=True)
+        found.append(set_features(source, rows, extractor, cache=True))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
