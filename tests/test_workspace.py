@@ -227,7 +227,16 @@ def test_files_that_the_docs_name_exist() -> None:
 
 
 SUBCOMMANDS = {
-    "complexity-dit": ["demo", "train", "sample", "evaluate"],
+    "complexity-dit": [
+        "demo",
+        "train",
+        "encode",
+        "sample",
+        "evaluate",
+        "compare",
+        "inspect",
+        "plan",
+    ],
     "complexity-lm": ["demo", "train", "generate", "evaluate", "tokenizer", "inspect"],
 }
 

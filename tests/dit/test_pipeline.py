@@ -15,8 +15,9 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
+from complexity_dit.chunks import in_chunks
 from complexity_dit.errors import UserError
-from complexity_dit.pipeline import ComplexityDiTPipeline, _in_chunks
+from complexity_dit.pipeline import ComplexityDiTPipeline
 
 
 def generators(*seeds):
@@ -74,7 +75,7 @@ def test_chunks_pad_and_keep_positions():
         return x + y + torch.arange(len(x))
 
     x, y = torch.arange(5.0), torch.zeros(5)
-    assert _in_chunks(network, 4, 3, x, y).tolist() == [3.0, 1.0, 3.0, 5.0, 7.0]
+    assert in_chunks(network, 4, 3, x, y).tolist() == [3.0, 1.0, 3.0, 5.0, 7.0]
     assert sizes == [4, 4]
 
 

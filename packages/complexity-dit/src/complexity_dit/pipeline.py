@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from complexity_dit.autoencoder import TinyAutoencoder
+from complexity_dit.chunks import in_chunks
 from complexity_dit.errors import UserError
 from complexity_dit.labels import resolve_label
 from complexity_dit.schedulers import is_guided, network_times, set_steps
@@ -345,7 +346,7 @@ class ComplexityDiTPipeline(DiffusionPipeline):
                 )[0].chunk(2)  # fmt: skip
             return weak + self._guidance_scale * (strong - weak)
 
-        return _in_chunks(predict, chunk_size, chunk_offset, latents, class_labels)
+        return in_chunks(predict, chunk_size, chunk_offset, latents, class_labels)
 
     def _decode(self, latents: Tensor, chunk_size: int | None, chunk_offset: int) -> Tensor:
         """Latents to pixels in [-1, 1]; the identity without a VAE."""
@@ -362,7 +363,7 @@ class ComplexityDiTPipeline(DiffusionPipeline):
             shift = getattr(config, "shift_factor", None) or 0.0
             latents = latents / config.scaling_factor + shift
         latents = latents.to(self.vae.dtype)
-        return _in_chunks(
+        return in_chunks(
             lambda z: self.vae.decode(z, return_dict=False)[0], chunk_size, chunk_offset, latents
         )
 
@@ -445,24 +446,3 @@ class ComplexityDiTPipeline(DiffusionPipeline):
 
 
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
-
-
-def _in_chunks(
-    network: Callable[..., Tensor], chunk_size: int | None, offset: int, *rows: Tensor
-) -> Tensor:
-    """Run a network over rows, `chunk_size` at a time, padded so that every call has that many.
-
-    Row i sits at position (offset + i) mod chunk_size of its call, whatever rows are beside it.
-    """
-    if chunk_size is None:
-        return network(*rows)
-    count, offset = len(rows[0]), offset % chunk_size
-    padding = -(offset + count) % chunk_size
-    padded = [
-        torch.cat([x[:1].expand(offset, *x.shape[1:]), x, x[-1:].expand(padding, *x.shape[1:])])
-        for x in rows
-    ]
-    outputs = [
-        network(*chunk) for chunk in zip(*(x.split(chunk_size) for x in padded), strict=True)
-    ]
-    return torch.cat(outputs)[offset : offset + count]
