@@ -21,7 +21,7 @@ NUM_EVALUATED = 256
 def demo(out: str) -> None:
     """Train, paint and measure; a second call goes on where the first one was stopped.
 
-    Writes what `train` writes, and `samples.png`, `loss.png` and `result.json`.
+    Writes what `train` writes, and `samples.png`, `loss.png`, `result.json` and `report.html`.
 
     Args:
         out: Folder of the demo.
@@ -49,6 +49,7 @@ The demo took {(time.perf_counter() - start) / 60:.1f} minutes. In {folder}:
   samples.png    what the model paints: a row for each school
   loss.png       the training loss
   result.json    FID, KID and every setting they depend on
+  report.html    the same, to look at in a browser
   pipeline/      the model; any process loads it with
                  DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)
 
