@@ -20,10 +20,10 @@ from complexity_lm.config import TrainConfig
 from complexity_lm.data import load_split, tokenize
 from complexity_lm.errors import UserError
 from complexity_lm.loading import load
-from complexity_lm.monitor import STATS
 from complexity_lm.tokenizer import TokenizerConfig, train_tokenizer
 from complexity_lm.train import build_model, train
 from complexity_lm.trainer import LMTrainer
+from inl_core import DYNAMICS_STATS
 
 LARGE_STEPS = {
     # 287 blocks: the second pass over the data begins inside step 5, which a resumed run repeats.
@@ -141,9 +141,9 @@ def test_dynamics_are_watched(small_run):
         ("2", "1.dynamics"),
     ]
     assert len(rows) == 4 * 2
-    assert set(rows[0]) == {"step", "layer", *STATS, "spectral_radius"}
+    assert set(rows[0]) == {"step", "layer", *DYNAMICS_STATS, "spectral_radius"}
     for row in rows:
-        values = {key: float(row[key]) for key in (*STATS, "spectral_radius")}
+        values = {key: float(row[key]) for key in (*DYNAMICS_STATS, "spectral_radius")}
         assert 0.5 < values["alpha_mean"] < 1
         assert values["velocity_abs_max"] > 0
         # det A = alpha: complex eigenvalues, as at the defaults, have the modulus sqrt(alpha).

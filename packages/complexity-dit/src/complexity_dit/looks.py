@@ -27,21 +27,18 @@ from complexity_dit.processes import Processes
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, save_grid
 from complexity_dit.state import PipelineParts, TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from inl_core import INLDynamics, INLDynamicsLite, collect_dynamics_stats, spectral_radius
+from inl_core import (
+    DYNAMICS_STATS,
+    INLDynamics,
+    INLDynamicsLite,
+    collect_dynamics_stats,
+    spectral_radius,
+)
 
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS, GRID_ROWS = 4, 12
 PROBE_IMAGES = 8
-
-DYNAMICS_STATS = (
-    "mu_min", "mu_max", "mu_clip_fraction",
-    "alpha_mean", "alpha_min", "alpha_max",
-    "beta_mean", "beta_min", "beta_max", "beta_clip_fraction",
-    "gate_mean", "gate_min", "gate_max",
-    "velocity_abs_mean", "velocity_abs_max", "velocity_rms", "velocity_clip_fraction",
-)  # fmt: skip
-"""What each dynamics module reports; `inl_core` explains them."""
 
 
 class Look(Protocol):

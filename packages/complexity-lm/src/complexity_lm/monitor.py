@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from complexity_lm.train_log import CsvLog
-from inl_core import INLDynamics, INLDynamicsLite, collect_dynamics_stats, spectral_radius
-
-STATS = (
-    "mu_min", "mu_max", "mu_clip_fraction",
-    "alpha_mean", "alpha_min", "alpha_max",
-    "beta_mean", "beta_min", "beta_max", "beta_clip_fraction",
-    "gate_mean", "gate_min", "gate_max",
-    "velocity_abs_mean", "velocity_abs_max", "velocity_rms", "velocity_clip_fraction",
-)  # fmt: skip
-"""What each dynamics module reports; `inl_core` explains them."""
+from inl_core import (
+    DYNAMICS_STATS,
+    INLDynamics,
+    INLDynamicsLite,
+    collect_dynamics_stats,
+    spectral_radius,
+)
 
 
 def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLite]:
@@ -43,8 +40,9 @@ def read_dynamics(model: nn.Module, probe: Tensor) -> dict[str, dict[str, float]
         probe: Token ids (B, N).
 
     Returns:
-        For each module its `STATS` and ``spectral_radius``: of the transition matrix frozen at the
-        mean coefficients. Below 1 that update shrinks; it is no certificate for varying ones.
+        For each module its `DYNAMICS_STATS` and ``spectral_radius``: of the transition matrix
+        frozen at the mean coefficients. Below 1 that update shrinks; it is no certificate for
+        varying ones.
     """
     modules = dynamics_modules(model)
     if not modules:
@@ -69,7 +67,7 @@ class DynamicsMonitor(TrainerCallback):
     """Every `every` steps: a row a layer into a CSV, and the same numbers to the tracker.
 
     Args:
-        path: The CSV; columns are step, layer, `STATS` and spectral_radius.
+        path: The CSV; columns are step, layer, `DYNAMICS_STATS` and spectral_radius.
         probe: Token ids (B, N), the same at every look.
         every: Steps between looks.
         start_step: The step that a resumed run starts behind.
@@ -89,7 +87,8 @@ class DynamicsMonitor(TrainerCallback):
         is_main: bool,
     ) -> None:
         self.probe, self.every, self.log, self.autocast = probe, every, log, autocast
-        fields = ("step", "layer", *STATS, "spectral_radius")
+        self.columns = (*DYNAMICS_STATS, "spectral_radius")
+        fields = ("step", "layer", *self.columns)
         self.file = CsvLog(path, fields, start_step) if is_main else None
 
     def on_step_end(
@@ -107,7 +106,7 @@ class DynamicsMonitor(TrainerCallback):
             found = read_dynamics(model, self.probe.to(model.device))
         if self.file and found:
             self.file.write(
-                [state.global_step, name, *(stats[key] for key in STATS), stats["spectral_radius"]]
+                [state.global_step, name, *(stats[key] for key in self.columns)]
                 for name, stats in found.items()
             )
             self.log(

@@ -5,7 +5,12 @@
 
 from inl_core import integrators, ops, reference, stability
 from inl_core.certificate import Certificate, certify
-from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.dynamics import (
+    DYNAMICS_STATS,
+    INLDynamics,
+    INLDynamicsLite,
+    collect_dynamics_stats,
+)
 from inl_core.epilogue import branch_epilogue
 from inl_core.norms import ModulatedRMSNorm, RMSNorm
 from inl_core.reference import bounded_clamp
@@ -27,6 +32,7 @@ from inl_core.stability import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DYNAMICS_STATS",
     "Certificate",
     "INLDynamics",
     "INLDynamicsLite",

@@ -21,6 +21,16 @@ from inl_core import ops
 Adaptive = Literal["token", "channel", "layer"]
 """What the coefficients depend on: the state of each token, the channel, or the layer alone."""
 
+DYNAMICS_STATS = (
+    "mu_min", "mu_max", "mu_clip_fraction",
+    "alpha_mean", "alpha_min", "alpha_max",
+    "beta_mean", "beta_min", "beta_max", "beta_clip_fraction",
+    "gate_mean", "gate_min", "gate_max",
+    "velocity_abs_mean", "velocity_abs_max", "velocity_rms", "velocity_clip_fraction",
+)  # fmt: skip
+"""What `get_dynamics_stats` reports after a forward inside `collect_dynamics_stats`, in a fixed
+order: the columns of a log."""
+
 
 def _logit(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
