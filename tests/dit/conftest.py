@@ -1,5 +1,7 @@
 """Small models and runs that several tests share."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,9 +10,25 @@ from complexity_dit.data import DataConfig
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from support.pictures import pictures, write_folder
 
 STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]
 GENRES = ["landscape", "portrait"]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Our cache, empty, for one test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "complexity_dit"
+
+
+@pytest.fixture
+def weights_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leave the user's cache alone; one folder for the session, so weights convert once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -51,4 +69,13 @@ def small_run(tmp_path) -> TrainConfig:
         ),
         optim=OptimConfig(warmup_steps=2),
         ema=EMAConfig(),
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """12 and 15 pictures that differ."""
+    return (
+        write_folder(tmp_path / "fake", pictures(12, 1)),
+        write_folder(tmp_path / "real", pictures(15, 3)),
     )

@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import io
 import logging
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from complexity_dit.data import (
     resolve_label,
 )
 from complexity_dit.errors import UserError
+from support.data import needs_data, shared_data
 
 
 @pytest.fixture(autouse=True)
@@ -413,9 +413,9 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA is not set")
+@needs_data
 def test_wikiart() -> None:
-    source = f"imagefolder:{os.environ['COMPLEXITY_DATA']}/wikiart"
+    source = f"imagefolder:{shared_data()}/wikiart"
     config = DataConfig(source, resolution=48, holdout=0.2)
     train, heldout = load_data(config, "train"), load_data(config, "heldout")
     sizes = {field: len(names) for field, names in heldout.label_names.items()}

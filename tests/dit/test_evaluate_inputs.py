@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import complexity_dit.sample
 from complexity_dit.data import DataConfig, load_data
@@ -18,35 +17,12 @@ from complexity_dit.image_sets import array_images, folder_images
 from complexity_dit.inception import load_random_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
+from support.pictures import pictures, write_folder
 
 QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bootstrap=2)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def pictures(n: int, seed: int, size: int = 20) -> np.ndarray:
-    """Smooth random colours, so that sets of other seeds differ in more than noise."""
-    rng = np.random.default_rng(seed)
-    base = rng.integers(0, 200, (n, 1, 1, 3)) + 10 * seed
-    return (base + rng.integers(0, 40, (n, size, size, 3))).clip(0, 255).astype(np.uint8)
-
-
-def write_folder(folder: Path, images: np.ndarray) -> Path:
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:04d}.png")
-    return folder
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    return (
-        write_folder(tmp_path / "fake", pictures(12, 1)),
-        write_folder(tmp_path / "real", pictures(15, 3)),
-    )
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_samples_of_an_interrupted_run_are_used_again(

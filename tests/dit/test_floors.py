@@ -7,10 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from complexity_dit.floors import VAE_CHUNK, shrink, vae_reconstruction
 from complexity_dit.pipeline import ComplexityDiTPipeline
-
-
-def pictures(n: int, size: int = 16) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+from support.pictures import noise
 
 
 @pytest.fixture(params=["kl", "tiny"])
@@ -33,7 +30,7 @@ def test_the_round_trip_is_the_vaes_without_noise(
     pipe.vae = vae
     transform, name = vae_reconstruction(pipe)
     assert name.startswith(f"vae: {type(vae).__name__} ")
-    images = pictures(VAE_CHUNK + 3)
+    images = noise(VAE_CHUNK + 3, 16)
     got = transform(images)
     x = torch.from_numpy(images[:VAE_CHUNK]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
@@ -51,7 +48,7 @@ def test_the_round_trip_is_the_vaes_without_noise(
 
 
 def test_shrinking_keeps_colour_and_loses_structure() -> None:
-    images = pictures(3, 32)
+    images = noise(3, 32)
     small = shrink(images)
     assert small.shape == images.shape
     assert small.dtype == np.uint8

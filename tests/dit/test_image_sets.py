@@ -11,18 +11,12 @@ from complexity_dit.errors import UserError
 from complexity_dit.image_sets import array_images, folder_images, npz_images
 from complexity_dit.metrics import Statistics
 from complexity_dit.statistics_files import KeptStatistics, read_statistics, write_statistics
-
-
-def pictures(n: int, size: int = 12) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+from support.pictures import noise, write_folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "set").mkdir()
-    for i, image in enumerate(pictures(3)):
-        Image.fromarray(image).save(tmp_path / "set" / f"{i}.png")
-    return tmp_path / "set"
+    return write_folder(tmp_path / "set", noise(3, 12))
 
 
 def save(image: Image.Image, **options: object) -> bytes:
@@ -50,8 +44,8 @@ RED = Image.new("RGB", (12, 12), "red")
             save(plain("RGB"), format="WEBP", save_all=True, append_images=[RED]),
             "animation of 2 frames",
         ),
-        ("x.png", save(Image.new("RGB", (9, 8))), r"x\.png is 9x8 and 0\.png is 12x12"),
-        ("x.png", save(Image.fromarray(pictures(1)[0]))[:-60], r"x\.png cannot be read"),
+        ("x.png", save(Image.new("RGB", (9, 8))), r"x\.png is 9x8 and 0000\.png is 12x12"),
+        ("x.png", save(Image.fromarray(noise(1, 12)[0]))[:-60], r"x\.png cannot be read"),
         ("x.png", b"", r"x\.png cannot be read"),
     ],
 )  # fmt: skip
@@ -70,7 +64,7 @@ def test_grey_is_read_as_equal_channels(folder: Path) -> None:
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_npz_images_are_the_array(tmp_path: Path, write) -> None:
-    images, path = pictures(5), tmp_path / "a.npz"
+    images, path = noise(5, 12), tmp_path / "a.npz"
     write(path, arr_0=images, other=np.zeros(2))
     found = npz_images(path)
     assert found is not None
@@ -81,7 +75,7 @@ def test_npz_images_are_the_array(tmp_path: Path, write) -> None:
 
 
 def test_a_stored_array_is_not_read_into_memory(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=pictures(5))
+    np.savez(tmp_path / "a.npz", arr_0=noise(5, 12))
     found = npz_images(tmp_path / "a.npz")
     assert found is not None
     mapped = found.read.__closure__
@@ -91,12 +85,12 @@ def test_a_stored_array_is_not_read_into_memory(tmp_path: Path) -> None:
 
 def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    broken = pictures(3).astype(np.float32)
+    broken = noise(3, 12).astype(np.float32)
     broken[1, 0, 0, 0] = np.nan
     cases = [
         (broken, "float32 .*, 1 image with values that are not finite; expected images as uint8"),
-        (pictures(3).transpose(0, 3, 1, 2), r"uint8 of shape \(3, 3, 12, 12\); expected"),
-        (pictures(1), "holds 1 images"),
+        (noise(3, 12).transpose(0, 3, 1, 2), r"uint8 of shape \(3, 3, 12, 12\); expected"),
+        (noise(1, 12), "holds 1 images"),
     ]
     for array, words in cases:
         np.savez(path, arr_0=array)

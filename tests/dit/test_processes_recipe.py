@@ -2,9 +2,6 @@
 
 import csv
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import yaml
 
 from complexity_dit.config import OptimConfig, TrainConfig
 from complexity_dit.objective import ObjectiveConfig
+from support.processes import torchrun
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
@@ -47,16 +45,11 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, knobs: 
     run = with_every_knob(small_run) if knobs else small_run
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(dataclasses.asdict(run)))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for processes in ("1", "2"):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes,
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            "-m", "complexity_dit", "train", "--config", str(config),
-            "--out", str(tmp_path / processes),
-        ]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for processes in (1, 2):
+        torchrun(
+            processes, "-m", "complexity_dit", "train", "--config", config,
+            "--out", tmp_path / str(processes),
+        )  # fmt: skip
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
     one, two = ([row["skipped"] for row in rows_of(tmp_path / n)] for n in ("1", "2"))
     assert one == two

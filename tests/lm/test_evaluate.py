@@ -4,10 +4,8 @@ import gzip
 import importlib.util
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from complexity_lm.errors import UserError
 from complexity_lm.evaluate import EvalConfig, evaluate
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.scoring import Score, score_texts, windows
+from support.data import needs_data, shared_data
 
 QUIET = EvalConfig(quiet=True)
 
@@ -212,10 +211,10 @@ def test_tasks_without_lm_eval_say_what_to_install(loaded):
 
 
 @pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
-@pytest.mark.skipif("COMPLEXITY_DATA" not in os.environ, reason="COMPLEXITY_DATA is not set")
+@needs_data
 @pytest.mark.filterwarnings("default")
 def test_lm_eval_measures_the_same_bits_per_byte(loaded, tmp_path):
-    whole = (Path(os.environ["COMPLEXITY_DATA"]) / "text" / "wikitext2_test.txt").read_text()
+    whole = (shared_data() / "text" / "wikitext2_test.txt").read_text()
     documents = [whole[i : i + 1500] for i in range(0, 15000, 1500)]
     folder = tmp_path / "documents"
     folder.mkdir()

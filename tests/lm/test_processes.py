@@ -2,15 +2,13 @@
 
 import csv
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from complexity_lm.config import TrainConfig
+from support.processes import torchrun
 
 
 def losses(run: Path) -> list[float]:
@@ -40,16 +38,11 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path) -> None
     )
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(dataclasses.asdict(run)))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for processes in ("1", "2"):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes,
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            "-m", "complexity_lm", "train", "--config", str(config),
-            "--out", str(tmp_path / processes),
-        ]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for processes in (1, 2):
+        torchrun(
+            processes, "-m", "complexity_lm", "train", "--config", config,
+            "--out", tmp_path / str(processes),
+        )  # fmt: skip
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 20
     assert one[-1] < one[0]

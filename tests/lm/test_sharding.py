@@ -1,15 +1,13 @@
 """Two processes that share the weights (`fully_shard` on a CPU mesh) train as one process does."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from complexity_lm import DeepForCausalLM
+from support.processes import torchrun
 
 STEPS, ROWS, WORLD = 20, 4, 2
 # Without bounds of μ: beyond a bound `bounded_clamp` lets a gradient pass by its sign, which a
@@ -84,19 +82,7 @@ def test_two_sharded_processes_train_as_one(lively, tmp_path: Path) -> None:
 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD),
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            str(script), str(Path(__file__).parent), str(tmp_path),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    torchrun(WORLD, script, Path(__file__).parent, tmp_path)
     sharded = json.loads((tmp_path / "losses.json").read_text())
     for one, two in zip(alone, sharded, strict=True):
         assert len(one) == len(two) == STEPS

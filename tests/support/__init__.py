@@ -1,0 +1,1 @@
+"""What tests of several folders share; `pythonpath` of the pytest settings makes it importable."""
