@@ -3,15 +3,23 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    # As in this process: modules of tests that a script imports find `support` too.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+}
 
 
 def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` offline on one CPU thread; fails with what it printed."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=os.environ
-        | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        | environment,
+        env=os.environ | ENVIRONMENT | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
