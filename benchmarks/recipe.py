@@ -198,15 +198,7 @@ def main():
             pipeline,
             options.reference or json.loads((pipeline / DATA_FILE).read_text())["source"],
             out,
-            # What a row needs and no more: every further measure costs minutes of one core.
-            EvalConfig(
-                num_images=options.num_images,
-                weights=options.weights,
-                measures=["fid", "kid"],
-                bootstrap=0,
-                curve=False,
-                report=False,
-            ),
+            EvalConfig.brief(num_images=options.num_images, weights=options.weights),
             SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
         )
     result = json.loads((out / "result.json").read_text())

@@ -68,16 +68,7 @@ def main():
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
 
-    measured = EvalConfig(
-        num_images=options.num_images,
-        weights=options.weights,
-        measures=["fid", "kid"],
-        bootstrap=0,
-        curve=False,
-        label_field=None,
-        report=False,
-        quiet=True,
-    )
+    measured = EvalConfig.brief(num_images=options.num_images, weights=options.weights, quiet=True)
     started_from = commit()
     for case, sampling in cases(load_pipeline(options.pipeline).scheduler, options).items():
         out = options.out / case.replace(" ", "_").replace(",", "")

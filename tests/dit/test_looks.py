@@ -36,7 +36,7 @@ def bits(run: Path) -> dict[str, bytes]:
 @pytest.fixture
 def watched(small_run, monkeypatch):
     """A run with every look at steps 4 and 8; features come from a random network."""
-    monkeypatch.setattr(looks, "EvalConfig", partial(EvalConfig, weights="random"))
+    monkeypatch.setattr(EvalConfig, "brief", partial(EvalConfig.brief, weights="random"))
     monkeypatch.setattr(looks, "GRID_ROWS", 2)
     return dataclasses.replace(
         small_run, sample_every=4, evaluate_every=4, evaluate_num_images=4, dynamics_every=4,

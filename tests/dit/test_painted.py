@@ -1,5 +1,6 @@
 """The samples of a pipeline as a set: kept, checked and reused, the same whatever the batches."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,22 @@ def test_other_settings_are_refused_by_name(
     (tmp_path / "foreign" / "cat.png").touch()
     with pytest.raises(UserError, match="is not empty"):
         painted_images(pipe, labels, SAMPLING, tmp_path / "foreign")
+
+
+def test_images_led_by_a_guide_belong_to_the_guides_weights(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "guide")
+    led = replace(SAMPLING, guidance_scale=2.0, autoguidance=str(tmp_path / "guide"))
+    kept = painted_images(pipe, labels, led, tmp_path / "kept")
+    weights = copy.deepcopy(pipe.transformer.state_dict())
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).view(-1)[0] += 1
+    pipe.save_pretrained(tmp_path / "guide")
+    pipe.transformer.load_state_dict(weights)
+    assert painted_images(pipe, labels, led).fingerprint != kept.fingerprint
+    with pytest.raises(UserError, match=r"\(autoguidance_sha256\)"):
+        painted_images(pipe, labels, led, tmp_path / "kept")
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 16), (7, 16), (64, 16), (40, 12)])

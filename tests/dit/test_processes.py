@@ -152,7 +152,7 @@ from functools import partial
 from complexity_dit import __main__ as cli
 from complexity_dit import looks
 
-looks.EvalConfig = partial(looks.EvalConfig, weights="random")
+looks.EvalConfig.brief = partial(looks.EvalConfig.brief, weights="random")
 cli.main()
 """
 

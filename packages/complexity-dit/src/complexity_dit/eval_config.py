@@ -1,7 +1,7 @@
 """What an evaluation measures; every field's sentence is its ``--help``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from complexity_dit.errors import UserError
 from complexity_dit.inception import Dtype, Resize
@@ -89,6 +89,15 @@ class EvalConfig:
 
     quiet: bool = False
     """Print no table at the end."""
+
+    @classmethod
+    def brief(cls, **fields: Any) -> "EvalConfig":
+        """FID and KID alone: every further measure costs minutes of one core, `fields` aside."""
+        brief = {
+            "measures": ["fid", "kid"], "bootstrap": 0, "curve": False, "label_field": None,
+            "report": False,
+        }  # fmt: skip
+        return cls(**(brief | fields))
 
     def check(self) -> None:
         """Raise a `UserError` for a value out of range."""

@@ -13,7 +13,7 @@ from complexity_dit.sample import load_pipeline
 from complexity_dit.state import DATA_FILE, latest_checkpoint
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import weights_sha256
-from inl_core import INLDynamics, INLDynamicsLite, certify, collect_dynamics_stats
+from inl_core import certify, dynamics_modules, read_dynamics
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels t at which the network is looked at, on an input of pure noise and no labels."""
@@ -75,15 +75,9 @@ def _pipeline_of(path: Path) -> Path | None:
     )
 
 
-@torch.no_grad()
 def _learned(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
     """What each layer's dynamics do with noise, and the certificate along it."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (INLDynamics, INLDynamicsLite))
-    }
-    if not layers:
+    if not dynamics_modules(model):
         return {}
     side, count = model.config.sample_size, len(PROBE_LEVELS)
     noise = torch.randn(
@@ -91,20 +85,11 @@ def _learned(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
     )
     times = torch.tensor(PROBE_LEVELS) * NUM_TRAIN_TIMESTEPS
     labels = torch.full((count, len(model.config.label_fields)), -1)
-    with collect_dynamics_stats(model):
-        model(noise, times, labels)
-    certificate = certify(model, (noise, times, labels))
+    inputs = (noise, times, labels)
     return {
         "layers": {
-            name: {key: round(value, 6) for key, value in module.get_dynamics_stats().items()}
-            for name, module in layers.items()
+            name: {key: round(value, 6) for key, value in stats.items()}
+            for name, stats in read_dynamics(model, inputs).items()
         },
-        "certificate": {
-            "frozen_points_stable": certificate.frozen_stable,
-            "largest_spectral_radius": max(x.spectral_radius for x in certificate.layers),
-            "stable_whatever_the_coefficients": all(x.always_stable for x in certificate.layers),
-            "reach": certificate.reach,
-            "largest_gain_of_a_layer": max(x.gain or 0.0 for x in certificate.layers),
-            "gain_along_the_path": certificate.path_gain,
-        },
+        "certificate": certify(model, inputs).summary(),
     }

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from complexity_dit.batches import StepBatches
@@ -27,13 +26,7 @@ from complexity_dit.processes import Processes
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, save_grid
 from complexity_dit.state import PipelineParts, TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from inl_core import (
-    DYNAMICS_STATS,
-    INLDynamics,
-    INLDynamicsLite,
-    collect_dynamics_stats,
-    spectral_radius,
-)
+from inl_core import DYNAMICS_COLUMNS, read_dynamics
 
 logger = logging.getLogger(__name__)
 
@@ -160,14 +153,10 @@ class Evaluation:
             self.parts.around(state.network("ema")).to(device),
             self.reference,
             self.out / "evaluations" / f"step-{step:08d}",
-            EvalConfig(
+            EvalConfig.brief(
                 num_images=self.config.evaluate_num_images,
                 device=str(device),
-                measures=["fid", "kid"],
-                bootstrap=0,
-                curve=False,
                 keep_images=False,
-                report=False,
                 overwrite=True,
                 quiet=True,
             ),
@@ -188,7 +177,7 @@ class DynamicsMonitor:
     no certificate for varying ones.
     """
 
-    fields = ("step", "layer", *DYNAMICS_STATS, "spectral_radius")
+    fields = ("step", "layer", *DYNAMICS_COLUMNS)
 
     def __init__(
         self,
@@ -213,24 +202,21 @@ class DynamicsMonitor:
         network = state.network("raw")
         self.processes.on_main(partial(self._note, network, state.step))
 
-    @torch.no_grad()
     def _note(self, network: ComplexityDiTTransformer2DModel, step: int) -> None:
         device = self.accelerator.device
-        with collect_dynamics_stats(network.to(device)):
-            network(*(tensor.to(device) for tensor in self.probe))
-        numbers: dict[str, float] = {}
-        rows = []
-        for name, module in network.named_modules():
-            if not isinstance(module, (INLDynamics, INLDynamicsLite)):
-                continue
-            stats = module.get_dynamics_stats()
-            means = (stats["alpha_mean"], stats["beta_mean"], stats["gate_mean"])
-            stats["spectral_radius"] = float(spectral_radius(*means, module.dt))
-            rows.append((step, name, *(stats[field] for field in self.fields[2:])))
-            numbers |= {f"dynamics/{name}/{field}": value for field, value in stats.items()}
-        if not rows:
+        found = read_dynamics(network.to(device), [tensor.to(device) for tensor in self.probe])
+        if not found:
             logger.warning("dynamics_every %d: the model has no dynamics to look at", self.every)
             return
         assert self.file is not None  # this is the main process
-        self.file.write(rows)
-        self.accelerator.log(numbers, step)
+        self.file.write(
+            (step, name, *(stats[key] for key in DYNAMICS_COLUMNS)) for name, stats in found.items()
+        )
+        self.accelerator.log(
+            {
+                f"dynamics/{name}/{key}": value
+                for name, stats in found.items()
+                for key, value in stats.items()
+            },
+            step,
+        )

@@ -122,10 +122,15 @@ def _settings(
     pipe: "ComplexityDiTPipeline", labels: Tensor, config: "SampleConfig"
 ) -> dict[str, Any]:
     """All that the bits of the images depend on."""
-    sample = asdict(config)
+    from complexity_dit.sample import load_guide
+
+    sample, guide = asdict(config), {}
     sample.pop("batch_size")
+    if config.autoguidance is not None:
+        guide["autoguidance_sha256"] = module_hash(load_guide(config.autoguidance, pipe))
     return {
         "pipeline_sha256": pipeline_hash(pipe),
+        **guide,
         **scheduler_settings(pipe, config),
         "labels_sha256": array_hash(labels.numpy()),
         "num_images": len(labels),

@@ -89,7 +89,7 @@ def iter_samples(
         raise UserError(
             f"batch_size {config.batch_size} and chunk_size {config.chunk_size} must be at least 1"
         )
-    guide = None if config.autoguidance is None else _load_guide(config.autoguidance, pipe)
+    guide = None if config.autoguidance is None else load_guide(config.autoguidance, pipe)
     pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def iter_samples(
             bar.update(len(batch))
 
 
-def _load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
+def load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
     """The transformer of a pipeline folder, if it predicts the same thing under the same labels."""
     guide = load_pipeline(path)
     if guide.id2label != pipe.id2label:

@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from complexity_lm.loading import Loaded, load, weights_hash
-from complexity_lm.monitor import dynamics_modules
-from inl_core import certify
+from inl_core import certify, dynamics_modules
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -63,15 +62,7 @@ def _certificate(model: nn.Module) -> dict[str, Any]:
     """The figures of `inl_core.certify` that need no text: of the parameters alone."""
     if not dynamics_modules(model):
         return {}
-    found = certify(model)
-    return {
-        "certificate": {
-            "frozen_points_stable": found.frozen_stable,
-            "largest_spectral_radius": max(layer.spectral_radius for layer in found.layers),
-            "stable_whatever_the_coefficients": all(layer.always_stable for layer in found.layers),
-            "reach": found.reach,
-        }
-    }
+    return {"certificate": certify(model).summary()}
 
 
 def _parameters(loaded: Loaded) -> dict[str, int]:

@@ -5,69 +5,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from complexity_lm.train_log import CsvLog
-from inl_core import (
-    DYNAMICS_STATS,
-    INLDynamics,
-    INLDynamicsLite,
-    collect_dynamics_stats,
-    spectral_radius,
-)
-
-
-def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLite]:
-    """The dynamics of a model by their names."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (INLDynamics, INLDynamicsLite))
-    }
-
-
-@torch.no_grad()
-def read_dynamics(model: nn.Module, probe: Tensor) -> dict[str, dict[str, float]]:
-    """Send a text through the model and read what every dynamics module did with it.
-
-    A forward of its own, in evaluation mode and never compiled: the training step stays untouched,
-    and because the text is the same every time, curves show the model and not the data.
-
-    Args:
-        model: The bare model.
-        probe: Token ids (B, N).
-
-    Returns:
-        For each module its `DYNAMICS_STATS` and ``spectral_radius``: of the transition matrix
-        frozen at the mean coefficients. Below 1 that update shrinks; it is no certificate for
-        varying ones.
-    """
-    modules = dynamics_modules(model)
-    if not modules:
-        return {}
-    was_training = model.training
-    model.eval()
-    try:
-        with collect_dynamics_stats(model):
-            model(input_ids=probe, use_cache=False)
-    finally:
-        model.train(was_training)
-    found = {}
-    for name, module in modules.items():
-        stats = module.get_dynamics_stats()
-        means = (stats["alpha_mean"], stats["beta_mean"], stats["gate_mean"])
-        stats["spectral_radius"] = float(spectral_radius(*means, module.dt))
-        found[name] = stats
-    return found
+from inl_core import DYNAMICS_COLUMNS, read_dynamics
 
 
 class DynamicsMonitor(TrainerCallback):
     """Every `every` steps: a row a layer into a CSV, and the same numbers to the tracker.
 
     Args:
-        path: The CSV; columns are step, layer, `DYNAMICS_STATS` and spectral_radius.
+        path: The CSV; columns are step, layer and inl_core's `DYNAMICS_COLUMNS`.
         probe: Token ids (B, N), the same at every look.
         every: Steps between looks.
         start_step: The step that a resumed run starts behind.
@@ -87,8 +36,7 @@ class DynamicsMonitor(TrainerCallback):
         is_main: bool,
     ) -> None:
         self.probe, self.every, self.log, self.autocast = probe, every, log, autocast
-        self.columns = (*DYNAMICS_STATS, "spectral_radius")
-        fields = ("step", "layer", *self.columns)
+        fields = ("step", "layer", *DYNAMICS_COLUMNS)
         self.file = CsvLog(path, fields, start_step) if is_main else None
 
     def on_step_end(
@@ -103,10 +51,11 @@ class DynamicsMonitor(TrainerCallback):
             return
         model = kwargs["model"]
         with self.autocast():
-            found = read_dynamics(model, self.probe.to(model.device))
+            probe = {"input_ids": self.probe.to(model.device), "use_cache": False}
+            found = read_dynamics(model, probe)
         if self.file and found:
             self.file.write(
-                [state.global_step, name, *(stats[key] for key in self.columns)]
+                [state.global_step, name, *(stats[key] for key in DYNAMICS_COLUMNS)]
                 for name, stats in found.items()
             )
             self.log(

@@ -28,10 +28,12 @@ from inl_core.stability import (
     spectral_radius,
     transition_matrix,
 )
+from inl_core.watch import DYNAMICS_COLUMNS, dynamics_modules, read_dynamics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DYNAMICS_COLUMNS",
     "DYNAMICS_STATS",
     "Certificate",
     "INLDynamics",
@@ -47,11 +49,13 @@ __all__ = [
     "build_routing_table",
     "certify",
     "collect_dynamics_stats",
+    "dynamics_modules",
     "integrators",
     "is_stable",
     "lyapunov",
     "make_routing_plan",
     "ops",
+    "read_dynamics",
     "reference",
     "rotary_1d",
     "rotary_2d",

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from inl_core import ops
-from inl_core.dynamics import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.dynamics import INLDynamics, INLDynamicsLite
 from inl_core.reference import bounded_clamp
 from inl_core.stability import is_stable, spectral_radius, transition_matrix
+from inl_core.watch import dynamics_modules, run_watched
 
 __all__ = ["Certificate", "LayerCertificate", "certify"]
 
@@ -74,6 +75,20 @@ class Certificate:
         """The sum of the layers' reach."""
         return sum(layer.reach for layer in self.layers)
 
+    def summary(self) -> dict[str, Any]:
+        """The figures by name, as plain values; gains only where there were inputs."""
+        found: dict[str, Any] = {
+            "frozen_points_stable": self.frozen_stable,
+            "largest_spectral_radius": max(layer.spectral_radius for layer in self.layers),
+            "stable_whatever_the_coefficients": all(layer.always_stable for layer in self.layers),
+            "reach": self.reach,
+        }
+        gains = [layer.gain for layer in self.layers if layer.gain is not None]
+        if gains:
+            found["largest_gain_of_a_layer"] = max(gains)
+            found["gain_along_the_path"] = self.path_gain
+        return found
+
     def __str__(self) -> str:
         """A table, one line a layer, and the three figures under it."""
         width = max([len(layer.name) for layer in self.layers] + [5])
@@ -111,11 +126,7 @@ def certify(
     Raises:
         ValueError: If the model has no dynamics, or the forward never ran one of them.
     """
-    modules = {
-        module: name
-        for name, module in model.named_modules()
-        if isinstance(module, (INLDynamics, INLDynamicsLite))
-    }
+    modules = {module: name for name, module in dynamics_modules(model).items()}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no INLDynamics: there is nothing to certify")
     with torch.no_grad():
@@ -148,17 +159,9 @@ def _along_inputs(
             product[0] = matrix @ product[0] if same else None
 
     handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
-    training = model.training
-    model.eval()
     try:
-        # Collecting also keeps the modules out of fused calls, which would pass the hooks by.
-        with collect_dynamics_stats(model):
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*inputs)
+        run_watched(model, inputs)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     idle = sorted(set(modules.values()) - {layer.name for layer in layers})
