@@ -2,10 +2,11 @@
 
 One process holds every model; their steps are timed in turn, round by round, so that a busy machine
 slows all of them alike. Reports medians, and the median of the per-round ratios to DiT. A step is
-forward, backward, clipping and AdamW. `none` has the named size; `none, equal parameters` a wider
-MLP, because diffusers' DiT has an embedding of time and label in every block; dropping half of the
-tokens is measured against the same model without. Peak memory is that of a fresh process with one
-model, eager, above what it held before the model was made.
+forward, backward, clipping and AdamW. `none` has the named size; with equal parameters it has a
+wider MLP: diffusers' DiT has an embedding of time and label in every block, which runs once an
+image, a wider MLP once a token, so FLOPs stand beside the speed, as torch counts those of a step.
+Dropping half of the tokens is measured against the same model without. Peak memory is that of a
+fresh process with one model, eager, above what it held before the model was made.
 
     python benchmarks/bench_dit.py --rows benchmarks/results.csv
     python benchmarks/bench_dit.py --profile dynamics
@@ -20,6 +21,7 @@ import torch
 from diffusers_dit import DiffusersDiT
 from results import append_rows
 from timing import paired
+from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.architecture import SIZES
 from complexity_dit.costs import count_parameters
@@ -34,6 +36,7 @@ CASES = {
     "none": ({"dynamics_placement": "none"}, False),
     "none, equal parameters": ({"dynamics_placement": "none", "mlp_ratio": "equal"}, False),
     "dynamics": (DYNAMICS, False),
+    "dynamics, equal parameters": (DYNAMICS | {"mlp_ratio": "equal"}, False),
     "none, half the tokens": ({"dynamics_placement": "none"}, True),
     "dynamics, half the tokens": (DYNAMICS, True),
 }
@@ -101,6 +104,14 @@ def stepper(case, options, compiled):
         optimizer.zero_grad()
 
     return step, model
+
+
+def step_gflops(case, options):
+    """GFLOPs an image of a training step, as torch counts them."""
+    step, _ = stepper(case, options, compiled=False)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / options.batch_size / 1e9
 
 
 def _of_process(name):
@@ -185,6 +196,7 @@ def main():
         f"{options.cells}x{options.cells}"
     )
     counts = {case: parameters(build(case, options)) for case in options.cases}
+    gflops = {case: step_gflops(case, options) for case in options.cases}
     for mode in options.modes:
         rows = []
         for case, (seconds, ratio, itself) in measure(options, mode == "compiled").items():
@@ -193,13 +205,15 @@ def main():
                 ("speed", speed, "images/s"),
                 ("speed ratio", ratio, "x diffusers"),
                 ("parameters", counts[case], ""),
+                ("work of a step", gflops[case], "GFLOP/image"),
                 ("peak memory, eager", memory[case], "MiB"),
             ]
             if itself is not None:
                 values.append(("over all tokens", itself, "x itself"))
             print(
                 f"{mode:9} {case:26} {speed:8.1f} images/s {ratio:6.3f}x {counts[case]:12,} "
-                f"{memory[case]:8.0f} MiB" + (f" {itself:6.3f}x itself" if itself else ""),
+                f"{gflops[case]:6.3f} GFLOP/image {memory[case]:8.0f} MiB",
+                f"{itself:6.3f}x itself" if itself else "",
                 flush=True,
             )
             about = {"case": f"{case}, {mode}", "shape": shape, "dtype": options.dtype}

@@ -27,6 +27,9 @@ def test_equal_parameters_are_equal_to_the_step_of_the_mlp(bench):
     assert abs(counts["none, equal parameters"] - counts["diffusers"]) <= step / 2
     assert counts["none"] < counts["none, equal parameters"]
     assert counts["dynamics"] == counts["dynamics, half the tokens"]
+    work = {case: bench.step_gflops(case, OPTIONS) for case in bench.CASES}
+    assert work["none"] < work["none, equal parameters"]
+    assert work["none, half the tokens"] < work["none"]
 
 
 def test_half_of_the_tokens_go_through_the_middle(bench):
