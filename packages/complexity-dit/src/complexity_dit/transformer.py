@@ -309,6 +309,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         timestep: Tensor,
         class_labels: Tensor | None = None,
         kept_tokens: Tensor | None = None,
+        label_embeds: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
@@ -321,6 +322,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 -1 means missing. None means that all are missing.
             kept_tokens: For training: the tokens of each image, (B, K) int64 and ascending, that go
                 through the middle blocks; the others bypass them. None means that all do.
+            label_embeds: What `embed_labels` gives, (B, D), or a blend of such, instead of ids.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -330,6 +332,8 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
                 wrong shape, or tokens are to be dropped in a network without middle blocks.
         """
+        if class_labels is not None and label_embeds is not None:
+            raise ValueError("give class_labels or label_embeds, not both")
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -350,7 +354,9 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             device=x_BND.device,
         )
         c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
-        c_BD = nn.functional.silu(c_BD + self._embed_labels(class_labels, batch, x_BND.device))
+        if label_embeds is None:
+            label_embeds = self._embed_labels(class_labels, batch, x_BND.device)
+        c_BD = nn.functional.silu(c_BD + label_embeds)
 
         state: LayerState = (x_BND, None, None)
         plan, kept_plan = routing_plans(
@@ -403,6 +409,19 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             else:
                 state = block(*inputs)
         return state
+
+    def embed_labels(self, class_labels: Tensor) -> Tensor:
+        """What labels mean to the network: the sum of their rows.
+
+        Args:
+            class_labels: Label ids, (B, F) as for `forward`; -1 is the null row.
+
+        Returns:
+            (B, D), all zeros for a model without label fields.
+        """
+        batch, device = len(class_labels), class_labels.device
+        zeros = torch.zeros(batch, self.config.hidden_size, device=device, dtype=self.dtype)
+        return zeros + self._embed_labels(class_labels, batch, device)
 
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device
