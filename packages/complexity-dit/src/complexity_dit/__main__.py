@@ -132,7 +132,8 @@ def run(arguments: Sequence[str]) -> None:
         from complexity_dit.train import train
 
         options.pop("config")
-        print(f"the pipeline is in {train(TrainConfig(**options))}")
+        folder = train(TrainConfig(**options))
+        print(f"the {folder.name} is in {folder}")
     elif command == "encode":
         from complexity_dit.data import DataConfig
         from complexity_dit.encode import encode

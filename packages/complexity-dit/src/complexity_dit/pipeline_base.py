@@ -18,13 +18,16 @@ from complexity_dit.denoising import Chunks, DenoisingMixin
 from complexity_dit.errors import UserError
 from complexity_dit.pipeline_files import FilesMixin
 from complexity_dit.pipeline_labels import LabelsMixin, read_id2label
+from complexity_dit.pipeline_lora import LoraMixin
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import Vae, posterior, scale_factor
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class ComplexityDiTPipelineBase(LabelsMixin, DenoisingMixin, FilesMixin, DiffusionPipeline):
+class ComplexityDiTPipelineBase(
+    LabelsMixin, DenoisingMixin, FilesMixin, LoraMixin, DiffusionPipeline
+):
     """Label-conditional image generation with a ComplexityDiT.
 
     Args:
@@ -57,7 +60,7 @@ class ComplexityDiTPipelineBase(LabelsMixin, DenoisingMixin, FilesMixin, Diffusi
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.id2label = read_id2label(id2label, transformer)
+        own_labels = read_id2label(id2label, transformer)
         channels = transformer.config.in_channels
         statistics = {len(values) for values in (latents_mean, latents_std) if values is not None}
         both = (latents_mean is None) == (latents_std is None)
@@ -67,7 +70,7 @@ class ComplexityDiTPipelineBase(LabelsMixin, DenoisingMixin, FilesMixin, Diffusi
                 f"the {channels} channels, not {latents_mean} and {latents_std}"
             )
         self.register_to_config(
-            id2label=self.id2label, latents_mean=latents_mean, latents_std=latents_std
+            id2label=own_labels, latents_mean=latents_mean, latents_std=latents_std
         )
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

@@ -72,6 +72,7 @@ class FilesMixin:
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
         index["_class_name"] = [_PIPELINE_SHIM, type(self).__name__]
+        index["id2label"] = self.id2label  # with the names of merged adapters
         shims: list[tuple[Path, type]] = [(folder / f"{_PIPELINE_SHIM}.py", type(self))]
         for component, (shim, cls) in _SHIMS.items():
             if isinstance(getattr(self, component), cls):

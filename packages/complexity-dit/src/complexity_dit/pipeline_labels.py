@@ -4,6 +4,7 @@ A mixin, because every pipeline of this package is asked for pictures in the sam
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,20 @@ def read_id2label(
 
 
 class LabelsMixin:
-    """What a pipeline knows about its labels. Needs `transformer` and `id2label`."""
+    """What a pipeline knows about its labels. Needs `transformer` and `config.id2label`."""
 
     transformer: ComplexityDiTTransformer2DModel
-    id2label: dict[str, dict[int, str]]
+    config: Any
+
+    @property
+    def id2label(self) -> dict[str, dict[int, str]]:
+        """Names by field and id: those of the network, then those that adapters brought."""
+        # Another denoiser behind the same arguments (see `train`) takes no adapters.
+        added = getattr(self.transformer, "added_labels", {})
+        return {
+            field: names | dict(enumerate(added.get(field, ()), len(names)))
+            for field, names in self.config.id2label.items()
+        }
 
     @property
     def label_names(self) -> dict[str, list[str]]:

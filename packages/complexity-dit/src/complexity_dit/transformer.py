@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from complexity_dit.adapters import LabelAdapterMixin
 from complexity_dit.architecture import (
     SIZES,
     build_dynamics,
@@ -147,7 +147,7 @@ class ComplexityDiTBlock(nn.Module):
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
-class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin, AttentionMixin):
     """A diffusion transformer over patches with INL dynamics in every layer.
 
     The condition is the sum of a timestep embedding and one embedding per label field; each field's
@@ -438,7 +438,6 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 f"one column per label field ({', '.join(self.label_embed) or 'none'})"
             )
         total: Tensor | float = 0.0
-        tables = zip(self.label_embed.values(), self.config.num_classes, strict=True)
-        for ids_B, (table, null_row) in zip(class_labels.unbind(1), tables, strict=True):
-            total = total + table(torch.where(ids_B < 0, null_row, ids_B))
+        for ids_B, table in zip(class_labels.unbind(1), self.label_embed.values(), strict=True):
+            total = total + table(torch.where(ids_B < 0, table.num_embeddings - 1, ids_B))
         return total
