@@ -10,8 +10,10 @@ Rows come and go with their adapter, and stay when it is merged.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from diffusers.utils import get_adapter_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from complexity_dit import __version__
 from complexity_dit.errors import UserError
+from complexity_dit.safetensors_header import add_metadata
 
 _ROWS = "label_embed."
 _FETCHING = (
@@ -246,8 +250,20 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self._drop_empty_layers()
         self._drop_rows([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
         """As in diffusers, with the labels of merged adapters as the network's own.
+
+        The weights' header gets the class, its config and the version, so that a file that was
+        moved away from its `config.json` still says what it is.
 
         Raises:
             UserError: If an adapter is loaded: the folder would hold half of it.
@@ -258,7 +274,18 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 "save the adapter alone (save_lora_adapter)"
             )
         with self._plain_tables():
-            super().save_pretrained(*args, **kwargs)  # pyright: ignore
+            # By name: a pipeline looks at the signature for what it may pass on.
+            super().save_pretrained(  # pyright: ignore
+                save_directory, is_main_process, save_function, safe_serialization, variant,
+                max_shard_size, **kwargs,
+            )  # fmt: skip
+            about = {
+                "complexity_dit.class": type(self).__name__,
+                "complexity_dit.version": __version__,
+                "complexity_dit.config": self.to_json_string(),  # pyright: ignore
+            }
+        for file in sorted(Path(save_directory).glob("*.safetensors")):
+            add_metadata(file, about)
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from complexity_dit.compatibility import check_labels, check_meaning
 from complexity_dit.errors import UserError
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.latents import LatentSpace
+from complexity_dit.model_card import write_card
 from complexity_dit.pipeline import ComplexityDiTPipeline
 
 _AVERAGE = "ema.safetensors"
@@ -48,8 +49,9 @@ class PipelineParts:
 
     def save(self, network: ModelMixin, folder: Path) -> None:
         """Write a pipeline folder with `data.json` in it."""
-        self.around(network).save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
+        self.around(network).save_pretrained(folder)  # whose card reads the data
 
     def save_average(self, network: ModelMixin, checkpoint: Path) -> None:
         """Write the averaged weights of a checkpoint, ready to sample from."""
@@ -96,7 +98,7 @@ class AdapterParts(PipelineParts):
     base_sha256: str = ""
 
     def save(self, network: ModelMixin, folder: Path) -> None:
-        """Write an adapter folder: diffusers' file, `adapter.json` and `data.json`."""
+        """Write an adapter folder: diffusers' file, `adapter.json`, `data.json`, a card."""
         ComplexityDiTPipeline.save_lora_weights(
             folder, network.adapter_state_dict(), network.adapter_settings()
         )
@@ -109,6 +111,7 @@ class AdapterParts(PipelineParts):
         }
         (folder / ADAPTER_FILE).write_text(json.dumps(about, indent=2) + "\n")
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
+        write_card(folder)
 
     def save_average(self, network: ModelMixin, checkpoint: Path) -> None:
         """As for a pipeline, and the averaged parameters by name, for an exact resume."""

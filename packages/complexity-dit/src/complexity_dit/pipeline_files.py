@@ -6,11 +6,16 @@ modules that import our classes, and `model_index.json` names those modules.
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.errors import UserError
+from complexity_dit.hub_upload import check_reachable, upload
+from complexity_dit.model_card import write_card
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 _PIPELINE_SHIM = "pipeline_complexity_dit"
@@ -50,19 +55,29 @@ class FilesMixin:
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
         push_to_hub: bool = False,
+        result: dict[str, Any] | Path | None = None,
+        grid: Image.Image | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Save as a folder that `DiffusionPipeline.from_pretrained` can load.
 
         Besides what diffusers writes, the folder gets one-line modules that import the classes of
         this package (pipeline, transformer, and a `TinyAutoencoder`); `model_index.json` names
-        them, because diffusers does not import a third-party package on its own.
+        them, because diffusers does not import a third-party package on its own. And a model card,
+        README.md, unless there is one that was edited.
 
         Args:
             save_directory: The folder.
             safe_serialization: Must be True; weights are safetensors only.
-            push_to_hub: Also upload the folder (`repo_id`, `private`, `token`, `commit_message`).
-            **kwargs: Further arguments of `DiffusionPipeline.save_pretrained`.
+            push_to_hub: Also upload the folder (`repo_id`, `private`, `token`, `commit_message`,
+                `create_pr`).
+            result: For the card: what `complexity-dit evaluate` wrote, or its result.json.
+            grid: For the card: a picture of samples, or its file.
+            **kwargs: Further arguments of `DiffusionPipeline.save_pretrained`, e.g. `variant`.
+
+        Raises:
+            UserError: For pickles, an adapter that is loaded and not merged, or an upload that the
+                Hub refuses or that cannot reach it.
         """
         if not safe_serialization:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
@@ -81,28 +96,26 @@ class FilesMixin:
         for path, cls in shims:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path.write_text(json.dumps(index, indent=2) + "\n")
+        write_card(folder, result, grid, hub.get("repo_id"))
         if push_to_hub:
-            self._push_folder(folder, **hub)
+            upload(folder, f"Upload {type(self).__name__}", **hub)
 
-    def _push_folder(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> None:
-        # After the shims are written: diffusers would upload before them.
-        from huggingface_hub import create_repo, upload_folder
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # pyright: ignore
+        """Upload to the Hub what `save_pretrained` writes, its card included.
 
-        repo_id = create_repo(
-            repo_id or folder.name, exist_ok=True, private=private, token=token
-        ).repo_id
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-        )
+        Args:
+            repo_id: "user/name", or a name of your own.
+            **kwargs: As for `save_pretrained`.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            UserError: As `save_pretrained`.
+        """
+        hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
+        check_reachable(repo_id)  # before anything is written
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, repo_id.split("/")[-1])
+            self.save_pretrained(folder, repo_id=repo_id, **kwargs)
+            return upload(folder, f"Upload {type(self).__name__}", repo_id=repo_id, **hub)
