@@ -10,6 +10,7 @@ Rows come and go with their adapter, and stay when it is merged.
 """
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from complexity_dit import __version__
 from complexity_dit.errors import UserError
+from complexity_dit.offloading import refuse_leaf_level
 from complexity_dit.safetensors_header import add_metadata
 
 _ROWS = "label_embed."
@@ -279,13 +281,25 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 save_directory, is_main_process, save_function, safe_serialization, variant,
                 max_shard_size, **kwargs,
             )  # fmt: skip
+            # Not where it was loaded from, which `_name_or_path` says.
+            config = {k: v for k, v in self.config.items() if not k.startswith("_")}
             about = {
                 "complexity_dit.class": type(self).__name__,
                 "complexity_dit.version": __version__,
-                "complexity_dit.config": self.to_json_string(),  # pyright: ignore
+                "complexity_dit.config": json.dumps(config, sort_keys=True),
             }
         for file in sorted(Path(save_directory).glob("*.safetensors")):
             add_metadata(file, about)
+
+    def enable_group_offload(
+        self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As in diffusers, by blocks; see `offloading` for why not by leaves."""
+        refuse_leaf_level(offload_type)
+        super().enable_group_offload(  # pyright: ignore
+            torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs
+        )
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:

@@ -162,7 +162,8 @@ class DenoisingMixin:
         if not condition.is_floating_point():
             return torch.full_like(condition, -1)
         fields = len(self.transformer.config.label_fields)
-        missing = torch.full((len(condition), fields), -1, device=condition.device)
+        # Where the transformer is: offloaded, it comes to the condition with its first forward.
+        missing = torch.full((len(condition), fields), -1, device=self.transformer.device)
         return self.transformer.embed_labels(missing).to(condition)
 
     def _check_call(

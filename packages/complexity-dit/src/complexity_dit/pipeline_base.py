@@ -16,6 +16,7 @@ from torch import Tensor
 
 from complexity_dit.denoising import Chunks, DenoisingMixin
 from complexity_dit.errors import UserError
+from complexity_dit.offloading import OffloadingMixin
 from complexity_dit.pipeline_files import FilesMixin
 from complexity_dit.pipeline_labels import LabelsMixin, read_id2label
 from complexity_dit.pipeline_lora import LoraMixin
@@ -26,7 +27,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class ComplexityDiTPipelineBase(
-    LabelsMixin, DenoisingMixin, FilesMixin, LoraMixin, DiffusionPipeline
+    LabelsMixin, DenoisingMixin, FilesMixin, LoraMixin, OffloadingMixin, DiffusionPipeline
 ):
     """Label-conditional image generation with a ComplexityDiT.
 

@@ -205,7 +205,9 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ComplexityDiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["ComplexityDiTBlock"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embed", "norm", "dynamics"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed", "norm", "dynamics", "label_embed",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
