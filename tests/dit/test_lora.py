@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -168,6 +169,11 @@ def test_commands_take_an_adapter_folder_for_a_pipeline(run, tmp_path):
     assert about["base"] == "../../base"  # the folders can be moved together
     assert about["labels"] == {"style": ["Hokusai v. 2"]}
     assert DataConfig(**json.loads((adapter / "data.json").read_text())) == run.data
+    card = ModelCard.load(adapter / "README.md")
+    assert "lora" in card.data.tags
+    assert card.data.base_model is None  # a folder of this machine is none of the Hub's
+    assert 'from_pretrained("base")' in card.text
+    assert 'style="Hokusai v. 2"' in card.text
     weights = Path(run.init_from) / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"] += 1

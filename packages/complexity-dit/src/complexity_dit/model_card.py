@@ -118,7 +118,7 @@ def _front(name: str, data: dict, about: dict, result: dict | None) -> ModelCard
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        base_model=base if base and not base.startswith((".", "/")) else None,
+        base_model=base if base and _on_the_hub(base) else None,
         tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(about),
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
         model_name=name if shown else None,
@@ -146,13 +146,14 @@ image = pipe({asked.removesuffix(", ")}).images[0]
 
 def _adapter_use(name: str, about: dict) -> str:
     asked = "".join(f'{field}="{names[0]}", ' for field, names in about["labels"].items())
+    base = about["base"] if _on_the_hub(about["base"]) else Path(about["base"]).name
     return f"""\
-An adapter (LoRA) of the pipeline `{Path(about["base"]).name}`.
+An adapter (LoRA) of the pipeline `{base}`.
 
 ```python
 from complexity_dit import ComplexityDiTPipeline
 
-pipe = ComplexityDiTPipeline.from_pretrained("{about["base"]}")
+pipe = ComplexityDiTPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{name}")
 image = pipe({asked.removesuffix(", ")}).images[0]
 ```
@@ -227,6 +228,11 @@ def _licence(data: dict) -> str:
     else:
         text = "Not stated: it depends on the training pictures. State it before you publish."
     return f"## Licence\n\n{text}"
+
+
+def _on_the_hub(base: str) -> bool:
+    """Whether an adapter's base is a Hub id; a folder is written as a path from the adapter's."""
+    return base.count("/") == 1 and not base.startswith((".", "/"))
 
 
 def _is_wikiart(data: dict) -> bool:
