@@ -7,27 +7,36 @@ if TYPE_CHECKING:
     from complexity_dit.autoencoder import TinyAutoencoder
     from complexity_dit.config import TrainConfig
     from complexity_dit.errors import UserError
+    from complexity_dit.interpolation import interpolate
     from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipeline_img2img import ComplexityDiTImg2ImgPipeline
+    from complexity_dit.pipeline_inpaint import ComplexityDiTInpaintPipeline
     from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 __version__ = "0.1.0"
 
 # Importing diffusers takes seconds: `import complexity_dit` and `--help` should not.
 _HOMES = {
+    "ComplexityDiTImg2ImgPipeline": "pipeline_img2img",
+    "ComplexityDiTInpaintPipeline": "pipeline_inpaint",
     "ComplexityDiTPipeline": "pipeline",
     "ComplexityDiTTransformer2DModel": "transformer",
     "TinyAutoencoder": "autoencoder",
     "TrainConfig": "config",
     "UserError": "errors",
+    "interpolate": "interpolation",
 }
 
 __all__ = [
+    "ComplexityDiTImg2ImgPipeline",
+    "ComplexityDiTInpaintPipeline",
     "ComplexityDiTPipeline",
     "ComplexityDiTTransformer2DModel",
     "TinyAutoencoder",
     "TrainConfig",
     "UserError",
     "__version__",
+    "interpolate",
 ]
 
 

@@ -104,6 +104,12 @@ def build_parser() -> ArgumentParser:
     plan.add_class_arguments(TrainConfig, None)
     plan.add_class_arguments(PlanConfig, None)
     commands.add_subcommand("plan", plan)
+    convert = ArgumentParser(
+        description="Take over what maps from a checkpoint of the authors' research code."
+    )
+    convert.add_argument("checkpoint", type=str, help="their state dict, one safetensors file")
+    convert.add_argument("--out", type=str, required=True, help="pipeline folder to train on from")
+    commands.add_subcommand("convert", convert)
     for one in (parser, *commands.choices.values()):
         one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
@@ -132,7 +138,8 @@ def run(arguments: Sequence[str]) -> None:
         from complexity_dit.train import train
 
         options.pop("config")
-        print(f"the pipeline is in {train(TrainConfig(**options))}")
+        folder = train(TrainConfig(**options))
+        print(f"the {folder.name} is in {folder}")
     elif command == "encode":
         from complexity_dit.data import DataConfig
         from complexity_dit.encode import encode
@@ -159,6 +166,10 @@ def run(arguments: Sequence[str]) -> None:
         from complexity_dit.inspect_model import inspect
 
         print(yaml.safe_dump(inspect(options["path"]), sort_keys=False), end="")
+    elif command == "convert":
+        from complexity_dit.convert import convert
+
+        print(convert(options["checkpoint"], options["out"]).summary())
     elif command == "plan":
         from complexity_dit.config import TrainConfig
         from complexity_dit.plan import PlanConfig, plan

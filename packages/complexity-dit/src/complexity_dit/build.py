@@ -72,7 +72,7 @@ def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> 
         num_training_steps=config.steps,
     )
     ema = EMAModel(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         decay=config.ema.decay,
         use_ema_warmup=True,
         power=config.ema.power,

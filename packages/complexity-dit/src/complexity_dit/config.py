@@ -112,6 +112,32 @@ class EMAConfig:
 
 
 @dataclass
+class LoraOptions:
+    """An adapter in place of a whole network: small matrices, and rows for labels that are new."""
+
+    rank: int = 0
+    """Rank of the matrices that are trained beside the frozen weights of `init_from` (LoRA, arXiv
+    2106.09685); the run then writes an adapter folder. 0 trains the whole network."""
+
+    alpha: float | None = None
+    """Rank times the scale of what the matrices add; by default the rank, which is scale 1."""
+
+    dropout: float = 0.0
+    """Dropout before the matrices."""
+
+    targets: list[str] = field(
+        default_factory=lambda: [
+            "to_q", "to_k", "to_v", "to_out.0", "mlp.gate", "mlp.up", "mlp.down"
+        ]
+    )  # fmt: skip
+    """Linear layers that get matrices, by the end of their names."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels that all pictures get, e.g. --lora.labels.style Ukiyo_e: for a folder that does not
+    say; a name that the base does not know becomes the adapter's."""
+
+
+@dataclass
 class TrainConfig:
     """One full run. The defaults are the demo: a small model that paints the embedded art set."""
 
@@ -123,7 +149,8 @@ class TrainConfig:
 
     init_from: str | None = None
     """A pipeline folder or Hub id whose weights a new run starts from (fine-tuning): labels are
-    matched by name, new ones start from the null row. A run that is resumed does not read it."""
+    matched by name, new ones start from the null row. A run that is resumed does not read it,
+    unless it trains an adapter (`lora`) of it."""
 
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
@@ -199,6 +226,9 @@ class TrainConfig:
 
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Which average of its weights is kept."""
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """An adapter to train in place of the network."""
 
     def __post_init__(self) -> None:
         """Read the switch that `compile` was before it had names."""

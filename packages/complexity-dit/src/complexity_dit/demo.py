@@ -10,6 +10,7 @@ import numpy as np
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.model_card import write_card
 from complexity_dit.plots import plot_loss
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, load_pipeline, save_grid
 from complexity_dit.train import train
@@ -43,6 +44,7 @@ def demo(out: str) -> None:
 
     measured = EvalConfig(num_images=NUM_EVALUATED, floors=True, overwrite=True)
     evaluate(pipeline, "art", out, measured, sampling)
+    write_card(pipeline, folder / "result.json", folder / "samples.png", "complexity-dit-demo")
     print(
         f"""
 The demo took {(time.perf_counter() - start) / 60:.1f} minutes. In {folder}:

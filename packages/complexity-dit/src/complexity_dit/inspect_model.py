@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from complexity_dit.errors import UserError
+from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from complexity_dit.parts import AdapterParts, PipelineParts
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline
-from complexity_dit.state import DATA_FILE, latest_checkpoint
+from complexity_dit.state import latest_checkpoint
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import weights_sha256
 from inl_core import certify, dynamics_modules, read_dynamics
@@ -63,12 +65,13 @@ def _pipeline_of(path: Path) -> Path | None:
     """The pipeline folder that a local path means; None leaves it to be a Hub id."""
     if not path.exists():
         return None
-    if (path / ComplexityDiTPipeline.config_name).is_file():
+    if any((path / name).is_file() for name in (ComplexityDiTPipeline.config_name, ADAPTER_FILE)):
         return path
     newest = latest_checkpoint(path / "checkpoints")
-    for folder in (path / "pipeline", newest / "pipeline" if newest else None):
-        if folder is not None and folder.is_dir():
-            return folder
+    for holder in (path, newest):
+        for kind in (PipelineParts, AdapterParts):
+            if holder is not None and (holder / kind.folder_name).is_dir():
+                return holder / kind.folder_name
     raise UserError(
         f"{path} holds no pipeline; give a pipeline folder, a checkpoint (step-XXXXXXXX) or the "
         "folder of a run"

@@ -205,7 +205,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
                 "trained on as pixels: encode it first (complexity-dit encode)"
             )
         return load_data(config, split)
-    folder = _folder_of(config)
+    folder = folder_of(config)
     info = read_cache(folder)
     for key, ours, theirs in (
         ("resolution", config.resolution, info["resolution"]),
@@ -237,7 +237,7 @@ def open_latent_space(config: DataConfig) -> LatentSpace | None:
     """
     if not config.source.startswith(SCHEME):
         return None
-    folder = _folder_of(config)
+    folder = folder_of(config)
     info = read_cache(folder)
     recorded = info["vae"]
     name = config.vae or recorded["name"]
@@ -263,7 +263,7 @@ def source_config(config: DataConfig) -> DataConfig:
     """How the pictures behind a training set are read: the config itself unless it is latents."""
     if not config.source.startswith(SCHEME):
         return config
-    info = read_cache(_folder_of(config))
+    info = read_cache(folder_of(config))
     encoded = DataConfig(**info["source"])
     return replace(
         encoded, vae=None, holdout=config.holdout, flip=config.flip,
@@ -310,7 +310,8 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / PARTS / f"part-{part:05d}.arrow"
 
 
-def _folder_of(config: DataConfig) -> Path:
+def folder_of(config: DataConfig) -> Path:
+    """The folder of a source `latents:PATH`."""
     return Path(config.source.removeprefix(SCHEME)).expanduser()
 
 

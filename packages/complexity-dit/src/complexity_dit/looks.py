@@ -22,9 +22,10 @@ from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.image_sets import is_source
 from complexity_dit.latents import TrainingData, source_config
+from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, save_grid
-from complexity_dit.state import PipelineParts, TrainState
+from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 

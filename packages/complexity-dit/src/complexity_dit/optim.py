@@ -72,6 +72,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     _check(config)
     decayed, plain, hidden = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # of the base, when an adapter is trained
+            continue
         exempt = parameter.ndim < 2 or "label_embed" in name or "dynamics" in name
         matrix = parameter.ndim == 2 and _HIDDEN_MATRIX.match(name)
         if config.name == "muon" and matrix:

@@ -79,6 +79,11 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
         UserError: The model of the config cannot be built, the batch cannot be split, or a shape or
             half of an estimate is missing.
     """
+    if config.lora.rank:
+        raise UserError(
+            "plan counts whole networks: leave lora.rank at 0 for the base's numbers; an adapter "
+            "has the base's activations and next to no state"
+        )
     shape = _data_shape(config, options)
     devices = options.processes * config.gradient_accumulation_steps
     if options.processes < 1 or config.batch_size % devices:

@@ -1,7 +1,9 @@
 """Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
 
 import copy
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,12 @@ from tqdm.auto import tqdm
 
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
+from complexity_dit.folder_files import ADAPTER_FILE
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.vae import weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -286,12 +290,15 @@ def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor, columns: int) -> li
 
 
 def load_pipeline(path: str) -> ComplexityDiTPipeline:
-    """Load a pipeline folder or Hub id; a wrong path gets one clear line.
+    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base.
 
     Raises:
-        UserError: If there is no such folder, or it is not a ComplexityDiT pipeline.
+        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, or the adapter's
+            base is gone or another than it was.
     """
     folder = Path(path)
+    if (folder / ADAPTER_FILE).is_file():
+        return _load_with_adapter(folder)
     looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))
     if looks_local and not (folder / ComplexityDiTPipeline.config_name).is_file():
         raise UserError(
@@ -302,3 +309,16 @@ def load_pipeline(path: str) -> ComplexityDiTPipeline:
         return ComplexityDiTPipeline.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load the pipeline {path}: {error}") from error
+
+
+def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
+    about = json.loads((folder / ADAPTER_FILE).read_text())
+    local = folder / about["base"]
+    pipe = load_pipeline(os.path.normpath(local) if local.is_dir() else about["base"])
+    if weights_sha256(pipe.transformer) != about["base_sha256"]:
+        raise UserError(
+            f"{folder} was trained on other weights than {about['base']} has now: put the base "
+            f"back, or name it in {folder / ADAPTER_FILE}"
+        )
+    pipe.load_lora_weights(folder)
+    return pipe

@@ -8,6 +8,7 @@ any scheduler that diffusers calls compatible with theirs.
 
 import difflib
 import inspect
+import math
 from typing import Any
 
 import diffusers
@@ -120,6 +121,38 @@ def network_times(scheduler: SchedulerMixin) -> Tensor:
         return scheduler.timesteps
     levels = scheduler.sigmas[: len(scheduler.timesteps)].to(scheduler.timesteps.device)
     return levels * scheduler.config.num_train_timesteps
+
+
+def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+    """A clean picture at the noise level that step `step` of a prepared scheduler starts from.
+
+    Args:
+        scheduler: With its steps set; after the last of them a picture is clean.
+        clean: (B, C, Y, X).
+        noise: Unit noise, likewise.
+        step: From 0 to the number of timesteps.
+    """
+    if step == len(scheduler.timesteps):
+        return clean
+    if is_flow(scheduler):
+        level = (network_times(scheduler)[step] / scheduler.config.num_train_timesteps).to(clean)
+        return (1 - level) * clean + level * noise
+    return scheduler.add_noise(clean, noise, scheduler.timesteps[step : step + 1])
+
+
+def begin_at(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> int:
+    """Leave out the first steps of a prepared scheduler, so that a share `strength` of them is run.
+
+    Returns:
+        The timestep that comes first. At least one step is left when `strength` is above 0.
+    """
+    # The small number undoes roundings: 0.07 * 100 is 7.000000000000001.
+    run = min(math.ceil(num_inference_steps * strength - 1e-6), num_inference_steps)
+    first = min((num_inference_steps - run) * scheduler.order, len(scheduler.timesteps))
+    # Without it a scheduler looks its first timestep up by value, and Heun's has each one twice.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return first
 
 
 def is_guided(time: Tensor, guidance_scale: float, interval: tuple[float, float]) -> bool:

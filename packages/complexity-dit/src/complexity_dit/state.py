@@ -2,8 +2,9 @@
 
 A checkpoint folder holds
 
-    pipeline/               the EMA weights as a pipeline folder, ready to sample from
-    model.safetensors       the raw weights
+    pipeline/               the EMA weights as a pipeline folder, ready to sample from; or, of an
+                            adapter, adapter/, and ema.safetensors with exactly its parameters
+    model.safetensors       the raw weights, of an adapter those alone
     optimizer.safetensors   the optimizer's moments
     state.json              step, EMA and schedule counters, recent gradient norms, the run's config
                             and process count
@@ -22,55 +23,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from complexity_dit.compatibility import check_labels, check_meaning
+from complexity_dit.adapters import blank_copy
 from complexity_dit.errors import UserError
 from complexity_dit.files import folder_aside, remove_folder
-from complexity_dit.latents import LatentSpace
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.sharding import shared_out, whole
 from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
-DATA_FILE = "data.json"
-"""In a pipeline folder: the `DataConfig` that it was trained with."""
-
 _NAME = re.compile(r"step-(\d{8})")
-
-
-@dataclass
-class PipelineParts:
-    """What a saved pipeline has beside its network.
-
-    Attributes:
-        scheduler: Samples from a model trained on the run's objective.
-        id2label: Names of the labels, `{field: {id: name}}`.
-        data: The `DataConfig` as a dict: an evaluation must hold out the same pictures. For latents
-            that is the data they were made from.
-        latent_space: What the pipeline decodes with; None for pixels.
-    """
-
-    scheduler: SchedulerMixin
-    id2label: dict[str, dict[int, str]]
-    data: dict[str, Any]
-    latent_space: LatentSpace | None = None
-
-    def around(self, network: ModelMixin) -> ComplexityDiTPipeline:
-        """A pipeline with this network."""
-        decoder = {}
-        if (space := self.latent_space) is not None:
-            decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
-        return ComplexityDiTPipeline(network, self.scheduler, id2label=self.id2label, **decoder)
-
-    def save(self, network: ModelMixin, folder: Path) -> None:
-        """Write a pipeline folder with `data.json` in it."""
-        self.around(network).save_pretrained(folder)
-        (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
 
 
 @dataclass
@@ -95,15 +61,19 @@ class TrainState:
 
     def average_from_here(self) -> None:
         """Start the average at the weights, placed and sharded as they are now."""
-        self.ema.shadow_params = [p.detach().clone() for p in self.model.parameters()]
+        self.ema.shadow_params = [p.detach().clone() for p in self.trained()]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What training moves: all parameters, or those of an adapter."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def network(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
         """A whole copy on the CPU; the model in training is not touched. All processes call it."""
-        sources = self.model.parameters() if weights == "raw" else self.ema.shadow_params
-        copy = type(self.model).from_config(self.model.config)
-        for parameter, source in zip(copy.parameters(), sources, strict=True):
-            parameter.copy_(whole(source))
+        copy, averaged = blank_copy(self.model), iter(self.ema.shadow_params)
+        for parameter, own in zip(copy.parameters(), self.model.parameters(), strict=True):
+            is_averaged = weights == "ema" and own.requires_grad
+            parameter.copy_(whole(next(averaged) if is_averaged else own))
         return copy.eval()
 
     def save(
@@ -132,7 +102,7 @@ class TrainState:
         def write() -> None:
             try:
                 with folder_aside(target) as folder:
-                    parts.save(average, folder / "pipeline")
+                    parts.save_average(average, folder)
                     save_file(weights, folder / "model.safetensors")
                     save_file(moments, folder / "optimizer.safetensors")
                     (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -147,11 +117,14 @@ class TrainState:
         processes.on_main(write)
         return target
 
-    def load(self, checkpoint: Path, label_names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    def load(
+        self, checkpoint: Path, parts: PipelineParts, label_names: Mapping[str, Sequence[str]]
+    ) -> dict[str, Any]:
         """Continue exactly where `checkpoint` was written, with any number of processes.
 
         Args:
             checkpoint: Its folder.
+            parts: Of this run; they know how the averaged weights were written.
             label_names: Of the data, in id order.
 
         Returns:
@@ -165,24 +138,17 @@ class TrainState:
             meta = json.loads((checkpoint / "state.json").read_text())
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-            pipeline = checkpoint / "pipeline"
-            shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
-            network = json.loads((pipeline / "transformer" / "config.json").read_text())
-            id2label = json.loads((pipeline / "model_index.json").read_text())["id2label"]
+            shadow = parts.load_average(checkpoint, label_names, self.model.config)
+        except UserError:
+            raise
         except (
             Exception
         ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
             raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
-        # JSON made the ids text and sorted the fields.
-        fields = {f: id2label[f] for f in network["label_fields"]}
-        names = {f: [known[str(i)] for i in range(len(known))] for f, known in fields.items()}
-        check_labels(names, label_names, checkpoint)
-        check_meaning(network, self.model.config, f"{checkpoint}")
         _load_weights(self.model, weights, checkpoint)
         self.ema.load_state_dict(meta["ema"])
-        for (name, _), parameter in zip(
-            self.model.named_parameters(), self.ema.shadow_params, strict=True
-        ):
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        for name, parameter in zip(names, self.ema.shadow_params, strict=True):
             parameter.copy_(shared_out(shadow[name], parameter))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         saved = _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
@@ -204,12 +170,13 @@ class TrainState:
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.detach()).contiguous() for name, p in model.named_parameters()}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: whole(p.detach()).contiguous() for name, p in trained}
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Load weights of exactly this model, or say which tensors differ."""
-    own = {name: p.shape for name, p in model.named_parameters()}
+    own = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     shapes = [
         f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name])} here"
@@ -226,7 +193,8 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(shared_out(weights[name], parameter))
+            if parameter.requires_grad:
+                parameter.copy_(shared_out(weights[name], parameter))
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

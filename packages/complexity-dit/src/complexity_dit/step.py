@@ -51,7 +51,7 @@ def optimizer_step(
     taken = state.guard is None or state.guard.admits(float(grad_norm))
     if taken:
         state.optimizer.step()
-        state.ema.step(state.model.parameters())
+        state.ema.step(state.trained())
     state.optimizer.zero_grad()
     state.lr_scheduler.step()
     return total, grad_norm, taken

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from complexity_dit.errors import UserError
+from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.image_sets import (
     ImageSet,
     dataset_images,
@@ -57,7 +58,8 @@ def open_target(
         return images
     if is_source(str(target)):
         return _split(_read_as(str(target), data), "train", "training images")
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    networks = ("model_index.json", ADAPTER_FILE)
+    if path.is_dir() and not any((path / name).is_file() for name in networks):
         return folder_images(path)
     # Imported here: two folders of images need no diffusion library.
     from complexity_dit.sample import load_pipeline
@@ -99,7 +101,6 @@ def open_reference(reference: str, size: tuple[int, int], data: "DataConfig | No
 def trained_on(target: object) -> "DataConfig | None":
     """The data that a pipeline folder says it was trained on."""
     from complexity_dit.data import DataConfig
-    from complexity_dit.state import DATA_FILE
 
     if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
         return None

@@ -23,11 +23,13 @@ from complexity_dit.files import file_aside, folder_aside
 from complexity_dit.init_from import start_from
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.looks import Look, build_looks
+from complexity_dit.lora import adapt
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
+from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.run_folder import claimed_folder
-from complexity_dit.state import PipelineParts, TrainState, drop_old_checkpoints
+from complexity_dit.state import TrainState, drop_old_checkpoints
 from complexity_dit.step import optimizer_step
 from complexity_dit.stopping import StopRequest
 from complexity_dit.trackers import start_tracker
@@ -48,7 +50,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
 
     Writes `<out>/config.yaml`, `train_log.csv` (a row a step), `logs/` (tensorboard),
     `checkpoints/step-XXXXXXXX/`, what the looks write (see `looks`, `noise_levels`) and, at the
-    end, `pipeline/` with the EMA weights.
+    end, `pipeline/` with the EMA weights, or `adapter/` of `config.lora`.
 
     Args:
         config: The whole run.
@@ -56,7 +58,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             and config fields that `ComplexityDiTPipeline` reads trains in the same loop.
 
     Returns:
-        The folder of the finished pipeline.
+        The folder of the finished pipeline or adapter.
 
     Raises:
         UserError: For bad input, a folder that another run writes in, a loss that is not finite,
@@ -84,24 +86,27 @@ def _train(
     out, settings = Path(config.out), dataclasses.asdict(config)
     checkpoints = out / "checkpoints"
     data = processes.main_first(lambda: load_training_data(config.data))
-    space = open_latent_space(config.data)
-    parts = PipelineParts(
-        build_scheduler(config.objective),
-        {field: dict(enumerate(names)) for field, names in data.label_names.items()},
-        space.data if space else settings["data"],
-        space,
-    )
-    torch.manual_seed(config.seed)
-    network = build(config, data)
-    if config.init_from is not None and checkpoint is None:
-        start_from(network, config.init_from, data.label_names)
+    if config.lora.rank:
+        network, parts, data = adapt(config, data)
+    else:
+        space = open_latent_space(config.data)
+        parts = PipelineParts(
+            build_scheduler(config.objective),
+            {field: dict(enumerate(names)) for field, names in data.label_names.items()},
+            space.data if space else settings["data"],
+            space,
+        )
+        torch.manual_seed(config.seed)
+        network = build(config, data)
+        if config.init_from is not None and checkpoint is None:
+            start_from(network, config.init_from, data.label_names)
     state = build_state(network, config)
     if config.compile == "regional":
         network.compile_repeated_blocks(fullgraph=True)  # before sharding hooks into the blocks
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     state.average_from_here()
     if checkpoint is not None:
-        saved = state.load(checkpoint, data.label_names)
+        saved = state.load(checkpoint, parts, data.label_names)
         _report_resume(saved, config, checkpoint, processes.count)
     if processes.is_main:
         with file_aside(out / "config.yaml") as aside:
@@ -150,9 +155,9 @@ def _train(
             _look(looks, state, processes)
         averaged = state.network("ema")
         if processes.is_main:
-            with folder_aside(out / "pipeline") as folder:
+            with folder_aside(out / parts.folder_name) as folder:
                 parts.save(averaged, folder)
-    return out / "pipeline"
+    return out / parts.folder_name
 
 
 def _is_due(step: int, config: TrainConfig) -> bool:
@@ -177,6 +182,8 @@ def _check_numbers(config: TrainConfig) -> None:
                  "sample_every", "evaluate_every"):  # fmt: skip
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} must be at least 0")
+    if config.lora.rank < 0:
+        raise UserError(f"lora.rank {config.lora.rank} must be at least 0 (0 is no adapter)")
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:

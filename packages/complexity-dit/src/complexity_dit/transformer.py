@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from complexity_dit.adapters import LabelAdapterMixin
 from complexity_dit.architecture import (
     SIZES,
     build_dynamics,
@@ -147,7 +147,7 @@ class ComplexityDiTBlock(nn.Module):
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
-class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin, AttentionMixin):
     """A diffusion transformer over patches with INL dynamics in every layer.
 
     The condition is the sum of a timestep embedding and one embedding per label field; each field's
@@ -205,7 +205,9 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ComplexityDiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["ComplexityDiTBlock"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embed", "norm", "dynamics"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed", "norm", "dynamics", "label_embed",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -309,6 +311,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
         timestep: Tensor,
         class_labels: Tensor | None = None,
         kept_tokens: Tensor | None = None,
+        label_embeds: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
@@ -321,6 +324,7 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 -1 means missing. None means that all are missing.
             kept_tokens: For training: the tokens of each image, (B, K) int64 and ascending, that go
                 through the middle blocks; the others bypass them. None means that all do.
+            label_embeds: What `embed_labels` gives, (B, D), or a blend of such, instead of ids.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -330,6 +334,8 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
                 wrong shape, or tokens are to be dropped in a network without middle blocks.
         """
+        if class_labels is not None and label_embeds is not None:
+            raise ValueError("give class_labels or label_embeds, not both")
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -350,7 +356,9 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
             device=x_BND.device,
         )
         c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
-        c_BD = nn.functional.silu(c_BD + self._embed_labels(class_labels, batch, x_BND.device))
+        if label_embeds is None:
+            label_embeds = self._embed_labels(class_labels, batch, x_BND.device)
+        c_BD = nn.functional.silu(c_BD + label_embeds)
 
         state: LayerState = (x_BND, None, None)
         plan, kept_plan = routing_plans(
@@ -404,6 +412,19 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 state = block(*inputs)
         return state
 
+    def embed_labels(self, class_labels: Tensor) -> Tensor:
+        """What labels mean to the network: the sum of their rows.
+
+        Args:
+            class_labels: Label ids, (B, F) as for `forward`; -1 is the null row.
+
+        Returns:
+            (B, D), all zeros for a model without label fields.
+        """
+        batch, device = len(class_labels), class_labels.device
+        zeros = torch.zeros(batch, self.config.hidden_size, device=device, dtype=self.dtype)
+        return zeros + self._embed_labels(class_labels, batch, device)
+
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device
     ) -> Tensor | float:
@@ -419,7 +440,6 @@ class ComplexityDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, P
                 f"one column per label field ({', '.join(self.label_embed) or 'none'})"
             )
         total: Tensor | float = 0.0
-        tables = zip(self.label_embed.values(), self.config.num_classes, strict=True)
-        for ids_B, (table, null_row) in zip(class_labels.unbind(1), tables, strict=True):
-            total = total + table(torch.where(ids_B < 0, null_row, ids_B))
+        for ids_B, table in zip(class_labels.unbind(1), self.label_embed.values(), strict=True):
+            total = total + table(torch.where(ids_B < 0, table.num_embeddings - 1, ids_B))
         return total

@@ -1,0 +1,353 @@
+"""LoRA adapters of the transformer that may bring labels of their own.
+
+An adapter for a style that the network has never seen is useless without a way to ask for it, so it
+carries, beside PEFT's matrices, a row of the label table for each new name:
+
+    transformer.blocks.0.attn.to_q.lora_A.weight   (rank, D)   PEFT's, as everywhere in diffusers
+    transformer.label_embed.style.Ukiyo_e          (D,)        a row; field and name are in the key
+
+Rows come and go with their adapter, and stay when it is merged.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.utils import get_adapter_name
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from complexity_dit import __version__
+from complexity_dit.errors import UserError
+from complexity_dit.offloading import refuse_leaf_level
+from complexity_dit.safetensors_header import add_metadata
+
+_ROWS = "label_embed."
+_FETCHING = (
+    "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies",
+    "token", "revision", "subfolder",
+)  # fmt: skip
+
+
+class LabelTable(nn.Module):
+    """A label table with the rows of adapters: the network's own names, theirs, the null row.
+
+    Args:
+        own: The network's table, its null row at the end.
+    """
+
+    def __init__(self, own: nn.Embedding) -> None:
+        super().__init__()
+        self.own = own
+        self.added = nn.ParameterDict()
+        self.names: dict[str, list[str]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, (names + 1, D)."""
+        own = self.own.weight
+        return torch.cat([own[:-1], *self.added.values(), own[-1:]])
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.own.num_embeddings + sum(len(names) for names in self.names.values())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+def read_adapter(source: Any, prefix: str | None, **fetching: Any) -> tuple[dict, dict | None]:
+    """The tensors of an adapter without their prefix, and PEFT's settings.
+
+    Args:
+        source: A folder, a safetensors file, a Hub id, or the tensors by name.
+        prefix: What the names begin with; None takes them as they are.
+        **fetching: As `load_lora_adapter` takes them.
+
+    Raises:
+        UserError: If there is no such adapter, or it is no safetensors file.
+    """
+    options = dict.fromkeys(_FETCHING) | fetching
+    if not isinstance(source, dict) and options["use_safetensors"] is False:
+        raise UserError("use_safetensors=False would load a pickle; only safetensors here")
+    options["use_safetensors"] = True
+    try:
+        tensors, metadata = _fetch_state_dict(
+            source, user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"there is no adapter in {source} ({str(error).splitlines()[0]}): give a folder with "
+            "pytorch_lora_weights.safetensors, or a Hub id and weight_name"
+        ) from error
+    if prefix is None:
+        return dict(tensors), metadata
+    head = f"{prefix}."
+    tensors, metadata = (
+        None if d is None else {k.removeprefix(head): v for k, v in d.items() if k.startswith(head)}
+        for d in (tensors, metadata)
+    )
+    return tensors or {}, metadata
+
+
+def label_rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The label rows among an adapter's tensors, `{field: {name: (D,)}}`."""
+    rows: dict[str, dict[str, Tensor]] = {}
+    for key, row in tensors.items():
+        if key.startswith(_ROWS):
+            field, _, name = key.removeprefix(_ROWS).partition(".")
+            rows.setdefault(field, {})[name] = row
+    return rows
+
+
+class LabelAdapterMixin(PeftAdapterMixin):
+    """diffusers' adapter methods for a network with `label_embed`, rows included."""
+
+    label_embed: nn.ModuleDict
+    config: Any
+
+    @property
+    def added_labels(self) -> dict[str, list[str]]:
+        """Names that adapters brought, by field, in the order of their ids."""
+        return {
+            field: [name for names in table.names.values() for name in names]
+            for field, table in self.label_tables().items()
+        }
+
+    @torch.no_grad()
+    def add_labels(
+        self,
+        labels: Mapping[str, Sequence[str] | Mapping[str, Tensor]],
+        adapter_name: str = "default",
+    ) -> None:
+        """Give an adapter rows for names that the network does not know.
+
+        Args:
+            labels: By field, names, which start at the null row: a picture asked for by such a name
+                begins as one without it; or names with their rows, (D,).
+            adapter_name: Whose they are.
+
+        Raises:
+            UserError: For a field that the network has not, a name that is there already, or a row
+                of another width.
+        """
+        there = self.added_labels
+        for field, names in labels.items():
+            if field not in self.label_embed:
+                raise UserError(
+                    f"the adapter has labels of the field {field!r}; the network has "
+                    f"{', '.join(self.label_embed) or 'no label fields'}"
+                )
+            for name in names:
+                if name in there.get(field, ()):
+                    raise UserError(
+                        f"{field} {name!r} is there already, from another adapter: unload that one"
+                    )
+        for field, names in labels.items():
+            table = self.label_embed[field]
+            null = table.weight[-1].detach()
+            rows = [names[n] if isinstance(names, Mapping) else null for n in names]
+            wrong = [tuple(row.shape) for row in rows if row.shape != null.shape]
+            if wrong:
+                raise UserError(
+                    f"the adapter's labels are of shape {wrong[0]} and the network's of "
+                    f"{tuple(null.shape)}: it was trained on another network"
+                )
+            if not isinstance(table, LabelTable):
+                table = self.label_embed[field] = LabelTable(table)
+            table.added[adapter_name] = nn.Parameter(torch.stack(rows).to(null))
+            table.names[adapter_name] = list(names)
+
+    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """An adapter's tensors as they are saved, without prefix."""
+        from peft.utils import get_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(self, adapter_name=adapter_name)
+        for field, table in self.label_tables().items():
+            if adapter_name in table.names:
+                rows = table.added[adapter_name].detach().unbind()
+                names = zip(table.names[adapter_name], rows, strict=True)
+                tensors |= {f"{_ROWS}{field}.{name}": row.clone() for name, row in names}
+        return tensors
+
+    def adapter_settings(self, adapter_name: str = "default") -> dict[str, Any]:
+        """An adapter's settings as they are saved: PEFT's, in an order that is always the same."""
+        settings = self.peft_config[adapter_name].to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, and the adapter's new labels get rows after those of the network.
+
+        Raises:
+            UserError: If there is no such adapter, or it is one of another network.
+        """
+        fetching = {name: kwargs.pop(name) for name in _FETCHING if name in kwargs}
+        tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, prefix, **fetching)
+        metadata = kwargs.pop("metadata", None) or metadata
+        rows = label_rows(tensors)
+        matrices = {k: v for k, v in tensors.items() if not k.startswith(_ROWS)}
+        if not matrices:
+            raise UserError(
+                f"no tensor of the adapter begins with {prefix!r}: give the prefix it was saved "
+                "with, None for none"
+            )
+        if hotswap and rows:
+            raise UserError("an adapter with labels of its own cannot be swapped in: unload first")
+        name = kwargs.pop("adapter_name", None) or get_adapter_name(self)
+        try:
+            super().load_lora_adapter(
+                matrices, prefix=None, hotswap=hotswap, adapter_name=name, metadata=metadata,
+                **kwargs,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, ValueError) as error:
+            self._drop_empty_layers()
+            raise UserError(
+                f"the adapter does not fit this network: {str(error).strip().splitlines()[-1]}"
+            ) from error
+        try:
+            self.add_labels(rows, name)
+        except UserError:
+            self.delete_adapters(name)
+            raise
+
+    def save_lora_adapter(
+        self, save_directory: Any, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        """As in diffusers, with the adapter's labels; load it with `prefix=None`."""
+        from complexity_dit.pipeline import ComplexityDiTPipeline
+
+        if adapter_name not in getattr(self, "peft_config", {}):
+            raise UserError(f"there is no adapter {adapter_name!r} in the network")
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise UserError("safe_serialization=False would write a pickle; only safetensors here")
+        ComplexityDiTPipeline.write_lora_layers(
+            self.adapter_state_dict(adapter_name), str(save_directory), True,
+            kwargs.get("weight_name"), None, True, self.adapter_settings(adapter_name),
+        )  # fmt: skip
+
+    def unload_lora(self) -> None:
+        """Take all adapters out; labels of merged ones stay, as their matrices do."""
+        merged = {name for layer in self._tuned_layers() for name in layer.merged_adapters}
+        super().unload_lora()
+        for table in self.label_tables().values():
+            self._drop_rows([name for name in table.names if name not in merged])
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As in diffusers; the adapters' labels go too."""
+        super().delete_adapters(adapter_names)
+        self._drop_empty_layers()
+        self._drop_rows([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, with the labels of merged adapters as the network's own.
+
+        The weights' header gets the class, its config and the version, so that a file that was
+        moved away from its `config.json` still says what it is.
+
+        Raises:
+            UserError: If an adapter is loaded: the folder would hold half of it.
+        """
+        if any(True for _ in self._tuned_layers()):
+            raise UserError(
+                "an adapter is loaded: merge it first (fuse_lora, then unload_lora_weights), or "
+                "save the adapter alone (save_lora_adapter)"
+            )
+        with self._plain_tables():
+            # By name: a pipeline looks at the signature for what it may pass on.
+            super().save_pretrained(  # pyright: ignore
+                save_directory, is_main_process, save_function, safe_serialization, variant,
+                max_shard_size, **kwargs,
+            )  # fmt: skip
+            # Not where it was loaded from, which `_name_or_path` says.
+            config = {k: v for k, v in self.config.items() if not k.startswith("_")}
+            about = {
+                "complexity_dit.class": type(self).__name__,
+                "complexity_dit.version": __version__,
+                "complexity_dit.config": json.dumps(config, sort_keys=True),
+            }
+        for file in sorted(Path(save_directory).glob("*.safetensors")):
+            add_metadata(file, about)
+
+    def enable_group_offload(
+        self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As in diffusers, by blocks; see `offloading` for why not by leaves."""
+        refuse_leaf_level(offload_type)
+        super().enable_group_offload(  # pyright: ignore
+            torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs
+        )
+
+    @contextmanager
+    def _plain_tables(self) -> Iterator[None]:
+        """The network as one that had all its labels from the beginning."""
+        tables, counts = self.label_tables(), list(self.config.num_classes)
+        try:
+            for field, table in tables.items():
+                self.label_embed[field] = nn.Embedding.from_pretrained(table.weight.detach())
+            rows = [self.label_embed[f].num_embeddings - 1 for f in self.config.label_fields]
+            self.register_to_config(num_classes=rows)  # pyright: ignore
+            yield
+        finally:
+            for field, table in tables.items():
+                self.label_embed[field] = table
+            self.register_to_config(num_classes=counts)  # pyright: ignore
+
+    def label_tables(self) -> dict[str, LabelTable]:
+        """The tables that have rows of adapters, by field."""
+        return {f: t for f, t in self.label_embed.items() if isinstance(t, LabelTable)}
+
+    def _tuned_layers(self) -> Iterator[Any]:
+        if not getattr(self, "peft_config", None):
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self.modules():  # pyright: ignore
+            if isinstance(module, BaseTunerLayer):
+                yield module
+
+    def _drop_empty_layers(self) -> None:
+        """PEFT's layers would stay round ours without any adapter, and rename what is saved."""
+        if not getattr(self, "peft_config", None):
+            super().unload_lora()
+
+    def _drop_rows(self, adapter_names: Sequence[str]) -> None:
+        for field, table in self.label_tables().items():
+            for name in adapter_names:
+                if name in table.names:
+                    del table.names[name], table.added[name]
+            if not table.names:
+                self.label_embed[field] = table.own
+
+
+def blank_copy(model: Any) -> Any:
+    """A network of the same structure, adapters included, with other numbers."""
+    blank = type(model).from_config(model.config)
+    for name, settings in (getattr(model, "peft_config", None) or {}).items():
+        blank.add_adapter(copy.deepcopy(settings), name)
+        for field, table in model.label_tables().items():
+            blank.add_labels({field: table.names[name]}, name)
+    return blank

@@ -1,0 +1,126 @@
+"""diffusers' ways to run faster or in less memory: each works here, or is refused with a reason.
+
+There is no accelerator in these tests: they show that outputs stay right, not how fast they come.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from complexity_dit.errors import UserError
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+
+PLACEMENTS = ("stream", "branch", "force", "none")
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    model = ComplexityDiTTransformer2DModel(
+        **({"sample_size": 8, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
+            "label_fields": ["style", "genre"], "num_classes": [3, 2]} | changes)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "adaln" in name or "proj_out" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def inputs(batch=2):
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, 8, 8, generator=draw)
+    labels = torch.tensor([[0, 1], [-1, 0], [2, -1]])[:batch]
+    return x, torch.tensor([999.0, 300.0, 5.0])[:batch], labels
+
+
+def paint(pipe):
+    return pipe(style=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+                output_type="np").images  # fmt: skip
+
+
+# torch's own, while exporting.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_export_against_eager(placement):
+    model = network(dynamics_placement=placement, dynamics_adaptive="token")
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        model, inputs(), {"return_dict": False}, strict=False,
+        dynamic_shapes={
+            "hidden_states": {0: batch}, "timestep": {0: batch}, "class_labels": {0: batch},
+            "return_dict": None,
+        },
+    )  # fmt: skip
+    for count in (2, 3):  # one that it was exported with, and another
+        found = program.module()(*inputs(count), return_dict=False)[0]
+        torch.testing.assert_close(found, model(*inputs(count)).sample, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports while compiling
+def test_compile_repeated_blocks_compiles_every_block(pipe):
+    expected = paint(pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    np.testing.assert_allclose(paint(pipe), expected, atol=1e-5)
+
+
+def test_layerwise_casting_keeps_the_state_of_the_dynamics_whole(pipe):
+    expected = paint(pipe)
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    kinds = {name: p.dtype for name, p in pipe.transformer.named_parameters()}
+    assert kinds["blocks.0.attn.to_q.weight"] == torch.float8_e4m3fn
+    for name, kind in kinds.items():
+        if any(part in name for part in ("dynamics", "norm", "patch_embed", "label_embed")):
+            assert kind == torch.float32, name
+    found = paint(pipe)
+    assert 0 < np.abs(found - expected).mean() < 0.1  # eight bits a weight, and still a picture
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_group_offload_by_blocks(pipe, blocks):
+    expected = paint(pipe)
+    pipe.enable_group_offload("cpu", num_blocks_per_group=blocks)
+    assert np.array_equal(paint(pipe), expected)
+
+
+def test_offloading_by_layers_is_refused_and_rightly_so(pipe):
+    for what in (pipe, pipe.transformer):
+        with pytest.raises(UserError, match=r"leaf_level cannot work.*block_level"):
+            what.enable_group_offload("cpu", offload_type="leaf_level")
+    with pytest.raises(UserError, match=r"sequential .* cannot work.*enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
+    # The reason: these hold weights and their forward is never called.
+    called = set()
+    for name, module in pipe.transformer.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    paint(pipe)
+    silent = {
+        name for name, module in pipe.transformer.named_modules()
+        if next(module.parameters(recurse=False), None) is not None and name not in called
+    }  # fmt: skip
+    assert "blocks.0.attn.norm_q" in silent
+
+
+def test_model_offload_asks_for_an_accelerator(pipe):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator: nothing to refuse")
+    with pytest.raises(RuntimeError, match="requires accelerator"):
+        pipe.enable_model_cpu_offload()
+    assert set(pipe.model_cpu_offload_seq.split("->")) <= set(pipe.components)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@torch.no_grad()
+def test_attention_backends(kv_heads):
+    model = network(num_key_value_heads=kv_heads)
+    expected = model(*inputs()).sample
+    for backend in ("native", "_native_math"):
+        model.set_attention_backend(backend)
+        assert model.blocks[0].attn.processor._attention_backend is not None
+        torch.testing.assert_close(model(*inputs()).sample, expected, rtol=1e-5, atol=1e-6)
+    model.set_attention_backend("native")  # diffusers keeps the last one for the whole process
+    with pytest.raises((RuntimeError, ImportError), match=r"[Ff]lash"):
+        model.set_attention_backend("flash")  # a package that is not here: said, not ignored
+    with pytest.raises(ValueError, match="must be one of the following"):
+        model.set_attention_backend("quick")
