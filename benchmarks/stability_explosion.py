@@ -162,7 +162,7 @@ def main():
             lower.axhline(
                 edge, color="0.5", linestyle=":", label=f"frozen-point edge, gate {gate:g}"
             )
-        lower.set(xlabel="step", ylabel="largest beta of a token", yscale="symlog")
+        lower.set(xlabel="step", ylabel="largest beta of a token", yscale="log")
         lower.legend(fontsize=7)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=100)
