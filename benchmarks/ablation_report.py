@@ -53,13 +53,14 @@ class Results:
     Attributes:
         values: {network: {metric: {seed: value}}}.
         ratio: Step time over the baseline's, by network.
-        source: What the networks were trained on.
+        run: The last of the rows, which says how they were made.
+        commits: Of all of them.
     """
 
     def __init__(self, study, rows, overrides):
         self.study, lab = study, LABS[study.package]
         rows = [row for row in rows if row["bench"] == lab.bench]
-        self.values, self.ratio, self.run = {}, {}, None
+        self.values, self.ratio, self.run, self.commits = {}, {}, None, []
         shapes, seeds = (
             {},
             {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
@@ -76,6 +77,7 @@ class Results:
                 metrics = self.values.setdefault(row["case"], {})
                 metrics.setdefault(row["metric"], {})[seed] = float(row["value"])
                 self.run = row
+                self.commits += [row["commit"]] if row["commit"] not in self.commits else []
 
     def of(self, name, metric):
         """{seed: value}; empty if there is none."""
@@ -179,9 +181,9 @@ def text(results):
     """Both tables and where they come from, Markdown."""
     run = results.run
     about = (
-        f"`{run['command']}`, commit {run['commit']}, {run['date']}: {run['hardware']}, "
-        f"{run['threads']} threads, torch {run['torch']}, Python {run['python']}. Trained on "
-        f"{run['shape'].partition(',')[0]}. In brackets: {LEVEL:.0%} t-intervals of the "
+        f"`{run['command']}`, commit {', '.join(results.commits)}, {run['date']}: "
+        f"{run['hardware']}, {run['threads']} threads, torch {run['torch']}, Python {run['python']}. "
+        f"Trained on {run['shape'].partition(',')[0]}. In brackets: {LEVEL:.0%} t-intervals of the "
         "differences paired by seed."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])

@@ -310,6 +310,27 @@ def test_cells_are_run_once_go_on_and_leave_rows(
         )  # fmt: skip
 
 
+@pytest.mark.slow  # each process imports everything
+def test_processes_make_the_same_cells(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import results
+
+    study = ROOT / "configs/ablations/lm.yaml"
+    common = ("--only", "none", "branch, both", "--override", *tiny)
+    found = []
+    for jobs in (1, 2):
+        rows = tmp_path / f"{jobs}.csv"
+        call(
+            monkeypatch, "run", study, "--out", tmp_path / str(jobs), "--rows", rows,
+            "--jobs", jobs, *common,
+        )  # fmt: skip
+        read = results.read_rows(rows)
+        found.append({(r["case"], r["shape"], r["metric"]): r["value"] for r in read})
+    assert found[0] == found[1]
+    assert len(found[0]) > 20
+
+
 def test_a_run_that_diverges_is_a_result(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
