@@ -180,11 +180,12 @@ def curve_table(results):
 def text(results):
     """Both tables and where they come from, Markdown."""
     run = results.run
+    corpus = run["shape"].partition(",")[0]
     about = (
         f"`{run['command']}`, commit {', '.join(results.commits)}, {run['date']}: "
-        f"{run['hardware']}, {run['threads']} threads, torch {run['torch']}, Python {run['python']}. "
-        f"Trained on {run['shape'].partition(',')[0]}. In brackets: {LEVEL:.0%} t-intervals of the "
-        "differences paired by seed."
+        f"{run['hardware']}, {run['threads']} threads, torch {run['torch']}, "
+        f"Python {run['python']}. Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of "
+        "the differences paired by seed."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])
 

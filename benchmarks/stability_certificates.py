@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import append_rows
+from results import append_rows, commit
 
 from inl_core import certify
 
@@ -79,6 +79,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
+    started_from = commit()  # the figure changes a file that may be in it
     opened = [(folder, of_lm) for folder in options.lm] + [(f, of_dit) for f in options.dit]
     if not opened:
         parser.error("give --lm or --dit folders")
@@ -114,7 +115,7 @@ def main():
         command = "python benchmarks/stability_certificates.py"
         for flag, folders in (("--lm", options.lm), ("--dit", options.dit)):
             command += f" {flag} {' '.join(map(name_of, folders))}" if folders else ""
-        append_rows(options.rows, "certificates", rows, "cpu", command=command)
+        append_rows(options.rows, "certificates", rows, "cpu", command=command, commit=started_from)
 
 
 if __name__ == "__main__":

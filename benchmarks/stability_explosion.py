@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import append_rows
+from results import append_rows, commit
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 from inl_core import INLDynamics, collect_dynamics_stats
@@ -112,6 +112,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     options = parser.parse_args()
+    started_from = commit()  # the figure changes a file that may be in it
     text, dtype = corpus(), getattr(torch, options.dtype)
 
     figure, axes = plt.subplots(
@@ -169,7 +170,7 @@ def main():
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=100)
     if options.rows:
-        append_rows(options.rows, "explosion", rows, "cpu")
+        append_rows(options.rows, "explosion", rows, "cpu", commit=started_from)
 
 
 if __name__ == "__main__":
