@@ -6,8 +6,9 @@ A small causal transformer (the language model's, fed with continuous states) le
 next state of three systems of `physics_systems`, then continues held-out trajectories on its own:
 32 true states, then 64 steps in which it reads its own output. The error of a rollout is the root
 mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
-placement of the dynamics is compared with `none` of equal parameters (a wider MLP), pairwise by
-seed: the geometric mean of the ratios, with a 95 % t-interval.
+placement of the dynamics is compared with the plain network of equal parameters (a wider MLP),
+pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. What has rows is not run
+again, and the table at the end is of all that was asked for.
 """
 
 import argparse
@@ -18,12 +19,16 @@ import time
 import torch
 from physics_systems import SYSTEMS, trajectories
 from results import append_rows, read_rows
+from scipy import stats
 from torch import nn
 
 from complexity_lm import DeepConfig, DeepModel
 
 PRIMER, HORIZON = 32, 64
-PLACEMENTS = ("none", "stream", "branch", "force")
+# Each placement with the plain network of as many parameters.
+BASELINES = {"stream": "none", "branch": "none", "force": "none, wider"}
+EQUALS = {"none": "branch", "none, wider": "force"}
+NETWORKS = (*EQUALS, *BASELINES)
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -33,8 +38,7 @@ SHAPE = {
     "num_experts": 0,
     "vocab_size": 8,
 }
-# Two-sided 95 % quantile of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+STEPS = (1, 16, 64)
 
 
 class Forecaster(nn.Module):
@@ -58,9 +62,9 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def width_for_equal_parameters(channels):
-    """What the MLP of `none` needs more to have the parameters of `branch`."""
-    plain, wanted = (parameters(Forecaster(channels, p)) for p in ("none", "branch"))
+def width_for_equal_parameters(channels, placement="branch"):
+    """What the MLP of `none` needs more to have the parameters of a placement."""
+    plain, wanted = (parameters(Forecaster(channels, p)) for p in ("none", placement))
     return round((wanted - plain) / (parameters(Forecaster(channels, "none", 1)) - plain))
 
 
@@ -96,24 +100,29 @@ def ratio_interval(ratios):
     middle = statistics.fmean(logs)
     if len(logs) < 2:
         return math.exp(middle), 0.0, math.inf
-    half = T_95[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
-def run(task, placement, seed, options, data, truth):
+def run(task, network, seed, options, data, truth):
     """Train one model and return its rows' metrics."""
-    torch.manual_seed(seed)
-    wider = width_for_equal_parameters(data.shape[-1]) if placement == "none" else 0
-    model = Forecaster(data.shape[-1], placement, wider)
+    channels = data.shape[-1]
+    if network in EQUALS:
+        wider = width_for_equal_parameters(channels, EQUALS[network])
+        torch.manual_seed(seed)
+        model = Forecaster(channels, "none", wider)
+    else:
+        torch.manual_seed(seed)
+        model = Forecaster(channels, network)
     start = time.perf_counter()
     trained(model, data, options.steps, options.batch_size, seed)
     seconds = time.perf_counter() - start
     errors = rollout_errors(model, truth)
-    result = {f"rollout error, {k} steps": (float(errors[:k].mean()), "sd") for k in (1, 16, 64)}
+    result = {f"rollout error, {k} steps": (float(errors[:k].mean()), "sd") for k in STEPS}
     result["parameters"] = (parameters(model), "")
     result["training"] = (seconds, "s")
     print(
-        f"{task} {placement} seed {seed}: "
+        f"{task} / {network} / seed {seed}: "
         + ", ".join(f"{k} {v:.4g}" for k, (v, _) in result.items()),
         flush=True,
     )
@@ -126,7 +135,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--trajectories", type=int, default=4096)
-    parser.add_argument("--seeds", type=int, default=3, help="2 to 10")
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2 for an interval")
     parser.add_argument("--tasks", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--rows", help="CSV to add the rows to; what it has is not run again")
     options = parser.parse_args()
@@ -143,11 +152,11 @@ def main():
         mean, spread = data.mean((0, 1)), data.std((0, 1))
         data, truth = (data - mean) / spread, (truth - mean) / spread
         for seed in range(options.seeds):
-            for placement in PLACEMENTS:
-                case = f"{task} / {placement} / seed {seed}"
+            for network in NETWORKS:
+                case = f"{task} / {network} / seed {seed}"
                 if case in known:
                     continue
-                result = run(task, placement, seed, options, data, truth)
+                result = run(task, network, seed, options, data, truth)
                 known[case] = {metric: value for metric, (value, _) in result.items()}
                 if options.rows:
                     rows = [
@@ -162,17 +171,30 @@ def main():
                         for m, (v, u) in result.items()
                     ]
                     append_rows(options.rows, "physics", rows, "cpu")
-        for placement in PLACEMENTS[1:]:
-            for steps in (1, 16, 64):
+    print("\n".join(table(known, options.tasks, range(options.seeds))))
+
+
+def table(known, tasks, seeds):
+    """Markdown: rollout error over that of the plain network, mean and interval over seeds."""
+    heads = [f"{steps} step{'s' * (steps > 1)} ahead" for steps in STEPS]
+    lines = [
+        "| system | placement | " + " | ".join(heads) + " |",
+        "|---|---|" + "---:|" * len(STEPS),
+    ]
+    for task in tasks:
+        for placement, baseline in BASELINES.items():
+            cells = []
+            for steps in STEPS:
                 metric = f"rollout error, {steps} steps"
                 ratios = [
                     known[f"{task} / {placement} / seed {s}"][metric]
-                    / known[f"{task} / none / seed {s}"][metric]
-                    for s in range(options.seeds)
+                    / known[f"{task} / {baseline} / seed {s}"][metric]
+                    for s in seeds
                 ]
                 middle, low, high = ratio_interval(ratios)
-                interval = f"95 % in [{low:.3f}, {high:.3f}]"
-                print(f"{task} {placement}, {steps} steps: {middle:.3f} of none, {interval}")
+                cells.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
+            lines.append(f"| {task} | {placement} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

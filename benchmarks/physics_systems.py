@@ -72,6 +72,22 @@ def double_pendulum(count, draw):
     return System(torch.cat([angles, torch.zeros_like(angles)], -1), change, observe, 0.05)
 
 
+def arm_acceleration(q, speed, torque, payload=1.0):
+    """Of the two joints, (..., 2): links of 1 m, masses of 1 and `payload` kg at their ends.
+
+    Mass matrix [[1 + 2m + 2mc, m + mc], [m + mc, m]] with m the payload and c = cos q2, and the
+    forces of Coriolis.
+    """
+    cosine, sine = payload * q[..., 1].cos(), payload * q[..., 1].sin()
+    m11, m12, m22 = 1 + 2 * payload + 2 * cosine, payload + cosine, payload
+    v1, v2 = speed.unbind(-1)
+    left = torque[..., 0] + sine * (2 * v1 * v2 + v2**2)
+    right = torque[..., 1] - sine * v1**2
+    determinant = m11 * m22 - m12**2
+    push = [(m22 * left - m12 * right), (m11 * right - m12 * left)]
+    return torch.stack(push, -1) / determinant[..., None]
+
+
 def arm(count, draw):
     """A two-link arm on a table, driven to a target by a PD controller of unknown gains.
 
@@ -84,15 +100,7 @@ def arm(count, draw):
     def change(state):
         q, speed = state[..., :2], state[..., 2:4]
         torque = kp[:, None] * (target - q) - kd[:, None] * speed
-        cosine, sine = q[..., 1].cos(), q[..., 1].sin()
-        # Mass matrix [[3 + 2c, 1 + c], [1 + c, 1]] and the forces of Coriolis.
-        m11, m12 = 3 + 2 * cosine, 1 + cosine
-        v1, v2 = speed.unbind(-1)
-        left = torque[..., 0] + sine * (2 * v1 * v2 + v2**2)
-        right = torque[..., 1] - sine * v1**2
-        determinant = m11 - m12**2
-        push = [(left - m12 * right) / determinant, (m11 * right - m12 * left) / determinant]
-        return torch.cat([speed, torch.stack(push, -1), torch.zeros_like(target)], -1)
+        return torch.cat([speed, arm_acceleration(q, speed, torque), torch.zeros_like(target)], -1)
 
     angles = torch.stack([uniform(draw, count, -1.5, 1.5) for _ in range(2)], -1)
     start = torch.cat([angles, torch.zeros_like(angles), target], -1)

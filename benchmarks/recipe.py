@@ -13,10 +13,11 @@ FID and KID compare that with held-out paintings, whose labels are asked for. Th
 import argparse
 import json
 import time
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers_dit import build_diffusers_dit
+from fields import parsed, with_fields
 from results import append_rows, commit
 
 from complexity_dit.build import build_model
@@ -95,21 +96,6 @@ ROWS = {
 BUILD = {"diffusers-dit": build_diffusers_dit}
 
 
-def with_fields(config, overrides):
-    """The config with dotted fields replaced, e.g. `{"optim.lr": 1e-3}`.
-
-    Raises:
-        ValueError: For a field that the config does not have.
-    """
-    for path, value in overrides.items():
-        name, _, rest = path.partition(".")
-        if not is_dataclass(config) or name not in {field.name for field in fields(config)}:
-            raise ValueError(f"{type(config).__name__} has no field {name!r} (of {path})")
-        inner = with_fields(getattr(config, name), {rest: value}) if rest else value
-        config = replace(config, **{name: inner})
-    return config
-
-
 def row_config(row, out, images, seed, overrides):
     """The whole run of a row: `images` training images in steps of one batch."""
     config = with_fields(TrainConfig(), BASE | ROWS[row] | overrides)
@@ -186,7 +172,7 @@ def main():
         parser.error("ROW, --out and one of --latents and --source are needed")
 
     started_from = commit()
-    overrides = {k: _parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
+    overrides = {k: parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
     overrides["data.source"] = options.source or f"latents:{options.latents}"
     config = row_config(options.row, options.out / "run", options.images, options.seed, overrides)
     sessions = Sessions(options.out / "sessions.json", Path(config.out))
@@ -228,13 +214,6 @@ def main():
             command=command,
             commit=started_from,
         )
-
-
-def _parsed(text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
 
 A small language model on this Python's own source, byte by byte, with the dynamics on the stream
 (paper §3.2) as the README warns of it: beta = softplus without a bound, velocity without a clip,
-against the same with the bounds. Everything is made worse on purpose: learning rates up to a
-hundred times the usual, bf16 on request, and shocks: every tenth batch is bursts of one very
-frequent byte. A run has diverged when its loss is not finite, or for 20 steps after its first 50
-no better than guessing among all bytes (ln 256). Frozen-point theory puts the edge at
-beta = 2 (1 + alpha) / (dt gate): 76 at the initial coefficients, 38 at gate 1.
+against the same with the bounds, and the same without dynamics. Everything is made worse on
+purpose: learning rates up to a hundred times the usual, bf16 on request, and shocks: every tenth
+batch is bursts of one very frequent byte. A run has diverged when its loss is not finite, or for 20
+steps after its first 50 no better than guessing among all bytes (ln 256). Frozen-point theory puts
+the edge at beta = 2 (1 + alpha) / (dt gate): 76 at the initial coefficients, 38 at gate 1.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import append_rows
+from results import append_rows, commit
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 from inl_core import INLDynamics, collect_dynamics_stats
@@ -44,7 +44,8 @@ UNBOUNDED = {
     "dynamics_mu_min": None,
     "dynamics_mu_max": None,
 }
-CASES = {"bounded": {}, "unbounded": UNBOUNDED}
+CASES = {"none": {"dynamics_placement": "none"}, "bounded": {}, "unbounded": UNBOUNDED}
+COLOURS = ("0.5", "tab:blue", "tab:red")
 SHOCK_EVERY, FREQUENT = 10, b" e\nt"
 PATIENCE, WARM_UP = 20, 50
 
@@ -69,15 +70,15 @@ def batch_of(text, step, draw):
 
 
 def largest_beta(model):
-    """The largest beta that any token of the last forward met, over layers."""
+    """The largest beta that any token of the last forward met, over layers; 0 without dynamics."""
     stats = [m.get_dynamics_stats() for m in model.modules() if isinstance(m, INLDynamics)]
-    return max(s["beta_max"] for s in stats)
+    return max((s["beta_max"] for s in stats), default=0.0)
 
 
 def run(case, lr, seed, steps, text, dtype):
     """Losses, largest betas, and the step at which the run diverged (None if it did not)."""
     torch.manual_seed(seed)
-    model = DeepForCausalLM(DeepConfig(**SHAPE, **CASES[case])).to(dtype)
+    model = DeepForCausalLM(DeepConfig(**(SHAPE | CASES[case]))).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     draw = torch.Generator().manual_seed(seed)
     losses, betas, above = [], [], 0
@@ -111,6 +112,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     options = parser.parse_args()
+    started_from = commit()  # the figure changes a file that may be in it
     text, dtype = corpus(), getattr(torch, options.dtype)
 
     figure, axes = plt.subplots(
@@ -119,12 +121,13 @@ def main():
     )  # fmt: skip
     rows = []
     for (upper, lower), lr in zip(axes.T, options.lrs, strict=True):
-        for case, colour in zip(CASES, ("tab:blue", "tab:red"), strict=True):
+        for case, colour in zip(CASES, COLOURS, strict=True):
             ends, peaks, finals = [], [], []
             for seed in range(options.seeds):
                 losses, betas, end = run(case, lr, seed, options.steps, text, dtype)
                 upper.plot(losses, color=colour, alpha=0.5, linewidth=0.8)
-                lower.plot(betas, color=colour, alpha=0.6, linewidth=0.8)
+                if case != "none":
+                    lower.plot(betas, color=colour, alpha=0.6, linewidth=0.8)
                 finals.append(sum(losses[-20:]) / len(losses[-20:]))
                 peaks.append(max(betas))
                 if end is not None:
@@ -143,7 +146,7 @@ def main():
                 "diverged": (len(ends), "runs"),
                 "runs": (options.seeds, ""),
                 "first divergence": (min(ends) if ends else "", "step"),
-                "largest beta": (max(peaks), ""),
+                "largest beta": (max(peaks) if case != "none" else "", ""),
                 "last loss, median": (sorted(finals)[len(finals) // 2], "nats"),
             }
             rows += [
@@ -162,12 +165,12 @@ def main():
             lower.axhline(
                 edge, color="0.5", linestyle=":", label=f"frozen-point edge, gate {gate:g}"
             )
-        lower.set(xlabel="step", ylabel="largest beta of a token", yscale="symlog")
+        lower.set(xlabel="step", ylabel="largest beta of a token", yscale="log")
         lower.legend(fontsize=7)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=100)
     if options.rows:
-        append_rows(options.rows, "explosion", rows, "cpu")
+        append_rows(options.rows, "explosion", rows, "cpu", commit=started_from)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import append_rows
+from results import append_rows, commit
 
 from inl_core import lyapunov, reference, transition_matrix
 
@@ -78,6 +78,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
+    started_from = commit()  # the figure changes a file that may be in it
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     worst = 0.0
@@ -127,6 +128,7 @@ def main():
             "stability",
             [row | {"unit": "", "dtype": "float64"} for row in rows],
             "cpu",
+            commit=started_from,
         )
 
 

@@ -69,3 +69,19 @@ def test_values_and_gradients(kind: str, first: bool, conditioned: bool, noted: 
 def test_a_wrong_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"h has shape \(2, 5\), expected \(\.\.\., 6\)"):
         branch_epilogue(build("layer"), randn(2, 5), None, randn(2, 5))
+
+
+def test_a_subclass_is_called_as_it_is() -> None:
+    """Its step may be another: going by its coefficients would silently undo the override."""
+
+    class Still(INLDynamics):
+        def forward(
+            self, h: Tensor, v: Tensor | None = None, force: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            return h, torch.zeros_like(h)
+
+    module = Still(6, adaptive="channel").double()
+    x, residual = randn(2, 3, 6), randn(2, 3, 6, seed=1)
+    _, total, v = branch_epilogue(module, x, None, residual)
+    torch.testing.assert_close(total, residual + x)
+    assert not v.any()

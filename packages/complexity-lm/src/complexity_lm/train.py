@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.checkpoints import checkpoint_to_resume, step_of
 from complexity_lm.config import TrainConfig
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 _PROBE_BLOCKS = 4
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = None) -> Path:
     """Run one training, or go on with it.
 
     Writes into `out`: `config.yaml`, `tokenizer/`, `train_log.csv` (a row a step),
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> Path:
 
     Args:
         config: The whole run.
+        build: Makes the network from (config, tokenizer, tokens); `build_model` by default. Another
+            causal language model, known to transformers' Auto classes, trains in the same loop.
 
     Returns:
         The folder of the finished model.
@@ -78,7 +81,7 @@ def train(config: TrainConfig) -> Path:
         tokenizer = _tokenizer(config, corpus, out)
     tokens = tokenize(corpus.sample, tokenizer)
     heldout = tokenize(corpus.heldout, tokenizer) if corpus.heldout is not None else None
-    model = build_model(config, tokenizer, tokens)
+    model = (build or build_model)(config, tokenizer, tokens)
     blocks = _training_blocks(config, corpus, tokens, tokenizer)
     heldout_blocks = None
     if heldout is not None:

@@ -36,7 +36,9 @@ class LayerCertificate:
         points: How many frozen points were looked at.
         stable_share: Share of them that Jury's test calls stable.
         spectral_radius: The largest among them.
-        always_stable: Whether every point that the module's bounds allow is stable.
+        always_stable: Whether every point that the module's bounds allow is stable, in exact
+            numbers. In fp32 a sigmoid beyond about 17 is 1, which is marginal: `stable_share` of
+            real inputs counts such a point.
         reach: dt * gate * velocity_max, with the largest gate that the module can have; infinite
             without a velocity clip.
         gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens; None without inputs.

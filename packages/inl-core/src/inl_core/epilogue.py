@@ -22,7 +22,7 @@ def branch_epilogue(
 
     With coefficients of a channel or a layer, or fixed ones, this is `ops.inl_branch_epilogue`: one
     pass over the row. A token controller has its product in `ops.inl_controlled_step`, so there it
-    is that and one pass more.
+    is that and one pass more. A subclass is called as it is: its step may be another.
 
     Args:
         dynamics: The module that moves `x`.
@@ -37,7 +37,8 @@ def branch_epilogue(
         (the normed sum in the dtype of `x`, the sum in the dtype of `residual`, the velocity).
     """
     noted = not torch.compiler.is_compiling() and dynamics._collecting
-    if noted or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token"):
+    ours = type(dynamics) in (INLDynamics, INLDynamicsLite)
+    if noted or not ours or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token"):
         x, v_next = dynamics(x, v)
         if conditions is None:
             return *ops.add_rms_norm(x, residual, weight, eps), v_next

@@ -1,0 +1,411 @@
+"""The ablation harness: studies, cells that go on, numbers of a curve, fair comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+STORIES = [f"{'word ' * (i % 7 + 3)}and again {i}.\n" * 20 for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
+
+
+def real_study(name: str) -> Any:
+    from ablation_study import read_study
+
+    return read_study(ROOT / f"configs/ablations/{name}.yaml")
+
+
+# What a study says ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["lm", "dit"])
+def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
+    """The column "equal parameters" is never empty for want of a baseline."""
+    from ablation_labs import LABS
+    from ablation_report import NEAR
+
+    sizes = {True: {}, False: {}}
+    study = real_study(package)
+    for name, network in study.networks.items():
+        config = study.config(LABS[package], network, 0, "unused", {})
+        with torch.device("meta"):
+            if package == "lm":
+                from variants_lm import VariedConfig, VariedForCausalLM
+
+                settings = config.model.overrides | {
+                    "vocab_size": config.tokenizer.vocab_size,
+                    "dynamics_placement": config.model.dynamics_placement,
+                    "dynamics_adaptive": config.model.dynamics_adaptive,
+                }
+                model = VariedForCausalLM(VariedConfig(**settings, swap=network.swap))
+            else:
+                from variants_dit import varied_dit
+
+                model = varied_dit(network.swap).from_size(
+                    config.model.size,
+                    **config.model.overrides,
+                    sample_size=32,
+                    patch_size=4,
+                    label_fields=["style"],
+                    num_classes=[8],
+                    dynamics_placement=config.model.dynamics_placement,
+                    dynamics_adaptive=config.model.dynamics_adaptive,
+                )
+        sizes[network.plain][name] = sum(p.numel() for p in model.parameters())
+    for name, size in sizes[False].items():
+        gap = min(abs(plain / size - 1) for plain in sizes[True].values())
+        assert gap <= NEAR[package], (name, size, sizes[True])
+
+
+def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line() -> None:
+    from ablation_labs import LABS
+
+    study = real_study("lm")
+    longer = next(n for n in study.networks.values() if n.longer == 1.3)
+    overrides = {"steps": 10, "data.source": "stdlib"}
+    config = study.config(LABS["lm"], longer, 3, "there", overrides)
+    assert (config.steps, config.seed, config.resume, config.out) == (13, 3, "auto", "there")
+    assert config.model.dynamics_placement == "none"
+    bound = study.config(LABS["lm"], study.networks["branch, no mu"], 0, "there", overrides)
+    assert bound.model.overrides["dynamics_mu_max"] == 0.0
+    assert bound.model.overrides["hidden_size"] == 128
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ablation_labs import LABS
+    from ablation_study import read_study
+
+    path = tmp_path / "study.yaml"
+    path.write_text("package: lm\nrun: {}\n")
+    with pytest.raises(ValueError, match=r"has the sections \['package', 'run'\], expected"):
+        read_study(path)
+    whole = {"package": "lm", "run": {}, "plain": {"x": {}}, "longer": [], "variants": {}}
+    path.write_text(yaml.safe_dump(whole))
+    with pytest.raises(ValueError, match="the first plain network must be called none"):
+        read_study(path)
+    study = real_study("lm")
+    with pytest.raises(ValueError, match="OptimConfig has no field 'rate'"):
+        study.config(LABS["lm"], study.networks["none"], 0, "", {"optim.rate": 1.0})
+    monkeypatch.delenv("COMPLEXITY_DATA")
+    with pytest.raises(ValueError, match="set the environment variable"):
+        study.config(LABS["lm"], study.networks["none"], 0, "", {})
+
+
+# Numbers of a curve -----------------------------------------------------------------------------
+
+
+def test_a_trend_is_no_variance_and_noise_is() -> None:
+    from ablation_curves import curve_metrics
+
+    steps = np.arange(400.0)
+    falling = 5 - 0.01 * steps + 1e-5 * steps**2
+    noise = np.random.default_rng(0).normal(0, 0.1, 400)
+    smooth = curve_metrics(falling, np.ones(400), 50, "nats")
+    rough = curve_metrics(falling + noise, np.ones(400), 50, "nats")
+    assert smooth["detrended loss variance"][0] == pytest.approx(0, abs=1e-20)
+    assert rough["detrended loss variance"][0] == pytest.approx(0.01, rel=0.2)
+    assert smooth["final training loss"][0] == pytest.approx(falling[-8:].mean())
+    assert smooth["mean training loss"][0] == pytest.approx(np.trapezoid(falling) / 399)
+
+
+def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
+    from ablation_curves import spikes
+
+    from complexity_dit.config import OptimConfig
+    from complexity_dit.spikes import SpikeGuard
+
+    draw = np.random.default_rng(0)
+    norms = draw.lognormal(0, 0.2, 500)
+    norms[[120, 200, 201, 380]] *= 4
+    guard = SpikeGuard(OptimConfig(spike_factor=2.0, spike_window=100))
+    for norm in norms:
+        guard.admits(float(norm))
+    assert spikes(norms) == guard.skipped == 4
+    assert spikes(norms[:100]) == 0
+
+
+def test_the_interval_is_students() -> None:
+    """1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.303."""
+    from ablation_report import interval
+
+    middle, half = interval([1.0, 2.0, 3.0])
+    assert middle == 2.0
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert interval([1.5]) == (1.5, None)
+
+
+# The report -------------------------------------------------------------------------------------
+
+
+def row(case: str, shape: str, metric: str, value: float) -> dict[str, str]:
+    import results
+
+    known = {"bench": "ablate_lm", "case": case, "shape": shape, "metric": metric}
+    about = {"command": "c", "hardware": "h", "commit": "1234567", "date": "2026-01-01"}
+    return dict.fromkeys(results.FIELDS, "") | known | about | {"value": str(value)}
+
+
+def rows_of(study: Any, losses: dict[str, list[float]], ratios: dict[str, float]) -> list:
+    from ablation_labs import LABS
+    from ablation_study import shape_of
+
+    rows = []
+    for name, found in losses.items():
+        network = study.networks[name]
+        size = {"none, wide": 1100, "branch": 1102}.get(name, 1000)
+        for seed, loss in enumerate(found):
+            shape = shape_of(study.config(LABS["lm"], network, seed, "", {}), network)
+            rows.append(row(name, shape, "held-out loss", loss))
+            rows.append(row(name, shape, "parameters", size))
+        rows.append(row(name, "old settings, seed 0, config 1", "held-out loss", 99))
+    return rows + [row(name, "15 rounds", "step ratio", ratio) for name, ratio in ratios.items()]
+
+
+LOSSES = {
+    "none": [2.0, 2.2],
+    "none, wide": [1.9, 2.0],
+    "none, 1.3 x steps": [1.8, 2.0],
+    "none, 1.7 x steps": [1.7, 1.9],
+    "branch": [1.9, 2.2],
+    "stream": [1.95, 2.1],
+}
+
+
+def test_comparisons_are_paired_and_fair() -> None:
+    from ablation_report import Results
+
+    study = real_study("lm")
+    ratios = {"branch": math.sqrt(1.3), "stream": 1.8}
+    found = Results(study, rows_of(study, LOSSES, ratios), {})
+    close = pytest.approx
+    assert found.differences("branch", "held-out loss", "none") == close([-0.1, 0.0])
+    assert found.plain_of_equal_size("branch") == "none, wide"
+    assert found.plain_of_equal_size("stream") == "none"
+    # Half way between 1 and 1.3 in the logarithm of the steps: 1.9 and 2.1.
+    assert found.differences_at_equal_time("branch") == close([0.0, 0.1])
+    assert found.differences_at_equal_time("stream") == []  # beyond the longest plain run
+
+
+def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import ablation_report
+
+    study = real_study("lm")
+    rows = rows_of(study, LOSSES, {"branch": 1.1, "stream": 1.2})
+    cell = tmp_path / "runs/branch/seed-0/cell.json"
+    cell.parent.mkdir(parents=True)
+    look = {"layer": "l0", "alpha_mean": 0.9, "beta_mean": 0.1, "gate_mean": 0.5, "velocity_rms": 1}
+    cell.write_text(
+        json.dumps({"case": "branch", "profile": {"activation_rms": [1.0], "dynamics": [look]}})
+    )
+    page = tmp_path / "dynamics.md"
+    page.write_text("before\n<!-- ablate: lm -->\nold\n<!-- end -->\nafter\n")
+
+    class Options:
+        into, runs = page, tmp_path / "runs"
+
+    ablation_report.report(study, rows, Options, {})
+    written = page.read_text()
+    assert written.startswith("before\n<!-- ablate: lm -->\n\n| network |")
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert "old" not in written
+    line = next(x for x in written.splitlines() if x.startswith("| branch |"))
+    assert "| 2 | 1.102 | 1.100 | 2.0500 ± 0.2121 | -0.0500 [-0.6853, +0.5853] |" in line
+    assert {p.name for p in (tmp_path / "dynamics").iterdir()} == {
+        "lm.png", "lm-depth.csv", "lm-depth.png",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no rows of none for this study as it is now"):
+        ablation_report.report(study, rows, Options, {"steps": 7})
+
+
+# Cells ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Overrides that make a cell of the language model a matter of seconds."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, story in enumerate(STORIES):
+        (texts / f"{i}.txt").write_text(story)
+    return [
+        "steps=6", "batch_size=2", "checkpoint_every=2", "data.context=16", "optim.warmup_steps=1",
+        "tokenizer.vocab_size=270", f"data.source=text:{texts}", "model.overrides.hidden_size=16",
+        "model.overrides.intermediate_size=16", "model.overrides.num_hidden_layers=2",
+        "model.overrides.dynamics_controller_hidden=4",
+    ]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    import ablate
+
+    monkeypatch.setattr("sys.argv", ["ablate.py", *map(str, arguments)])
+    ablate.main()
+
+
+def test_cells_are_run_once_go_on_and_leave_rows(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ablation_labs
+    import results
+
+    from complexity_lm.trainer import LMTrainer
+
+    lab, rows = ablation_labs.LABS["lm"], tmp_path / "rows.csv"
+    study = ROOT / "configs/ablations/lm.yaml"
+    only = ("--only", "none", "branch, zero spring", "--override", *tiny)
+
+    def run(out: str) -> None:
+        call(monkeypatch, "run", study, "--out", tmp_path / out, "--rows", rows, *only)
+
+    save, killed = LMTrainer._save_checkpoint, []
+
+    def killed_behind_step_4(self: LMTrainer, *arguments: object) -> None:
+        save(self, *arguments)
+        if self.state.global_step == 4 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+
+    run("straight")
+    straight = results.read_rows(rows)
+    monkeypatch.setattr(LMTrainer, "_save_checkpoint", killed_behind_step_4)
+    rows.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    assert not rows.exists()
+    run("killed")
+    again = results.read_rows(rows)
+    assert len(again) == len(straight) > 20
+    cases = {r["case"] for r in again}
+    assert cases == {"none", "branch, zero spring"}
+    assert all(str(tmp_path) not in r["command"] for r in again)
+    for a, b in zip(straight, again, strict=True):
+        assert (a["case"], a["metric"], a["value"]) == (b["case"], b["metric"], b["value"])
+
+    monkeypatch.setattr(type(lab), "train", None)  # nothing is trained any more
+    run("killed")
+    assert results.read_rows(rows) == again
+    rows.unlink()
+    run("killed")  # rows that were lost come from the cells
+    assert [r["value"] for r in results.read_rows(rows)] == [r["value"] for r in again]
+    with pytest.raises(ValueError, match="holds another run"):
+        call(
+            monkeypatch, "run", study, "--out", tmp_path / "killed", *only, "optim.lr=1.0",
+        )  # fmt: skip
+
+
+@pytest.mark.slow  # each process imports everything
+def test_processes_make_the_same_cells(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import results
+
+    study = ROOT / "configs/ablations/lm.yaml"
+    common = ("--only", "none", "branch, both", "--override", *tiny)
+    found = []
+    for jobs in (1, 2):
+        rows = tmp_path / f"{jobs}.csv"
+        call(
+            monkeypatch, "run", study, "--out", tmp_path / str(jobs), "--rows", rows,
+            "--jobs", jobs, *common,
+        )  # fmt: skip
+        read = results.read_rows(rows)
+        found.append({(r["case"], r["shape"], r["metric"]): r["value"] for r in read})
+    assert found[0] == found[1]
+    assert len(found[0]) > 20
+
+
+def test_a_run_that_diverges_is_a_result(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ablation_labs
+    import results
+
+    lab, rows = ablation_labs.LABS["lm"], tmp_path / "rows.csv"
+    messages = iter(["step 7: loss nan, gradient norm nan; training stopped", "no such file"])
+
+    def broken(self: object, config: object, swap: str | None) -> None:
+        raise lab.user_error(next(messages))
+
+    monkeypatch.setattr(type(lab), "train", broken)
+    study = ROOT / "configs/ablations/lm.yaml"
+    common = ("--rows", rows, "--only", "branch", "--override", *tiny)
+    call(monkeypatch, "run", study, "--out", tmp_path / "a", *common)
+    found = results.read_rows(rows)
+    assert [(r["metric"], r["value"]) for r in found] == [("diverged", "7")]
+    with pytest.raises(lab.user_error, match="no such file"):
+        call(monkeypatch, "run", study, "--out", tmp_path / "b", *common)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
+)
+def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss is that of the varied network: its saved folder alone would not know."""
+    import ablation_labs
+    import results
+
+    rows = tmp_path / "rows.csv"
+    study = ROOT / "configs/ablations/dit.yaml"
+    small = [
+        "steps=4", "batch_size=4", "data.source=art", "data.num_images=64", "data.resolution=16",
+        "data.label_fields=null", "model.overrides.hidden_size=32", "model.overrides.num_layers=2",
+        "model.overrides.num_attention_heads=2", "optim.warmup_steps=1",
+    ]  # fmt: skip
+    monkeypatch.setattr(ablation_labs, "HELDOUT_DRAWS", 8)
+    name = "stream, anchored at the start"
+    call(
+        monkeypatch, "run", study, "--out", tmp_path / "out", "--rows", rows, "--only", name,
+        "--fid", 8, "--weights", "random", "--evaluations", 2, "--override", *small,
+    )  # fmt: skip
+    found = {r["metric"]: float(r["value"]) for r in results.read_rows(rows)}
+    assert found["held-out loss"] > 0
+    assert any(metric.startswith("fd_random (n 8") for metric in found)
+    cell = json.loads(next(tmp_path.glob("out/*/seed-0/cell.json")).read_text())
+    assert len(cell["profile"]["activation_rms"]) == len(cell["profile"]["dynamics"]) == 2
+
+    from ablation_study import read_study
+
+    overrides = {k: yaml.safe_load(v) for k, v in (item.split("=") for item in small)}
+    whole = read_study(study)
+    lab, network = ablation_labs.LABS["dit"], whole.networks[name]
+    run = next(tmp_path.glob("out/*/seed-0/run"))
+    config = whole.config(lab, network, 0, run, overrides)
+    loss = ablation_labs.heldout_loss
+    batches = ablation_labs.heldout_batches(config)
+    varied, plain = (loss(lab.network(config, s), batches, config) for s in (network.swap, None))
+    assert varied == pytest.approx(found["held-out loss"], rel=1e-5)
+    assert varied != plain
+
+
+def test_step_times_are_measured_in_turn(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import results
+
+    study, rows = ROOT / "configs/ablations/lm.yaml", tmp_path / "rows.csv"
+    time = ("time", study, "--rounds", 1, "--rows", rows)
+    call(monkeypatch, *time, "--only", "none", "branch", "--override", *tiny)
+    found = {(r["case"], r["metric"]): float(r["value"]) for r in results.read_rows(rows)}
+    assert found["none", "step ratio"] == 1.0
+    assert found["branch", "step"] > 0
+    with pytest.raises(ValueError, match="the first of --only must be none"):
+        call(monkeypatch, *time, "--only", "branch", "--override", *tiny)
