@@ -308,7 +308,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
         try:
             for field, table in tables.items():
                 self.label_embed[field] = nn.Embedding.from_pretrained(table.weight.detach())
-            rows = [self.label_embed[f].num_embeddings - 1 for f in self.config.label_fields]
+            rows = [tables[f].num_embeddings - 1 for f in self.config.label_fields]
             self.register_to_config(num_classes=rows)  # pyright: ignore
             yield
         finally:

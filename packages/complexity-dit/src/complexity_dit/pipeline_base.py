@@ -136,10 +136,11 @@ class ComplexityDiTPipelineBase(
     def _latent_scale(self, like: Tensor) -> tuple[Any, Any]:
         """Mean and standard deviation of the VAE's latents, as training saw them."""
         if self.config.latents_mean is not None:
-            return tuple(
+            mean, std = (
                 torch.tensor(values, device=like.device).view(-1, 1, 1)
                 for values in (self.config.latents_mean, self.config.latents_std)
             )
+            return mean, std
         config = self.vae.config
         return getattr(config, "shift_factor", None) or 0.0, 1 / config.scaling_factor
 

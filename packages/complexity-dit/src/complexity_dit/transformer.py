@@ -6,7 +6,7 @@ some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -356,9 +356,12 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin
             device=x_BND.device,
         )
         c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
-        if label_embeds is None:
-            label_embeds = self._embed_labels(class_labels, batch, x_BND.device)
-        c_BD = nn.functional.silu(c_BD + label_embeds)
+        labels = (
+            self._embed_labels(class_labels, batch, x_BND.device)
+            if label_embeds is None
+            else label_embeds
+        )
+        c_BD = nn.functional.silu(c_BD + labels)
 
         state: LayerState = (x_BND, None, None)
         plan, kept_plan = routing_plans(
@@ -441,5 +444,6 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin
             )
         total: Tensor | float = 0.0
         for ids_B, table in zip(class_labels.unbind(1), self.label_embed.values(), strict=True):
-            total = total + table(torch.where(ids_B < 0, table.num_embeddings - 1, ids_B))
+            null_row = cast(nn.Embedding, table).num_embeddings - 1
+            total = total + table(torch.where(ids_B < 0, null_row, ids_B))
         return total
