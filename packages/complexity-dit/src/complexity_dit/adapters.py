@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -308,7 +308,10 @@ class LabelAdapterMixin(PeftAdapterMixin):
         try:
             for field, table in tables.items():
                 self.label_embed[field] = nn.Embedding.from_pretrained(table.weight.detach())
-            rows = [tables[f].num_embeddings - 1 for f in self.config.label_fields]
+            rows = [
+                cast(nn.Embedding, self.label_embed[f]).num_embeddings - 1
+                for f in self.config.label_fields
+            ]
             self.register_to_config(num_classes=rows)  # pyright: ignore
             yield
         finally:

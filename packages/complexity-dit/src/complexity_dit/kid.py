@@ -4,15 +4,21 @@ import logging
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from complexity_dit.errors import UserError
 from complexity_dit.metrics import checked_pair
-from complexity_dit.products import Array, CentredProducts, Float64, blocks, common_centre
+from complexity_dit.products import (
+    Array,
+    CentredProducts,
+    Float64,
+    Indices,
+    blocks,
+    common_centre,
+)
 
 logger = logging.getLogger(__name__)
 
-Draws = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+Draws = list[tuple[Indices, Indices]]
 
 
 class KernelDistance(NamedTuple):
@@ -76,15 +82,16 @@ def _mmd2(x1: Array, x2: Array, draws: Draws) -> Float64:
 
 def _mmd2_direct(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64:
     """Unbiased squared MMD of each pair of subsets (Gretton et al., 2012, eq. 3)."""
-    values, every = [], slice(None)
+    values, every, d = [], slice(None), x1.shape[1]
+    between = CentredProducts(x1, x2, centre)
+    swapped = between.transposed()
     for i, j in draws:
-        a, b, m = x1[i], x2[j], len(i)
-        within = 0.0
-        for x in (a, b):
-            kernel = _cubed(CentredProducts(x, None, centre).block(every, every), x.shape[1])
+        within, m = 0.0, len(i)
+        for own in (between.pick(i), swapped.pick(j)):
+            kernel = _cubed(own.block(every, every), d)
             within += kernel.sum() - np.trace(kernel)
-        between = _cubed(CentredProducts(a, b, centre).block(every, every), a.shape[1])
-        values.append(within / (m * (m - 1)) - 2 * between.mean())
+        across = _cubed(between.pick(i, j).block(every, every), d)
+        values.append(within / (m * (m - 1)) - 2 * across.mean())
     return np.array(values)
 
 

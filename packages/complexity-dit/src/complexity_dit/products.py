@@ -1,12 +1,14 @@
 """Inner products of feature vectors, block by block: kernel distances and neighbours."""
 
 from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 BLOCK_ROWS = 1024
 """Rows of a matrix of pairs made at once: memory stays at rows x n for any n."""
@@ -43,6 +45,21 @@ class CentredProducts:
         half = centre @ centre / 2
         self.x_shift = x @ centre - half
         self.y_shift = self.x_shift if y is None else y @ centre - half
+
+    def pick(self, rows: Indices, columns: Indices | None = None) -> "CentredProducts":
+        """The products of some rows of x with some of y; without ``columns``, among themselves."""
+        part = copy(self)
+        part.x, part.x_shift = self.x[rows], self.x_shift[rows]
+        part.y, part.y_shift = part.x, part.x_shift  # one array: half of the work in the product
+        if columns is not None:
+            part.y, part.y_shift = self.y[columns], self.y_shift[columns]
+        return part
+
+    def transposed(self) -> "CentredProducts":
+        """The products of y with x."""
+        part = copy(self)
+        part.x, part.x_shift, part.y, part.y_shift = self.y, self.y_shift, self.x, self.x_shift
+        return part
 
     def block(self, rows: slice, columns: slice) -> Float64:
         """(x[rows] @ y[columns].T) in float64."""
