@@ -217,10 +217,12 @@ def art_pipe(pipe: ComplexityDiTPipeline) -> tuple[ComplexityDiTPipeline, DataCo
     """The shared pipeline, its first style and genres renamed to ones the art set has."""
     data = DataConfig(source="art", resolution=8, num_images=120, holdout=0.3)
     names = load_data(data, "train").label_names
-    pipe.id2label = {
-        "style": dict(enumerate([names["style"][4], "Cubism", names["style"][1]])),
-        "genre": dict(enumerate(names["genre"][:2])),
-    }
+    pipe.register_to_config(
+        id2label={
+            "style": dict(enumerate([names["style"][4], "Cubism", names["style"][1]])),
+            "genre": dict(enumerate(names["genre"][:2])),
+        }
+    )
     return pipe, data
 
 
@@ -277,7 +279,8 @@ def test_samples_of_each_label_own_the_accuracy(
     pipe, data = art_pipe
     held = load_data(data, "heldout")
     real = dataset_images(held, "real")
-    pipe.id2label = {f: dict(enumerate(names)) for f, names in held.label_names.items()}
+    names = {f: dict(enumerate(names)) for f, names in held.label_names.items()}
+    pipe.register_to_config(id2label=names)
     n = len(held)
     order = draw(n, n, seed=0)
 
