@@ -236,6 +236,7 @@ SUBCOMMANDS = {
         "compare",
         "inspect",
         "plan",
+        "app",
     ],
     "complexity-lm": ["demo", "train", "generate", "evaluate", "tokenizer", "inspect"],
 }

@@ -14,6 +14,7 @@ from complexity_dit.errors import RunStopped, UserError
 
 def build_parser() -> ArgumentParser:
     """All commands; options and their help come from the dataclasses they fill."""
+    from complexity_dit.app_config import AppConfig
     from complexity_dit.config import TrainConfig
     from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
@@ -104,6 +105,11 @@ def build_parser() -> ArgumentParser:
     plan.add_class_arguments(TrainConfig, None)
     plan.add_class_arguments(PlanConfig, None)
     commands.add_subcommand("plan", plan)
+
+    app = ArgumentParser(description="Paint in the browser; needs the extra [app].")
+    app.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
+    app.add_class_arguments(AppConfig, None)
+    commands.add_subcommand("app", app)
     for one in (parser, *commands.choices.values()):
         one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
@@ -166,6 +172,11 @@ def run(arguments: Sequence[str]) -> None:
         options.pop("config")
         own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
         print(plan(TrainConfig(**options), PlanConfig(**own)))
+    elif command == "app":
+        from complexity_dit.app import serve
+        from complexity_dit.app_config import AppConfig
+
+        serve(options.pop("pipeline"), AppConfig(**options))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:
