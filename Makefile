@@ -33,7 +33,7 @@ $(STAMP): constraints.txt $(PYPROJECTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the three packages into $(VENV) (torch alone is several GB; usually 2 to 5 minutes) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1" # knows --group
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs --group release \
 		-e "packages/inl-core[dev]" -e "packages/complexity-lm[dev]" -e "packages/complexity-dit[dev]"
 	@touch $@
 	@echo "$(VENV) is ready."

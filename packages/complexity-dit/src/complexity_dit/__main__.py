@@ -207,6 +207,9 @@ def main() -> None:
     Wrong input is 2; a training that a signal stopped after saving is 128 + the signal, as in a
     shell; an interrupted command is 130. Only defects of ours end with a traceback.
     """
+    if sys.argv[1:] == ["--version"]:  # asked by scripts: the parser would import everything first
+        print(f"complexity-dit {__version__}")
+        return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -195,6 +195,9 @@ _COMMANDS = {
 
 def main() -> None:
     """Run a command; wrong input ends with its message and exit status 2, not with a traceback."""
+    if sys.argv[1:] == ["--version"]:  # asked by scripts: the parser would import everything first
+        print(f"complexity-lm {__version__}")
+        return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "accelerate", "lm_eval"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
