@@ -94,6 +94,8 @@ def test_package_metadata(name: str) -> None:
     assert "dev" in project["optional-dependencies"]
     assert (source(name) / "py.typed").is_file()
     assert (ROOT / "packages" / name / project["readme"]).is_file()
+    licence = ROOT / "packages" / name / "LICENSE"  # a copy: a wheel takes no file from above
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
     if "version" in project:
         assert project["version"] == version_of(name)
     else:
