@@ -67,13 +67,14 @@ def test_version_and_completion(program, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == f"{program} {package.__version__}\n"
 
     pytest.importorskip("shtab", reason="completion needs the package shtab")
-    monkeypatch.setattr(sys, "argv", [program, "--print_shtab=bash"])
+    monkeypatch.setattr(sys, "argv", [program, "--print_completion=shtab-bash"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
     script = capsys.readouterr().out
-    assert f"complete -o filenames -F _shtab_{package.__name__} {program}" in script
-    for word in ("train", "evaluate", "--optim.lr", "--print_shtab"):
+    assert f"-F _shtab_{package.__name__} {program}\n" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for word in ("train", "evaluate", "--optim.lr"):
         assert word in script, word
 
 

@@ -21,7 +21,9 @@ def build_parser() -> ArgumentParser:
     from complexity_dit.plan import PlanConfig
     from complexity_dit.sample import SampleConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+    )
     parser = ArgumentParser(prog="complexity-dit", description=__doc__, version=__version__)
     commands = parser.add_subcommands()
 

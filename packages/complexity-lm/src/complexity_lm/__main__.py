@@ -51,7 +51,9 @@ def build_parser() -> ArgumentParser:
     from complexity_lm.generate import GenerateConfig
     from complexity_lm.tokenizer import TokenizerConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+    )
     parser = ArgumentParser(prog="complexity-lm", description=__doc__, version=__version__)
     commands = parser.add_subcommands()
 
