@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYPROJECTS := packages/inl-core/pyproject.toml packages/complexity-lm/pyproject.toml packages/complexity-dit/pyproject.toml
+PYPROJECTS := pyproject.toml packages/inl-core/pyproject.toml packages/complexity-lm/pyproject.toml packages/complexity-dit/pyproject.toml
 
 # where `make demo` writes: make demo OUT=runs/another
 OUT = runs/demo
@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-lm test test-slow lint clean kernels bench gpu
+.PHONY: help venv demo demo-lm test test-slow lint docs clean kernels bench gpu
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,8 +32,9 @@ $(STAMP): constraints.txt $(PYPROJECTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make venv PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the three packages into $(VENV) (torch alone is several GB; usually 2 to 5 minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e "packages/inl-core[dev]" -e "packages/complexity-lm[dev]" -e "packages/complexity-dit[dev,eval]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1" # knows --group
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs --group release \
+		-e "packages/inl-core[dev]" -e "packages/complexity-lm[dev]" -e "packages/complexity-dit[dev]"
 	@touch $@
 	@echo "$(VENV) is ready."
 
@@ -54,6 +55,9 @@ lint: venv ## ruff (rules and format) and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: venv ## build the documentation strictly, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 kernels: venv ## compile every Triton kernel, no GPU needed; table to benchmarks/kernels.md
 	$(BIN)/python benchmarks/kernel_resources.py
 
@@ -68,5 +72,5 @@ gpu: ## on a GPU: kernels against the definition, their speed, compiled training
 	@for part in $(PART); do $(PYTHON) benchmarks/gpu.py $$part || exit $$?; done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
-	rm -rf build dist packages/*/build packages/*/dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site packages/*/build packages/*/dist .pytest_cache .ruff_cache .hypothesis
 	find packages tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,13 +14,16 @@ from complexity_dit.errors import RunStopped, UserError
 
 def build_parser() -> ArgumentParser:
     """All commands; options and their help come from the dataclasses they fill."""
+    from complexity_dit.app_config import AppConfig
     from complexity_dit.config import TrainConfig
     from complexity_dit.data import DataConfig
     from complexity_dit.evaluate import EvalConfig
     from complexity_dit.plan import PlanConfig
     from complexity_dit.sample import SampleConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+    )
     parser = ArgumentParser(prog="complexity-dit", description=__doc__, version=__version__)
     commands = parser.add_subcommands()
 
@@ -110,6 +113,10 @@ def build_parser() -> ArgumentParser:
     convert.add_argument("checkpoint", type=str, help="their state dict, one safetensors file")
     convert.add_argument("--out", type=str, required=True, help="pipeline folder to train on from")
     commands.add_subcommand("convert", convert)
+    app = ArgumentParser(description="Paint in the browser; needs the extra [app].")
+    app.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
+    app.add_class_arguments(AppConfig, None)
+    commands.add_subcommand("app", app)
     for one in (parser, *commands.choices.values()):
         one.exit_on_error = False  # it raises instead, and `run` says it more plainly
     return parser
@@ -177,6 +184,11 @@ def run(arguments: Sequence[str]) -> None:
         options.pop("config")
         own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
         print(plan(TrainConfig(**options), PlanConfig(**own)))
+    elif command == "app":
+        from complexity_dit.app import serve
+        from complexity_dit.app_config import AppConfig
+
+        serve(options.pop("pipeline"), AppConfig(**options))
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:
@@ -207,6 +219,9 @@ def main() -> None:
     Wrong input is 2; a training that a signal stopped after saving is 128 + the signal, as in a
     shell; an interrupted command is 130. Only defects of ours end with a traceback.
     """
+    if sys.argv[1:] == ["--version"]:  # asked by scripts: the parser would import everything first
+        print(f"complexity-dit {__version__}")
+        return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

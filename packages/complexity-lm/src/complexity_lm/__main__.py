@@ -51,7 +51,9 @@ def build_parser() -> ArgumentParser:
     from complexity_lm.generate import GenerateConfig
     from complexity_lm.tokenizer import TokenizerConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+    )
     parser = ArgumentParser(prog="complexity-lm", description=__doc__, version=__version__)
     commands = parser.add_subcommands()
 
@@ -195,6 +197,9 @@ _COMMANDS = {
 
 def main() -> None:
     """Run a command; wrong input ends with its message and exit status 2, not with a traceback."""
+    if sys.argv[1:] == ["--version"]:  # asked by scripts: the parser would import everything first
+        print(f"complexity-lm {__version__}")
+        return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "datasets", "fsspec", "accelerate", "lm_eval"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,62 @@
+"""What the site does that plain Markdown does not: maths without scripts, and pages from elsewhere.
+
+The pages are written for two readers, the repository's and the site's. `$…$` becomes MathML when
+the site is built, so that no script and no font is loaded. The tables of the benchmarks are pages
+of the site too. A link to a file that the site does not have becomes its text.
+"""
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FROM_ELSEWHERE = {
+    "benchmarks/README.md": "results/benchmarks.md",
+    "benchmarks/kernels.md": "results/kernels.md",
+}
+"""Files of the repository that are pages of the site, under these names."""
+
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages from elsewhere."""
+    for source, page in FROM_ELSEWHERE.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links at pages of the site, and turn links to other files into their text."""
+    here = {site: source for source, site in FROM_ELSEWHERE.items()}.get(page.file.src_uri)
+    folder = posixpath.dirname(here or f"docs/{page.file.src_uri}")
+
+    def point(link: re.Match[str]) -> str:
+        text, target, anchor = link[1], posixpath.normpath(f"{folder}/{link[2]}"), link[3] or ""
+        site = FROM_ELSEWHERE.get(target, target.removeprefix("docs/"))
+        if files.get_file_from_path(site) is not None:
+            start = posixpath.dirname(page.file.src_uri) or "."
+            return f"[{text}]({posixpath.relpath(site, start)}{anchor})"
+        return text if (ROOT / target).exists() else link[0]  # a dead link stays, and is refused
+
+    return _LINK.sub(point, markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML."""
+
+    def formula(found: re.Match[str]) -> str:
+        display = "block" if found[2] == "[" else "inline"
+        # The converter knows the numbered name of the same layout.
+        tex = html.unescape(found[3]).replace("{aligned}", "{align}")
+        return convert(tex, display=display)
+
+    return _FORMULA.sub(formula, content)

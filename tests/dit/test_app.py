@@ -1,0 +1,225 @@
+"""The gallery's server and page: what it answers, and from click to file in a browser."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from complexity_dit.app_config import AppConfig
+from complexity_dit.app_guard import MAX_BODY, Guard, page_files
+from complexity_dit.gallery import Gallery
+from complexity_dit.gallery_png import read_png
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """Status of a request, and the body that reached the server behind the guard."""
+    seen, sent = [], []
+
+    async def server(scope, receive, send):
+        message = await receive()
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path}
+    asyncio.run(Guard(server, frozenset({"/assets/a.js"}))(scope, receive, send))
+    return sent[0]["status"], seen[0] if seen else b""
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("HEAD", "/"),
+        ("GET", "/assets/a.js"),
+        ("GET", "/gradio_api/queue/data"),
+        ("GET", "/gradio_api/heartbeat/abc123"),
+        ("POST", "/gradio_api/cancel"),
+    ],
+)
+def test_the_guard_lets_the_page_through(method, path):
+    assert answer(method, path, b"{}") == (200, b"{}")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/file=/etc/passwd"),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1:1/"),
+        ("GET", "/assets/../../../etc/passwd"),
+        ("GET", "/assets/b.js"),
+        ("GET", "/gradio_api/heartbeat/../file=/etc/passwd"),
+        ("GET", "/gradio_api/info"),
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/run/predict"),
+        ("POST", "/"),
+        ("DELETE", "/"),
+    ],
+)
+def test_the_guard_knows_no_other_address(method, path):
+    assert answer(method, path)[0] == 404
+
+
+def test_the_guard_takes_plain_values_only():
+    join = "/gradio_api/queue/join"
+    assert answer("POST", join, b'{"data": [1, "a", null, 2.5, true]}')[0] == 200
+    file = b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}'
+    for body in (file, b'{"data": [[1]]}', b'{"event_data": {"path": "x"}}', b"[]", b"no json"):
+        assert answer("POST", join, body)[0] == 400, body
+    assert answer("POST", join, b'{"data": ["' + b"a" * MAX_BODY + b'"]}')[0] == 413
+
+
+def test_page_files_are_addresses(tmp_path):
+    (tmp_path / "assets" / "deep").mkdir(parents=True)
+    (tmp_path / "assets" / "deep" / "a.js").touch()
+    (tmp_path / "index.html").touch()
+    assert page_files(tmp_path) == {"/assets/deep/a.js"}
+
+
+@pytest.fixture
+def address(pipe, tmp_path) -> Iterator[str]:
+    """A gallery as a user starts it, on a free port of this machine."""
+    pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "complexity_dit", "app", str(tmp_path / "pipeline")]
+    log = tmp_path / "app.log"
+    with log.open("w") as file:
+        server = subprocess.Popen([*command, f"--port={port}"], stdout=file, stderr=file)
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=30)
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_the_server_serves_its_page_and_no_file(pipe):
+    pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
+    asyncio.run(look_around(Gallery(pipe)))
+
+
+async def look_around(gallery: Gallery) -> None:
+    import httpx
+
+    from complexity_dit.app import build_server
+
+    # Built where a loop runs: gradio makes loops of its own elsewhere, and leaves them open.
+    transport = httpx.ASGITransport(app=build_server(gallery, AppConfig()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        page = await client.get("/")
+        assert page.status_code == 200
+        assert "Fauvism" in page.text
+        for outside in ("googleapis", "gstatic", "cdn.", "cdnjs"):
+            assert outside not in page.text
+        assert "googleapis" not in (await client.get("/theme.css")).text
+        for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/info", "/openapi.json", "/docs"):
+            assert (await client.get(path)).status_code == 404, path
+        assert (await client.get("/", headers={"host": "evil.example"})).status_code == 400
+
+
+@pytest.fixture
+def browser():
+    """Debian's Chromium."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the browser test needs the package playwright"
+    )
+    if not CHROMIUM.exists():
+        pytest.skip(f"the browser test needs {CHROMIUM} (apt-get install chromium)")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=str(CHROMIUM), args=[*arguments, "--no-first-run"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.slow
+def test_from_click_to_file(address, browser, pipe, tmp_path):
+    page = browser.new_page()
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+
+    def choose(label: str, option: str) -> None:
+        page.get_by_label(label, exact=True).click()
+        page.get_by_role("option", name=option).click()
+
+    def write(label: str, value: str) -> None:
+        field = page.get_by_label(label, exact=True)
+        field.fill(value)
+        field.press("Tab")
+
+    def paint(state: str) -> None:
+        page.click("#paint")
+        page.wait_for_selector(state)
+
+    def saved(selector: str) -> bytes:
+        with page.expect_download() as download:
+            page.locator(selector).first.click()
+        file = tmp_path / download.value.suggested_filename
+        download.value.save_as(file)
+        return file.read_bytes()
+
+    # a grid, whose file paints the same bits again
+    choose("Style", "Fauvism")
+    write("Seed", "5")
+    paint("[data-state=done]")
+    assert page.locator(".wall figure").count() == 4
+    told = read_png(saved(".wall figure a"))
+    assert (told.settings.labels, told.settings.seed) == ({"style": "Fauvism"}, 5)
+    *_, frame = Gallery(pipe).paint(told.settings)
+    picture = np.asarray(Image.open(tmp_path / "gallery-Fauvism-seed-5-1.png"))
+    np.testing.assert_array_equal(picture, frame.images[told.picture])
+
+    # a strip over all styles
+    choose("Show", "Every style, one seed")
+    page.click("#paint")
+    page.wait_for_function("document.querySelectorAll('.wall figure').length == 3")
+    page.wait_for_selector("[data-state=done]")
+    assert "Ukiyo e" in page.inner_text(".wall")
+    assert read_png(saved("a.download")).settings.strip == "style"
+
+    # refusals say what to do; painting can be stopped, and goes on afterwards
+    page.get_by_text("How it is painted").click()
+    write("Size in pixels", "9")
+    paint(".refusal")
+    assert "take 8 or 10" in page.inner_text(".refusal")
+    write("Size in pixels", "128")
+    write("Steps", "100")
+    paint("[data-state=denoising]")
+    page.click("#stop")
+    page.wait_for_selector("[data-state=stopped]")
+    write("Size in pixels", "8")
+    write("Steps", "2")
+    paint("[data-state=done]")
+
+    assert not errors
+    assert {url for url in asked if not url.startswith(("data:", f"{address}/"))} == set()

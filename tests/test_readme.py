@@ -1,0 +1,104 @@
+"""Every Python block of the READMEs and the docs runs, page by page, on tiny models.
+
+Where a page reads a folder that a long run would have left (`runs/demo/pipeline`), a tiny one of
+the same labels lies there: what is checked is that the code is right, not what it paints.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no waiting for a hub
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    "README.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "packages").glob("*/README.md"))),
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
+]
+
+
+def python_blocks(page: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def save_pipeline(folder: Path, labels: dict[str, list[str]]) -> None:
+    from complexity_dit import ComplexityDiTPipeline, ComplexityDiTTransformer2DModel
+    from complexity_dit.objective import ObjectiveConfig, build_scheduler
+
+    torch.manual_seed(0)
+    model = ComplexityDiTTransformer2DModel(
+        sample_size=8,
+        hidden_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        label_fields=list(labels),
+        num_classes=[len(names) for names in labels.values()],
+    )
+    names = {field: dict(enumerate(names)) for field, names in labels.items()}
+    scheduler = build_scheduler(ObjectiveConfig())
+    ComplexityDiTPipeline(model, scheduler, id2label=names).save_pretrained(folder)
+
+
+def save_language_model(folder: Path) -> None:
+    from complexity_lm import DeepConfig, DeepForCausalLM
+    from complexity_lm.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["def parse(text): return The reason why"] * 8, 300)
+    torch.manual_seed(0)
+    config = DeepConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        dynamics_controller_hidden=8,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    DeepForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with what the runs of the pages would have left in it."""
+    from complexity_dit.gallery import Gallery, Settings
+    from complexity_dit.gallery_png import picture_png
+    from complexity_dit.sample import load_pipeline
+
+    desk = tmp_path_factory.mktemp("desk")
+    art = {"style": ["Op_Art", "Orphism"], "genre": ["ocean", "dawn"]}
+    save_pipeline(desk / "runs/demo/pipeline", art)
+    save_pipeline(desk / "runs/mine/pipeline", {"label": ["Cubism", "Fauvism"]})
+    for model in ("runs/demo-lm/model", "runs/fineweb-edu-150m/model"):
+        save_language_model(desk / model)
+    gallery = Gallery(load_pipeline(str(desk / "runs/demo/pipeline")))
+    settings = gallery.check(Settings(labels={"style": "Op_Art"}, seed=5, num_inference_steps=2))
+    *_, last = gallery.paint(settings)
+    kept = picture_png(gallery, settings, last.images[0], 0)
+    (desk / "gallery-Op-Art-seed-5-1.png").write_bytes(kept)
+    return desk
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_python_blocks_run(page, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    names = {"__name__": "example"}
+    for number, code in enumerate(python_blocks(page), 1):
+        exec(compile(code, f"{page}, block {number}", "exec"), names)
+
+
+def test_the_readme_shows_the_three_packages():
+    blocks = python_blocks("README.md")
+    assert len(blocks) == 3
+    for block, package in zip(
+        blocks, ("DiffusionPipeline", "generate", "INLDynamics"), strict=True
+    ):
+        assert package in block
+        assert block.count("\n") <= 18
