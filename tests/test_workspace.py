@@ -239,6 +239,7 @@ SUBCOMMANDS = {
         "compare",
         "inspect",
         "plan",
+        "convert",
         "app",
     ],
     "complexity-lm": ["demo", "train", "generate", "evaluate", "tokenizer", "inspect"],

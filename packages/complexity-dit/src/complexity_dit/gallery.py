@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from complexity_dit.app_config import Limits
+from complexity_dit.denoising import Chunks
 from complexity_dit.errors import UserError
 from complexity_dit.painted import pipeline_hash
 from complexity_dit.pipeline import ComplexityDiTPipeline
@@ -262,7 +263,8 @@ class Gallery:
                 time.monotonic() - last_look >= PREVIEW_SECONDS and step + 1 < running.num_timesteps
             ):
                 x = tensors["latents"]
-                pixels = running._decode(x.to(running.transformer.dtype), settings.chunk_size, 0)
+                chunks = Chunks(settings.chunk_size, 0)
+                pixels = running._decode(x.to(running.transformer.dtype), chunks)
                 images = running.image_processor.postprocess(pixels, output_type="np")
                 show(Frame(min(done, steps - 1), steps, _to_uint8(np.nan_to_num(images))))
                 last_look = time.monotonic()

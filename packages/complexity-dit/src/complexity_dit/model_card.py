@@ -179,14 +179,22 @@ def _made(folder: Path, index: dict) -> str:
     rows = {
         "network": f"{network['num_layers']} layers, {network['hidden_size']} wide, "
         f"{network['num_attention_heads']} heads, patch {network['patch_size']}",
-        "dynamics": network["dynamics_placement"]
-        + ("" if network["dynamics_placement"] == "none" else f", {network['dynamics_adaptive']}"),
+        **_dynamics(network),
         "input": f"{network['in_channels']} channels of {network['sample_size']} x "
         f"{network['sample_size']}, " + (f"latents of {vae[1]}" if vae[1] else "pixels"),
         "scheduler": scheduler,
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["## How it is made", "", "| | |", "|---|---|", *lines])
+
+
+def _dynamics(network: dict) -> dict[str, str]:
+    """Nothing for another denoiser that was trained in our loop."""
+    placement = network.get("dynamics_placement")
+    if placement is None:
+        return {}
+    adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
+    return {"dynamics": placement + adaptive}
 
 
 def _data(data: dict) -> str:
