@@ -1,10 +1,12 @@
 """Small models and runs that several tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from complexity_dit import __main__ as cli
 from complexity_dit.config import EMAConfig, ModelConfig, OptimConfig, TrainConfig
 from complexity_dit.data import DataConfig
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
@@ -14,6 +16,24 @@ from support.pictures import pictures, write_folder
 
 STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]
 GENRES = ["landscape", "portrait"]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command as the shell would; returns exit status, standard output and error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["complexity-dit", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

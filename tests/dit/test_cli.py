@@ -20,23 +20,6 @@ SMALL = [
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command as the shell would; returns exit status, standard output and error."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["complexity-dit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-@pytest.fixture
 def paintings(tmp_path):
     """Six readable paintings of two styles, a broken file and one that is too small."""
     folder = tmp_path / "paintings"

@@ -8,25 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from complexity_dit import __main__ as cli
 from complexity_dit.pipeline import ComplexityDiTPipeline
 
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run a command as the shell would; returns exit status, standard output and error."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["complexity-dit", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_set(folder: Path, n: int = 12, size: int = 16, seed: int = 0) -> Path:

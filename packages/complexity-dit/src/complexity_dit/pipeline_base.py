@@ -20,6 +20,7 @@ from complexity_dit.offloading import OffloadingMixin
 from complexity_dit.pipeline_files import FilesMixin
 from complexity_dit.pipeline_labels import LabelsMixin, read_id2label
 from complexity_dit.pipeline_lora import LoraMixin
+from complexity_dit.schedulers import noised
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import Vae, posterior, scale_factor
 
@@ -107,6 +108,12 @@ class ComplexityDiTPipelineBase(
     def _starting_from_noise(self, noise: Tensor) -> Tensor:
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _starting_from_picture(self, clean: Tensor, noise: Tensor, first: int) -> Tensor:
+        """What step `first` begins with; before the first step nothing of the picture is left."""
+        if first == 0:
+            return self._starting_from_noise(noise)
+        return noised(self.scheduler, clean, noise, first)
 
     def _encode(self, pixels: Tensor, chunks: Chunks) -> Tensor:
         """Pixels in [-1, 1] to what the transformer works on; the identity without a VAE.

@@ -11,7 +11,7 @@ from complexity_dit.errors import UserError
 from complexity_dit.pictures import Pictures, for_every_picture, read_pictures
 from complexity_dit.pipeline_base import ComplexityDiTPipelineBase, Generators
 from complexity_dit.pipeline_labels import LabelValue
-from complexity_dit.schedulers import begin_at, network_times, noised, set_steps
+from complexity_dit.schedulers import begin_at, network_times, set_steps
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 
@@ -87,11 +87,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipelineBase):
         clean = self._encode(pixels.to(device, noise.dtype), chunks).to(noise.dtype)
         timesteps = set_steps(self.scheduler, num_inference_steps, device)
         first = begin_at(self.scheduler, num_inference_steps, strength)
-        x = (
-            noised(self.scheduler, clean, noise, first)
-            if first
-            else self._starting_from_noise(noise)
-        )
+        x = self._starting_from_picture(clean, noise, first)
         x = self._denoise(
             x, condition, timesteps[first:], network_times(self.scheduler)[first:], guidance,
             chunks, callback_on_step_end, callback_on_step_end_tensor_inputs,

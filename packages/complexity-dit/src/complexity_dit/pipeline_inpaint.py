@@ -107,11 +107,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipelineBase):
             # At the level that the step has led to: that of the next one, or none after the last.
             return torch.where(anew > 0, x, noised(self.scheduler, clean, noise, first + step + 1))
 
-        x = (
-            noised(self.scheduler, clean, noise, first)
-            if first
-            else self._starting_from_noise(noise)
-        )
+        x = self._starting_from_picture(clean, noise, first)
         x = self._denoise(
             x, condition, timesteps[first:], network_times(self.scheduler)[first:], guidance,
             chunks, callback_on_step_end, callback_on_step_end_tensor_inputs, put_back,
