@@ -56,6 +56,18 @@ def test_kept_images_are_reused_and_are_the_same_bits(
     assert again.fingerprint == kept.fingerprint
 
 
+def test_what_a_killed_run_was_writing_is_cleared_and_not_counted(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, caplog
+) -> None:
+    folder = tmp_path / "kept"
+    painted_images(pipe, labels, SAMPLING, folder).read([0, 1])
+    (folder / ".000002.png.partial.ab12.png").write_bytes(b"half")
+    with caplog.at_level("INFO"):
+        painted_images(pipe, labels, SAMPLING, folder)
+    assert "keeps 2 images" in caplog.text
+    assert {p.name for p in folder.iterdir()} == {"000000.png", "000001.png", "settings.json"}
+
+
 def test_a_changed_file_is_painted_again(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int], caplog
 ) -> None:

@@ -176,11 +176,12 @@ def _frechet(difference: Float64, traces: float, factor1: Float64, factor2: Floa
         squares = torch.linalg.eigvalsh(torch.from_numpy(gram)).numpy().clip(0)
         distance = apart - 2 * float(np.sqrt(squares).sum())
         # Eigenvalues are several times faster than singular values, but an error delta in a
-        # square s^2 is one of about delta / 2s in s. Where such errors could matter, as between
-        # sets that share a null space, the singular values themselves are taken.
+        # square s^2 is one of about delta / 2s in s; those of different values add up as random
+        # numbers do. Where that could matter, as between sets that share a null space, the
+        # singular values themselves are taken.
         delta = 10 * np.finfo(np.float64).eps * float(squares[-1])
-        error = 2 * float((delta / (np.sqrt(squares) + np.sqrt(delta) + 1e-300)).sum())
-        if error <= max(1e-7 * distance, 1e-9 * traces):
+        each = delta / (np.sqrt(squares) + np.sqrt(delta) + 1e-300)
+        if 2 * np.linalg.norm(each) <= max(3e-7 * distance, 1e-9 * traces):
             return distance
     return apart - 2 * float(torch.linalg.svdvals(torch.from_numpy(product)).sum())
 

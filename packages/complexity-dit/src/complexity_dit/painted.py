@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from complexity_dit.errors import UserError
 from complexity_dit.features import FEATURE_CHUNK, array_hash
-from complexity_dit.files import file_aside
+from complexity_dit.files import file_aside, recover
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.parallel_evaluation import on_main
 
@@ -165,6 +165,7 @@ def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
     if path.is_file():
+        recover(folder)  # of a run that was killed while it wrote a picture
         try:
             kept = json.loads(path.read_text())
         except ValueError:

@@ -5,6 +5,7 @@ from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import get_blas_funcs
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
@@ -12,6 +13,8 @@ Indices = NDArray[np.intp]
 
 BLOCK_ROWS = 1024
 """Rows of a matrix of pairs made at once: memory stays at rows x n for any n."""
+STRIP_ROWS = 64
+"""Rows of a product of a thousand columns that stay in a processor's cache in float64."""
 
 
 def common_centre(x: Array, y: Array) -> Float64:
@@ -40,30 +43,56 @@ class CentredProducts:
 
     def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
         dtype = x.dtype if y is None else np.result_type(x, y)
-        self.x = (x - centre).astype(dtype)
-        self.y = self.x if y is None else (y - centre).astype(dtype)
-        half = centre @ centre / 2
-        self.x_shift = x @ centre - half
-        self.y_shift = self.x_shift if y is None else y @ centre - half
+        self.x, self.x_shift = _centred(x, centre, dtype)
+        self.y, self.y_shift = (self.x, self.x_shift) if y is None else _centred(y, centre, dtype)
 
-    def pick(self, rows: Indices, columns: Indices | None = None) -> "CentredProducts":
-        """The products of some rows of x with some of y; without ``columns``, among themselves."""
+    def pick(self, rows: Indices, columns: Indices) -> "CentredProducts":
+        """The products of some rows of x with some of y."""
         part = copy(self)
         part.x, part.x_shift = self.x[rows], self.x_shift[rows]
-        part.y, part.y_shift = part.x, part.x_shift  # one array: half of the work in the product
-        if columns is not None:
-            part.y, part.y_shift = self.y[columns], self.y_shift[columns]
+        part.y, part.y_shift = self.y[columns], self.y_shift[columns]
         return part
 
-    def transposed(self) -> "CentredProducts":
-        """The products of y with x."""
-        part = copy(self)
-        part.x, part.x_shift, part.y, part.y_shift = self.y, self.y_shift, self.x, self.x_shift
-        return part
+    def themselves(self) -> "tuple[CentredProducts, CentredProducts]":
+        """The products of x among themselves, and those of y."""
+        first, second = copy(self), copy(self)
+        first.y, first.y_shift = self.x, self.x_shift
+        second.x, second.x_shift = self.y, self.y_shift
+        return first, second
 
     def block(self, rows: slice, columns: slice) -> Float64:
         """(x[rows] @ y[columns].T) in float64."""
-        product = (self.x[rows] @ self.y[columns].T).astype(np.float64)
-        product += self.x_shift[rows, None]
-        product += self.y_shift[None, columns]
-        return product
+        return self._shifted(self.x[rows] @ self.y[columns].T, rows, columns)
+
+    def strips(self) -> Iterator[Float64]:
+        """All products a few rows at a time, for what passes over them many times."""
+        products = self.x @ self.y.T
+        for start in range(0, len(products), STRIP_ROWS):
+            rows = slice(start, start + STRIP_ROWS)
+            yield self._shifted(products[rows], rows, slice(None))
+
+    def upper_strips(self) -> Iterator[Float64]:
+        """Products of x among themselves a few rows at a time, in half of the work.
+
+        A strip begins at its diagonal; what is left of that is not made and has no meaning.
+        """
+        (multiply,) = get_blas_funcs(("syrk",), (self.x,))
+        products = multiply(1.0, self.x.T, trans=True, lower=True).T
+        for start in range(0, len(products), STRIP_ROWS):
+            rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
+            yield self._shifted(products[rows, columns], rows, columns)
+
+    def _shifted(self, products: Array, rows: slice, columns: slice) -> Float64:
+        shifted = products.astype(np.float64)
+        shifted += self.x_shift[rows, None]
+        shifted += self.y_shift[None, columns]
+        return shifted
+
+
+def _centred(x: Array, centre: Float64, dtype: np.dtype) -> tuple[Array, Float64]:
+    """x - c in the dtype, and x.c - c.c / 2 of each row."""
+    rounded, shift = np.empty(x.shape, dtype), np.empty(len(x))
+    for rows in blocks(len(x)):
+        exact = x[rows] - centre
+        rounded[rows], shift[rows] = exact, exact @ centre
+    return rounded, shift + centre @ centre / 2
