@@ -69,7 +69,7 @@ def draw_map(axis):
         xlabel="alpha", ylabel="p = dt · gate · beta", title="the frozen update",
         xlim=(0, 1), ylim=(3e-3, 4.5), yscale="log",
     )  # fmt: skip
-    axis.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1.0, 0.8))
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def main():

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 from results import append_rows, commit
 
 from inl_core import certify
@@ -103,12 +104,14 @@ def main():
                 axis.plot(values, style, color=f"C{index}", label=f"{name}, {about}", markersize=4)
     axes[0].axhline(1, color="0.7", linewidth=0.8)
     axes[2].axhline(1, color="0.7", linewidth=0.8)
-    axes[2].set_yscale("log")
     titles = ("largest spectral radius of a frozen point", "reach: dt · gate · v_max",
               "largest gain of a token's (e, v)")  # fmt: skip
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="module, in the order of depth")
-    axes[0].legend(fontsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Lines lie on each other and in every corner: outside is the only free place.
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
     if options.rows:

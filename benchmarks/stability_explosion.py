@@ -6,15 +6,19 @@
 A small language model on this Python's own source, byte by byte, with the dynamics on the stream
 (paper §3.2) as the README warns of it: beta = softplus without a bound, velocity without a clip,
 against the same with the bounds, and the same without dynamics. Everything is made worse on
-purpose: learning rates up to a hundred times the usual, bf16 on request, and shocks: every tenth
-batch is bursts of one very frequent byte. A run has diverged when its loss is not finite, or for 20
-steps after its first 50 no better than guessing among all bytes (ln 256). Frozen-point theory puts
-the edge at beta = 2 (1 + alpha) / (dt gate): 76 at the initial coefficients, 38 at gate 1.
+purpose, one thing at a time (`SETTINGS`): learning rates up to a hundred times the usual; weights,
+gradients and optimizer in bf16; and the "small words", either as *bursts*, every tenth batch being
+one very frequent byte over and over, or *everywhere*, half of the bytes of every batch being one of
+four. A run has diverged when its loss is not finite, or for 20 steps after its first 50 no better
+than guessing among all bytes (ln 256). Frozen-point theory puts the edge at
+beta = 2 (1 + alpha) / (dt gate): 76 at the initial coefficients, 38 at gate 1.
 """
 
 import argparse
 import math
+import statistics
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.lines import Line2D
 from results import append_rows, commit
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -45,9 +50,39 @@ UNBOUNDED = {
     "dynamics_mu_max": None,
 }
 CASES = {"none": {"dynamics_placement": "none"}, "bounded": {}, "unbounded": UNBOUNDED}
-COLOURS = ("0.5", "tab:blue", "tab:red")
-SHOCK_EVERY, FREQUENT = 10, b" e\nt"
+COLOURS = dict(zip(CASES, ("0.45", "tab:blue", "tab:red"), strict=True))
+FREQUENT = b" e\nt"
+SHOCK_EVERY, SHARE = 10, 0.5
 PATIENCE, WARM_UP = 20, 50
+EDGES = {0.5: 76, 1.0: 38}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is made worse.
+
+    Attributes:
+        lr: Learning rate, reached after 20 steps.
+        shocks: What the frequent bytes do: "no shocks", "bursts" or "everywhere".
+        dtype: Of weights, gradients and optimizer.
+    """
+
+    lr: float
+    shocks: str
+    dtype: str = "float32"
+
+    def __str__(self):
+        return f"lr {self.lr:g}, {self.shocks}"
+
+
+SETTINGS = (
+    Setting(0.01, "bursts"),
+    Setting(0.01, "bursts", "bfloat16"),
+    Setting(0.1, "no shocks"),
+    Setting(0.1, "bursts"),
+    Setting(0.1, "everywhere"),
+    Setting(0.1, "bursts", "bfloat16"),
+)
 
 
 def corpus():
@@ -57,15 +92,18 @@ def corpus():
     return torch.frombuffer(bytearray(text[:2_000_000]), dtype=torch.uint8)
 
 
-def batch_of(text, step, draw):
-    """Ids (BATCH, CONTEXT) of step `step`; every tenth is bursts of one frequent byte a row."""
+def batch_of(text, step, shocks, draw):
+    """Ids (BATCH, CONTEXT) of step `step`, with the shocks of a setting."""
     starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=draw)
     rows = torch.stack([text[s : s + CONTEXT] for s in starts.tolist()]).long()
-    if step % SHOCK_EVERY == SHOCK_EVERY - 1:
-        chosen = torch.randint(len(FREQUENT), (BATCH, 1), generator=draw)
-        burst = torch.tensor(list(FREQUENT))[chosen].expand(BATCH, CONTEXT)
+    frequent = torch.tensor(list(FREQUENT))
+    if shocks == "bursts" and step % SHOCK_EVERY == SHOCK_EVERY - 1:
+        burst = frequent[torch.randint(len(FREQUENT), (BATCH, 1), generator=draw)]
         cut = torch.randint(CONTEXT // 4, (BATCH, 1), generator=draw)
-        rows = torch.where(torch.arange(CONTEXT) >= cut, burst, rows)
+        rows = torch.where(torch.arange(CONTEXT) >= cut, burst.expand(BATCH, CONTEXT), rows)
+    if shocks == "everywhere":
+        small = frequent[torch.randint(len(FREQUENT), (BATCH, CONTEXT), generator=draw)]
+        rows = torch.where(torch.rand(BATCH, CONTEXT, generator=draw) < SHARE, small, rows)
     return rows
 
 
@@ -75,17 +113,19 @@ def largest_beta(model):
     return max((s["beta_max"] for s in stats), default=0.0)
 
 
-def run(case, lr, seed, steps, text, dtype):
+def run(case, setting, seed, steps, text):
     """Losses, largest betas, and the step at which the run diverged (None if it did not)."""
     torch.manual_seed(seed)
-    model = DeepForCausalLM(DeepConfig(**(SHAPE | CASES[case]))).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    model = DeepForCausalLM(DeepConfig(**(SHAPE | CASES[case]))).to(getattr(torch, setting.dtype))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=setting.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
     draw = torch.Generator().manual_seed(seed)
     losses, betas, above = [], [], 0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        ids = batch_of(text, step, draw)
+            group["lr"] = setting.lr * min(1.0, (step + 1) / 20)
+        ids = batch_of(text, step, setting.shocks, draw)
         with collect_dynamics_stats(model):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         losses.append(float(loss.detach()))
@@ -102,71 +142,95 @@ def run(case, lr, seed, steps, text, dtype):
     return losses, betas, None
 
 
+def rows_of(case, setting, steps, runs):
+    """How the runs of a case ended, as rows of the result file."""
+    ends = [end for _, _, end in runs if end is not None]
+    finals = [statistics.fmean(losses[-20:]) for losses, _, _ in runs]
+    values = {
+        "diverged": (len(ends), "runs"),
+        "runs": (len(runs), ""),
+        "first divergence": (min(ends, default=""), "step"),
+        "last divergence": (max(ends, default=""), "step"),
+        "largest beta": (max(max(b) for _, b, _ in runs) if case != "none" else "", ""),
+        # A run that ended in NaN is above any other: sorted by itself, it would be anywhere.
+        "last loss, median": (
+            sorted(finals, key=lambda x: math.inf if math.isnan(x) else x)[len(finals) // 2],
+            "nats",
+        ),
+    }
+    about = {"case": f"{case}, {setting}", "shape": f"{steps} steps", "dtype": setting.dtype}
+    return [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
+
+
+def draw_setting(upper, lower, setting, runs):
+    """Two panels, loss and largest beta, of all runs {case: [(losses, betas, end)]}."""
+    counts = []
+    for case, found in runs.items():
+        colour = COLOURS[case]
+        for losses, betas, end in found:
+            upper.plot(losses, color=colour, alpha=0.55, linewidth=0.8)
+            if case != "none":
+                lower.plot(betas, color=colour, alpha=0.6, linewidth=0.8)
+            if end is not None:
+                # A loss that is not finite has no place of its own: the one before it.
+                seen = next(x for x in reversed(losses[: end + 1]) if math.isfinite(x))
+                upper.plot(end, min(seen, 11.5), "x", color=colour, markersize=5)
+        counts.append(f"{case} {sum(end is not None for *_, end in found)}")
+    number = len(next(iter(runs.values())))
+    upper.set_title(
+        f"{setting}, {'bf16' if setting.dtype == 'bfloat16' else 'fp32'}\n"
+        f"diverged, of {number}: {', '.join(counts)}",
+        fontsize=9,
+    )
+    upper.axhline(math.log(BYTES), color="0.7", linewidth=0.8)
+    upper.set(ylim=(0, 12))
+    for edge, style in zip(EDGES.values(), ("--", ":"), strict=True):
+        lower.axhline(edge, color="0.3", linestyle=style, linewidth=0.9)
+    lower.set(yscale="log", ylim=(0.05, 1e12))
+
+
+def legend(figure):
+    lines = [Line2D([], [], color=COLOURS[case], label=case) for case in CASES]
+    lines.append(Line2D([], [], color="k", marker="x", linestyle="", label="diverged"))
+    lines.append(Line2D([], [], color="0.7", label="guessing, ln 256"))
+    lines += [
+        Line2D([], [], color="0.3", linestyle=style, label=f"frozen-point edge, gate {gate:g}")
+        for gate, style in zip(EDGES, ("--", ":"), strict=True)
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=7, fontsize=8)
+
+
 def main():
-    """Run all seeds of both cases at every learning rate; draw, print and keep how they ended."""
+    """Run all seeds of all cases in every setting; draw, print and keep how they ended."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     parser.add_argument("--rows", help="CSV to add the rows to")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.01, 0.1])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
+    if options.seeds < 1 or options.steps < 1:
+        parser.error(f"--seeds {options.seeds} and --steps {options.steps} must be at least 1")
     started_from = commit()  # the figure changes a file that may be in it
-    text, dtype = corpus(), getattr(torch, options.dtype)
-
+    text, rows = corpus(), []
     figure, axes = plt.subplots(
-        2, len(options.lrs), figsize=(4 * len(options.lrs), 6),
-        sharex=True, squeeze=False, constrained_layout=True,
-    )  # fmt: skip
-    rows = []
-    for (upper, lower), lr in zip(axes.T, options.lrs, strict=True):
-        for case, colour in zip(CASES, COLOURS, strict=True):
-            ends, peaks, finals = [], [], []
-            for seed in range(options.seeds):
-                losses, betas, end = run(case, lr, seed, options.steps, text, dtype)
-                upper.plot(losses, color=colour, alpha=0.5, linewidth=0.8)
-                if case != "none":
-                    lower.plot(betas, color=colour, alpha=0.6, linewidth=0.8)
-                finals.append(sum(losses[-20:]) / len(losses[-20:]))
-                peaks.append(max(betas))
-                if end is not None:
-                    ends.append(end)
-                    upper.plot(end, losses[end], "x", color=colour)
-            upper.plot(
-                [], [], color=colour, label=f"{case}: {len(ends)} of {options.seeds} diverged"
-            )
-            last = ", ".join(f"{loss:.2f}" for loss in finals)
-            print(
-                f"lr {lr:g} {case}: {len(ends)} of {options.seeds} diverged, at {ends or '-'}; "
-                f"largest beta {max(peaks):.3g}; last losses {last}",
-                flush=True,
-            )
-            values = {
-                "diverged": (len(ends), "runs"),
-                "runs": (options.seeds, ""),
-                "first divergence": (min(ends) if ends else "", "step"),
-                "largest beta": (max(peaks) if case != "none" else "", ""),
-                "last loss, median": (sorted(finals)[len(finals) // 2], "nats"),
-            }
-            rows += [
-                {
-                    "case": f"{case}, lr {lr:g}", "shape": f"{options.steps} steps",
-                    "dtype": options.dtype, "metric": metric, "value": value, "unit": unit,
-                }
-                for metric, (value, unit) in values.items()
-            ]  # fmt: skip
-        upper.axhline(math.log(BYTES), color="0.7", linewidth=0.8)
-        upper.set(
-            title=f"learning rate {lr:g}, {options.dtype}", ylabel="loss [nats]", ylim=(0, 12)
-        )
-        upper.legend(fontsize=7)
-        for edge, gate in ((76, 0.5), (38, 1)):
-            lower.axhline(
-                edge, color="0.5", linestyle=":", label=f"frozen-point edge, gate {gate:g}"
-            )
-        lower.set(xlabel="step", ylabel="largest beta of a token", yscale="log")
-        lower.legend(fontsize=7)
+        4, 3, figsize=(12, 10), sharex=True, sharey="row", constrained_layout=True
+    )
+    for index, setting in enumerate(SETTINGS):
+        block, column = divmod(index, 3)
+        runs = {
+            case: [run(case, setting, seed, options.steps, text) for seed in range(options.seeds)]
+            for case in CASES
+        }
+        draw_setting(axes[2 * block, column], axes[2 * block + 1, column], setting, runs)
+        for case, found in runs.items():
+            rows += rows_of(case, setting, options.steps, found)
+            about = ", ".join(f"{r['metric']} {r['value']}" for r in rows[-6:])
+            print(f"{case}, {setting}, {setting.dtype}: {about}", flush=True)
+    for row, name in enumerate(("loss [nats]", "largest beta of a token") * 2):
+        axes[row, 0].set_ylabel(name)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    legend(figure)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=100)
     if options.rows:
