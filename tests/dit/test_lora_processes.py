@@ -1,0 +1,75 @@
+"""An adapter trained by two processes is the one that one process trains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from complexity_dit.state import latest_checkpoint
+from support.processes import python, torchrun
+
+WORKER = """
+import sys
+import torch
+from complexity_dit.config import LoraOptions, OptimConfig, TrainConfig
+from complexity_dit.data import DataConfig
+from complexity_dit.objective import ObjectiveConfig
+from complexity_dit.train import train
+
+out, base, pictures = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
+train(
+    TrainConfig(
+        out=out, init_from=base, resume="auto", steps=12, batch_size=4, checkpoint_every=6,
+        # Each picture has a style of its own or none: a process may meet no new name in its share.
+        data=DataConfig(source="imagefolder:" + pictures, resolution=8, holdout=0.0),
+        objective=ObjectiveConfig(network_output="target"),
+        optim=OptimConfig(lr=0.01, warmup_steps=1),
+        lora=LoraOptions(rank=2),
+    )
+)
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Six pictures: two of a new style, two of one that the base knows, two of none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    rows = ["file_name,style"]
+    for i, style in enumerate(("Hokusai", "Hokusai", "Cubism", "Cubism", "", "")):
+        Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{style}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_the_adapter_of_one(pipe, pictures, tmp_path):
+    pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "worker.py").write_text(WORKER)
+    found = {}
+    for count in (1, 2):
+        out = tmp_path / f"by-{count}"
+        arguments = (tmp_path / "worker.py", out, tmp_path / "base", pictures)
+        _ = python(*arguments) if count == 1 else torchrun(2, *arguments)
+        last = latest_checkpoint(out / "checkpoints")
+        assert json.loads((last / "state.json").read_text())["processes"] == count
+        found[count] = load_file(last / "model.safetensors") | {
+            f"adapter/{name}": value
+            for name, value in load_file(
+                out / "adapter" / "pytorch_lora_weights.safetensors"
+            ).items()
+        }
+    assert found[1].keys() == found[2].keys()
+    moved = 0
+    for name, value in found[1].items():
+        distance = (value - found[2][name]).abs().max()
+        assert distance <= 1e-7 * (1e-6 + value.abs().max()), name
+        moved += value.abs().max() > 0
+    assert moved == len(found[1])  # every matrix and the new row, none left at zero
