@@ -183,7 +183,7 @@ def _frechet(difference: Float64, traces: float, factor1: Float64, factor2: Floa
         each = delta / (np.sqrt(squares) + np.sqrt(delta) + 1e-300)
         if 2 * np.linalg.norm(each) <= max(3e-7 * distance, 1e-9 * traces):
             return distance
-    return apart - 2 * float(torch.linalg.svdvals(torch.from_numpy(product)).sum())
+    return apart - 2 * float(np.linalg.svd(product, compute_uv=False).sum())
 
 
 def _centred_rows(x: Array, mu: Float64, counts: Float64) -> Float64:
