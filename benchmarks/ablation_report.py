@@ -8,14 +8,17 @@ without any effect one is expected to have an interval that excludes 0.
 """
 
 import csv
+import itertools
 import json
 import math
 import re
+import shlex
 import statistics
 
 import numpy as np
 from ablation_labs import LABS
 from ablation_study import BASELINE, shape_of
+from fields import parsed
 from scipy import stats
 
 LEVEL = 0.95
@@ -55,12 +58,13 @@ class Results:
         ratio: Step time over the baseline's, by network.
         run: The last of the rows, which says how they were made.
         commits: Of all of them.
+        cells: Names and shapes of the runs.
     """
 
     def __init__(self, study, rows, overrides):
         self.study, lab = study, LABS[study.package]
         rows = [row for row in rows if row["bench"] == lab.bench]
-        self.values, self.ratio, self.run, self.commits = {}, {}, None, []
+        self.values, self.ratio, self.run, self.commits, self.cells = {}, {}, None, [], set()
         shapes, seeds = (
             {},
             {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
@@ -77,6 +81,7 @@ class Results:
                 metrics = self.values.setdefault(row["case"], {})
                 metrics.setdefault(row["metric"], {})[seed] = float(row["value"])
                 self.run = row
+                self.cells.add((row["case"], row["shape"]))
                 self.commits += [row["commit"]] if row["commit"] not in self.commits else []
 
     def of(self, name, metric):
@@ -188,6 +193,47 @@ def text(results):
         "the differences paired by seed."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])
+
+
+def of_all_commands(study, rows):
+    """The tables of every `ablate.py run` that the result file knows, Markdown.
+
+    Rows are grouped by command and corpus: what a command overrides is part of a cell's settings,
+    and two corpora have no losses in common. Rows whose settings the study has no longer are named.
+    """
+    of = [row for row in rows if row["bench"] == LABS[study.package].bench]
+    groups = {}
+    for row in of:
+        if row["metric"] not in ("step", "step ratio"):
+            corpus = row["shape"].partition(",")[0]
+            groups.setdefault((row["command"], corpus), set()).add((row["case"], row["shape"]))
+    parts = []
+    for (command, corpus), cells in groups.items():
+        # The corpus stands for its path, of which a cell's name has nothing else.
+        overrides = overrides_of(command) | {"data.source": corpus}
+        results = Results(study, of, overrides)
+        lost = len(cells) - len(results.cells & cells)
+        if results.of(BASELINE, HELDOUT):
+            parts.append(text(results))
+        else:
+            lost = len(cells)
+        if lost:
+            parts.append(
+                f"{lost} run{'s' * (lost > 1)} of `{command}` on {corpus} had settings that "
+                f"configs/ablations/{study.name}.yaml and the trainers' defaults do not have now, "
+                "or no plain network to be compared with: not shown."
+            )
+    return "\n\n".join(parts) or "No rows yet."
+
+
+def overrides_of(command):
+    """What a recorded command gave to `--override`."""
+    words = shlex.split(command)
+    if "--override" not in words:
+        return {}
+    given = words[words.index("--override") + 1 :]
+    items = (word.partition("=") for word in itertools.takewhile(lambda w: w[:2] != "--", given))
+    return {key: parsed(value) for key, _, value in items}
 
 
 def profiles(study, runs):

@@ -17,7 +17,7 @@ import statistics
 
 import torch
 from physics_systems import arm_acceleration
-from results import append_rows
+from results import append_rows, commit
 from torch import nn
 
 from inl_core import INLDynamics
@@ -118,6 +118,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
+    started_from = commit()
     found = {("PD alone", 0): no_policy}
     for name, kind in POLICIES.items():
         for seed in range(options.seeds):
@@ -140,7 +141,7 @@ def main():
                 f"of {len(values)} in [{min(values):.4g}, {max(values):.4g}]"
             )
     if options.rows:
-        append_rows(options.rows, "closed_loop", rows, "cpu")
+        append_rows(options.rows, "closed_loop", rows, "cpu", commit=started_from)
 
 
 if __name__ == "__main__":

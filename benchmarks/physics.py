@@ -8,25 +8,22 @@ next state of three systems of `physics_systems`, then continues held-out trajec
 mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
 placement of the dynamics is compared with the plain network of equal parameters (a wider MLP),
 pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. What has rows is not run
-again, and the table at the end is of all that was asked for.
+again, and the table at the end is of all that was asked for; `tables.py` writes the same table into
+docs/results/dynamics.md.
 """
 
 import argparse
-import math
-import statistics
 import time
 
 import torch
+from physics_report import BASELINES, STEPS, known_of, table
 from physics_systems import SYSTEMS, trajectories
-from results import append_rows, read_rows
-from scipy import stats
+from results import append_rows, commit, read_rows
 from torch import nn
 
 from complexity_lm import DeepConfig, DeepModel
 
 PRIMER, HORIZON = 32, 64
-# Each placement with the plain network of as many parameters.
-BASELINES = {"stream": "none", "branch": "none", "force": "none, wider"}
 EQUALS = {"none": "branch", "none, wider": "force"}
 NETWORKS = (*EQUALS, *BASELINES)
 SHAPE = {
@@ -38,7 +35,6 @@ SHAPE = {
     "num_experts": 0,
     "vocab_size": 8,
 }
-STEPS = (1, 16, 64)
 
 
 class Forecaster(nn.Module):
@@ -94,16 +90,6 @@ def rollout_errors(model, truth):
     return wrong.square().mean((0, 2)).sqrt()
 
 
-def ratio_interval(ratios):
-    """Geometric mean of paired ratios with the ends of its 95 % t-interval."""
-    logs = [math.log(ratio) for ratio in ratios]
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(middle), 0.0, math.inf
-    half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
-
-
 def run(task, network, seed, options, data, truth):
     """Train one model and return its rows' metrics."""
     channels = data.shape[-1]
@@ -142,10 +128,12 @@ def main():
     amount = f"{options.steps} steps of {options.batch_size}"
     shape = f"{options.trajectories} x {PRIMER + HORIZON}, {amount}"
 
-    known = {}
-    for row in read_rows(options.rows) if options.rows else []:
-        if row["bench"] == "physics" and row["shape"] == shape:
-            known.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
+    started_from = commit()
+    known = known_of(
+        row
+        for row in (read_rows(options.rows) if options.rows else [])
+        if row["bench"] == "physics" and row["shape"] == shape
+    )
     for task in options.tasks:
         data = trajectories(task, options.trajectories, PRIMER + HORIZON, seed=1)
         truth = trajectories(task, 256, PRIMER + HORIZON, seed=2)
@@ -170,31 +158,8 @@ def main():
                         }
                         for m, (v, u) in result.items()
                     ]
-                    append_rows(options.rows, "physics", rows, "cpu")
+                    append_rows(options.rows, "physics", rows, "cpu", commit=started_from)
     print("\n".join(table(known, options.tasks, range(options.seeds))))
-
-
-def table(known, tasks, seeds):
-    """Markdown: rollout error over that of the plain network, mean and interval over seeds."""
-    heads = [f"{steps} step{'s' * (steps > 1)} ahead" for steps in STEPS]
-    lines = [
-        "| system | placement | " + " | ".join(heads) + " |",
-        "|---|---|" + "---:|" * len(STEPS),
-    ]
-    for task in tasks:
-        for placement, baseline in BASELINES.items():
-            cells = []
-            for steps in STEPS:
-                metric = f"rollout error, {steps} steps"
-                ratios = [
-                    known[f"{task} / {placement} / seed {s}"][metric]
-                    / known[f"{task} / {baseline} / seed {s}"][metric]
-                    for s in seeds
-                ]
-                middle, low, high = ratio_interval(ratios)
-                cells.append(f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-            lines.append(f"| {task} | {placement} | " + " | ".join(cells) + " |")
-    return lines
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write the tables of README.md from the rows of the CSV files in this folder.
+"""Write the tables of README.md and of the dynamics' page from the rows in this folder.
 
     python benchmarks/tables.py            # all *.csv beside this file
-    python benchmarks/tables.py --check    # exit status 1 if README.md is out of date
+    python benchmarks/tables.py --check    # exit status 1 if a page is out of date
 
 Of rows that differ in date, commit and value only, the last one counts. A table is a command on a
 machine: numbers of two machines or two runs never stand side by side. The exception are the benches
@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import dynamics_page
 from results import read_rows
 
 HERE = Path(__file__).parent
@@ -91,14 +92,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    readme = HERE / "README.md"
-    before = readme.read_text()
-    after = rewritten(before, [r for path in sorted(HERE.glob("*.csv")) for r in read_rows(path)])
+    rows = [row for path in sorted(HERE.glob("*.csv")) for row in read_rows(path)]
+    stale = []
+    for page in (HERE / "README.md", dynamics_page.PAGE):
+        before = page.read_text()
+        after = dynamics_page.rewritten(rewritten(before, rows), rows)
+        if after == before:
+            continue
+        stale.append(page)
+        if not options.check:
+            page.write_text(after)
+    names = ", ".join(str(page.relative_to(HERE.parent)) for page in stale)
     if options.check:
-        print("up to date" if after == before else "out of date: python benchmarks/tables.py")
-        return int(after != before)
-    readme.write_text(after)
-    print(f"wrote {readme}")
+        print(f"out of date, run python benchmarks/tables.py: {names}" if stale else "up to date")
+        return int(bool(stale))
+    print(f"wrote {names}" if stale else "nothing to write: up to date")
     return 0
 
 

@@ -234,6 +234,50 @@ def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFix
         ablation_report.report(study, rows, Options, {"steps": 7})
 
 
+def test_the_page_has_a_table_of_every_command_and_corpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the folder of the data: a cell knows the name of its corpus only."""
+    from ablation_labs import LABS
+    from ablation_report import of_all_commands
+    from ablation_study import shape_of
+
+    monkeypatch.delenv("COMPLEXITY_DATA")
+    study = real_study("lm")
+    assert of_all_commands(study, []) == "No rows yet."
+
+    def rows(losses: dict[str, float], command: str, **overrides: object) -> list:
+        found = []
+        for name, loss in losses.items():
+            network = study.networks[name]
+            config = study.config(LABS["lm"], network, 0, "", overrides)
+            known = row(name, shape_of(config, network), "held-out loss", loss)
+            size = row(name, shape_of(config, network), "parameters", 1000)
+            found += [r | {"command": command} for r in (known, size)]
+        return found
+
+    both = [
+        *rows(
+            {"none": 2.0, "branch": 1.5}, "run",
+            **{"data.source": "text:/x/tinyshakespeare.txt"},
+        ),
+        *rows(
+            {"none": 3.0, "branch": 3.25}, "run --override steps=7 --jobs 2",
+            **{"data.source": "stdlib", "steps": 7},
+        ),
+    ]  # fmt: skip
+    written = of_all_commands(study, both)
+    assert written.count("| network | seeds |") == 2
+    assert "| branch | 1 | 1.000 |  | 1.5000 | -0.5000 |" in written
+    assert "| branch | 1 | 1.000 |  | 3.2500 | +0.2500 |" in written
+    assert "not shown" not in written
+
+    lost = [r | {"shape": r["shape"].replace("config", "config 0")} for r in both[4:]]
+    written = of_all_commands(study, both[:4] + lost)
+    assert written.count("| network | seeds |") == 1
+    assert "2 runs of `run --override steps=7 --jobs 2` on stdlib had settings that" in written
+
+
 # Cells ------------------------------------------------------------------------------------------
 
 

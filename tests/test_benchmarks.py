@@ -220,6 +220,29 @@ def test_tables_come_from_the_last_run_alone(scripts: None) -> None:
     assert tables.rewritten(done, [old, new, other]) == done
 
 
+def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) -> None:
+    import dynamics_page
+    import results
+
+    page = dynamics_page.PAGE.read_text()
+    found = [match[1] for match in dynamics_page.MARKED.findall(page)]
+    assert sorted(found) == ["ablate: dit", "ablate: lm", "closed loop", "physics"]
+    text = "a\n<!-- physics -->\nold\n<!-- end -->\nb\n<!-- ablate: lm -->\n<!-- end -->\n"
+    row = dict.fromkeys(results.FIELDS, "") | {"bench": "physics", "shape": "s"}
+    rows = [
+        row
+        | {"case": f"arm / {network} / seed 0", "value": value}
+        | {"metric": f"rollout error, {k} steps"}
+        for network, value in (("none", "2"), ("branch", "3"))
+        for k in (1, 16, 64)
+    ]  # fmt: skip
+    done = dynamics_page.rewritten(text, rows)
+    assert "| arm | branch | 1.500 | 1.500 | 1.500 | 1 |" in done
+    assert "old" not in done
+    assert done.endswith("<!-- ablate: lm -->\n\nNo rows yet.\n\n<!-- end -->\n")
+    assert dynamics_page.rewritten(done, rows) == done
+
+
 def test_the_tables_are_up_to_date() -> None:
     done = run("tables.py", "--check")
     assert done.returncode == 0, done.stdout

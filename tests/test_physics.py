@@ -28,6 +28,14 @@ def physics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return physics
 
 
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import physics_report
+
+    return physics_report
+
+
 def walk(systems: ModuleType, system: object, steps: int, dt: float) -> torch.Tensor:
     state, states = system.start, [system.start]
     for _ in range(steps):
@@ -70,12 +78,13 @@ def test_the_arm_loses_exactly_the_energy_that_its_damping_takes(systems: Module
     assert bool((energy.diff(dim=1) <= 0).all())
 
 
-def test_the_interval_of_paired_ratios(physics: ModuleType) -> None:
+def test_the_interval_of_paired_ratios(report: ModuleType) -> None:
     """Three ratios 0.5, 1, 2: mean of logs 0, deviation ln 2, half width 4.303 ln 2 / sqrt 3."""
-    middle, low, high = physics.ratio_interval([0.5, 1.0, 2.0])
+    middle, low, high = report.ratio_interval([0.5, 1.0, 2.0])
     assert middle == pytest.approx(1.0)
     assert high == pytest.approx(math.exp(4.303 * math.log(2) / math.sqrt(3)), rel=1e-3)
     assert low == pytest.approx(1 / high)
+    assert report.ratio_interval([0.5]) == (pytest.approx(0.5), None, None)
 
 
 def test_a_rollout_reads_its_own_output(physics: ModuleType) -> None:
@@ -109,6 +118,48 @@ def test_the_table_compares_each_placement_with_its_own_plain_network(physics: M
         "branch": "1.000 [1.000, 1.000]",
         "force": "0.250 [0.250, 0.250]",
     }
+
+
+def result_rows(bench: str, values: dict[tuple[str, str, str], float]) -> list[dict[str, str]]:
+    """Rows by (case, shape, metric)."""
+    import results
+
+    about = {"bench": bench, "command": "c", "commit": "1234567", "unit": ""}
+    return [
+        dict.fromkeys(results.FIELDS, "")
+        | about
+        | {"case": case, "shape": shape, "metric": metric, "value": str(value)}
+        for (case, shape, metric), value in values.items()
+    ]
+
+
+def test_the_page_has_the_ratios_that_there_are(report: ModuleType) -> None:
+    """A seed that only one of the two has is left out, and a placement without any is no line."""
+    errors = {"branch / seed 0": 1.0, "branch / seed 1": 3.0, "none / seed 0": 2.0}
+    rows = result_rows(
+        "physics",
+        {
+            (f"arm / {case}", "4096 x 96", f"rollout error, {steps} steps"): error
+            for case, error in errors.items()
+            for steps in report.STEPS
+        },
+    )
+    lines = report.rollouts(rows)
+    assert [line for line in lines if line.startswith("| arm")] == [
+        "| arm | branch | 0.500 | 0.500 | 0.500 | 1 |"
+    ]
+    assert "commit 1234567" in lines[-1]
+    assert report.rollouts([]) == []
+
+
+def test_the_closed_loop_is_told_by_medians_over_seeds(report: ModuleType) -> None:
+    values = {
+        ("INL, heavier payloads", f"seed {s}", "lost"): v for s, v in enumerate((0, 0.5, 0.1))
+    }
+    rows = result_rows("closed_loop", {**values, ("PD alone", "seed 0", "lost"): 1.0})
+    lines = report.closed_loop(rows)
+    assert "| INL, heavier payloads | 0.1 [0, 0.5] | 3 |" in lines
+    assert "| PD alone | 1 | 1 |" in lines
 
 
 @pytest.fixture

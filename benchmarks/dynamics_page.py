@@ -1,0 +1,40 @@
+"""The tables of docs/results/dynamics.md that come from rows, each between its marks.
+
+`tables.py` writes them. A part without rows says so in a line.
+"""
+
+import re
+from pathlib import Path
+
+from physics_report import closed_loop, rollouts
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/results/dynamics.md"
+MARKED = re.compile(r"(<!-- (physics|closed loop|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EMPTY = "No rows yet."
+
+
+def ablation(name, rows):
+    """The tables of a study; what reads a study is imported for rows alone, it takes seconds."""
+    rows = [row for row in rows if row["bench"] == f"ablate_{name}"]
+    if not rows:
+        return EMPTY
+    from ablation_report import of_all_commands
+    from ablation_study import read_study
+
+    return of_all_commands(read_study(ROOT / f"configs/ablations/{name}.yaml"), rows)
+
+
+def part(name, rows):
+    """What belongs behind a mark, Markdown."""
+    if name.startswith("ablate: "):
+        return ablation(name.removeprefix("ablate: "), rows)
+    bench, write = {"physics": ("physics", rollouts), "closed loop": ("closed_loop", closed_loop)}[
+        name
+    ]
+    return "\n".join(write([row for row in rows if row["bench"] == bench])) or EMPTY
+
+
+def rewritten(document, rows):
+    """The page with what stands between its marks replaced."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{part(m[2], rows)}\n\n{m[3]}", document)
