@@ -6,11 +6,14 @@
 import re
 from pathlib import Path
 
+from claims_report import claims
 from physics_report import closed_loop, rollouts
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results/dynamics.md"
-MARKED = re.compile(r"(<!-- (physics|closed loop|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (physics|closed loop|claims|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 EMPTY = "No rows yet."
 
 
@@ -29,9 +32,11 @@ def part(name, rows):
     """What belongs behind a mark, Markdown."""
     if name.startswith("ablate: "):
         return ablation(name.removeprefix("ablate: "), rows)
-    bench, write = {"physics": ("physics", rollouts), "closed loop": ("closed_loop", closed_loop)}[
-        name
-    ]
+    bench, write = {
+        "physics": ("physics", rollouts),
+        "closed loop": ("closed_loop", closed_loop),
+        "claims": ("claims_dit", claims),
+    }[name]
     return "\n".join(write([row for row in rows if row["bench"] == bench])) or EMPTY
 
 

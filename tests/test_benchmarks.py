@@ -226,7 +226,7 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) ->
 
     page = dynamics_page.PAGE.read_text()
     found = [match[1] for match in dynamics_page.MARKED.findall(page)]
-    assert sorted(found) == ["ablate: dit", "ablate: lm", "closed loop", "physics"]
+    assert sorted(found) == ["ablate: dit", "ablate: lm", "claims", "closed loop", "physics"]
     text = "a\n<!-- physics -->\nold\n<!-- end -->\nb\n<!-- ablate: lm -->\n<!-- end -->\n"
     row = dict.fromkeys(results.FIELDS, "") | {"bench": "physics", "shape": "s"}
     rows = [
