@@ -64,27 +64,30 @@ class CentredProducts:
         """(x[rows] @ y[columns].T) in float64."""
         return self._shifted(self.x[rows] @ self.y[columns].T, rows, columns)
 
-    def strips(self) -> Iterator[Float64]:
-        """All products a few rows at a time, for what passes over them many times."""
+    def strips(self, plus: float = 0.0) -> Iterator[Float64]:
+        """All products, each with `plus` added, a few rows at a time, to pass over often."""
         products = self.x @ self.y.T
         for start in range(0, len(products), STRIP_ROWS):
             rows = slice(start, start + STRIP_ROWS)
-            yield self._shifted(products[rows], rows, slice(None))
+            yield self._shifted(products[rows], rows, slice(None), plus)
 
-    def upper_strips(self) -> Iterator[Float64]:
-        """Products of x among themselves a few rows at a time, in half of the work.
+    def upper_strips(self, plus: float = 0.0) -> Iterator[Float64]:
+        """As `strips`, of different rows of x, each pair once, in half of the work.
 
-        A strip begins at its diagonal; what is left of that is not made and has no meaning.
+        A strip begins at its diagonal; there and to the left of it stands 0.
         """
         (multiply,) = get_blas_funcs(("syrk",), (self.x,))
         products = multiply(1.0, self.x.T, trans=True, lower=True).T
         for start in range(0, len(products), STRIP_ROWS):
             rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
-            yield self._shifted(products[rows, columns], rows, columns)
+            strip = self._shifted(products[rows, columns], rows, columns, plus)
+            square = strip[:, : len(strip)]
+            square[...] = np.triu(square, 1)
+            yield strip
 
-    def _shifted(self, products: Array, rows: slice, columns: slice) -> Float64:
+    def _shifted(self, products: Array, rows: slice, columns: slice, plus: float = 0.0) -> Float64:
         shifted = products.astype(np.float64)
-        shifted += self.x_shift[rows, None]
+        shifted += self.x_shift[rows, None] + plus
         shifted += self.y_shift[None, columns]
         return shifted
 
