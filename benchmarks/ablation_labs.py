@@ -1,8 +1,8 @@
 """How a cell of a study is trained and measured: `LM` and `DiT`, with the same methods.
 
 Numbers come from what the trainers leave (train_log.csv, dynamics.csv, result.json) wherever it is
-there. Two are measured here on the finished network: the size of the activations behind every layer
-and, for the image model, the held-out loss.
+there. Measured here on the finished network are the activations behind every layer, their size and
+their way through depth, and, for the image model, the held-out loss.
 """
 
 import csv
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from ablation_curves import curve_metrics, read_curve
+from claims_measures import total_curvature
 
 HELDOUT_SEED = 10_007
 """Of the pictures, times and noise that held-out losses of the image model are measured with."""
@@ -46,8 +47,9 @@ class Lab:
         curve = read_curve(Path(config.out) / "train_log.csv")
         found = curve_metrics(*curve, config.optim.warmup_steps, self.unit)
         network, layers, probe, measured = self.finished(config, swap)
-        found = measured | {"parameters": (count(network), "")} | found
-        profile = {"activation_rms": activation_sizes(layers, lambda: network(**probe))}
+        states = states_by_depth(layers, lambda: network(**probe))
+        found = measured | {"parameters": (count(network), "")} | found | path_metrics(states)
+        profile = {"activation_rms": [float(x.square().mean().sqrt()) for x in states]}
         looks = read_last_look(Path(config.out) / "dynamics.csv")
         if looks:
             profile["dynamics"] = looks
@@ -214,12 +216,26 @@ def heldout_loss(network, batches, config):
 
 
 @torch.no_grad()
-def activation_sizes(layers, forward):
-    """Root mean square of what leaves each layer, from the first to the last."""
-    sizes = []
-    with _hooks(layers, lambda *seen: sizes.append(float(seen[2][0].square().mean().sqrt()))):
+def states_by_depth(layers, forward):
+    """What leaves each layer, from the first to the last: (tokens, D) each."""
+    states = []
+    with _hooks(layers, lambda *seen: states.append(seen[2][0].flatten(0, -2))):
         forward()
-    return sizes
+    return states
+
+
+def path_metrics(states):
+    """How a token moves through depth, {name: (value, unit)}, means over tokens.
+
+    turning over depth: total curvature of the polygon of its states (`claims_measures`). largest
+    jump of a layer: |h' - h| / |h|, at the layer where its mean is largest.
+    """
+    path = torch.stack(states)
+    jumps = path.diff(dim=0).norm(dim=-1) / path[:-1].norm(dim=-1)
+    return {
+        "turning over depth": (float(total_curvature(path).mean()), "rad"),
+        "largest jump of a layer": (float(jumps.mean(1).max()), ""),
+    }
 
 
 @contextmanager

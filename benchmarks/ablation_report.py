@@ -29,6 +29,7 @@ NEAR = {"lm": 0.005, "dit": 0.021}
 CURVE = (
     "final training loss", "mean training loss", "detrended loss variance",
     "gradient norm, median", "gradient norm, 0.99", "gradient spikes",
+    "turning over depth", "largest jump of a layer",
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def main_table(results):
 
 
 def curve_table(results):
-    """What the training curves say: the mean of each metric, and its difference to the baseline."""
+    """Of training curves and the way through depth: means, and differences to the baseline."""
     named = [m for m in CURVE if any(results.of(n, m) for n in results.study.networks)]
     extra = sorted({m for v in results.values.values() for m in v if m.startswith(PAINTED)})
     lines = [

@@ -125,6 +125,35 @@ def test_a_trend_is_no_variance_and_noise_is() -> None:
     assert smooth["mean training loss"][0] == pytest.approx(np.trapezoid(falling) / 399)
 
 
+def test_the_way_through_depth_is_that_of_the_tokens() -> None:
+    """One token goes (1, 0), (1, 1), (1, 2), (3, 2): a right angle; the other stays."""
+    import torch
+    from ablation_labs import path_metrics, states_by_depth
+
+    class Moves(torch.nn.Module):
+        def __init__(self, by: list[float]) -> None:
+            super().__init__()
+            self.by = torch.tensor([by, [0.0, 0.0]])
+
+        def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return h + self.by, None
+
+    layers = [Moves(by) for by in ([1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [2.0, 0.0])]
+
+    def forward() -> None:
+        h = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+        for layer in layers:
+            h, _ = layer(h)
+
+    states = states_by_depth(layers, forward)
+    assert [x.tolist() for x in states] == [
+        [[1, 0], [3, 4]], [[1, 1], [3, 4]], [[1, 2], [3, 4]], [[3, 2], [3, 4]],
+    ]  # fmt: skip
+    found = path_metrics(states)
+    assert found["turning over depth"][0] == pytest.approx(math.pi / 2 / 2)
+    assert found["largest jump of a layer"][0] == pytest.approx(0.5)
+
+
 def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
     from ablation_curves import spikes
 
