@@ -23,13 +23,13 @@ import torch
 from claims_measures import colour_distances, length_over_chord, steadiness, total_curvature
 from results import append_rows, commit
 
+from complexity_dit.checkpoint_folders import all_checkpoints
 from complexity_dit.compare import different_settings, read_result
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.features import draw
 from complexity_dit.sample import SampleConfig, iter_samples, load_pipeline
 from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
-from complexity_dit.state import all_checkpoints
 from complexity_dit.subjects import labels_to_ask, open_reference, trained_on
 
 EULER = "FlowMatchEulerDiscreteScheduler"

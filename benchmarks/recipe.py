@@ -21,11 +21,11 @@ from fields import parsed, with_fields
 from results import append_rows, commit
 
 from complexity_dit.build import build_model
+from complexity_dit.checkpoint_folders import latest_checkpoint
 from complexity_dit.config import TrainConfig
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.folder_files import DATA_FILE
 from complexity_dit.sample import SampleConfig, load_pipeline
-from complexity_dit.state import latest_checkpoint
 from complexity_dit.train import train
 
 # What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from complexity_dit.checkpoint_folders import latest_checkpoint
 from complexity_dit.compatibility import check_labels
 from complexity_dit.errors import UserError
 from complexity_dit.init_from import start_from
-from complexity_dit.state import latest_checkpoint
 from complexity_dit.train import train
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 

@@ -15,10 +15,10 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from complexity_dit import looks
+from complexity_dit.checkpoint_folders import latest_checkpoint
 from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig
 from complexity_dit.noise_levels import NoiseLevels
-from complexity_dit.state import latest_checkpoint
 from complexity_dit.train import train
 
 

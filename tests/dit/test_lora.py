@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from complexity_dit.checkpoint_folders import latest_checkpoint
 from complexity_dit.config import LoraOptions, OptimConfig, TrainConfig
 from complexity_dit.data import DataConfig
 from complexity_dit.denoising import Chunks
@@ -27,7 +28,6 @@ from complexity_dit.objective import ObjectiveConfig
 from complexity_dit.pictures import read_pictures
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline
-from complexity_dit.state import latest_checkpoint
 from complexity_dit.train import train
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

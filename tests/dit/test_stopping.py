@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from complexity_dit.batches import StepBatches
+from complexity_dit.checkpoint_folders import (
+    all_checkpoints,
+    drop_old_checkpoints,
+    latest_checkpoint,
+)
 from complexity_dit.csv_log import CsvLog
 from complexity_dit.errors import RunStopped, UserError
-from complexity_dit.run_folder import LOCK_FILE, run_lock
-from complexity_dit.state import all_checkpoints, drop_old_checkpoints, latest_checkpoint
+from complexity_dit.run_lock import LOCK_FILE, run_lock
 from complexity_dit.stopping import StopRequest
 from complexity_dit.train import train
 

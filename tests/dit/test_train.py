@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from complexity_dit import state as state_module
 from complexity_dit.batches import StepBatches
+from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_dit.data import load_data
 from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.state import all_checkpoints, latest_checkpoint
 from complexity_dit.train import train
 
 
@@ -114,8 +114,12 @@ def test_resume_from_nothing_or_from_rubbish(small_run, tmp_path):
     train(small_run)
     checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
     (checkpoint / "model.safetensors").write_bytes(b"rubbish")
+    again = dataclasses.replace(small_run, resume="auto", steps=9)
+    with pytest.raises(UserError, match=r"step-00000008 is damaged: model.safetensors is not what"):
+        train(again)
+    (checkpoint / "SHA256SUMS").unlink()  # as before there were sums
     with pytest.raises(UserError, match="cannot read checkpoint"):
-        train(dataclasses.replace(small_run, resume="auto", steps=9))
+        train(again)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from complexity_lm import DeepForCausalLM, decay_parameter_names
 from complexity_lm import trainer as trainer_module
-from complexity_lm.checkpoints import all_checkpoints, latest_checkpoint
+from complexity_lm.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_lm.config import TrainConfig
 from complexity_lm.data import load_split, tokenize
 from complexity_lm.errors import UserError
@@ -267,10 +267,10 @@ def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):
 
 
 def test_interrupted_saving_leaves_no_checkpoint(small_run, monkeypatch):
-    def interrupt(aside, target):
+    def interrupt(written, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module, "move_into_place", interrupt)
+    monkeypatch.setattr(trainer_module, "_move", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(small_run)
     assert all_checkpoints(Path(small_run.out) / "checkpoints") == []
@@ -303,6 +303,9 @@ def test_resume_from_something_else(small_run, tmp_path):
     checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
     assert checkpoint is not None
     (checkpoint / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"step-00000008 is damaged: model.safetensors is not what"):
+        train(again)
+    (checkpoint / "SHA256SUMS").unlink()  # as before there were sums
     with pytest.raises(UserError, match="cannot read checkpoint"):
         train(again)
 

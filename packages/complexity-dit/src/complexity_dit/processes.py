@@ -24,21 +24,27 @@ class Processes:
 
     Args:
         accelerator: Of the run.
+
+    Attributes:
+        count: How many there are.
+        index: Which of them this is.
+        is_main: Whether it is the one that writes.
+        group: Their gloo group; None for a single one.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.count, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self._group = None
+        self.group = None
         if self.count > 1:
-            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def largest(self, number: int) -> int:
         """The largest of the numbers that the processes call this with."""
-        if self._group is None:
+        if self.group is None:
             return number
         shared = torch.tensor([number])
-        distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=self._group)
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=self.group)
         return int(shared)
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -59,9 +65,9 @@ class Processes:
                 answer = work()
             except UserError as raised:
                 error = raised
-        if self._group is not None:
+        if self.group is not None:
             shared = [(answer, error and str(error))]
-            distributed.broadcast_object_list(shared, src=0, group=self._group)
+            distributed.broadcast_object_list(shared, src=0, group=self.group)
             answer, message = shared[0]
             error = error or (UserError(message) if message else None)
         if error is not None:

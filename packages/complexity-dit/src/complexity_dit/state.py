@@ -8,6 +8,7 @@ A checkpoint folder holds
     optimizer.safetensors   the optimizer's moments
     state.json              step, EMA and schedule counters, recent gradient norms, the run's config
                             and process count
+    SHA256SUMS              of all of these; compared before a run goes on from them
 
 There is no generator state and no data position to save: both are functions of (seed, step), see
 `seeding`. Folders are written aside, flushed to disk and renamed, so a final name is always whole.
@@ -16,7 +17,6 @@ any number of processes can go on from them.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +28,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from complexity_dit.adapters import blank_copy
+from complexity_dit.checkpoint_folders import folder_of_step, latest_checkpoint
+from complexity_dit.checksums import write_sums
 from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside, remove_folder
+from complexity_dit.files import folder_aside
 from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.sharding import shared_out, whole
 from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
-_NAME = re.compile(r"step-(\d{8})")
+STATE_FILE = "state.json"
 
 
 @dataclass
@@ -97,7 +99,7 @@ class TrainState:
             "guard": self.guard and self.guard.state_dict(),
             "config": config,
         }
-        target = checkpoints / f"step-{self.step:08d}"
+        target = folder_of_step(checkpoints, self.step)
 
         def write() -> None:
             try:
@@ -105,7 +107,8 @@ class TrainState:
                     parts.save_average(average, folder)
                     save_file(weights, folder / "model.safetensors")
                     save_file(moments, folder / "optimizer.safetensors")
-                    (folder / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+                    (folder / STATE_FILE).write_text(json.dumps(meta, indent=1) + "\n")
+                    write_sums(folder)
             except Exception as error:  # safetensors reports a full disk as its own error type
                 kept = latest_checkpoint(checkpoints)
                 raise UserError(
@@ -135,7 +138,7 @@ class TrainState:
                 checkpoint is another model's.
         """
         try:
-            meta = json.loads((checkpoint / "state.json").read_text())
+            meta = json.loads((checkpoint / STATE_FILE).read_text())
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
             shadow = parts.load_average(checkpoint, label_names, self.model.config)
@@ -219,34 +222,3 @@ def _unflatten_optimizer(
             value = shared_out(value, parameter)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
-
-
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint with the most steps in a folder, or None."""
-    found = all_checkpoints(checkpoints)
-    return found[-1] if found else None
-
-
-def all_checkpoints(checkpoints: Path) -> list[Path]:
-    """Whole checkpoints in a folder, by step."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name))
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def drop_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints that are neither among the newest nor at a step to keep for ever.
-
-    Args:
-        checkpoints: Their folder.
-        keep_last: How many of the newest stay; 0 keeps all.
-        keep_every: Those at a multiple of this many steps stay; 0 for none.
-    """
-    for old in all_checkpoints(checkpoints)[:-keep_last] if keep_last else []:
-        if not keep_every or step_of(old) % keep_every:
-            remove_folder(old)

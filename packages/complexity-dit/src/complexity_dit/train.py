@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from complexity_dit.acceleration import make_accelerator
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
+from complexity_dit.checkpoint_folders import drop_old_checkpoints
 from complexity_dit.config import TrainConfig
 from complexity_dit.errors import RunStopped, UserError
 from complexity_dit.files import file_aside, folder_aside
@@ -24,12 +25,13 @@ from complexity_dit.init_from import start_from
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.looks import Look, build_looks
 from complexity_dit.lora import adapt
+from complexity_dit.lost_process import losses_told
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
 from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.run_folder import claimed_folder
-from complexity_dit.state import TrainState, drop_old_checkpoints
+from complexity_dit.state import TrainState
 from complexity_dit.step import optimizer_step
 from complexity_dit.stopping import StopRequest
 from complexity_dit.trackers import start_tracker
@@ -62,7 +64,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
 
     Raises:
         UserError: For bad input, a folder that another run writes in, a loss that is not finite,
-            or a disk that is full.
+            a disk that is full, a damaged checkpoint, or a process of the run that is gone.
         RunStopped: After SIGTERM or SIGINT, when the step is finished and saved.
     """
     _check_numbers(config)
@@ -70,7 +72,10 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     processes = Processes(accelerator)
     _check_batch(config, processes.count)
     try:
-        with claimed_folder(Path(config.out), config.resume, processes) as checkpoint:
+        with (
+            losses_told(processes.index, processes.count, processes.group),
+            claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
+        ):
             return _train(config, build, accelerator, processes, checkpoint)
     finally:
         accelerator.end_training()  # takes the process group down: nothing may wait after it
@@ -154,9 +159,12 @@ def _train(
                 )
             _look(looks, state, processes)
         averaged = state.network("ema")
-        if processes.is_main:
+
+        def save_final() -> None:
             with folder_aside(out / parts.folder_name) as folder:
                 parts.save(averaged, folder)
+
+        processes.on_main(save_final)
     return out / parts.folder_name
 
 

@@ -1,4 +1,12 @@
-"""Files and folders that are whole or absent: written aside, flushed to disk, renamed."""
+"""Files and folders that are whole or absent, also after a kill -9 or a power loss.
+
+Everything is written under a scratch name beside its final one, flushed to disk and renamed. The
+scratch names all begin with a dot, so that `recover` can tell after a kill what is left of whom:
+
+    .NAME.partial[...]   being written: worth nothing
+    .NAME.old            whole, moved out of the way of a new NAME that is whole too
+    .NAME.removed        being removed: worth nothing
+"""
 
 import os
 import shutil
@@ -17,7 +25,7 @@ def file_aside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
+        dir=target.parent, prefix=f".{target.name}.partial.", suffix=target.suffix
     )
     os.close(handle)
     aside = Path(name)
@@ -34,28 +42,60 @@ def file_aside(target: Path) -> Iterator[Path]:
 def folder_aside(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `target` when the block ends well.
 
-    On an error the scratch folder is removed and `target` is as it was.
+    On an error the scratch folder is removed and `target` is as it was. A folder cannot be replaced
+    in one step as a file can: a kill between the two renames leaves the old one whole as
+    `.NAME.old`, and `recover`, or the next call for the same target, gives it its name back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.partial")
+    aside, old = (
+        target.with_name(f".{target.name}.partial"),
+        target.with_name(f".{target.name}.old"),
+    )
+    _put_back(old, target)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         yield aside
-        move_into_place(aside, target)
+        for path in aside.rglob("*"):
+            _flush(path)
+        _flush(aside)
+        if target.exists():
+            target.replace(old)
+        try:
+            aside.replace(target)
+        except BaseException:
+            _put_back(old, target)
+            raise
+        _flush(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def move_into_place(aside: Path, target: Path) -> None:
-    """Give a finished scratch folder its final name; what had that name is replaced."""
-    for path in aside.rglob("*"):
-        _flush(path)
-    _flush(aside)
-    if target.exists():
-        shutil.rmtree(target)
-    aside.replace(target)
-    _flush(target.parent)
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill on the way leaves nothing half-removed under its name."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.replace(removed)
+    shutil.rmtree(removed)
+
+
+def recover(folder: Path) -> None:
+    """Clear what killed writers left in a folder that nobody else is writing in."""
+    for old in folder.glob(".*.old"):
+        _put_back(old, old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+    for pattern in (".*.partial", ".*.partial.*", ".*.old", ".*.removed"):
+        for stale in folder.glob(pattern):
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
+
+
+def _put_back(old: Path, target: Path) -> None:
+    if old.exists() and not target.exists():
+        old.replace(target)
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from complexity_lm.train_log import CsvLog
+from complexity_lm.csv_log import CsvLog
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from complexity_lm.checkpoints import checkpoint_to_resume, step_of
+from complexity_lm.checkpoint_folders import step_of
 from complexity_lm.config import TrainConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.data import (
@@ -32,9 +32,11 @@ from complexity_lm.data import (
 from complexity_lm.errors import UserError
 from complexity_lm.files import file_aside, folder_aside
 from complexity_lm.loading import load, versions, weights_hash
+from complexity_lm.lost_process import losses_told
 from complexity_lm.modeling_complexity import DeepForCausalLM
 from complexity_lm.monitor import DynamicsMonitor
 from complexity_lm.plots import plot_loss
+from complexity_lm.run_folder import claimed_folder
 from complexity_lm.scoring import score_report, score_texts
 from complexity_lm.stream import BlockStream
 from complexity_lm.tokenizer import (
@@ -67,11 +69,27 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         The folder of the finished model.
 
     Raises:
-        UserError: For bad input, a loss that is not finite, or a disk that is full.
+        UserError: For bad input, a folder that another run writes in, a damaged checkpoint, a loss
+            that is not finite, a disk that is full, or a process of the run that is gone.
     """
-    out = Path(config.out)
     processes = PartialState(cpu=not torch.accelerator.is_available())
-    checkpoint = checkpoint_to_resume(config.resume, out)
+    try:
+        with (
+            losses_told(processes.process_index, processes.num_processes),
+            claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
+        ):
+            return _train(config, build or build_model, processes, checkpoint)
+    finally:
+        processes.destroy_process_group()  # nothing may wait after it
+
+
+def _train(
+    config: TrainConfig,
+    build: Callable[..., PreTrainedModel],
+    processes: PartialState,
+    checkpoint: Path | None,
+) -> Path:
+    out = Path(config.out)
     start_step = step_of(checkpoint) if checkpoint else 0
     measures = bool(config.data.heldout_source or config.data.holdout)
     args = training_arguments(config, processes.num_processes, measures)
@@ -81,7 +99,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         tokenizer = _tokenizer(config, corpus, out)
     tokens = tokenize(corpus.sample, tokenizer)
     heldout = tokenize(corpus.heldout, tokenizer) if corpus.heldout is not None else None
-    model = (build or build_model)(config, tokenizer, tokens)
+    model = build(config, tokenizer, tokens)
     blocks = _training_blocks(config, corpus, tokens, tokenizer)
     heldout_blocks = None
     if heldout is not None:
@@ -97,7 +115,8 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         probe = pack(tokens, config.data.context) if heldout_blocks is None else heldout_blocks
         trainer.add_callback(_monitor(config, trainer, probe, start_step))
     if processes.is_main_process:
-        (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        with file_aside(out / "config.yaml") as aside:
+            aside.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     folder = trainer.save_final(out / "model")
@@ -105,7 +124,6 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         plot_loss(out / "train_log.csv", out / "heldout_log.csv", out / "loss.png")
         _write_result(config, folder, corpus)
     processes.wait_for_everyone()
-    trainer.accelerator.end_training()  # takes the process group down: nothing may wait after it
     return folder
 
 

@@ -1,7 +1,5 @@
-"""The curves of a run as CSV files: written in batches, exact across resumes."""
+"""The curve of a run's steps: gathered on the device, written in batches."""
 
-import csv
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-
-class CsvLog:
-    """A CSV whose first column is the step; opening it drops what lies beyond the resumed step.
-
-    Args:
-        path: The file; its folder exists.
-        fields: Column names, "step" first.
-        start_step: A resumed run repeats the steps after this one: their rows are removed.
-    """
-
-    def __init__(self, path: Path, fields: Sequence[str], start_step: int) -> None:
-        self.path = path
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def write(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Append rows in the order of the fields."""
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
+from complexity_lm.csv_log import CsvLog
 
 
 class StepLog:

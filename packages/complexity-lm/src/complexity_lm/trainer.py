@@ -5,7 +5,7 @@ tokenizer (it loads with `from_pretrained`), and, to go on from it, `trainer_sta
 `optimizer.pt`, `scheduler.pt` and `rng_state*.pth`. The last three are PyTorch files, which Trainer
 reads with `weights_only=True`: that unpickler builds tensors, numbers and containers and runs no
 code (for the generator states it may build numpy arrays too). `training_args.bin`, a full pickle
-that nothing reads, is removed.
+that nothing reads, is removed. `SHA256SUMS` lists them all; it is compared before a run goes on.
 """
 
 import math
@@ -28,20 +28,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from complexity_lm.checkpoints import (
-    check_shapes,
+from complexity_lm.checkpoint_folders import (
     drop_old_checkpoints,
     folder_of_step,
     latest_checkpoint,
 )
+from complexity_lm.checkpoints import check_shapes
+from complexity_lm.checksums import write_sums
 from complexity_lm.config import TrainConfig
+from complexity_lm.csv_log import CsvLog
 from complexity_lm.data import BlockOrder, collate
 from complexity_lm.errors import UserError
-from complexity_lm.files import move_into_place
+from complexity_lm.files import folder_aside
 from complexity_lm.loading import write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.stream import BlockStream
-from complexity_lm.train_log import CsvLog, StepLog
+from complexity_lm.train_log import StepLog
 
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
@@ -67,7 +69,7 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
     optim = config.optim
     return TrainingArguments(
         # Trainer writes here, and whole checkpoints are moved out of it.
-        output_dir=str(Path(config.out) / "checkpoints" / ".partial"),
+        output_dir=str(Path(config.out) / "checkpoints" / ".trainer.partial"),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size // share,
         per_device_eval_batch_size=max(1, config.batch_size // share),
@@ -234,7 +236,8 @@ class LMTrainer(Trainer):
                 write_training_file(written, self.config.data, self.tokenizer)
                 if self.stream is not None:
                     self.stream.save(written, step * self.config.batch_size)
-                move_into_place(written, target)
+                write_sums(written)
+                _move(written, target)
                 drop_old_checkpoints(checkpoints, self.config.keep_last)
         except (
             Exception
@@ -254,12 +257,13 @@ class LMTrainer(Trainer):
 
         Every process calls it; a sharded model is gathered.
         """
-        partial = target.with_name(f".{target.name}.partial")
+        partial = target.with_name(f".trainer.{target.name}.partial")
         self.save_model(str(partial), _internal_call=True)
         if self.is_world_process_zero():
             (partial / "training_args.bin").unlink(missing_ok=True)
             write_training_file(partial, self.config.data, self.tokenizer)
-            move_into_place(partial, target)
+            _move(partial, target)
+            shutil.rmtree(partial)
         return target
 
     def _load_from_checkpoint(
@@ -270,6 +274,13 @@ class LMTrainer(Trainer):
         if self.stream is not None:
             self.stream.load(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _move(written: Path, target: Path) -> None:
+    """Give what Trainer has written its final name, whole or not at all."""
+    with folder_aside(target) as folder:
+        for path in written.iterdir():
+            path.replace(folder / path.name)
 
 
 class _Watch(ProgressCallback):

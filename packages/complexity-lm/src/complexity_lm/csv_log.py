@@ -1,0 +1,41 @@
+"""A curve as a CSV file that is exact across kills and resumes."""
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from complexity_lm.files import file_aside
+
+
+class CsvLog:
+    """A CSV whose first column is the step; opening it drops what lies beyond the resumed step.
+
+    Args:
+        path: The file.
+        fields: Column names, "step" first.
+        start_step: A resumed run repeats the steps after this one: their rows are removed.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], start_step: int) -> None:
+        self.path = path
+        rows: list[dict[str, str]] = []
+        if path.exists():
+            # A kill may have cut the last line short, and "1" of "120" is a step too.
+            whole = path.read_text().rpartition("\n")[0].splitlines()
+            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= start_step]
+        self.steps = {int(row["step"]) for row in rows}
+        with file_aside(path) as aside, aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Append rows in the order of the fields; they are on disk when this returns."""
+        rows = list(rows)
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.steps.update(int(row[0]) for row in rows)
