@@ -1,0 +1,85 @@
+"""Runs of seconds that are damaged, starved and killed: one of each package."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no waiting for a hub
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+from support.small_runs import dit_run, lm_run, write_texts
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A folder of sixteen files of 120 words."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(params=["dit", "lm"])
+def package(request, texts) -> SimpleNamespace:
+    """What a test of both packages needs of one.
+
+    `run(out, **fields)` makes a config, `train(config)` trains; `UserError`, `STATE_FILE`,
+    `checkpoint_folders`, `checksums` and `run_lock` are the package's own; `outcome(out)` is what a
+    finished run ends with, bits by file.
+    """
+    name = f"complexity_{request.param}"
+    module: Callable = lambda part: __import__(f"{name}.{part}", fromlist=["_"])  # noqa: E731
+    folders = module("checkpoint_folders")
+    if request.param == "dit":
+        state_file, run = module("state").STATE_FILE, dit_run
+    else:
+        state_file = module("run_folder").STATE_FILE
+
+        def run(out, **fields):
+            return lm_run(out, texts, **fields)
+
+    def outcome(out: Path) -> dict[str, bytes]:
+        last = folders.latest_checkpoint(Path(out) / "checkpoints")
+        # optimizer.pt is a zip, which has times in it.
+        files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
+        return {path.name: path.read_bytes() for path in files}
+
+    return SimpleNamespace(
+        name=request.param, run=run, train=module("train").train, outcome=outcome,
+        UserError=module("errors").UserError, STATE_FILE=state_file, checkpoint_folders=folders,
+        checksums=module("checksums"), files=module("files"), run_lock=module("run_lock"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished_runs() -> dict:
+    """Finished runs by package, filled by `finished`."""
+    return {}
+
+
+@pytest.fixture
+def finished(package, finished_runs, tmp_path_factory, tmp_path) -> Path:
+    """A copy of a finished run, trained once a package and session."""
+    if package.name not in finished_runs:
+        out = tmp_path_factory.mktemp(f"finished-{package.name}") / "run"
+        package.train(package.run(out))
+        finished_runs[package.name] = out
+    shutil.copytree(finished_runs[package.name], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def resumed(package) -> Callable[..., Path]:
+    """Go on with a run's folder."""
+
+    def go_on(out: Path, resume: str | Path = "auto", **fields) -> Path:
+        return package.train(dataclasses.replace(package.run(out), resume=str(resume), **fields))
+
+    return go_on

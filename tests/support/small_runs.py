@@ -1,0 +1,55 @@
+"""Runs of seconds of both packages, for tests that damage, starve, kill and keep them."""
+
+from pathlib import Path
+
+import numpy as np
+
+import complexity_dit.config as dit_config
+import complexity_dit.data as dit_data
+import complexity_lm.config as lm_config
+import complexity_lm.data as lm_data
+from complexity_lm.tokenizer import TokenizerConfig
+
+STEPS, EVERY = 8, 4
+
+
+def dit_run(out: Path, **fields) -> dit_config.TrainConfig:
+    """A run on the embedded art set, with two checkpoints."""
+    return dit_config.TrainConfig(
+        **{
+            "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
+            "checkpoint_every": EVERY, "report_to": "none",
+            "data": dit_data.DataConfig(resolution=8, num_images=32),
+            "model": dit_config.ModelConfig(
+                overrides={"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
+            ),
+            "optim": dit_config.OptimConfig(warmup_steps=2),
+        } | fields
+    )  # fmt: skip
+
+
+def lm_run(out: Path, texts: str | Path, **fields) -> lm_config.TrainConfig:
+    """A run on a few hundred words, with two checkpoints."""
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "dynamics_controller_hidden": 8,
+    }  # fmt: skip
+    return lm_config.TrainConfig(
+        **{
+            "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
+            "eval_every": 4, "eval_blocks": 4, "checkpoint_every": EVERY, "dynamics_every": 4,
+            "tracker": "none", "data": lm_data.DataConfig(source=f"text:{texts}", context=16),
+            "tokenizer": TokenizerConfig(vocab_size=280),
+            "model": lm_config.ModelConfig(overrides=sizes),
+            "optim": lm_config.OptimConfig(warmup_steps=2, lr=1e-2),
+        } | fields
+    )  # fmt: skip
+
+
+def write_texts(folder: Path) -> None:
+    """Sixteen files of 120 words of four letters."""
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("aeioklmnrst"), 4)) for _ in range(30)]
+    for i in range(16):
+        lines = [" ".join(draw.choice(words, 8)) + ".\n" for _ in range(15)]
+        (folder / f"{i:02}.txt").write_text("".join(lines))
