@@ -9,6 +9,7 @@ PACKAGES = {
     "complexity_lm": Path("packages/complexity-lm/src/complexity_lm"),
 }
 TWINS = [
+    "bounded.py",
     "checkpoint_folders.py",
     "checksums.py",
     "csv_log.py",

@@ -82,7 +82,7 @@ def test_other_pngs_are_refused():
         gallery_png.read_png(file.getvalue())
     with pytest.raises(UserError, match="not a PNG"):
         gallery_png.read_png(b"GIF89a")
-    with pytest.raises(UserError, match="unknown setting 'mood'"):
+    with pytest.raises(UserError, match="unknown field 'mood'"):
         Settings.from_dict({"mood": "blue"})
 
 

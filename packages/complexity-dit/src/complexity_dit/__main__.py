@@ -4,16 +4,19 @@ import json
 import logging
 import sys
 from collections.abc import Container, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
+from complexity_dit.bounded import bound_settings, printable, unreadable
 from complexity_dit.commands import COMMANDS
 from complexity_dit.errors import RunStopped, UserError
 
 
 def build_parser(filled: Container[str] = COMMANDS) -> ArgumentParser:
     """All commands, with the options of those in `filled`: each imports what it is made of."""
+    bound_settings()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
     )
@@ -31,9 +34,25 @@ def build_parser(filled: Container[str] = COMMANDS) -> ArgumentParser:
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one command."""
+    command, options = parse(arguments)
+    COMMANDS[command].run(options)
+
+
+def parse(
+    arguments: Sequence[str], parser: ArgumentParser | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The command and its options, of the types that they have; nothing is run.
+
+    Args:
+        arguments: The words after the program's name.
+        parser: Of `build_parser`, to parse many times with; built by default.
+
+    Raises:
+        UserError: Naming what is wrong, what was expected and the nearest names.
+    """
     # A completion script names every option; all else is about the command that is named.
     everything = any(word.startswith("--print_completion") for word in arguments)
-    parser = build_parser(COMMANDS if everything else arguments)
+    parser = parser or build_parser(COMMANDS if everything else arguments)
     arguments = _join_labels(arguments)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
@@ -43,7 +62,11 @@ def run(arguments: Sequence[str]) -> None:
         commands = parser._subcommands_action
         assert commands is not None  # build_parser added them
         raise UserError(explain(str(error), arguments, commands.choices)) from None
-    COMMANDS[parsed.subcommand].run(parsed[parsed.subcommand].as_dict())
+    except UserError:
+        raise
+    except Exception as error:  # the parser lets through what a value makes its own code raise
+        raise UserError(unreadable(error)) from error
+    return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 
 def _join_labels(arguments: Sequence[str]) -> list[str]:
@@ -88,7 +111,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return status
 
 

@@ -83,9 +83,10 @@ def read_adapter(source: Any, prefix: str | None, **fetching: Any) -> tuple[dict
             source, user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             allow_pickle=False, **options,
         )  # fmt: skip
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # diffusers' fetching and safetensors raise types of their own
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no adapter in {source} ({str(error).splitlines()[0]}): give a folder with "
+            f"there is no adapter in {source} ({said}): give a folder with "
             "pytorch_lora_weights.safetensors, or a Hub id and weight_name"
         ) from error
     if prefix is None:

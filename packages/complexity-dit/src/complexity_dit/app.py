@@ -29,14 +29,17 @@ from pathlib import Path
 
 from complexity_dit.app_config import AppConfig
 from complexity_dit.app_guard import Guard, page_files
-from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, wall
+from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, waiting, wall
 from complexity_dit.errors import UserError
 from complexity_dit.gallery import MAX_SEED, Gallery, Settings
 from complexity_dit.sample import load_pipeline
 from complexity_dit.subjects import pick_device
+from complexity_dit.turns import Ticket, Turns
 
 _ANY = "any"
 _GRID = "A grid of several seeds"
+_CLICKS = 64  # beside paintings: stops, new seeds, refusals on their way
+_LOOK_SECONDS = 0.3  # between two looks at whose turn it is
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -65,6 +68,7 @@ class Session:
 def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
     """The page: what to paint at the left, the wall with the pictures at the right."""
     defaults, limits, sessions = Settings(), gallery.limits, Session()
+    turns = Turns(queue_size)
     fields = list(gallery.label_names)
     strips = {f"Every {field}, one seed": field for field in fields}
 
@@ -137,11 +141,23 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 scheduler=scheduler,
                 side=side,
             )
-            try:
-                asked = gallery.check(asked)
-                for frame in gallery.paint(asked, sessions.start(str(request.session_hash))):
+
+            def shown(stop: threading.Event, ticket: Ticket) -> Iterator[tuple[str, Any, Any]]:
+                while (before := turns.before(ticket)) and not stop.is_set():
+                    yield waiting(before), *busy
+                    stop.wait(_LOOK_SECONDS)
+                if stop.is_set():
+                    yield empty_wall(), *idle
+                    return
+                for frame in gallery.paint(asked, stop):
                     going_on = not (frame.done or frame.stopped)
                     yield wall(gallery, asked, frame), *(busy if going_on else idle)
+
+            try:
+                asked = gallery.check(asked)
+                stop = sessions.start(str(request.session_hash))
+                ticket = turns.join(stop)
+                yield from turns.frames(ticket, shown(stop, ticket))
             except UserError as error:
                 yield refusal(str(error)), *idle
 
@@ -152,7 +168,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             painting,
             [show, count, seed, steps, guidance, scheduler, side, *labels],
             [canvas, paint, stop],
-            concurrency_limit=1,
+            concurrency_limit=None,  # the line is ours, see `Turns`
             show_progress="hidden",
             api_visibility="private",
         )
@@ -162,7 +178,8 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             concurrency_limit=None, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         page.unload(stopping)
-    page.queue(max_size=queue_size, api_open=False)
+    # A flood is held off here; a click waits here for a thread alone, never behind a painting.
+    page.queue(max_size=queue_size + _CLICKS, api_open=False)
     return page
 
 

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from complexity_dit.bounded import parse_json
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -77,9 +79,9 @@ class Guard:
 def _unfit(body: bytes) -> str:
     """Why a body is no event of the gallery; empty if it is one."""
     try:
-        event = json.loads(body)
-    except ValueError:
-        return "the body is no JSON"
+        event = parse_json(body)
+    except ValueError as error:
+        return f"the body is no JSON ({error})"
     if not isinstance(event, dict):
         return "the body is no JSON object"
     values = event.get("data") or []

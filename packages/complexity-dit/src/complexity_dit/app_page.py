@@ -102,6 +102,12 @@ def refusal(message: str) -> str:
     )
 
 
+def waiting(before: int) -> str:
+    """While others are painted."""
+    others = "one painting is" if before == 1 else f"{before} paintings are"
+    return _wall(f'<div class="empty" data-state="waiting">Waiting: {others} before yours.</div>')
+
+
 def wall(gallery: Gallery, settings: Settings, frame: Frame) -> str:
     """The pictures of a frame: a look while they are painted, links to PNGs when they are done."""
     captions = gallery.captions(settings)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from complexity_dit.errors import UserError
+from complexity_dit.weight_files import SafeWeightsMixin
 
 KNOWN_PICKLES = {
     "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",
@@ -73,7 +74,7 @@ class SoftClamp(nn.Module):
         return self.bound * torch.tanh(z / self.bound)
 
 
-class TinyAutoencoder(ModelMixin, ConfigMixin):
+class TinyAutoencoder(SafeWeightsMixin, ModelMixin, ConfigMixin):
     """A small autoencoder with the interface of diffusers' `AutoencoderTiny`.
 
     Layers are numbered as in the published files, so that those load without renaming.
@@ -190,7 +191,7 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         try:
             model = cls(**_family_config(parts["encoder"], parts["decoder"]))
             model.load_state_dict(state)
-        except (KeyError, IndexError, RuntimeError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(
                 f"{folder} holds no autoencoder of the TAESD family: {error}"
             ) from error

@@ -1,10 +1,10 @@
 """Two results side by side, when they were measured alike."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from complexity_dit.bounded import fits, read_json_object
 from complexity_dit.errors import UserError
 
 # What a number does not depend on: names, speed, output, and extras beside it.
@@ -64,8 +64,8 @@ def compare(first: str | Path, second: str | Path, allow: Sequence[str] = ()) ->
             + "\nMeasure both alike, or name what may differ with --allow"
         )
     lines = [
-        f"A = {first} ({a['settings']['target']})",
-        f"B = {second} ({b['settings']['target']})",
+        f"A = {first} ({a['settings'].get('target')})",
+        f"B = {second} ({b['settings'].get('target')})",
     ]
     lines += [
         f"different by --allow: {name}: {_shown(x)} and {_shown(y)}"
@@ -100,11 +100,15 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
     try:
-        result = json.loads(file.read_text())
+        result = read_json_object(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a result ({error})") from error
-    if not isinstance(result, dict) or {"metrics", "settings"} - set(result):
-        raise UserError(f"{file} is no result.json of complexity-dit evaluate")
+    metrics, settings = result.get("metrics"), result.get("settings")
+    if not fits(metrics, dict[str, float | None]) or not fits(settings, dict[str, Any]):
+        raise UserError(
+            f"{file} is no result.json of complexity-dit evaluate: it has numbers under `metrics` "
+            "and what they were measured with under `settings`"
+        )
     return result
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,6 +41,10 @@ _FRESH: tuple[tuple[str, str], ...] = (
     ("time_embed.", "starts anew: theirs has another width"),
     (".mlp.", "starts anew: their experts have no counterpart"),
 )
+
+
+_LARGER, _SMALL = 4, 10_000_000
+"""Ours may be so many times larger than their checkpoint, and a small one anyway."""
 
 
 @dataclass
@@ -112,7 +115,18 @@ def from_state_dict(
     tensors: Mapping[str, Tensor], num_attention_heads: int | None = None
 ) -> Conversion:
     """Convert tensors by their names; see `convert`."""
+    try:
+        return _converted(tensors, num_attention_heads)
+    except UserError:
+        raise
+    # A tensor of another rank or size than its fellows, wherever it is first noticed.
+    except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"the checkpoint's tensors do not fit each other: {error}") from error
+
+
+def _converted(tensors: Mapping[str, Tensor], num_attention_heads: int | None) -> Conversion:
     config = _config_of(tensors, num_attention_heads)
+    _check_size(config, tensors)
     conversion = Conversion(ComplexityDiTTransformer2DModel(**config))
     left = dict(tensors)
 
@@ -122,7 +136,10 @@ def from_state_dict(
             raise UserError(f"the checkpoint has no {missing[0]}: it is of another layout")
         try:
             value = make(*(tensors[source].float() for source in sources))
-            conversion.network.get_parameter(name).copy_(value)
+            parameter = conversion.network.get_parameter(name)
+            if value.shape != parameter.shape:  # copy_ would repeat a smaller one
+                raise RuntimeError(f"{tuple(value.shape)} in place of {tuple(parameter.shape)}")
+            parameter.copy_(value)
         except RuntimeError as error:
             shapes = ", ".join(f"{s} {tuple(tensors[s].shape)}" for s in sources)
             raise UserError(f"{shapes} cannot become {name}: {error}") from error
@@ -255,6 +272,24 @@ def _config_of(tensors: Mapping[str, Tensor], heads: int | None) -> dict[str, An
     }
 
 
+def _check_size(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a few tensors that describe a network far larger than they are."""
+    if config["num_layers"] > len(tensors):
+        raise UserError(f"blocks of {len(tensors)} tensors cannot be {config['num_layers']}")
+    try:
+        with torch.device("meta"):
+            network = ComplexityDiTTransformer2DModel(**config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"their sizes make no network of ours: {error}") from error
+    ours = sum(p.numel() for p in network.parameters())
+    theirs = sum(t.numel() for t in tensors.values())
+    if ours > _LARGER * theirs + _SMALL:
+        raise UserError(
+            f"the checkpoint has {theirs} numbers, and its shapes describe a network of {ours}: "
+            "tensors are missing"
+        )
+
+
 def _overrides(config: Mapping[str, Any], size: str | None) -> str:
     names = ["num_key_value_heads", "mlp_ratio", "rope_theta", "dynamics_controller_hidden",
              "dynamics_mu_min", "dynamics_mu_max"]  # fmt: skip
@@ -272,7 +307,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors' own type, OSError, ValueError, MemoryError, …
         raise UserError(f"cannot read {path}: {error}") from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 
 
@@ -23,8 +24,7 @@ class CsvLog:
         rows: list[dict[str, str]] = []
         if path.exists():
             # A kill may have cut the last line short, and "1" of "120" is a step too.
-            whole = path.read_text().rpartition("\n")[0].splitlines()
-            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= start_step]
+            rows = [row for row in _whole_rows(path, fields) if int(row["step"]) <= start_step]
         self.steps = {int(row["step"]) for row in rows}
         with file_aside(path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, fields)
@@ -39,3 +39,22 @@ class CsvLog:
             file.flush()
             os.fsync(file.fileno())
         self.steps.update(int(row[0]) for row in rows)
+
+
+def _whole_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """The rows that are there to their end; a file that is no such log is refused, not replaced."""
+    try:
+        # newline="" leaves line ends to the csv module, which knows those inside of quotes.
+        with path.open(newline="", encoding="utf-8") as file:
+            whole = file.read().rpartition("\n")[0].splitlines()
+        rows = list(csv.DictReader(whole, strict=True))
+        for row in rows:
+            # An older version may have had fewer columns, never others.
+            if not set(row) <= set(fields) or None in row.values():
+                raise ValueError(f"its columns are not {', '.join(fields)}")
+            int(row["step"])
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(
+            f"{path} is no log of such a run ({error}): move it away, or choose another --out"
+        ) from error
+    return rows

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
+from complexity_dit.bounded import read_json_object
 from complexity_dit.data import DataConfig, PaintingDataset, in_split, load_data
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
@@ -282,7 +283,7 @@ def _finish(folder: Path, plan: dict[str, Any], holdout: float) -> None:
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return read_json_object(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from complexity_dit.app_config import Limits
+from complexity_dit.bounded import filled, one_line
 from complexity_dit.denoising import Chunks
 from complexity_dit.errors import UserError
 from complexity_dit.painted import pipeline_hash
@@ -74,11 +75,11 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """Settings from `as_dict`, with unknown names refused."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r}: these are of another version")
-        return cls(**values)
+        """Settings from `as_dict`; unknown names and values of another type are refused."""
+        try:
+            return filled(cls, values)
+        except ValueError as error:
+            raise UserError(f"these are no settings of this version: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,7 +139,7 @@ class Gallery:
     def captions(self, settings: Settings) -> list[str]:
         """A line under each picture: its name in a strip, its number in a grid."""
         if settings.strip is not None:
-            return [name.replace("_", " ") for name in self.label_names[settings.strip]]
+            return [one_line(name.replace("_", " ")) for name in self.label_names[settings.strip]]
         return [f"{i + 1}" for i in range(settings.num_images)]
 
     def check(self, settings: Settings) -> Settings:

@@ -8,10 +8,12 @@ from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
+from complexity_dit.bounded import filled, parse_json
 from complexity_dit.errors import UserError
 from complexity_dit.gallery import Gallery, Settings
+from complexity_dit.images import bombs_refused
 from complexity_dit.sample import draw_grid
 
 CHUNK = "complexity-dit"
@@ -63,17 +65,19 @@ def read_png(data: bytes) -> Remembered:
         UserError: It is no PNG, or not one of the gallery.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
+        with bombs_refused(), Image.open(io.BytesIO(data), formats=["PNG"]) as file:
             text = file.info.get(CHUNK)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    # Pillow's parsers raise almost anything on broken bytes.
+    except Exception as error:
         raise UserError(f"not a PNG that can be read: {error}") from error
     if text is None:
         raise UserError(f"the PNG has no {CHUNK} text: it is not of the gallery, or was re-saved")
     try:
-        told = json.loads(text)
-        settings = Settings.from_dict(told["settings"])
-        return Remembered(settings, told["picture"], told["pipeline_sha256"], told["versions"])
-    except (KeyError, TypeError, ValueError) as error:
+        told = parse_json(text)
+        if not isinstance(told, dict):
+            raise ValueError("it is no object")
+        return filled(Remembered, told | {"settings": Settings.from_dict(told["settings"])})
+    except (KeyError, ValueError) as error:
         raise UserError(f"the PNG's {CHUNK} text is not the gallery's: {error}") from error
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from complexity_dit.errors import UserError
+from complexity_dit.images import bombs_refused
 from complexity_dit.statistics_files import read_arrays
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def npz_images(path: Path) -> ImageSet | None:
         raise UserError(f"there is no file {path}")
     stored = _stored_array(path, "arr_0.npy")
     if stored is None:
-        stored = read_arrays(path).get("arr_0")
+        stored = read_arrays(path, ("arr_0",)).get("arr_0")
     if stored is None:
         return None
     _require_images(stored, f"arr_0 of {path}")
@@ -181,7 +182,7 @@ def _array_set(images: NDArray[np.uint8], name: str, fingerprint: str) -> ImageS
 def _require_images(array: NDArray[Any], name: str) -> None:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         broken = ""
-        if np.issubdtype(array.dtype, np.floating):
+        if np.issubdtype(array.dtype, np.floating) and array.size and array.ndim:
             lost = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
             broken = (
                 f", {lost} image{'s' * (lost > 1)} with values that are not finite" if lost else ""
@@ -192,6 +193,8 @@ def _require_images(array: NDArray[Any], name: str) -> None:
         )
     if len(array) < 2:
         raise UserError(f"{name} holds {len(array)} images; a distance needs at least 2")
+    if 0 in array.shape:
+        raise UserError(f"{name} holds pictures without a pixel, of shape {array.shape[1:3]}")
 
 
 def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
@@ -213,14 +216,14 @@ def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
             if fortran or dtype.hasobject:
                 return None
             return np.memmap(path, dtype, "r", file.tell(), shape)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        # Whatever is wrong, the plain reader says it.
+    except Exception:
+        # zipfile and numpy raise almost anything here; the plain reader says what is wrong.
         return None
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
+        with bombs_refused(), Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(
                     f"{path} is an animation of {image.n_frames} frames; give one image a file"
@@ -231,5 +234,8 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
                     "expected 8-bit RGB or grey: convert it, as the distance depends on how"
                 )
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except UserError:
+        raise
+    # Pillow's parsers raise almost anything on broken bytes.
+    except Exception as error:
         raise UserError(f"{path} cannot be read ({error}); remove or replace it") from error

@@ -1,6 +1,8 @@
 """From the bytes of any image file to a square RGB picture, or a sentence about what is wrong."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from io import BytesIO
 
 import numpy as np
@@ -30,10 +32,7 @@ def square_pixels(data: bytes, resolution: int) -> np.ndarray:
         UserError: The bytes are no picture Pillow can read whole, the picture is over its
             decompression-bomb limit, or a side is smaller than ``resolution``.
     """
-    with warnings.catch_warnings():
-        # Remarks on metadata do not concern the pixels; a bomb is refused before it is decoded.
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with bombs_refused():
         try:
             image = Image.open(BytesIO(data))
             width, height = image.size
@@ -63,6 +62,16 @@ def square_pixels(data: bytes, resolution: int) -> np.ndarray:
         reducing_gap=3.0,
     )
     return np.asarray(square).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Inside, Pillow raises for a picture over its limit of 89 megapixels, before it decodes it."""
+    with warnings.catch_warnings():
+        # Other remarks are on metadata and do not concern the pixels.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -21,6 +21,7 @@ MIN_IMAGES_PER_NAME = 2
 """A text column counts as categorical when its names repeat at least this often on average."""
 
 _SHOWN = 12
+_LONGEST_ID = 18  # digits; Python refuses to read thousands of them
 
 
 def read_labels(
@@ -98,7 +99,7 @@ def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> 
         if hits:
             same = ", ".join(repr(names[i]) for i in hits)
             raise UserError(f"{field} {value!r} fits several names: {same}; write one of them")
-        if not value.strip().isdecimal():
+        if not value.strip().isdecimal() or len(value) > _LONGEST_ID:
             raise UserError(
                 f"{field} {value!r} is not one of its {len(names)} names; "
                 f"{_suggest(names, folded, value)}"

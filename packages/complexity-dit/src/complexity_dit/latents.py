@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from complexity_dit.bounded import filled, fits, read_json_object
 from complexity_dit.data import DataConfig, PaintingDataset, in_split, load_data
 from complexity_dit.errors import UserError
 from complexity_dit.vae import Vae, load_vae, weights_sha256
@@ -32,6 +33,8 @@ from complexity_dit.vae import Vae, load_vae, weights_sha256
 FORMAT = "complexity-dit-latents-1"
 PLAN_FILE, CACHE_FILE, PARTS = "plan.json", "cache.json", "parts"
 SCHEME = "latents:"
+
+_PLANNED = ("images", "part_size")
 
 log = logging.getLogger(__name__)
 
@@ -278,17 +281,16 @@ def read_cache(folder: Path) -> dict[str, Any]:
         UserError: There is no cache, it is half-written, or of another format.
     """
     try:
-        info = json.loads((folder / CACHE_FILE).read_text())
+        info = read_json_object(folder / CACHE_FILE)
     except FileNotFoundError as error:
         if not (folder / PLAN_FILE).is_file():
             raise UserError(
                 f"{folder} is no folder of latents (no {CACHE_FILE} in it); make one with "
                 f"complexity-dit encode --source SOURCE --vae ID_OR_PATH --out {folder}"
             ) from error
-        plan = json.loads((folder / PLAN_FILE).read_text())
         parts = len(list((folder / PARTS).glob("part-*.arrow")))
         raise UserError(
-            f"{folder} is half-written: {parts} of {number_of_parts(plan)} parts are there; run "
+            f"{folder} is half-written: {parts} of {_planned_parts(folder)} parts are there; run "
             "the same encode command again, and it goes on"
         ) from error
     except (OSError, ValueError) as error:
@@ -297,7 +299,49 @@ def read_cache(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has the format {info.get('format')!r}, expected {FORMAT}: encode again"
         )
+    try:
+        _check_info(info)
+    except ValueError as error:
+        raise UserError(
+            f"{folder / CACHE_FILE} is damaged ({error}): encode into a new folder"
+        ) from error
     return info
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """Every entry that is read later is there, of its type and in its range, or ValueError."""
+    kinds: dict[str, Any] = {
+        "images": int, "part_size": int, "resolution": int, "skipped": int, "shape": list[int],
+        "has_std": bool, "mirrored": bool, "source_fingerprint": str, "source": dict[str, Any],
+        "label_names": dict[str, list[str]], "vae": dict[str, Any], "statistics": dict[str, Any],
+    }  # fmt: skip
+    statistics = {"mean": list[float], "std": list[float], "holdout": float}
+    for where, wanted in ((info, kinds), (info.get("statistics"), statistics)):
+        for name, kind in wanted.items():
+            if not isinstance(where, dict) or not fits(where.get(name), kind):
+                raise ValueError(f"{name} is no {getattr(kind, '__name__', kind)}")
+    if not all(fits(info["vae"].get(name), str) for name in ("name", "class", "sha256")):
+        raise ValueError("vae lacks its name, class or sha256")
+    if len(info["shape"]) != 3 or info["shape"][1] != info["shape"][2]:
+        raise ValueError(f"shape {info['shape']} is not (channels, side, side)")
+    if min(*info["shape"], info["images"], info["part_size"], info["resolution"]) < 1:
+        raise ValueError("a size is below 1")
+    mean, std = info["statistics"]["mean"], info["statistics"]["std"]
+    if not len(mean) == len(std) == info["shape"][0] or min(std) <= 0:
+        raise ValueError("mean and std are not one number a channel, std above 0")
+    filled(DataConfig, info["source"])
+
+
+def _planned_parts(folder: Path) -> int:
+    try:
+        plan = read_json_object(folder / PLAN_FILE)
+        if not all(fits(plan.get(name), int) and plan[name] > 0 for name in _PLANNED):
+            raise ValueError(f"no number above 0 under {' and '.join(_PLANNED)}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {folder / PLAN_FILE}: {error}; encode into a new folder"
+        ) from error
+    return number_of_parts(plan)
 
 
 def number_of_parts(plan: dict[str, Any]) -> int:

@@ -4,13 +4,17 @@ A card is written again by every save, unless someone has edited it: only a file
 mark is replaced.
 """
 
+import html
 import json
+import re
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
+from complexity_dit.bounded import one_line
 from complexity_dit.files import file_aside
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 
@@ -128,7 +132,7 @@ def _front(name: str, data: dict, about: dict, result: dict | None) -> ModelCard
 
 
 def _use(name: str, labels: dict[str, list[str]]) -> str:
-    asked = "".join(f'{field}="{names[0]}", ' for field, names in labels.items())
+    asked = _asked(labels)
     return f"""\
 Pictures from labels by a diffusion transformer with INL dynamics
 ([complexity-dit](https://pypi.org/project/complexity-dit/)).
@@ -137,7 +141,7 @@ Pictures from labels by a diffusion transformer with INL dynamics
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-image = pipe({asked.removesuffix(", ")}).images[0]
+image = pipe({asked}).images[0]
 ```
 
 `trust_remote_code` runs two one-line modules of the folder that import the installed package
@@ -145,7 +149,7 @@ image = pipe({asked.removesuffix(", ")}).images[0]
 
 
 def _adapter_use(name: str, about: dict) -> str:
-    asked = "".join(f'{field}="{names[0]}", ' for field, names in about["labels"].items())
+    asked = _asked(about["labels"])
     base = about["base"] if _on_the_hub(about["base"]) else Path(about["base"]).name
     return f"""\
 An adapter (LoRA) of the pipeline `{base}`.
@@ -155,7 +159,7 @@ from complexity_dit import ComplexityDiTPipeline
 
 pipe = ComplexityDiTPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{name}")
-image = pipe({asked.removesuffix(", ")}).images[0]
+image = pipe({asked}).images[0]
 ```
 
 It fits the base whose transformer has the sha256 `{about["base_sha256"]}`."""
@@ -165,11 +169,28 @@ def _labels(labels: dict[str, list[str]]) -> str:
     if not any(labels.values()):
         return ""
     rows = [
-        f"- **{field}** ({len(names)}): {', '.join(names[:_SHOWN])}"
+        f"- **{_plain(field)}** ({len(names)}): {', '.join(map(_plain, names[:_SHOWN]))}"
         + (", …" if len(names) > _SHOWN else "")
         for field, names in labels.items()
     ]
     return "## Labels\n\n" + "\n".join(rows)
+
+
+def _asked(labels: dict[str, list[str]]) -> str:
+    """The first name of each field as arguments of a call; names can be any text."""
+    quoted = {
+        field: json.dumps(names[0], ensure_ascii=False).replace("`", "\\u0060")
+        for field, names in labels.items()
+    }
+    if all(field.isidentifier() and not iskeyword(field) for field in quoted):
+        return ", ".join(f"{field}={name}" for field, name in quoted.items())
+    pairs = (f"{json.dumps(field)}: {name}" for field, name in quoted.items())
+    return "**{" + ", ".join(pairs).replace("`", "\\u0060") + "}"
+
+
+def _plain(text: str) -> str:
+    """A name within Markdown: no HTML, link, code or line end of its own."""
+    return re.sub(r"([\[\]`|\\*])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def _made(folder: Path, index: dict) -> str:

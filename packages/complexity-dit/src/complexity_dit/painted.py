@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
+from complexity_dit.bounded import read_json_object
 from complexity_dit.errors import UserError
 from complexity_dit.features import FEATURE_CHUNK, array_hash
 from complexity_dit.files import file_aside, recover
 from complexity_dit.image_sets import ImageSet
+from complexity_dit.images import bombs_refused
 from complexity_dit.parallel_evaluation import on_main
 
 if TYPE_CHECKING:
@@ -167,7 +169,7 @@ def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if path.is_file():
         recover(folder)  # of a run that was killed while it wrote a picture
         try:
-            kept = json.loads(path.read_text())
+            kept = read_json_object(path)
         except ValueError:
             kept = {}
         if kept == settings:
@@ -204,9 +206,9 @@ def _read_kept(path: Path, number: int, key: str) -> NDArray[np.uint8] | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as file:
+        with bombs_refused(), Image.open(path) as file:
             image, check = np.asarray(file.convert("RGB")), file.info.get(CHECK)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+    except Exception:  # Pillow's parsers raise almost anything on broken bytes
         image, check = None, None
     if image is not None and check == _check(image, number, key):
         return image

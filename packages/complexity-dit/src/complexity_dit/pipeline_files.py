@@ -7,16 +7,21 @@ modules that import our classes, and `model_index.json` names those modules.
 import json
 import os
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 
 from complexity_dit.autoencoder import TinyAutoencoder
+from complexity_dit.bounded import fits
 from complexity_dit.errors import UserError
 from complexity_dit.hub_upload import check_reachable, upload
 from complexity_dit.model_card import write_card
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.weight_files import only_safetensors
 
 _PIPELINE_SHIM = "pipeline_complexity_dit"
 # Our classes among the components: diffusers does not know them, so a module of this name beside
@@ -25,7 +30,33 @@ _SHIMS: dict[str, tuple[str, type]] = {
     "transformer": ("modeling_complexity_dit", ComplexityDiTTransformer2DModel),
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
+_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std"})
+# Components that a caller of `from_pretrained` brings: what a folder says of them is not read.
+_given: ContextVar[frozenset[str]] = ContextVar("_given", default=frozenset())
+
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
+
+
+def _check_components(config: dict[str, Any], given: frozenset[str]) -> None:
+    """Refuse classes that are not known: importing a module by name runs its code."""
+    for name, value in config.items():
+        if name.startswith("_") or name in _SETTINGS or name in given or value == [None, None]:
+            continue
+        if name not in ("transformer", "scheduler", "vae"):
+            raise UserError(f"model_index.json names a component {name!r}, which we do not have")
+        if not fits(value, list[str]) or len(value) != 2:
+            raise UserError(f"model_index.json has {name} {value!r}; expected [library, class]")
+        module, kind = value
+        if name in _SHIMS and value == [_SHIMS[name][1].__module__, _SHIMS[name][1].__name__]:
+            continue
+        base = SchedulerMixin if name == "scheduler" else ModelMixin
+        known = getattr(diffusers, kind, None) if module == "diffusers" else None
+        if not (isinstance(known, type) and issubclass(known, base)):
+            raise UserError(
+                f"model_index.json names {module}.{kind} as the {name}; expected one of this "
+                f"package or a {base.__name__.removesuffix('Mixin').lower()} of diffusers. "
+                "It was not imported"
+            )
 
 
 class FilesMixin:
@@ -43,12 +74,28 @@ class FilesMixin:
         loaded = super().load_config(*args, **kwargs)  # pyright: ignore
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         name = config.get("_class_name")
-        if isinstance(name, list) and name[0] == _PIPELINE_SHIM:
+        if isinstance(name, list) and name[:1] == [_PIPELINE_SHIM]:
             config["_class_name"] = cls.__name__
         for component, (shim, model) in _SHIMS.items():
             if config.get(component) == [shim, model.__name__]:
                 config[component] = [model.__module__, model.__name__]
+        _check_components(config, _given.get())
         return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in diffusers, from safetensors alone, and of classes that are known.
+
+        Raises:
+            UserError: The folder has pickles in place of safetensors, or `model_index.json` names
+                a class that is neither this package's nor a model or scheduler of diffusers.
+        """
+        only_safetensors(kwargs)
+        token = _given.set(frozenset(kwargs))
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
+        finally:
+            _given.reset(token)
 
     def save_pretrained(
         self,

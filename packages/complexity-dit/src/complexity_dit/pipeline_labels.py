@@ -28,13 +28,25 @@ def read_id2label(
     fields = dict(zip(config.label_fields, config.num_classes, strict=True))
     if id2label is None:
         id2label = {field: {i: str(i) for i in range(n)} for field, n in fields.items()}
+    if not isinstance(id2label, Mapping) or not all(
+        isinstance(names, Mapping) and all(isinstance(name, str) for name in names.values())
+        for names in id2label.values()
+    ):
+        raise UserError("id2label is no table of names: it is {field: {id: name}}, names are text")
     if {field: len(names) for field, names in id2label.items()} != fields:
         raise UserError(
             f"id2label names {', '.join(f'{len(v)} of {k}' for k, v in id2label.items())}; the "
             f"transformer was built for {fields}: pass the id2label it was trained with"
         )
     # JSON turned integer keys into strings and sorted the fields: undo both.
-    return {field: {int(i): name for i, name in id2label[field].items()} for field in fields}
+    table = {field: {str(i): name for i, name in id2label[field].items()} for field in fields}
+    for field, names in table.items():
+        if set(names) != {str(i) for i in range(len(names))}:
+            raise UserError(
+                f"the ids of {field} in id2label are {', '.join(map(repr, list(names)[:5]))}, …; "
+                f"expected 0 to {len(names) - 1}"
+            )
+    return {field: {int(i): name for i, name in names.items()} for field, names in table.items()}
 
 
 class LabelsMixin:

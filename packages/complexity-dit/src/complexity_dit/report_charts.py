@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from complexity_dit.bounded import one_line
 from complexity_dit.memorisation import Memorisation
 
 matplotlib.use("Agg")  # no screen is needed or wanted
@@ -50,7 +51,8 @@ def label_chart(labels: dict[str, dict[str, Any]]) -> str:
         at, values = zip(*floors, strict=True)
         axes.plot(values, at, "|", color="black", markersize=14, label="training images")
         axes.legend(frameon=False)
-    axes.set_yticks(places, [f"{name} ({row['n']})" for name, row in rows.items()])
+    names = [f"{one_line(name)} ({row['n']})" for name, row in rows.items()]
+    axes.set_yticks(places, names, parse_math=False)  # a "$" in a name is a dollar
     axes.invert_yaxis()
     axes.set(xlabel="FID, each label at its own n (in brackets)" if key == "fid" else key)
     axes.grid(alpha=0.3, axis="x")

@@ -1,7 +1,6 @@
 """Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from complexity_dit.bounded import fits, one_line, read_json_object
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 from complexity_dit.folder_files import ADAPTER_FILE
@@ -314,7 +314,7 @@ def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor, columns: int) -> li
     captions = []
     for row in rows.split(columns):
         parts = [
-            names[int(row[0, f])].replace("_", " ")
+            one_line(names[int(row[0, f])].replace("_", " "))
             for f, names in enumerate(pipe.label_names.values())
             if row[0, f] >= 0 and bool((row[:, f] == row[0, f]).all())
         ]
@@ -340,14 +340,27 @@ def load_pipeline(path: str) -> ComplexityDiTPipeline:
         )
     try:
         return ComplexityDiTPipeline.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UserError as error:
         raise UserError(f"cannot load the pipeline {path}: {error}") from error
+    # diffusers checks few of the values in a folder's JSON: what it raises then is of any type.
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot load the pipeline {path}: {said}") from error
 
 
 def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
-    about = json.loads((folder / ADAPTER_FILE).read_text())
-    local = folder / about["base"]
-    pipe = load_pipeline(os.path.normpath(local) if local.is_dir() else about["base"])
+    path = folder / ADAPTER_FILE
+    try:
+        about = read_json_object(path)
+        if not fits(about.get("base"), str) or not fits(about.get("base_sha256"), str):
+            raise ValueError("no text under `base` and `base_sha256`")
+        local = folder / about["base"]
+        is_local = local.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no file of an adapter: {error}") from error
+    if (local / ADAPTER_FILE).is_file():
+        raise UserError(f"{path} names another adapter as its base, {about['base']!r}")
+    pipe = load_pipeline(os.path.normpath(local) if is_local else about["base"])
     if weights_sha256(pipe.transformer) != about["base_sha256"]:
         raise UserError(
             f"{folder} was trained on other weights than {about['base']} has now: put the base "

@@ -15,9 +15,11 @@ import os
 import urllib.error
 import urllib.request
 import warnings
+import zlib
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from zipfile import BadZipFile
 
 import datasets
 import numpy as np
@@ -27,9 +29,11 @@ from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import constants
 
 from complexity_dit import art
+from complexity_dit.bounded import one_line
 from complexity_dit.errors import UserError
 from complexity_dit.images import VERSION, square_pixels
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 _ART_HASH_SIZE = 32
 _HUB_TIMEOUT_S = 4.0
+_LARGEST_FILE = 2**29  # bytes of one picture's file, also unpacked
 _WAY_OUT = "download it elsewhere and use source=imagefolder:PATH"
 _ROW_COLUMNS = {"pixels": "binary", "sha256": "string", "name": "string", "reason": "string"}
 
@@ -58,7 +63,8 @@ def read_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
             return _art_rows(config)
         table = _read_source(config.source)
         image = _image_column(table, config.image_column)
-        return _image_rows(table.select_columns(image), image, config), table
+        roots = _roots(config.source)
+        return _image_rows(table.select_columns(image), image, config, roots), table
     except OSError as error:
         raise UserError(f"stopped while reading {config.source}: {error}") from error
 
@@ -125,8 +131,10 @@ def _read_folder(name: str) -> datasets.Dataset:
         with warnings.catch_warnings():
             # Building leaves metadata.csv open in a reference cycle: close it here, quietly.
             warnings.simplefilter("ignore", ResourceWarning)
-            builder.download_and_prepare()
-            gc.collect()
+            try:
+                builder.download_and_prepare()
+            finally:
+                gc.collect()
     rows = cast(datasets.Dataset, builder.as_dataset(split="train"))
     parts = sorted(p.name for p in folder.iterdir() if p.name in ("train", "test", "validation"))
     if parts:
@@ -188,7 +196,19 @@ def _map_settings(config: DataConfig, remove: list[str]) -> dict[str, Any]:
     }
 
 
-def _image_rows(images: datasets.Dataset, column: str, config: DataConfig) -> datasets.Dataset:
+def _roots(source: str) -> list[str]:
+    """Folders that pictures of a source may be read from: its own, or the caches of the hub."""
+    scheme, _, name = source.partition(":")
+    folder = Path(name).expanduser()
+    if scheme == "imagefolder" or folder.is_dir():
+        return [str(folder.resolve()), os.path.abspath(folder)]
+    caches = (constants.HF_HUB_CACHE, datasets_config.HF_DATASETS_CACHE)
+    return [os.path.abspath(cache) for cache in caches]
+
+
+def _image_rows(
+    images: datasets.Dataset, column: str, config: DataConfig, roots: list[str]
+) -> datasets.Dataset:
     images = images.cast_column(column, datasets.Image(decode=False))
     # The key is made by hand: `datasets` hashes an importable function by its name alone, and
     # `strict` must share the cache of the tolerant run.
@@ -198,6 +218,7 @@ def _image_rows(images: datasets.Dataset, column: str, config: DataConfig) -> da
         with_indices=True,
         fn_kwargs={
             "column": column,
+            "roots": roots,
             "resolution": config.resolution,
             "strict": config.strict,
         },
@@ -208,13 +229,21 @@ def _image_rows(images: datasets.Dataset, column: str, config: DataConfig) -> da
 
 
 def _prepare_row(
-    row: dict[str, Any], index: int, *, column: str, resolution: int, strict: bool
+    row: dict[str, Any],
+    index: int,
+    *,
+    column: str,
+    resolution: int,
+    strict: bool,
+    roots: list[str],
 ) -> dict[str, Any]:
     image = row[column] or {"path": None, "bytes": None}
-    name = f"{image['path']} (row {index})" if image["path"] else f"the image of row {index}"
+    name = (
+        f"{one_line(image['path'])} (row {index})" if image["path"] else f"the image of row {index}"
+    )
     data, pixels, reason = b"", b"", ""
     try:
-        data = _file_bytes(image)
+        data = _file_bytes(image, roots)
         pixels = square_pixels(data, resolution).tobytes()
     except UserError as error:
         if strict:
@@ -226,19 +255,38 @@ def _prepare_row(
     return {"pixels": pixels, "sha256": sha, "name": name, "reason": reason}
 
 
-def _file_bytes(image: dict[str, Any]) -> bytes:
+def _file_bytes(image: dict[str, Any], roots: list[str]) -> bytes:
+    """The bytes of a picture, which a metadata file names: it must lie in the data set."""
     if image["bytes"] is not None:
         return image["bytes"]
     if image["path"] is None:
         raise UserError("has no image")
+    # A member of an archive: "zip://a.jpg::/x.zip".
+    member, joint, holder = image["path"].rpartition("::")
+    if "://" in holder or (joint and not member.startswith("zip://")):
+        raise UserError("is an address; pictures are read from the data set's own folder only")
+    inside = os.path.abspath(holder)
+    if not any(inside.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+        raise UserError(f"lies outside the data set ({roots[0]}); it was not read")
     try:
-        if "://" not in image["path"]:
-            return Path(image["path"]).read_bytes()
-        # A member of an archive: "zip://a.jpg::/x.zip".
-        files, member = url_to_fs(image["path"])
-        return files.cat_file(member)
+        files, path = url_to_fs(image["path"]) if joint else (LocalFileSystem(), holder)
+        size = files.size(path)
+        if size is not None and size > _LARGEST_FILE:
+            raise UserError(f"has {size} bytes, and at most {_LARGEST_FILE} are read")
+        return files.cat_file(path)
     except FileNotFoundError as error:
         raise UserError("is not there") from error
+    except (
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot be read: {error}") from error
 
 
 def _paint_row(row: dict[str, Any], *, resolution: int) -> dict[str, Any]:

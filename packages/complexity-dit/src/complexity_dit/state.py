@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from complexity_dit.adapters import blank_copy
+from complexity_dit.bounded import fits, read_json_object
 from complexity_dit.checkpoint_folders import folder_of_step, latest_checkpoint
 from complexity_dit.checksums import write_sums
 from complexity_dit.errors import UserError
@@ -138,7 +139,7 @@ class TrainState:
                 checkpoint is another model's.
         """
         try:
-            meta = json.loads((checkpoint / STATE_FILE).read_text())
+            meta = read_json_object(checkpoint / STATE_FILE)
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
             shadow = parts.load_average(checkpoint, label_names, self.model.config)
@@ -148,6 +149,32 @@ class TrainState:
             Exception
         ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
             raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
+        try:
+            self._restore(meta, weights, moments, shadow, checkpoint)
+        except UserError:
+            raise
+        # What is missing or of another type in state.json shows wherever it is first used.
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"{checkpoint} is damaged, or not of this version: state.json and the optimizer's "
+                f"state do not fit ({type(error).__name__}: {error})"
+            ) from error
+        return meta
+
+    def _restore(
+        self,
+        meta: dict[str, Any],
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        shadow: dict[str, Tensor],
+        checkpoint: Path,
+    ) -> None:
+        if (
+            not fits(meta["step"], int)
+            or meta["step"] < 0
+            or not fits(meta["config"], dict[str, Any])
+        ):
+            raise ValueError(f"step {meta['step']!r}")
         _load_weights(self.model, weights, checkpoint)
         self.ema.load_state_dict(meta["ema"])
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -160,7 +187,6 @@ class TrainState:
         if self.guard is not None and meta.get("guard"):
             self.guard.load_state_dict(meta["guard"])
         self.step = meta["step"]
-        return meta
 
     def _load_optimizer(self, saved: dict[str, Any], checkpoint: Path) -> None:
         try:

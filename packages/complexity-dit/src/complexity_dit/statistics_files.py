@@ -1,6 +1,6 @@
 """Kept statistics (mu, sigma, n) as .npz: ours, which say what they were made with, and others'."""
 
-import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from numpy.lib.npyio import NpzFile
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 from complexity_dit.metrics import Float64, Statistics
+
+UNPACKED_LIMIT = 4 * 2**30
+"""Bytes of arrays that one file may unpack to; a small file may claim any number."""
 
 IDENTITY_KEYS = ("name", "weights_sha256", "resize", "dtype")
 
@@ -51,7 +54,9 @@ def read_statistics(path: Path) -> KeptStatistics:
     Raises:
         UserError: No such file, or arrays that are missing, do not fit or are not finite.
     """
-    arrays = read_arrays(path)
+    arrays = read_arrays(
+        path, ("mu", "sigma", "mu_s", "sigma_s", "n", "fingerprint", *IDENTITY_KEYS)
+    )
     missing = sorted({"mu", "sigma"} - set(arrays))
     if missing:
         raise UserError(
@@ -59,8 +64,8 @@ def read_statistics(path: Path) -> KeptStatistics:
             "or images (arr_0, uint8 NHWC)"
         )
     n = arrays.get("n", np.array(0))
-    if n.size != 1:
-        raise UserError(f"{path} holds n of shape {n.shape}; expected one number")
+    if n.size != 1 or n.dtype.kind not in "iuf" or not 0 <= n.item() < 2**63:
+        raise UserError(f"{path} holds n as {n.dtype} of shape {n.shape}; expected one number")
     main = _checked(path, arrays["mu"], arrays["sigma"], int(n.item()))
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
@@ -72,22 +77,45 @@ def read_statistics(path: Path) -> KeptStatistics:
     return KeptStatistics(main, spatial, identity, str(arrays.get("fingerprint", "")))
 
 
-def read_arrays(path: Path) -> dict[str, Any]:
-    """All arrays of an .npz, nothing pickled.
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Those arrays of an .npz that are asked for; no pickle is opened.
 
     Raises:
-        UserError: No such file, or it is no whole .npz.
+        UserError: No such file, it is no whole .npz, or it unpacks to more than `UNPACKED_LIMIT`.
     """
     try:
         # Opened here because np.load leaks the handle of a broken zip.
         with path.open("rb") as handle:
             file = np.load(handle, allow_pickle=False)
-            return dict(file) if isinstance(file, NpzFile) else {}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz ({error})") from error
+            if not isinstance(file, NpzFile):
+                return {}
+            wanted = [name for name in names if name in file.files]
+            # No member gives more bytes than its entry says: zipfile stops there.
+            sizes = {info.filename: info.file_size for info in file.zip.infolist()}
+            size = sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in wanted)
+            if size > UNPACKED_LIMIT:
+                raise UserError(
+                    f"{path} unpacks to {size / 2**30:.1f} GiB and at most "
+                    f"{UNPACKED_LIMIT / 2**30:g} are read at once; images that numpy.savez stores "
+                    "uncompressed are read one by one"
+                )
+            return {name: file[name] for name in wanted}
+    except UserError:
+        raise
+    # zipfile, zlib and numpy raise almost anything on broken bytes (NotImplementedError for an
+    # unknown compression, RuntimeError for a password, MemoryError for an impossible shape, …).
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        if "allow_pickle" in said or "Object arrays" in said:
+            said = "it holds Python objects as a pickle, which is not opened"
+        raise UserError(f"{path} cannot be read as .npz ({said})") from error
 
 
 def _checked(path: Path, mu: Float64, sigma: Float64, n: int) -> Statistics:
+    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path} holds mu as {mu.dtype} and sigma as {sigma.dtype}; expected numbers"
+        )
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
         raise UserError(
             f"{path} holds mu {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)"

@@ -1,6 +1,5 @@
 """The two sides of an evaluation: what is measured, what it is measured against, which labels."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from complexity_dit.bounded import filled, read_json_object
 from complexity_dit.errors import UserError
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.image_sets import (
@@ -105,8 +105,8 @@ def trained_on(target: object) -> "DataConfig | None":
     if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
         return None
     try:
-        return DataConfig(**json.loads((Path(target) / DATA_FILE).read_text()))
-    except (TypeError, ValueError) as error:
+        return filled(DataConfig, read_json_object(Path(target) / DATA_FILE))
+    except (OSError, ValueError) as error:
         raise UserError(f"{Path(target) / DATA_FILE} is no DataConfig: {error}") from error
 
 

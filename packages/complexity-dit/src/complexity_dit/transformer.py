@@ -28,6 +28,7 @@ from complexity_dit.attention import ComplexityDiTAttention
 from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
 from complexity_dit.tokens import LayerState, TokenSubset, routing_plans
+from complexity_dit.weight_files import SafeWeightsMixin
 from inl_core import (
     ModulatedRMSNorm,
     RoutingPlan,
@@ -147,7 +148,9 @@ class ComplexityDiTBlock(nn.Module):
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
-class ComplexityDiTTransformer2DModel(LabelAdapterMixin, ModelMixin, ConfigMixin, AttentionMixin):
+class ComplexityDiTTransformer2DModel(
+    SafeWeightsMixin, LabelAdapterMixin, ModelMixin, ConfigMixin, AttentionMixin
+):
     """A diffusion transformer over patches with INL dynamics in every layer.
 
     The condition is the sum of a timestep embedding and one embedding per label field; each field's

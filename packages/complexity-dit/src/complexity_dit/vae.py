@@ -1,7 +1,6 @@
 """Any VAE that latents can come from: found by hub id or path, hashed, asked for its posterior."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from complexity_dit.autoencoder import TinyAutoencoder
+from complexity_dit.bounded import read_json_object
 from complexity_dit.errors import UserError
 from complexity_dit.sources import reach_hub
 
@@ -51,8 +51,9 @@ def load_vae(name: str) -> Vae:
         vae = _CLASSES[found].from_pretrained(
             name, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the VAE {name}: {error}") from error
+    # diffusers checks few of the values of a config.json: what it raises then is of any type.
+    except Exception as error:
+        raise UserError(f"cannot load the VAE {name}: {type(error).__name__}: {error}") from error
     return vae.eval().requires_grad_(False)
 
 
@@ -65,7 +66,7 @@ def _config_of(name: str) -> tuple[dict, str | None]:
             if not Path(name).is_dir():
                 path = Path(hf_hub_download(name, "config.json", subfolder=subfolder))
             if path.is_file():
-                return json.loads(path.read_text()), subfolder
+                return read_json_object(path), subfolder
         except (HfHubHTTPError, OSError, ValueError) as error:
             said = str(error).splitlines()[0]
     raise UserError(f"no VAE in {name} ({said}); {_WAY_OUT}")

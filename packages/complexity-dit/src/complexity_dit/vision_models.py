@@ -4,16 +4,20 @@ What they measure is named after them (``fd_dinov2``) and never FID.
 """
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from complexity_dit.bounded import fits, read_json_object
 from complexity_dit.errors import UserError
 from complexity_dit.inception import Dtype, FeatureExtractor, sha256_of, torch_dtype
 from complexity_dit.inception_net import check_images
+
+_AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""A folder is data: nothing is fetched, and no code that it brings runs."""
 
 
 class VisionFeatures(nn.Module):
@@ -91,10 +95,13 @@ def load_vision_model(
     if not files:
         raise UserError(f"{folder} holds no .safetensors weights; save the model as safetensors")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot load the vision model {folder}: {error}") from error
+        config = AutoConfig.from_pretrained(folder, **_AS_DATA)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, **_AS_DATA)
+    # transformers checks few of the values of a config.json: what it raises later is of any type.
+    except Exception as error:
+        raise UserError(
+            f"cannot load the vision model {folder}: {type(error).__name__}: {error}"
+        ) from error
     network = VisionFeatures(model, side, mean, std)
     network.to(device, torch_dtype(dtype)).eval().requires_grad_(False)
     with torch.inference_mode():
@@ -117,14 +124,17 @@ def _preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
     """Side of the square input, channel means and deviations, from preprocessor_config.json."""
     path = folder / "preprocessor_config.json"
     try:
-        found = json.loads(path.read_text())
+        found = read_json_object(path)
         size = found.get("crop_size") or found["size"]
         if isinstance(size, dict):
             size = size.get("height") or size["shortest_edge"]
         mean, std = found["image_mean"], found["image_std"]
-        if len(mean) != 3 or len(std) != 3:
+        numbers = all(fits(three, list[float]) and len(three) == 3 for three in (mean, std))
+        if not numbers or 0 in std:
             raise ValueError(f"image_mean {mean} and image_std {std} are not 3 numbers each")
-        return int(size), mean, std
+        if not fits(size, int) or not 1 <= size <= 4096:
+            raise ValueError(f"size {size!r} is no number of pixels from 1 to 4096")
+        return size, mean, std
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not say how images are scaled ({type(error).__name__}: {error}); it "

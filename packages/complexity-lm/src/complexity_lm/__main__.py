@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from complexity_lm import __version__
+from complexity_lm.bounded import bound_settings, printable, unreadable
 from complexity_lm.errors import UserError
 
 _NO_FLAG = {
@@ -51,6 +52,7 @@ def build_parser() -> ArgumentParser:
     from complexity_lm.generate import GenerateConfig
     from complexity_lm.tokenizer import TokenizerConfig
 
+    bound_settings()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
     )
@@ -127,11 +129,27 @@ def build_parser() -> ArgumentParser:
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one command."""
-    parser = build_parser()
-    parsed = parser.instantiate(parser.parse_args(list(arguments)))
-    command = parsed.subcommand
-    options = parsed[command].as_dict()
+    command, options = parse(arguments)
     _COMMANDS[command](options)
+
+
+def parse(
+    arguments: Sequence[str], parser: ArgumentParser | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The command and its options, of the types that they have; nothing is run.
+
+    Args:
+        arguments: The words after the program's name.
+        parser: Of `build_parser`, to parse many times with; built by default.
+    """
+    parser = parser or build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_args(list(arguments)))
+    except UserError:
+        raise
+    except Exception as error:  # the parser lets through what a value makes its own code raise
+        raise UserError(unreadable(error)) from error
+    return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 
 def _demo(options: dict[str, Any]) -> None:
@@ -212,7 +230,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return status
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from complexity_lm.errors import UserError
@@ -21,7 +21,7 @@ def check_shapes(model: nn.Module, checkpoint: Path) -> None:
         for path in files:
             with safe_open(path, framework="pt") as file:
                 theirs |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors raises its own type, OSError, ValueError, …
         raise UserError(f"cannot read checkpoint {checkpoint}: {first_line(error)}") from error
     if not files:
         raise UserError(f"cannot read checkpoint {checkpoint}: it has no safetensors file")

@@ -1,6 +1,5 @@
 """Text from a model: streamed for one prompt, in left-padded batches for several."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, TextIO
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
+from complexity_lm.bounded import parse_json
 from complexity_lm.data import separator_id
 from complexity_lm.errors import UserError
 from complexity_lm.loading import Loaded
@@ -61,20 +61,29 @@ def read_prompts(prompt: str | None, prompts_file: str | None, stdin: TextIO) ->
         if not text:
             where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
             raise UserError(f"{where} is empty: give at least one character")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(
+                f"prompt {number} of {len(prompts)} holds half a surrogate pair, which is no "
+                "character: write the text as UTF-8"
+            )
     return prompts
 
 
 def _prompt_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    # Lines end at line ends only: a form feed or U+2028 is a character of a prompt.
+    lines = [line.removesuffix("\r") for line in lines]
+    if not lines[-1]:
+        lines.pop()
     if not lines:
         raise UserError(f"{path} has no prompts: write one a line")
     try:
-        return [json.loads(line) if line.startswith('"') else line for line in lines]
+        return [parse_json(line) if line.startswith('"') else line for line in lines]
     except ValueError as error:
         raise UserError(
             f"{path}: a line begins with a quote and is no JSON string: {error}"

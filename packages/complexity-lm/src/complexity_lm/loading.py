@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from complexity_lm.bounded import filled, fits, read_json_object
 from complexity_lm.data import DataConfig
 from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line, is_local, require_hub
@@ -67,18 +68,42 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     else:
         require_hub(name, "give the path of a model folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        # No pickle is opened and no code of the folder runs; without the second argument
+        # transformers would ask at the terminal.
+        if is_local(name):
+            _check_layers(Path(folder))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        _check_found(found)
+    # transformers checks few of the values of a config.json: what it raises then is of any type.
+    except Exception as error:
         raise UserError(f"cannot load a model from {name}: {first_line(error)}") from error
-    told = _read_training_file(Path(folder))
+    data, trained_with = read_training_file(Path(folder))
     own = load_tokenizer(tokenizer or folder)
-    check_tokenizer(own, model.config, told.get("tokenizer_sha256"))
-    try:
-        data = DataConfig(**told["data"]) if "data" in told else None
-    except TypeError as error:
-        raise UserError(f"{Path(folder) / TRAINING_FILE} is no DataConfig: {error}") from error
+    check_tokenizer(own, model.config, trained_with)
     model.to(target)  # pyright: ignore[reportArgumentType] — transformers wraps nn.Module.to
     return Loaded(model.eval(), own, data, name)
+
+
+def _check_layers(folder: Path) -> None:
+    """Refuse a config of more layers than its weights have tensors, before they are built."""
+    config = read_json_object(folder / "config.json")
+    tensors = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors += len(file.keys())
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, int) and tensors and value > tensors:
+            raise UserError(f"config.json asks for {key} {value}, and there are {tensors} tensors")
+
+
+def _check_found(found: dict[str, Any]) -> None:
+    """transformers draws at random what is missing, and says so in a log only."""
+    lost = [f"{name} is missing" for name in sorted(found.get("missing_keys", ()))]
+    lost += [f"{name} is unknown" for name in sorted(found.get("unexpected_keys", ()))]
+    if lost:
+        raise UserError(f"the weights are not those of config.json: {'; '.join(lost[:3])}")
 
 
 def _model_folder(folder: Path) -> Path:
@@ -92,14 +117,23 @@ def _model_folder(folder: Path) -> Path:
     return folder
 
 
-def _read_training_file(folder: Path) -> dict[str, Any]:
+def read_training_file(folder: Path) -> tuple[DataConfig | None, str | None]:
+    """The text and the `tokenizer_hash` that a model was trained with, where its folder says.
+
+    Raises:
+        UserError: The file is there and says something else.
+    """
     path = folder / TRAINING_FILE
     if not path.is_file():
-        return {}
+        return None, None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        told = read_json_object(path)
+        trained_with = told.get("tokenizer_sha256")
+        if not fits(trained_with, str | None):
+            raise ValueError("tokenizer_sha256 is no text")
+        return filled(DataConfig, told["data"]) if "data" in told else None, trained_with
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not say what was trained on: {error}") from error
 
 
 def write_training_file(folder: Path, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:

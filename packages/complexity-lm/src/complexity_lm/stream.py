@@ -10,6 +10,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from torch.utils.data import IterableDataset
 
+from complexity_lm.bounded import fits, read_json_object
 from complexity_lm.errors import UserError
 from complexity_lm.files import file_aside
 from complexity_lm.hub import first_line
@@ -76,9 +77,13 @@ class BlockStream(IterableDataset):
             UserError: There is no position in the folder, or it is unreadable.
         """
         try:
-            position = json.loads((folder / POSITION_FILE).read_text())
-            self.skip = position["consumed"]
-            self.notes.append((position["noted"], position["state"]))
+            position = read_json_object(folder / POSITION_FILE)
+            consumed, noted = position["consumed"], position["noted"]
+            if not fits([consumed, noted], list[int]) or not 0 <= noted <= consumed:
+                raise ValueError(f"{noted!r} and {consumed!r} blocks")
+            self.blocks.load_state_dict(position["state"])  # refuses another stream's
+            self.skip = consumed
+            self.notes.append((noted, position["state"]))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{folder} says nothing about the position in the stream ({first_line(error)}): "

@@ -117,9 +117,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         require_hub(f"tokenizer {name}", "give the path of a folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            Path(name).expanduser() if is_local(name) else name
+            Path(name).expanduser() if is_local(name) else name, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    # The tokenizers library raises bare Exceptions, transformers anything.
+    except Exception as error:
         raise UserError(
             f"cannot load a tokenizer from {name}: {first_line(error)}; give a folder that "
             "complexity-lm tokenizer or save_pretrained wrote, or a hub id"

@@ -1,0 +1,160 @@
+"""Names and settings of strangers: HTML in labels, control characters, exploding YAML and JSON."""
+
+import json
+
+import numpy as np
+import pytest
+
+from complexity_dit import app_page, bounded, labels, model_card, report_charts
+from complexity_dit.errors import UserError
+from complexity_dit.gallery import Gallery, Settings
+from complexity_dit.gallery_png import read_png, sheet_png
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.sample import load_pipeline, sample
+
+SCRIPT = '<script>alert("x")</script>'
+NASTY = [SCRIPT, "a\nb\x1b[31m`c`](http://x)", "$\\frac$ $"]
+
+
+@pytest.fixture
+def nasty(pipe) -> ComplexityDiTPipeline:
+    names = {"style": dict(enumerate(NASTY)), "genre": {0: "x", 1: "y"}}
+    return ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, id2label=names)
+
+
+def test_the_gallery_escapes_names(nasty):
+    gallery = Gallery(nasty)
+    for strip in ("style", None):
+        asked = Settings(labels={"style": SCRIPT}, strip=strip, num_images=2, num_inference_steps=1)
+        asked = gallery.check(asked)
+        *_, frame = gallery.paint(asked)
+        page = app_page.wall(gallery, asked, frame)
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+        assert "\x1b" not in page
+    assert "<script" not in app_page.masthead(gallery)
+    assert "<script" not in app_page.refusal(SCRIPT)
+    told = read_png(sheet_png(gallery, asked, frame.images))
+    assert told.settings.labels == {"style": SCRIPT}
+
+
+def test_the_card_escapes_names(nasty, tmp_path):
+    nasty.save_pretrained(tmp_path)
+    card = (tmp_path / model_card.CARD_FILE).read_text()
+    listed = next(line for line in card.splitlines() if line.startswith("- **style**"))
+    assert "&lt;script&gt;" in listed
+    assert "\\`c\\`\\](http://x)" in listed
+    assert "\x1b" not in card
+    code = card.split("```python")[1].split("```")[0]
+    call = next(line for line in code.splitlines() if line.startswith("image = "))
+    # The line is Python that asks for this very name.
+    asked = eval(
+        call.removeprefix("image = pipe").removesuffix(".images[0]").replace("(", "dict(", 1)
+    )
+    assert asked == {"style": SCRIPT, "genre": "x"}
+
+
+def test_the_report_escapes_names():
+    rows = {name: {"n": 4, "fid": 1.0} for name in NASTY}
+    chart = report_charts.label_chart(rows)
+    assert "<script" not in chart
+    assert "&lt;script&gt;" in chart
+    assert "$\\frac$" in chart
+
+
+def test_a_grid_has_captions_of_one_line(nasty, tmp_path):
+    nasty.save_pretrained(tmp_path / "pipeline")
+    assert sample(str(tmp_path / "pipeline"), str(tmp_path / "grid.png"), 8).is_file()
+
+
+def test_no_control_character_reaches_the_terminal(command, nasty, tmp_path):
+    nasty.save_pretrained(tmp_path / "pipeline")
+    asked = (
+        "sample",
+        tmp_path / "pipeline",
+        "--out",
+        tmp_path / "x",
+        "--labels.style",
+        "\x1b[2Jq\r",
+    )
+    status, _, said = command(*asked)
+    assert status == 2
+    message = said.partition("error:")[2]
+    assert "\x1b" not in message
+    assert "\r" not in message
+    status, _, said = command("\x1b[2J")
+    assert (status, "\x1b" in said) == (2, False)
+
+
+def test_a_number_of_thousands_of_digits_is_no_id():
+    with pytest.raises(UserError, match="is not one of its 2 names"):
+        labels.resolve_label(["a", "b"], "9" * 5000, "style")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"style": {"0": "a", "1": "b", "7": "c"}, "genre": {"0": "x", "1": "y"}},
+        {"style": {"0": "a", "1": "b", "2": None}, "genre": {"0": "x", "1": "y"}},
+        {"style": ["a", "b", "c"], "genre": {"0": "x", "1": "y"}},
+        ["style", "genre"],
+    ],
+)
+def test_a_label_table_that_is_none_is_refused(pipe, tmp_path, table):
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": table}))
+    with pytest.raises(UserError, match="id2label"):
+        load_pipeline(str(tmp_path))
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LAUGHS, "an alias"),
+        ("steps: &n 5\nbatch_size: *n\n", "an alias"),
+        ("[" * 5000, "no YAML|nested deeper"),
+        ("a: " + "[" * 60 + "]" * 60, "nested deeper"),
+        ("steps: 5\nsteps: 6\n", "twice"),
+        ("model: {size: nano, size: tiny}\n", "twice"),
+        ("#" * 2_000_000, "characters of YAML"),
+        ("steps: !!python/object/apply:os.system [true]\n", "python/object"),
+        ("steps: [1, 2\n", "no YAML"),
+    ],
+)
+def test_settings_that_explode_are_refused(command, tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    status, _, error = command("train", "--config", path)
+    assert status == 2, error
+    assert np.any([part in error for part in said.split("|")]), error
+    assert len(error) < 2000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "there twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"a": 1e999}', "beyond"),
+        ("[" * 100_000, "nested deeper"),
+        ("[" * 60 + "]" * 60, "nested deeper"),
+        ('{"a": ' + "9" * 10_000 + "}", "digits"),
+        (b"\xff", "codec|decode"),
+    ],
+)
+def test_json_that_explodes_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        bounded.parse_json(text)
+
+
+def test_json_over_the_limit_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(bounded, "MAX_JSON_BYTES", 100)
+    (tmp_path / "x.json").write_text("[" + "1, " * 50 + "1]")
+    with pytest.raises(ValueError, match="at most 100 are read"):
+        bounded.read_json_object(tmp_path / "x.json")

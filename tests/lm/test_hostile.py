@@ -1,0 +1,116 @@
+"""Folders and texts of strangers: pickles stay closed, no code runs, odd prompts are prompts."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from complexity_lm.errors import UserError
+from complexity_lm.generate import generate, read_prompts
+from complexity_lm.loading import load
+
+
+class Trap:
+    """A pickle of this writes a file when it is opened."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.write_text, (self.proof, "ran")
+
+
+@pytest.fixture
+def model(trained, tmp_path) -> Path:
+    """A copy of a model's folder, to be damaged."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (trained / "model").iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_pickled_model_is_refused_and_not_opened(model, tmp_path):
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "proof")))
+    with pytest.raises(UserError, match="cannot load a model"):
+        load(str(model))
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("model_type", ["deep", "foreign"])
+def test_code_in_a_model_folder_does_not_run(model, tmp_path, model_type):
+    proof = tmp_path / "proof"
+    for code in model.glob("*.py"):
+        code.unlink()
+    (model / "trap.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    names = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
+    edit(
+        model / "config.json",
+        auto_map=names, model_type=kind if model_type == "deep" else "foreign",
+    )  # fmt: skip
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["trap.T", "trap.T"]})
+    if model_type == "deep":
+        assert load(str(model)).data is not None
+    else:
+        with pytest.raises(UserError, match="cannot load a model"):
+            load(str(model))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"num_hidden_layers": 3},
+                                    {"hidden_size": 64}, {"vocab_size": 10**10}])  # fmt: skip
+def test_weights_unlike_their_config_are_refused(model, change):
+    edit(model / "config.json", **change)
+    with pytest.raises(UserError, match="cannot load a model"):
+        load(str(model))
+
+
+def test_a_missing_tensor_is_not_drawn_at_random(model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if "mlp" in name)
+    save_file({n: t for n, t in tensors.items() if n != lost}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="is missing"):
+        load(str(model))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"data": {"source": 5}}, {"data": []}, {"data": {"evil": 1}}, {"tokenizer_sha256": 7}],
+)
+def test_a_training_file_of_other_types_is_refused(model, told):
+    edit(model / "training.json", **told)
+    with pytest.raises(UserError, match=r"training\.json does not say"):
+        load(str(model))
+
+
+CONTROL = ["\x00", "\x1b[2J\x07", "a\r\nb", "\u2028\u202e", "\ufffe", "𝒳" * 3, "\x85\x0c\x1c"]
+
+
+def test_prompts_with_control_characters_are_prompts(trained, tmp_path):
+    loaded = load(str(trained))
+    made = list(generate(loaded, CONTROL, {"max_new_tokens": 2, "do_sample": False}))
+    for prompt, texts in zip(CONTROL, made, strict=True):
+        assert texts[0].startswith(prompt)
+
+
+def test_a_prompt_a_line_ends_at_line_ends_only(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes('one\x0ctwo\u2028three\r\n"four\\u000cfive"\n'.encode())
+    assert read_prompts(None, str(path), None) == ["one\x0ctwo\u2028three", "four\x0cfive"]
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('"\\ud800"\n')
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        read_prompts(None, str(path), None)

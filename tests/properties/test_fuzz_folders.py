@@ -1,0 +1,337 @@
+"""Folders of pipelines, checkpoints, caches, models: any input gives a value or a plain error.
+
+One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
+adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from complexity_dit import (
+    app_guard,
+    compare,
+    convert,
+    csv_log,
+    labels,
+    latents,
+    pipeline_files,
+    pipeline_labels,
+    sample,
+    state,
+    subjects,
+    vision_models,
+)
+from complexity_dit.config import TrainConfig
+from complexity_dit.data import DataConfig
+from complexity_dit.errors import UserError
+from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_lm import checkpoints, generate, loading, stream
+from complexity_lm.errors import UserError as LMUserError
+from support.authors import checkpoint
+from support.fuzzing import MARKS, Parser, Rows, of_file
+from support.mangled import (
+    ODD,
+    mangled_bytes,
+    mangled_json,
+    mangled_values,
+)
+
+ROOT = Path(__file__).parents[2]
+ROWS = Rows()
+pytestmark = MARKS
+
+
+def small_pipeline() -> ComplexityDiTPipeline:
+    torch.manual_seed(0)
+    network = ComplexityDiTTransformer2DModel(
+        sample_size=8, hidden_size=32, num_layers=1, num_attention_heads=2,
+        label_fields=["style", "genre"], num_classes=[3, 2],
+    )  # fmt: skip
+    names = {"style": dict(enumerate("abc")), "genre": dict(enumerate("xy"))}
+    return ComplexityDiTPipeline(network, build_scheduler(ObjectiveConfig()), id2label=names)
+
+
+def header(value: Any) -> bytes:
+    text = json.dumps(value).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(24)
+
+
+@ROWS.row
+def safetensors_header(folder: Path) -> Parser:
+    good = {
+        "__metadata__": {"format": "pt"},
+        "weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "bias": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
+    }
+    network = torch.nn.Linear(2, 2)
+    whole = [header(good), save(network.state_dict())]
+
+    def parse(path: Path) -> None:
+        with contextlib.suppress(UserError):
+            convert._read(path)
+        checkpoints.check_shapes(network, path.parent)
+
+    cases = st.one_of(mangled_bytes(whole), mangled_values([good]).map(header))
+    parse_file = of_file(folder / "model.safetensors", parse)
+    return Parser(cases, parse_file, [convert, checkpoints], (LMUserError,))
+
+
+@ROWS.row
+def converters_state_dict(folder: Path) -> Parser:
+    shapes = {name: list(value.shape) for name, value in checkpoint(routed=False).items()}
+    sizes = st.lists(st.integers(0, 3) | st.sampled_from([16, 33, 64]), max_size=5)
+
+    @st.composite
+    def cases(draw: st.DrawFn) -> dict[str, list[int]]:
+        changed = draw(
+            st.dictionaries(
+                st.sampled_from([*shapes, "blocks.x.odd", "blocks"]), sizes | st.none(), max_size=3
+            )
+        )
+        kept = shapes | changed
+        return {name: shape for name, shape in kept.items() if shape is not None}
+
+    def parse(shapes: dict[str, list[int]]) -> str:
+        return convert.from_state_dict({n: torch.ones(s) for n, s in shapes.items()}).summary()
+
+    return Parser(cases(), parse, [convert], (UserError,))
+
+
+@ROWS.row
+def label_tables(folder: Path) -> Parser:
+    network = small_pipeline().transformer
+    good = [
+        {"style": {"0": "a", "1": "b", "2": "c"}, "genre": {"0": "x", "1": "y"}},
+        {"genre": {0: "x", 1: "y"}, "style": {2: "c", 0: "a", 1: "b"}},
+    ]
+
+    def parse(case: tuple[Any, Any]) -> None:
+        table = pipeline_labels.read_id2label(case[0], network)
+        for field, names in table.items():
+            labels.resolve_label([names[i] for i in range(len(names))], case[1], field)
+
+    cases = st.tuples(mangled_values(good), ODD | st.sampled_from(["a", "A", "1", "²", "٣"]))
+    return Parser(cases, parse, [pipeline_labels, labels], (UserError,))
+
+
+@ROWS.row
+def model_index(folder: Path) -> Parser:
+    small_pipeline().save_pretrained(folder / "pipeline")
+    path = folder / "pipeline" / "model_index.json"
+    good = json.loads(path.read_text())
+    foreign = good | {"transformer": ["os", "system"], "vae": ["builtins", "eval"]}
+    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parent)).label_names)
+    modules: list[ModuleType] = [sample, pipeline_files, pipeline_labels]
+    return Parser(mangled_json([good, good, foreign]), parse, modules, (UserError,))
+
+
+@ROWS.row
+def network_config(folder: Path) -> Parser:
+    small_pipeline().save_pretrained(folder / "pipeline")
+    path = folder / "pipeline" / "transformer" / "config.json"
+    good = json.loads(path.read_text())
+    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parents[1])).label_names)
+    return Parser(mangled_json([good]), parse, [sample], (UserError,))
+
+
+@ROWS.row
+def adapter_json(folder: Path) -> Parser:
+    small_pipeline().save_pretrained(folder / "base")
+    (folder / "adapter").mkdir()
+    base = sample.load_pipeline(str(folder / "base"))
+    sha256 = sample.weights_sha256(base.transformer)
+    good = {"base": "../base", "base_sha256": sha256, "labels": {"style": ["d"]}}
+    path = folder / "adapter" / sample.ADAPTER_FILE
+    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parent)))
+    # There are no matrices beside it: a good file ends with that sentence.
+    return Parser(mangled_json([good]), parse, [sample], (UserError,), gives_values=False)
+
+
+@ROWS.row
+def latent_cache(folder: Path) -> Parser:
+    rows = {
+        "sha256": [f"{n:016x}" * 4 for n in (2**62, 2**63, 2**63 + 5)], "name": ["a", "b", "c"],
+        "label_style": [0, 1, -1], "latents": [[0.0] * 32] * 3,
+    }  # fmt: skip
+    (folder / "parts").mkdir()
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=str(latents.part_path(folder, 0))) as writer:
+        writer.write_table(datasets.Dataset.from_dict(rows).data.table)
+        writer.finalize()
+    good = {
+        "format": latents.FORMAT, "resolution": 16, "skipped": 0, "shape": [4, 2, 2], "images": 3,
+        "has_std": False, "mirrored": True, "part_size": 8, "source_fingerprint": "f",
+        "source": asdict(DataConfig(source="art")), "label_names": {"style": ["a", "b"]},
+        "vae": {"name": "x", "class": "TinyAutoencoder", "sha256": "0", "scaling_factor": 1.0},
+        "statistics": {"mean": [0.0] * 4, "std": [1.0] * 4, "holdout": 0.1},
+    }  # fmt: skip
+    asked = DataConfig(source=f"latents:{folder}", resolution=16)
+
+    def parse(path: Path) -> None:
+        latents.source_config(asked)
+        data = latents.load_training_data(asked)
+        data.clean([0, len(data) - 1], torch.zeros(2, dtype=torch.bool))
+
+    parse_file = of_file(folder / latents.CACHE_FILE, parse)
+    return Parser(mangled_json([good]), parse_file, [latents], (UserError,))
+
+
+@ROWS.row
+def latent_plan(folder: Path) -> Parser:
+    path = folder / latents.PLAN_FILE
+    parse = of_file(path, lambda path: latents.read_cache(path.parent))
+    return Parser(
+        mangled_json([{"images": 3, "part_size": 8}]),
+        parse,
+        [latents],
+        (UserError,),
+        gives_values=False,
+    )
+
+
+@ROWS.row
+def checkpoint_json(folder: Path) -> Parser:
+    checkpoint, resume = saved_run(folder)
+    path = checkpoint / "state.json"
+    parse = of_file(path, lambda path: resume())
+    return Parser(mangled_json([json.loads(path.read_text())]), parse, [state], (UserError,))
+
+
+@ROWS.row
+def checkpoint_weights(folder: Path) -> Parser:
+    checkpoint, resume = saved_run(folder)
+    files = {n: (checkpoint / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer")}
+
+    def parse(case: tuple[str, bytes]) -> None:
+        for name, good in files.items():
+            (checkpoint / f"{name}.safetensors").write_bytes(case[1] if case[0] == name else good)
+        resume()
+
+    cases = st.one_of([st.tuples(st.just(n), mangled_bytes([x])) for n, x in files.items()])
+    return Parser(cases, parse, [state], (UserError,))
+
+
+def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    """A checkpoint, and going on from it."""
+    from accelerate import Accelerator
+
+    from complexity_dit.build import build_state
+    from complexity_dit.parts import PipelineParts
+    from complexity_dit.processes import Processes
+
+    pipe = small_pipeline()
+    config = TrainConfig(steps=4)
+    run = build_state(pipe.transformer, config)
+    sum(p.sum() for p in pipe.transformer.parameters()).backward()
+    run.optimizer.step()
+    parts = PipelineParts(pipe.scheduler, pipe.id2label, asdict(config.data))
+    checkpoint = run.save(
+        folder / "checkpoints", parts, asdict(config), Processes(Accelerator(cpu=True))
+    )
+    for sums in checkpoint.glob("SHA256SUMS*"):
+        sums.unlink()  # a hostile folder has fitting ones, or none
+
+    def resume() -> None:
+        build_state(pipe.transformer, config).load(checkpoint, parts, pipe.label_names)
+
+    return checkpoint, resume
+
+
+@ROWS.row
+def data_json(folder: Path) -> Parser:
+    good = asdict(DataConfig())
+    parse = of_file(folder / subjects.DATA_FILE, lambda path: subjects.trained_on(path.parent))
+    return Parser(mangled_json([good]), parse, [subjects], (UserError,))
+
+
+@ROWS.row
+def result_json(folder: Path) -> Parser:
+    good = {
+        "metrics": {"fid": 1.5, "kid": 0.1, "is": None}, "n_generated": 4, "n_reference": 4,
+        "settings": {"target": "a", "eval": {"seed": 0}, "sample": {"seed": 1}, "weights": ["x"]},
+    }  # fmt: skip
+    other = folder / "other.json"
+    other.write_text(json.dumps(good))
+    parse = of_file(folder / "result.json", lambda path: compare.compare(path, other, ["sample"]))
+    return Parser(mangled_json([good]), parse, [compare], (UserError,))
+
+
+@ROWS.row
+def csv_curve(folder: Path) -> Parser:
+    text = b"step,loss,lr\n1,0.5,0.1\n2,0.4,0.1\n30,0.3,0.1\n"
+    parse = of_file(folder / "l.csv", lambda path: csv_log.CsvLog(path, ["step", "loss", "lr"], 9))
+    return Parser(
+        mangled_bytes([text, b"step\n", b"", b'"a\nb",c\n1,2\n']), parse, [csv_log], (UserError,)
+    )
+
+
+@ROWS.row
+def preprocessor_json(folder: Path) -> Parser:
+    good = {"crop_size": {"height": 8}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    path = folder / "preprocessor_config.json"
+    parse = of_file(path, lambda path: vision_models._preprocessing(path.parent))
+    return Parser(
+        mangled_json([good, {**good, "crop_size": 8}]), parse, [vision_models], (UserError,)
+    )
+
+
+@ROWS.row
+def app_event(folder: Path) -> Parser:
+    good = {"data": ["a", 1, None], "event_data": None, "fn_index": 0, "session_hash": "x"}
+
+    def parse(body: bytes) -> None:
+        if why := app_guard._unfit(body):
+            raise UserError(why)
+
+    return Parser(mangled_json([good]), parse, [app_guard], (UserError,))
+
+
+@ROWS.row
+def training_json(folder: Path) -> Parser:
+    from complexity_lm.data import DataConfig as Text
+
+    good = {"data": asdict(Text()), "tokenizer_sha256": "0"}
+    path = folder / loading.TRAINING_FILE
+    parse = of_file(path, lambda path: loading.read_training_file(path.parent))
+    return Parser(mangled_json([good]), parse, [loading], (LMUserError,))
+
+
+@ROWS.row
+def prompts_file(folder: Path) -> Parser:
+    good = [b'a line\n"a \\u00e9 string"\n', b'"\\ud800"\n', b"x\x00y\n\x1b[2J\n"]
+    path = folder / "prompts.txt"
+    parse = of_file(path, lambda path: generate.read_prompts(None, str(path), io.StringIO()))
+    return Parser(mangled_bytes(good), parse, [generate], (LMUserError,))
+
+
+@ROWS.row
+def stream_position(folder: Path) -> Parser:
+    rows = datasets.Dataset.from_dict({"input_ids": [[1]] * 4}).to_iterable_dataset()
+    good = {"consumed": 2, "noted": 2, "state": rows.state_dict()}
+
+    def parse(path: Path) -> None:
+        blocks = stream.BlockStream(rows, 2)
+        blocks.load(path.parent)
+
+    parse_file = of_file(folder / stream.POSITION_FILE, parse)
+    return Parser(mangled_json([good]), parse_file, [stream], (LMUserError,))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_input_gives_a_value_or_a_plain_error(name, tmp_path):
+    ROWS.check(name, tmp_path)

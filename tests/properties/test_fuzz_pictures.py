@@ -1,0 +1,124 @@
+"""Pictures, arrays and settings within PNGs: any input gives a value or a plain error.
+
+One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
+adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from complexity_dit import (
+    gallery_png,
+    image_sets,
+    images,
+    statistics_files,
+)
+from complexity_dit.errors import UserError
+from complexity_dit.gallery import Settings
+from support.fuzzing import MARKS, Parser, Rows, of_file
+from support.mangled import (
+    mangled_bytes,
+    mangled_json,
+    npz_bytes,
+    picture_bytes,
+    png_bytes,
+)
+
+ROOT = Path(__file__).parents[2]
+ROWS = Rows()
+pytestmark = MARKS
+
+
+def odd_npz(names: list[str]) -> st.SearchStrategy[bytes]:
+    arrays = st.one_of(
+        st.sampled_from([np.eye(3), np.zeros(3), np.zeros((2, 4, 4, 3), np.uint8), np.array("x")]),
+        st.sampled_from([np.zeros((0,)), np.array(5), np.array([5, 6]), np.full((3, 3), np.nan)]),
+        st.sampled_from(
+            [np.zeros(3, "M8[s]"), np.zeros(3, "V4"), np.ones(3, complex), np.ones(3, ">f2")]
+        ),
+        st.just(np.array([{}, None], dtype=object)),
+    )
+    some = st.dictionaries(st.sampled_from([*names, "x"]), arrays, max_size=5)
+    return st.tuples(some, st.booleans()).map(lambda x: npz_bytes(x[1], **x[0]))
+
+
+@ROWS.row
+def statistics_npz(folder: Path) -> Parser:
+    ours = {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(9), "fingerprint": np.array("f")}
+    told = {key: np.array("x") for key in statistics_files.IDENTITY_KEYS}
+    adm = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    good = [npz_bytes(zipped, **ours, **told, **adm) for zipped in (False, True)]
+    cases = st.one_of(mangled_bytes(good), odd_npz([*ours, *told, *adm]))
+    parse = of_file(folder / "s.npz", statistics_files.read_statistics)
+    return Parser(cases, parse, [statistics_files], (UserError,))
+
+
+@ROWS.row
+def images_npz(folder: Path) -> Parser:
+    pictures = np.zeros((3, 4, 4, 3), np.uint8)
+    good = [npz_bytes(zipped, arr_0=pictures) for zipped in (False, True)]
+
+    def parse(path: Path) -> None:
+        found = image_sets.npz_images(path)
+        if found is not None:
+            found.read([0, len(found) - 1])
+
+    cases = st.one_of(mangled_bytes(good), odd_npz(["arr_0"]))
+    return Parser(
+        cases, of_file(folder / "i.npz", parse), [image_sets, statistics_files], (UserError,)
+    )
+
+
+PICTURES = [
+    png_bytes(8, "L"), png_bytes(8, "RGBA"), png_bytes(8, "P"), png_bytes(8, "1"), png_bytes(),
+    picture_bytes("JPEG"), picture_bytes("GIF"), picture_bytes("BMP"), picture_bytes("TIFF"),
+    picture_bytes("WEBP"), picture_bytes("JPEG", 8, "CMYK"), picture_bytes("TIFF", 8, "F"),
+    picture_bytes("PPM"), picture_bytes("ICO"), picture_bytes("TGA"),
+]  # fmt: skip
+
+
+@ROWS.row
+def image_folder(folder: Path) -> Parser:
+    (folder / "0.png").write_bytes(png_bytes())
+
+    def parse(path: Path) -> None:
+        image_sets.folder_images(path.parent).read([0, 1])
+
+    return Parser(
+        mangled_bytes(PICTURES), of_file(folder / "1.png", parse), [image_sets], (UserError,)
+    )
+
+
+@ROWS.row
+def training_picture(folder: Path) -> Parser:
+    cases = mangled_bytes(PICTURES)
+    return Parser(cases, lambda data: images.square_pixels(data, 4), [images], (UserError,))
+
+
+@ROWS.row
+def gallery_png_settings(folder: Path) -> Parser:
+    from PIL import PngImagePlugin
+
+    told = {
+        "settings": Settings(labels={"style": "a"}).as_dict(), "picture": 0,
+        "pipeline_sha256": "0", "versions": {"torch": "2"},
+    }  # fmt: skip
+
+    def png(text: bytes) -> bytes:
+        about = PngImagePlugin.PngInfo()
+        about.add_text(gallery_png.CHUNK, text.decode("utf-8", "replace"))
+        return png_bytes(pnginfo=about)
+
+    whole = png(json.dumps(told).encode())
+    bombs = st.sampled_from([b"x" * 2**20, b" " * 2**24])
+    cases = st.one_of(mangled_bytes([whole]), mangled_json([told]).map(png), bombs.map(png))
+    return Parser(cases, gallery_png.read_png, [gallery_png], (UserError,))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_input_gives_a_value_or_a_plain_error(name, tmp_path):
+    ROWS.check(name, tmp_path)

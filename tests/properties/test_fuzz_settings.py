@@ -1,0 +1,154 @@
+"""Settings in YAML and on the command line: any input gives a value or a plain error.
+
+One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
+adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+"""
+
+import contextlib
+import io
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import strategies as st
+
+from complexity_dit import (
+    __main__ as dit,
+)
+from complexity_dit import (
+    cli_errors,
+)
+from complexity_dit.config import TrainConfig
+from complexity_dit.data import DataConfig
+from complexity_dit.errors import UserError
+from complexity_lm import __main__ as lm
+from complexity_lm.config import TrainConfig as LMTrainConfig
+from complexity_lm.errors import UserError as LMUserError
+from support.fuzzing import MARKS, Parser, Rows, of_file
+from support.mangled import (
+    ODD,
+    mangled_bytes,
+    mangled_json,
+    mangled_values,
+)
+
+ROOT = Path(__file__).parents[2]
+ROWS = Rows()
+pytestmark = MARKS
+
+
+def yaml_files(good: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
+    texts = [yaml.safe_dump(value).encode() for value in good]
+    return st.one_of(
+        mangled_bytes(texts),
+        mangled_json(good),
+        mangled_values(good).map(
+            lambda value: yaml.dump(value, allow_unicode=True).encode("utf-8", "replace")
+        ),
+        st.sampled_from([2, 9, 30]).map(_laughs),
+    )
+
+
+def _laughs(levels: int) -> bytes:
+    """A YAML of a few lines whose aliases stand for 9^levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for n in range(levels):
+        lines.append(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]")
+    return ("\n".join(lines) + f"\nout: *a{levels}\n").encode()
+
+
+@ROWS.row
+def train_yaml(folder: Path) -> Parser:
+    good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/dit").glob("*"))]
+    good.append(asdict(TrainConfig()))
+    parse = of_file(folder / "run.yaml", lambda path: dit_parse(["train", "--config", str(path)]))
+    return Parser(yaml_files(good), parse, [dit, cli_errors], (UserError,))
+
+
+@ROWS.row
+def lm_train_yaml(folder: Path) -> Parser:
+    good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/lm").glob("*"))]
+    good.append(asdict(LMTrainConfig()))
+    parse = of_file(folder / "run.yaml", lambda path: lm_parse(["train", "--config", str(path)]))
+    return Parser(yaml_files(good), parse, [lm], (LMUserError,))
+
+
+@ROWS.row
+def evaluate_yaml(folder: Path) -> Parser:
+    """As `--data TEXT`: the evaluation has no file of settings."""
+    good = [asdict(DataConfig()), {"source": "art", "resolution": 16}]
+    words = ["evaluate", "x", "--reference", "art"]
+
+    def parse(text: bytes) -> Any:
+        return dit_parse([*words, f"--data={text.decode('utf-8', 'replace')}"])
+
+    return Parser(yaml_files(good), parse, [dit, cli_errors], (UserError,))
+
+
+dit_parser, lm_parser = cache(dit.build_parser), cache(lm.build_parser)
+"""Built once: that takes longer than to parse."""
+
+
+def dit_parse(words: list[str]) -> Any:
+    return dit.parse(words, dit_parser())
+
+
+def lm_parse(words: list[str]) -> Any:
+    """As the shell would: the parser's own refusals are exits with status 2 and a message."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return lm.parse(words, lm_parser())
+    except SystemExit as stop:
+        if stop.code != 2 or "error" not in said.getvalue():
+            raise
+        raise LMUserError(said.getvalue().splitlines()[-1]) from None
+
+
+def command_lines(commands: list[str], options: list[str]) -> st.SearchStrategy[list[str]]:
+    values = st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(
+            ["1", "-1", "1e400", "nan", "null", "true", "[", "{", "[1,", "a: b", "{a: 1}"]
+        ),
+        st.sampled_from(["[" * 5000, "{" * 5000, "9" * 5000, "&a [*a]", "!!python/object:x {}"]),
+        st.sampled_from(["a\nb", "\x1b[31m", "-", "--", "=", "@x", "*"]),
+        ODD.map(str),
+    )
+    option = st.tuples(st.sampled_from(options), st.sampled_from([" ", "="]), values).map(
+        lambda x: [f"--{x[0]}", x[2]] if x[1] == " " else [f"--{x[0]}={x[2]}"]
+    )
+    rest = st.lists(st.one_of(option, values.map(lambda value: [value])), max_size=4)
+    first = st.one_of(st.sampled_from(commands), st.text(max_size=6))
+    lines = st.tuples(first, rest).map(lambda x: [x[0], *(word for part in x[1] for word in part)])
+    asks = ("-h", "--h", "--p", "--v")  # help, completion, version: they print and end
+    return lines.filter(lambda line: not any(word.startswith(asks) for word in line))
+
+
+@ROWS.row
+def dit_arguments(folder: Path) -> Parser:
+    commands = ["train", "sample", "evaluate", "compare", "app", "plan", "encode", "convert"]
+    options = [
+        "out", "seed", "steps", "data", "data.source", "data.label_fields", "model.overrides", "lr",
+        "model.size", "optim.lr", "lora.labels.style", "labels.style", "labels", "config", "allow",
+        "num_images", "sample", "sample.seed", "reference", "measures", "port", "compile", "résumé",
+    ]  # fmt: skip
+    return Parser(command_lines(commands, options), dit_parse, [dit, cli_errors], (UserError,))
+
+
+@ROWS.row
+def lm_arguments(folder: Path) -> Parser:
+    commands = ["train", "generate", "evaluate", "tokenizer", "inspect"]
+    options = [
+        "out", "seed", "data", "data.source", "model.size", "config", "prompt", "temperature",
+        "top_p", "stop_strings", "suppress_tokens", "eos_token_id", "tasks", "vocab_size",
+    ]  # fmt: skip
+    return Parser(command_lines(commands, options), lm_parse, [lm], (LMUserError,))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_input_gives_a_value_or_a_plain_error(name, tmp_path):
+    ROWS.check(name, tmp_path)
