@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin  # noqa: F401 — diffusers finds it here
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from complexity_dit.errors import UserError
-from complexity_dit.weight_files import SafeWeightsMixin
+from complexity_dit.weight_files import SafeModel
 
 KNOWN_PICKLES = {
     "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",
@@ -74,7 +74,7 @@ class SoftClamp(nn.Module):
         return self.bound * torch.tanh(z / self.bound)
 
 
-class TinyAutoencoder(SafeWeightsMixin, ModelMixin, ConfigMixin):
+class TinyAutoencoder(SafeModel, ConfigMixin):
     """A small autoencoder with the interface of diffusers' `AutoencoderTiny`.
 
     Layers are numbered as in the published files, so that those load without renaming.

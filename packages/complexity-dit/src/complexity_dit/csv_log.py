@@ -47,11 +47,14 @@ def _whole_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
         # newline="" leaves line ends to the csv module, which knows those inside of quotes.
         with path.open(newline="", encoding="utf-8") as file:
             whole = file.read().rpartition("\n")[0].splitlines()
-        rows = list(csv.DictReader(whole, strict=True))
-        for row in rows:
-            # An older version may have had fewer columns, never others.
-            if not set(row) <= set(fields) or None in row.values():
+        rows = list(reader := csv.DictReader(whole, strict=True))
+        # An older version may have had fewer columns, never others.
+        for names in (reader.fieldnames or [], *rows):
+            if not set(names) <= set(fields):
                 raise ValueError(f"its columns are not {', '.join(fields)}")
+        for row in rows:
+            if None in row.values():
+                raise ValueError(f"a row ends early, {row}")
             int(row["step"])
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UserError(

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — diffusers finds it here
 from torch import Tensor, nn
 
 from complexity_dit.adapters import LabelAdapterMixin
@@ -28,7 +28,7 @@ from complexity_dit.attention import ComplexityDiTAttention
 from complexity_dit.objective import velocity_towards
 from complexity_dit.patches import canvas_positions, patchify, unpatchify
 from complexity_dit.tokens import LayerState, TokenSubset, routing_plans
-from complexity_dit.weight_files import SafeWeightsMixin
+from complexity_dit.weight_files import SafeModel
 from inl_core import (
     ModulatedRMSNorm,
     RoutingPlan,
@@ -148,9 +148,7 @@ class ComplexityDiTBlock(nn.Module):
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
-class ComplexityDiTTransformer2DModel(
-    SafeWeightsMixin, LabelAdapterMixin, ModelMixin, ConfigMixin, AttentionMixin
-):
+class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin, AttentionMixin):
     """A diffusion transformer over patches with INL dynamics in every layer.
 
     The condition is the sum of a timestep embedding and one embedding per label field; each field's

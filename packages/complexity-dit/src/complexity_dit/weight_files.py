@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
@@ -21,8 +22,8 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SHOWN = 3
 
 
-class SafeWeightsMixin:
-    """`from_pretrained` of safetensors alone, checked; stands before `ModelMixin`."""
+class SafeModel(ModelMixin):
+    """`from_pretrained` of safetensors alone, checked first."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -36,7 +37,7 @@ class SafeWeightsMixin:
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_weights(cls, folder, kwargs.get("variant"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def only_safetensors(kwargs: dict[str, Any]) -> None:
