@@ -273,7 +273,7 @@ def _file_bytes(image: dict[str, Any], roots: list[str]) -> bytes:
         size = files.size(path)
         if size is not None and size > _LARGEST_FILE:
             raise UserError(f"has {size} bytes, and at most {_LARGEST_FILE} are read")
-        return files.cat_file(path)
+        return cast(bytes, files.cat_file(path))
     except FileNotFoundError as error:
         raise UserError("is not there") from error
     except (

@@ -90,8 +90,10 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
             if not isinstance(file, NpzFile):
                 return {}
             wanted = [name for name in names if name in file.files]
+            assert file.zip is not None  # it is open
+            members = file.zip.infolist()
             # No member gives more bytes than its entry says: zipfile stops there.
-            sizes = {info.filename: info.file_size for info in file.zip.infolist()}
+            sizes = {info.filename: info.file_size for info in members}
             size = sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in wanted)
             if size > UNPACKED_LIMIT:
                 raise UserError(

@@ -129,7 +129,7 @@ def _stored_shapes(folder: Path, variant: str | None) -> dict[str, tuple[int, ..
     index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index{f'.{variant}' if variant else ''}.json"
     if index.is_file():
         try:
-            parts = read_json_object(index).get("weight_map")
+            parts: Any = read_json_object(index).get("weight_map")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {index}: {error}") from error
         if not fits(parts, dict[str, str]) or any(Path(p).name != p for p in parts.values()):

@@ -72,7 +72,7 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
         # transformers would ask at the terminal.
         if is_local(name):
             _check_layers(Path(folder))
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         _check_found(found)
