@@ -80,7 +80,7 @@ def test_bounded_json_reads_what_json_writes(value):
 )  # fmt: skip
 def test_the_output_has_the_shape_of_the_input(height, width, patch, batch, channels, placement):
     network = ComplexityDiTTransformer2DModel(
-        sample_size=8, patch_size=patch, in_channels=channels, hidden_size=16, num_layers=1,
+        sample_size=6, patch_size=patch, in_channels=channels, hidden_size=16, num_layers=1,
         num_attention_heads=2, label_fields=["style"], num_classes=[2],
         dynamics_placement=placement,
     ).eval()  # fmt: skip
