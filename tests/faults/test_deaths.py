@@ -1,0 +1,147 @@
+"""Processes that die: the others stop with a message that names them, and nothing hangs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.utils.data import get_worker_info
+
+from complexity_dit.batches import StepBatches
+from complexity_dit.errors import UserError
+from complexity_dit.train import train
+from support.processes import ENVIRONMENT
+from support.small_runs import dit_run
+
+BOUND = 400
+"""Seconds: far more than a run of 8 steps needs here, far less than torch's timeouts."""
+
+RANK = """
+import os, signal, sys
+from pathlib import Path
+from support.small_runs import dit_run, lm_run
+
+kind, out, texts, victim = sys.argv[1:]
+dies = os.environ["RANK"] == victim
+
+def die():
+    print("DIES", os.getpid(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if kind == "dit":
+    from complexity_dit.batches import StepBatches
+    from complexity_dit import __main__ as cli
+    from complexity_dit.train import train
+    real = StepBatches.__getitem__
+    def item(self, step):
+        if dies and step == 5:
+            die()
+        return real(self, step)
+    StepBatches.__getitem__ = item
+    config = dit_run(out)
+else:
+    from complexity_lm.train import train
+    from complexity_lm.trainer import LMTrainer
+    from complexity_lm import __main__ as cli
+    real = LMTrainer.training_step
+    def step(self, *arguments, **named):
+        if dies and self.state.global_step == 5:
+            die()
+        return real(self, *arguments, **named)
+    LMTrainer.training_step = step
+    config = lm_run(out, texts)
+cli.run = lambda arguments: train(config)
+sys.argv = ["test"]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_other_process_stops_and_names_the_dead_one(package, texts, tmp_path, victim):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", RANK, package.name, str(tmp_path / "run"), str(texts)]
+    both = []
+    try:
+        for rank in range(2):
+            of_rank = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            }  # fmt: skip
+            with (tmp_path / f"{rank}.txt").open("w") as said:
+                both.append(
+                    subprocess.Popen(
+                        [*command, str(victim)],
+                        env=os.environ | ENVIRONMENT | of_rank, stdout=said, stderr=said,
+                    )
+                )  # fmt: skip
+        assert both[victim].wait(timeout=BOUND) == -signal.SIGKILL, (
+            tmp_path / f"{victim}.txt"
+        ).read_text()
+        survivor = both[1 - victim].wait(timeout=BOUND)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    told = (tmp_path / f"{1 - victim}.txt").read_text()
+    assert survivor == 2, told
+    assert f"process {victim} ({both[victim].pid} on {socket.gethostname()}) of this run" in told
+    assert "--resume auto" in told
+    assert "Traceback" not in told
+    last = package.checkpoint_folders.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert last.name == "step-00000004"
+    assert package.checksums.damage(last) == []
+
+
+# A process that waits inside a library for a partner that has died: only a thread can end it.
+STUCK = """
+import signal, sys, threading
+from PACKAGE import lost_process
+lost_process.LOOK_EVERY, lost_process.GRACE = 0.05, 0.2
+peer = lost_process.introduce(1)
+peer = lost_process.Peer(1, peer.host, peer.realm, int(sys.argv[1]))
+with lost_process.watched(lost_process.neighbours(lost_process.introduce(0), [peer])):
+    print("waits", flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    threading.Event().wait()
+"""
+
+
+def test_a_process_that_hangs_ends_when_its_partner_has_died(package):
+    partner = subprocess.Popen(["sleep", "600"])
+    script = STUCK.replace("PACKAGE", f"complexity_{package.name}")
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(partner.pid)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT,
+    ) as stuck:  # fmt: skip
+        assert stuck.stdout is not None
+        assert stuck.stdout.readline() == "waits\n"
+        time.sleep(0.5)
+        assert stuck.poll() is None  # while the partner lives, it waits
+        partner.kill()  # and is not waited for: a zombie is dead too
+        _, told = stuck.communicate(timeout=BOUND)
+        partner.wait()
+    assert stuck.returncode == 1
+    assert f"process 1 ({partner.pid} on {socket.gethostname()}) of this run is gone" in told
+
+
+def test_a_loader_process_that_dies_is_told(tmp_path, monkeypatch):
+    real = StepBatches.__getitem__
+
+    def item(self, step):
+        if step == 6 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepBatches, "__getitem__", item)
+        with pytest.raises(UserError, match=r"loads data is gone \(DataLoader worker.*--resume"):
+            train(dit_run(tmp_path / "run", loader_workers=1))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    train(dit_run(tmp_path / "run", loader_workers=1, resume="auto"))
