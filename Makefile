@@ -47,7 +47,7 @@ demo-lm: venv ## train a small language model on the standard library, write Pyt
 test: venv lint ## lint, then every test that is not slow
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
-test-slow: venv ## the tests that take more than 20 s each
+test-slow: venv ## the tests that take more than 20 s each (COMPLEXITY_FUZZ_SECONDS=300: fuzz in earnest)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 lint: venv ## ruff (rules and format) and pyright
