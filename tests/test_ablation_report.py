@@ -1,0 +1,159 @@
+"""The ablation report: intervals, fair comparisons, and the page that it is written into."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
+
+
+def real_study(name: str) -> Any:
+    from ablation_study import read_study
+
+    return read_study(ROOT / f"configs/ablations/{name}.yaml")
+
+
+def test_the_interval_is_students() -> None:
+    """1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.303."""
+    from ablation_report import interval
+
+    middle, half = interval([1.0, 2.0, 3.0])
+    assert middle == 2.0
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert interval([1.5]) == (1.5, None)
+
+
+def row(case: str, shape: str, metric: str, value: float) -> dict[str, str]:
+    import results
+
+    known = {"bench": "ablate_lm", "case": case, "shape": shape, "metric": metric}
+    about = {"command": "c", "hardware": "h", "commit": "1234567", "date": "2026-01-01"}
+    return dict.fromkeys(results.FIELDS, "") | known | about | {"value": str(value)}
+
+
+def rows_of(study: Any, losses: dict[str, list[float]], ratios: dict[str, float]) -> list:
+    from ablation_labs import LABS
+    from ablation_study import shape_of
+
+    rows = []
+    for name, found in losses.items():
+        network = study.networks[name]
+        size = {"none, wide": 1100, "branch": 1102}.get(name, 1000)
+        for seed, loss in enumerate(found):
+            shape = shape_of(study.config(LABS["lm"], network, seed, "", {}), network)
+            rows.append(row(name, shape, "held-out loss", loss))
+            rows.append(row(name, shape, "parameters", size))
+        rows.append(row(name, "old settings, seed 0, config 1", "held-out loss", 99))
+    return rows + [row(name, "15 rounds", "step ratio", ratio) for name, ratio in ratios.items()]
+
+
+LOSSES = {
+    "none": [2.0, 2.2],
+    "none, wide": [1.9, 2.0],
+    "none, 1.3 x steps": [1.8, 2.0],
+    "none, 1.7 x steps": [1.7, 1.9],
+    "branch": [1.9, 2.2],
+    "stream": [1.95, 2.1],
+}
+
+
+def test_comparisons_are_paired_and_fair() -> None:
+    from ablation_report import Results
+
+    study = real_study("lm")
+    ratios = {"branch": math.sqrt(1.3), "stream": 1.8}
+    found = Results(study, rows_of(study, LOSSES, ratios), {})
+    close = pytest.approx
+    assert found.differences("branch", "held-out loss", "none") == close([-0.1, 0.0])
+    assert found.plain_of_equal_size("branch") == "none, wide"
+    assert found.plain_of_equal_size("stream") == "none"
+    # Half way between 1 and 1.3 in the logarithm of the steps: 1.9 and 2.1.
+    assert found.differences_at_equal_time("branch") == close([0.0, 0.1])
+    assert found.differences_at_equal_time("stream") == []  # beyond the longest plain run
+
+
+def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import ablation_report
+
+    study = real_study("lm")
+    rows = rows_of(study, LOSSES, {"branch": 1.1, "stream": 1.2})
+    cell = tmp_path / "runs/branch/seed-0/cell.json"
+    cell.parent.mkdir(parents=True)
+    look = {"layer": "l0", "alpha_mean": 0.9, "beta_mean": 0.1, "gate_mean": 0.5, "velocity_rms": 1}
+    cell.write_text(
+        json.dumps({"case": "branch", "profile": {"activation_rms": [1.0], "dynamics": [look]}})
+    )
+    page = tmp_path / "dynamics.md"
+    page.write_text("before\n<!-- ablate: lm -->\nold\n<!-- end -->\nafter\n")
+
+    class Options:
+        into, runs = page, tmp_path / "runs"
+
+    ablation_report.report(study, rows, Options, {})
+    written = page.read_text()
+    assert written.startswith("before\n<!-- ablate: lm -->\n\n| network |")
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert "old" not in written
+    line = next(x for x in written.splitlines() if x.startswith("| branch |"))
+    assert "| 2 | 1.102 | 1.100 | 2.0500 ± 0.2121 | -0.0500 [-0.6853, +0.5853] |" in line
+    assert {p.name for p in (tmp_path / "dynamics").iterdir()} == {
+        "lm.png", "lm-depth.csv", "lm-depth.png",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no rows of none for this study as it is now"):
+        ablation_report.report(study, rows, Options, {"steps": 7})
+
+
+def test_the_page_has_a_table_of_every_command_and_corpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the folder of the data: a cell knows the name of its corpus only."""
+    from ablation_labs import LABS
+    from ablation_report import of_all_commands
+    from ablation_study import shape_of
+
+    monkeypatch.delenv("COMPLEXITY_DATA")
+    study = real_study("lm")
+    assert of_all_commands(study, []) == "No rows yet."
+
+    def rows(losses: dict[str, float], command: str, **overrides: object) -> list:
+        found = []
+        for name, loss in losses.items():
+            network = study.networks[name]
+            config = study.config(LABS["lm"], network, 0, "", overrides)
+            known = row(name, shape_of(config, network), "held-out loss", loss)
+            size = row(name, shape_of(config, network), "parameters", 1000)
+            found += [r | {"command": command} for r in (known, size)]
+        return found
+
+    both = [
+        *rows(
+            {"none": 2.0, "branch": 1.5}, "run",
+            **{"data.source": "text:/x/tinyshakespeare.txt"},
+        ),
+        *rows(
+            {"none": 3.0, "branch": 3.25}, "run --override steps=7 --jobs 2",
+            **{"data.source": "stdlib", "steps": 7},
+        ),
+    ]  # fmt: skip
+    written = of_all_commands(study, both)
+    assert written.count("| network | seeds |") == 2
+    assert "| branch | 1 | 1.000 |  | 1.5000 | -0.5000 |" in written
+    assert "| branch | 1 | 1.000 |  | 3.2500 | +0.2500 |" in written
+    assert "not shown" not in written
+
+    lost = [r | {"shape": r["shape"].replace("config", "config 0")} for r in both[4:]]
+    written = of_all_commands(study, both[:4] + lost)
+    assert written.count("| network | seeds |") == 1
+    assert "2 runs of `run --override steps=7 --jobs 2` on stdlib had settings that" in written
