@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from complexity_dit.checkpoint_folders import latest_checkpoint
+from complexity_dit.checksums import write_sums
 from complexity_dit.compatibility import check_labels
 from complexity_dit.errors import UserError
 from complexity_dit.init_from import start_from
@@ -103,6 +104,7 @@ def test_checkpoint_of_another_number_of_processes_says_so(small_run, caplog):
     train(dataclasses.replace(small_run, steps=4))
     state = latest_checkpoint(Path(small_run.out) / "checkpoints") / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"processes": 2}))
+    write_sums(state.parent)
     with caplog.at_level(logging.INFO):
         train(dataclasses.replace(small_run, resume="auto"))
     assert "written by 2 process(es) and goes on in 1" in caplog.text

@@ -6,12 +6,12 @@ modules that import our classes, and `model_index.json` names those modules.
 
 import json
 import os
+import sys
 import tempfile
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 
@@ -50,12 +50,13 @@ def _check_components(config: dict[str, Any], given: frozenset[str]) -> None:
         if name in _SHIMS and value == [_SHIMS[name][1].__module__, _SHIMS[name][1].__name__]:
             continue
         base = SchedulerMixin if name == "scheduler" else ModelMixin
-        known = getattr(diffusers, kind, None) if module == "diffusers" else None
+        # What the caller has imported is known: it runs nothing to look it up there.
+        known = getattr(sys.modules.get(module), kind, None)
         if not (isinstance(known, type) and issubclass(known, base)):
             raise UserError(
                 f"model_index.json names {module}.{kind} as the {name}; expected one of this "
                 f"package or a {base.__name__.removesuffix('Mixin').lower()} of diffusers. "
-                "It was not imported"
+                "It was not imported; if you trust it, import it before you load the folder"
             )
 
 
@@ -88,7 +89,8 @@ class FilesMixin:
 
         Raises:
             UserError: The folder has pickles in place of safetensors, or `model_index.json` names
-                a class that is neither this package's nor a model or scheduler of diffusers.
+                a class that is neither this package's, nor a model or scheduler of diffusers, nor
+                one that you have imported.
         """
         only_safetensors(kwargs)
         token = _given.set(frozenset(kwargs))
