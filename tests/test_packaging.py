@@ -1,12 +1,16 @@
 """What an installed package does before anybody uses it: imports, versions, completion, wheels."""
 
+import ast
 import contextlib
 import email
 import importlib
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,31 @@ def test_inl_core_imports_nothing_that_torch_has_not() -> None:
         " *{n for n in sys.modules if n.startswith(('triton', 'inl_core.kernels'))})"
     )
     assert in_a_fresh_python(code) == {"inl_core"}
+
+
+@pytest.mark.parametrize("package", ["inl-core", "complexity-lm", "complexity-dit"])
+def test_what_a_module_imports_the_package_asks_for(package) -> None:
+    """Here everything is installed; a user has what `dependencies` name, extras aside."""
+    project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
+    asked = {plain(re.match(r"[\w.-]+", name)[0]) for name in project["dependencies"]}
+    asked |= {package} | ({"triton"} if package == "inl-core" else set())  # torch's, on Linux
+    homes = packages_distributions()
+    missing = set()
+    for path in (ROOT / "packages" / package / "src").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:  # not within functions: those are for extras
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in (name.partition(".")[0] for name in names):
+                found = {plain(home) for home in homes.get(name, [name])}
+                if name not in sys.stdlib_module_names and not found & asked:
+                    missing.add(f"{path.name}: {name}")
+    assert not missing
+
+
+def plain(name: str) -> str:
+    """A distribution's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_complexity_dit_is_imported_when_it_is_used() -> None:

@@ -5,7 +5,6 @@ from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import get_blas_funcs
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
@@ -76,8 +75,7 @@ class CentredProducts:
 
         A strip begins at its diagonal; there and to the left of it stands 0.
         """
-        (multiply,) = get_blas_funcs(("syrk",), (self.x,))
-        products = multiply(1.0, self.x.T, trans=True, lower=True).T
+        products = self.x @ self.x.T  # numpy sees that it is symmetric and makes half of it
         for start in range(0, len(products), STRIP_ROWS):
             rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
             strip = self._shifted(products[rows, columns], rows, columns, plus)
