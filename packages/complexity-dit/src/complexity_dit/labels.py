@@ -60,7 +60,8 @@ def read_labels(
         if field not in rows.column_names:
             raise UserError(
                 f"label field {field!r} is not in the data; its columns are "
-                f"{', '.join(rows.column_names)}"
+                f"{', '.join(rows.column_names)}: choose among them with --data.label_fields, or "
+                "set it to null for every column of names"
             )
         label_names[field], ids = _encode(rows, field)
         columns.append(torch.tensor(ids, dtype=torch.int64))
