@@ -74,3 +74,20 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         assert not re.search(r"url\(\s*[\"']?https?:|@import\s+[\"']https?:", sheet.read_text())
     reference = (tmp_path / "reference" / "inl_core" / "index.html").read_text()
     assert "(…, D)" in reference or "(..., D)" in reference  # shapes, from the docstrings
+
+
+def test_examples_trust_the_code_of_a_folder_in_so_many_words():
+    """Without the argument a user is asked a question in the middle of the example.
+
+    Not seen when a block runs in this process, where the package is imported already.
+    """
+    found = []
+    for page in MARKDOWN:
+        for block in re.findall(
+            r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        ):
+            if "complexity_lm" in block:
+                continue  # imported: nothing in the folder needs to run
+            found += re.findall(r"\b(?:Auto|Diffusion)\w+\.from_pretrained\(.*?\)", block)
+    assert len(found) > 5
+    assert [call for call in found if "trust_remote_code=True" not in call] == []
