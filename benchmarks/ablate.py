@@ -35,7 +35,7 @@ from ablation_labs import LABS
 from ablation_study import BASELINE, expanded, read_study, shape_of
 from fields import parsed
 from results import append_rows, commit, read_rows
-from timing import paired
+from timing import DEVICE, paired
 
 DIVERGED = re.compile(r"step (\d+): loss (\S+), gradient norm")
 
@@ -93,7 +93,7 @@ def add_missing_rows(path, bench, cells, command):
             if (bench, cell["case"], cell["shape"], metric) not in known
         ]  # fmt: skip
         if rows:
-            append_rows(path, bench, rows, "cpu", command=command, commit=cell["commit"])
+            append_rows(path, bench, rows, DEVICE, command=command, commit=cell["commit"])
 
 
 def run(study, options, overrides):

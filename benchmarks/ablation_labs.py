@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 from ablation_curves import curve_metrics, read_curve
+from accelerate.utils import send_to_device
 from claims_measures import total_curvature
+from timing import DEVICE
 
 HELDOUT_SEED = 10_007
 """Of the pictures, times and noise that held-out losses of the image model are measured with."""
@@ -47,6 +49,7 @@ class Lab:
         curve = read_curve(Path(config.out) / "train_log.csv")
         found = curve_metrics(*curve, config.optim.warmup_steps, self.unit)
         network, layers, probe, measured = self.finished(config, swap)
+        probe = send_to_device(probe, DEVICE)
         states = states_by_depth(layers, lambda: network(**probe))
         found = measured | {"parameters": (count(network), "")} | found | path_metrics(states)
         profile = {"activation_rms": [float(x.square().mean().sqrt()) for x in states]}
@@ -86,7 +89,8 @@ class LM(Lab):
         blocks = pack(some, config.data.context, "held-out")
         probe = collate([blocks[i] for i in range(min(4, len(blocks)))])
         inputs = {"input_ids": probe["input_ids"], "use_cache": False}
-        return loaded.model, loaded.model.model.layers, inputs, measured
+        model = loaded.model.to(DEVICE)
+        return model, model.model.layers, inputs, measured
 
     def step(self, config, swap):
         """A call that makes one training step on random ids, and how many parameters it trains."""
@@ -116,7 +120,8 @@ class DiT(Lab):
         """The average of the weights that a finished run keeps."""
         from variants_dit import varied_dit
 
-        return varied_dit(swap).from_pretrained(Path(config.out) / "pipeline/transformer").eval()
+        folder = Path(config.out) / "pipeline/transformer"
+        return varied_dit(swap).from_pretrained(folder).eval().to(DEVICE)
 
     def finished(self, config, swap):
         batches = heldout_batches(config)
@@ -132,9 +137,10 @@ class DiT(Lab):
 
     def fid(self, config, swap, num_images, evaluations, weights, out):
         """FID and KID of a finished cell as in `recipe.py`, {name: (value, unit)}."""
+        from painting import painting
+
         from complexity_dit.evaluate import EvalConfig, evaluate
         from complexity_dit.pipeline import ComplexityDiTPipeline
-        from complexity_dit.sample import SampleConfig
 
         folder = Path(config.out) / "pipeline"
         pipe = ComplexityDiTPipeline.from_pretrained(folder, transformer=self.network(config, swap))
@@ -146,7 +152,7 @@ class DiT(Lab):
                 num_images=num_images, weights=weights, measures=["fid", "kid"], bootstrap=0,
                 curve=False, report=False, quiet=True,
             ),
-            SampleConfig(num_inference_steps=evaluations, guidance_scale=1.0),
+            painting(num_inference_steps=evaluations, guidance_scale=1.0),
             config.data,
         )  # fmt: skip
         about = f"n {result['n_generated']}, {evaluations} evaluations"
@@ -209,7 +215,7 @@ def heldout_loss(network, batches, config):
 
     losses = []
     for step in range(len(batches)):
-        batch = batches[step]
+        batch = send_to_device(batches[step], DEVICE)
         prediction = network(batch["x"], batch["timestep"], batch["labels"], return_dict=False)[0]
         losses.append(float(training_loss(prediction, batch["target"], config.objective)))
     return sum(losses) / len(losses)
@@ -219,7 +225,7 @@ def heldout_loss(network, batches, config):
 def states_by_depth(layers, forward):
     """What leaves each layer, from the first to the last: (tokens, D) each."""
     states = []
-    with _hooks(layers, lambda *seen: states.append(seen[2][0].flatten(0, -2))):
+    with _hooks(layers, lambda *seen: states.append(seen[2][0].flatten(0, -2).cpu())):
         forward()
     return states
 

@@ -21,13 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from claims_measures import colour_distances, length_over_chord, steadiness, total_curvature
+from painting import painting
 from results import append_rows, commit
+from timing import DEVICE
 
 from complexity_dit.checkpoint_folders import all_checkpoints
 from complexity_dit.compare import different_settings, read_result
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.features import draw
-from complexity_dit.sample import SampleConfig, iter_samples, load_pipeline
+from complexity_dit.sample import iter_samples, load_pipeline
 from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from complexity_dit.subjects import labels_to_ask, open_reference, trained_on
@@ -73,7 +75,7 @@ def expected_pictures(pipe, labels, steps, seed, batch_size=32):
         states = [noise]
 
         def keep(_, step, time, tensors, states=states):
-            states.append(tensors["latents"].clone())
+            states.append(tensors["latents"].cpu().clone())
             return {}
 
         pipe(
@@ -81,7 +83,7 @@ def expected_pictures(pipe, labels, steps, seed, batch_size=32):
             output_type="latent", callback_on_step_end=keep,
         )  # fmt: skip
         x = torch.stack(states).double().flatten(2)
-        level = pipe.scheduler.sigmas.double()[:, None, None]
+        level = pipe.scheduler.sigmas.double().cpu()[:, None, None]
         yield x[:-1] - level[:-1] * x.diff(dim=0) / level.diff(dim=0)
 
 
@@ -101,7 +103,7 @@ def held_out(pipe, folder, options):
 
 def plainly(options):
     """How all measures paint."""
-    return SampleConfig(
+    return painting(
         seed=options.seed, scheduler=EULER, num_inference_steps=options.steps, guidance_scale=1.0
     )
 
@@ -109,7 +111,7 @@ def plainly(options):
 def paths(items, options):
     """Rows of how the expected picture moves, by model."""
     for network, seed, folder in items:
-        pipe = load_pipeline(str(pipeline_folder(folder)))
+        pipe = load_pipeline(str(pipeline_folder(folder))).to(DEVICE)
         *_, labels = held_out(pipe, pipeline_folder(folder), options)
         curved, longer = [], []
         for path in expected_pictures(pipe, labels, options.steps, options.seed):
@@ -132,7 +134,7 @@ def colours(items, options):
     """Rows of how far a model's colours are from its styles' paintings, and the floor."""
     floors = set()
     for network, seed, folder in items:
-        pipe = load_pipeline(str(pipeline_folder(folder)))
+        pipe = load_pipeline(str(pipeline_folder(folder))).to(DEVICE)
         reference, rows, labels = held_out(pipe, pipeline_folder(folder), options)
         real = reference.images
         if options.field not in real.label_names or options.field not in pipe.id2label:
@@ -275,9 +277,7 @@ def main():
     for row in measure(options.models, options):
         print(f"{row['case']}, {row['shape']}: {row['metric']} {row['value']:.6g}", flush=True)
         if options.rows:
-            append_rows(
-                options.rows, "claims_dit", [row], "cpu", command=command, commit=started_from
-            )
+            append_rows(options.rows, "claims_dit", [row], command=command, commit=started_from)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MINUTES = {"tests": 8.0, "ops": 8.0, "models": 8.0}
-"""Nothing new begins after these; what runs then is stopped at `HARD`."""
-HARD = 8.8
+MORE = 0.8
+"""Minutes after `--minutes` at which what still runs is stopped."""
 NOT_ON_A_DEVICE = ("test_aot.py", "test_ops_switch.py")
 
 
 def give_up(*_):
-    print(f"stopped after {HARD} minutes; the rows made until then are kept", file=sys.stderr)
+    print("stopped for time; the rows made until then are kept", file=sys.stderr)
     sys.stderr.flush()
     os._exit(3)
 
 
-def device_tests(device, quick, rows, deadline):
+def device_tests(options, rows, deadline):
     import device_checks
     from results import append_rows
 
+    device = options.device
     failures = device_checks.run(
-        device, quick, deadline, lambda row: append_rows(rows, "device", [row], device)
+        device, options.quick, deadline, lambda row: append_rows(rows, "device", [row], device)
     )
     if device == "cpu":
         return failures
@@ -51,6 +51,8 @@ def device_tests(device, quick, rows, deadline):
         sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}",
         "--import-mode=importlib", "-p", "no:cacheprovider", *map(str, modules),
     ]  # fmt: skip
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "4"]  # most of the time goes into compiling kernels
     environment = os.environ | {"INL_TEST_DEVICE": device}
     print("the kernels' test modules on the device:", flush=True)
     try:
@@ -61,25 +63,29 @@ def device_tests(device, quick, rows, deadline):
     return failures + (done.returncode != 0)
 
 
-def device_ops(device, quick, rows, deadline):
+def device_ops(options, rows, deadline):
     import bench_ops
     import torch
 
-    if not quick:
-        return bench_ops.run(device, "full", torch.bfloat16, deadline, rows)
+    device = options.device
+    if not options.quick:
+        return bench_ops.run(
+            device, "full", torch.bfloat16, deadline, rows, seconds=options.seconds
+        )
     some = ("eager", "triton", "F.rms_norm", "dense", "mask loop", "grouped_mm")  # none compiles
     return bench_ops.run(
         device, "quick", torch.bfloat16, deadline, rows, backends=some, seconds=0.01
     )
 
 
-def device_models(device, quick, rows, deadline):
+def device_models(options, rows, deadline):
     import bench_tax
 
+    device, quick = options.device, options.quick
     small = ["--sizes", "S/2", "--depth", "1", "--batch_size", "1", "--side", "4", "--rounds", "1",
              "--kinds", "channel", "--eager", "--routing", "64", "32", "64", "4"]  # fmt: skip
-    full = ["--sizes", "B/2", "XL/2", "--batch_size", "64", "--side", "16", "--rounds", "20",
-            "--kinds", "channel", "lite", "layer", "token",
+    full = ["--sizes", "B/2", "XL/2", "--batch_size", "64", "--side", "16",
+            "--rounds", str(options.rounds), "--kinds", "channel", "lite", "layer", "token",
             "--routing", "65536", "768", "2048", "8"]  # fmt: skip
     # What `auto` should be for each operation is decided on both.
     for backend in ("auto",) if quick else ("auto", "reference"):
@@ -102,6 +108,9 @@ def main():
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="the smallest sizes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="nothing new begins after")
+    parser.add_argument("--seconds", type=float, default=0.2, help="ops: of calls, a measurement")
+    parser.add_argument("--rounds", type=int, default=20, help="models: steps of each network")
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -122,9 +131,8 @@ def main():
     print(f"{options.part} on {name}, torch {torch.__version__}, triton {triton_version()}")
     rows = Path(os.environ.get("OUT", "runs/gpu")) / f"{options.part}.csv"
     signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 60 * HARD)
-    deadline = Deadline(MINUTES[options.part])
-    failures = PARTS[options.part](options.device, options.quick, rows, deadline)
+    signal.setitimer(signal.ITIMER_REAL, 60 * (options.minutes + MORE))
+    failures = PARTS[options.part](options, rows, Deadline(options.minutes))
     print(f"rows: {rows}")
     return 1 if failures else 0
 

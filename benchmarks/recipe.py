@@ -18,14 +18,17 @@ from pathlib import Path
 
 from diffusers_dit import build_diffusers_dit
 from fields import parsed, with_fields
+from painting import painting
 from results import append_rows, commit
 
 from complexity_dit.build import build_model
-from complexity_dit.checkpoint_folders import latest_checkpoint
+from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint, step_of
 from complexity_dit.config import TrainConfig
+from complexity_dit.costs import token_count, training_flops
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.folder_files import DATA_FILE
-from complexity_dit.sample import SampleConfig, load_pipeline
+from complexity_dit.sample import load_pipeline
+from complexity_dit.tokens import kept_count
 from complexity_dit.train import train
 
 # What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
@@ -144,6 +147,24 @@ def trained(row, config, sessions):
     return pipeline, sessions.seconds()
 
 
+def utilisation(config, network, peak_tflops):
+    """Rows of the speed between the last two checkpoints, and the share of a peak it makes use of.
+
+    Matrix products alone count, once forward and twice backward, those of dropped tokens not.
+    """
+    *_, before, last = all_checkpoints(Path(config.out) / "checkpoints")
+    wrote = [(folder / "state.json").stat().st_mtime for folder in (before, last)]
+    speed = (step_of(last) - step_of(before)) * config.batch_size / (wrote[1] - wrote[0])
+    rate = config.model.token_drop_rate
+    kept = kept_count(token_count(network), rate) if rate else None
+    done = speed * training_flops(network, kept) / 1e12
+    return {
+        "speed between the last checkpoints": (speed, "images/s"),
+        "model FLOPs": (done, "TFLOP/s"),
+        "utilisation": (done / peak_tflops, f"of {peak_tflops:g} TFLOP/s"),
+    }
+
+
 def main():
     """Train, measure and print one row and, if asked, add it to the result file."""
     parser = argparse.ArgumentParser(
@@ -162,6 +183,7 @@ def main():
     parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
     parser.add_argument("--weights", default="auto", help="of the feature network")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--peak_tflops", type=float, help="of the device: adds its utilisation")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
     if options.list:
@@ -186,7 +208,7 @@ def main():
             options.reference or json.loads((pipeline / DATA_FILE).read_text())["source"],
             out,
             EvalConfig.brief(num_images=options.num_images, weights=options.weights),
-            SampleConfig(num_inference_steps=options.evaluations, guidance_scale=1.0),
+            painting(num_inference_steps=options.evaluations, guidance_scale=1.0),
         )
     result = json.loads((out / "result.json").read_text())
     values = {
@@ -198,6 +220,8 @@ def main():
         "n": (result["n_generated"], ""),
         **{name: (value, "") for name, value in result["metrics"].items()},
     }
+    if options.peak_tflops:
+        values |= utilisation(config, pipe.transformer.config, options.peak_tflops)
     print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
     if options.rows and fresh:
         changed = "".join(f" {item}" for item in options.override)
@@ -206,7 +230,8 @@ def main():
             f"{options.evaluations} --num_images {options.num_images}"
             + (f" --override{changed}" if changed else "")
         )
-        about = {"case": options.row, "shape": f"seed {options.seed}", "dtype": "float32"}
+        about = {"case": options.row, "shape": f"seed {options.seed}"}
+        about["dtype"] = "bfloat16" if config.mixed_precision == "bf16" else "float32"
         append_rows(
             options.rows,
             "recipe",

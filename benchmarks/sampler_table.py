@@ -12,10 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
+from painting import painting
 from results import append_rows, commit
 
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.sample import SampleConfig, load_pipeline
+from complexity_dit.sample import load_pipeline
 from complexity_dit.schedulers import named_scheduler, steps_within
 
 SCHEDULERS = {
@@ -31,7 +32,7 @@ def cases(scheduler, options):
     for name, cls in SCHEDULERS.items():
         solver = named_scheduler(scheduler, cls, options.shift)
         for evaluations in options.evaluations:
-            table[f"{name} {evaluations}"] = SampleConfig(
+            table[f"{name} {evaluations}"] = painting(
                 num_inference_steps=steps_within(solver, evaluations),
                 scheduler=cls,
                 shift=options.shift,
@@ -41,7 +42,7 @@ def cases(scheduler, options):
         for interval in options.intervals:
             low, high = (float(level) for level in interval.split("-"))
             table[f"Euler {options.guided_steps} steps, guidance {scale:g} in {low:g}-{high:g}"] = (
-                SampleConfig(
+                painting(
                     num_inference_steps=options.guided_steps,
                     scheduler=SCHEDULERS["Euler"],
                     shift=options.shift,

@@ -5,6 +5,9 @@ import time
 
 import torch
 
+DEVICE = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+"""Where the trainers train."""
+
 
 def wait(device):
     if torch.device(device).type == "cuda":

@@ -26,7 +26,10 @@ def optimizer_step(
     Returns:
         Loss and gradient norm, still on device, and whether the step was taken.
     """
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    batch = {
+        name: value.to(accelerator.device, non_blocking=value.is_pinned())
+        for name, value in batch.items()
+    }
     parts = config.gradient_accumulation_steps
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
     total = torch.zeros((), device=accelerator.device)

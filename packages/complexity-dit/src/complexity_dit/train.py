@@ -125,6 +125,7 @@ def _train(
         batch_size=None,
         sampler=range(state.step, config.steps),
         num_workers=config.loader_workers,
+        pin_memory=accelerator.device.type == "cuda",  # copies to the device need not wait
     )
     skipped = state.guard.skipped if state.guard else 0
     log = TrainLog(out, state.step, accelerator, skipped)
