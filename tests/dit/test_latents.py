@@ -23,7 +23,8 @@ from complexity_dit.data import DataConfig, load_data
 from complexity_dit.encode import encode
 from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.latents import load_training_data, open_latent_space, part_path
+from complexity_dit.latent_parts import part_path
+from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
 from complexity_dit.train import train
@@ -370,6 +371,23 @@ def test_damaged_parts_are_named(source, copied, caches):
     (copied / "cache.json").unlink()
     encode(source, copied, batch_size=4, part_size=10)
     assert bytes_of(copied) == bytes_of(caches["tiny"])
+
+
+def test_parts_that_are_not_as_the_cache_says(copied):
+    good = json.loads((copied / "cache.json").read_text())
+    statistics = good["statistics"] | {"mean": [0.0] * 2, "std": [1.0] * 2}
+    for other, said in (
+        ({"label_names": {"style": ["a"]}}, "no column 'label_style'"),
+        ({"label_names": {"label": ["one"]}}, "label_label is outside of -1 to 0"),
+        ({"has_std": True}, "no column 'latents_std'"),
+        ({"shape": [2, 1, 1], "statistics": statistics}, "'latents' holds no lists of 4 float16"),
+    ):
+        (copied / "cache.json").write_text(json.dumps(good | other))
+        with pytest.raises(UserError, match=f"is not of the cache that .*{said}"):
+            load_training_data(as_latents(copied))
+    # What `source` leaves out has its default.
+    (copied / "cache.json").write_text(json.dumps(good | {"source": {}}))
+    load_training_data(as_latents(copied))
 
 
 def test_settings_that_do_not_fit_the_cache(copied, source, tmp_path):

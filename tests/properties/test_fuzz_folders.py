@@ -25,6 +25,7 @@ from complexity_dit import (
     convert,
     csv_log,
     labels,
+    latent_parts,
     latents,
     pipeline_files,
     pipeline_labels,
@@ -170,8 +171,12 @@ def latent_cache(folder: Path) -> Parser:
     (folder / "parts").mkdir()
     from datasets.arrow_writer import ArrowWriter
 
-    with ArrowWriter(path=str(latents.part_path(folder, 0))) as writer:
-        writer.write_table(datasets.Dataset.from_dict(rows).data.table)
+    kinds = {name: datasets.Value("string") for name in ("sha256", "name")}
+    kinds |= {"label_style": datasets.Value("int64")}
+    kinds |= {"latents": datasets.List(datasets.Value("float16"), length=32)}
+    features = datasets.Features(kinds)
+    with ArrowWriter(path=str(latent_parts.part_path(folder, 0)), features=features) as writer:
+        writer.write_table(datasets.Dataset.from_dict(rows, features=features).data.table)
         writer.finalize()
     good = {
         "format": latents.FORMAT, "resolution": 16, "skipped": 0, "shape": [4, 2, 2], "images": 3,
@@ -188,7 +193,7 @@ def latent_cache(folder: Path) -> Parser:
         data.clean([0, len(data) - 1], torch.zeros(2, dtype=torch.bool))
 
     parse_file = of_file(folder / latents.CACHE_FILE, parse)
-    return Parser(mangled_json([good]), parse_file, [latents], (UserError,))
+    return Parser(mangled_json([good]), parse_file, [latents, latent_parts], (UserError,))
 
 
 @ROWS.row

@@ -19,19 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from complexity_dit.bounded import filled, fits, read_json_object
 from complexity_dit.data import DataConfig, PaintingDataset, in_split, load_data
 from complexity_dit.errors import UserError
+from complexity_dit.latent_parts import PARTS, number_of_parts, open_parts
 from complexity_dit.vae import Vae, load_vae, weights_sha256
 
 FORMAT = "complexity-dit-latents-1"
-PLAN_FILE, CACHE_FILE, PARTS = "plan.json", "cache.json", "parts"
+PLAN_FILE, CACHE_FILE = "plan.json", "cache.json"
 SCHEME = "latents:"
 
 _PLANNED = ("images", "part_size")
@@ -80,7 +79,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.mean = torch.tensor(info["statistics"]["mean"], dtype=torch.float32)
         self.std = torch.tensor(info["statistics"]["std"], dtype=torch.float32)
         self._folder, self._sides = folder, 2 if info["mirrored"] else 1
-        self._rows = _open_parts(folder, info)
+        self._rows = open_parts(folder, info)
         self._views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
 
         hashes = self._rows.data.column("sha256").to_pylist()
@@ -226,7 +225,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
             "again with --flip true"
         )
     dataset = LatentDataset(folder, info, config, split)
-    dataset.warn_of_lost_pictures(info["source"]["source"])
+    dataset.warn_of_lost_pictures(DataConfig(**info["source"]).source)
     return dataset
 
 
@@ -344,40 +343,9 @@ def _planned_parts(folder: Path) -> int:
     return number_of_parts(plan)
 
 
-def number_of_parts(plan: dict[str, Any]) -> int:
-    """How many parts a cache has when it is whole."""
-    return -(-plan["images"] // plan["part_size"])
-
-
-def part_path(folder: Path, part: int) -> Path:
-    """The file of one part."""
-    return folder / PARTS / f"part-{part:05d}.arrow"
-
-
 def folder_of(config: DataConfig) -> Path:
     """The folder of a source `latents:PATH`."""
     return Path(config.source.removeprefix(SCHEME)).expanduser()
-
-
-def _open_parts(folder: Path, info: dict[str, Any]) -> datasets.Dataset:
-    parts = []
-    for number in range(number_of_parts(info)):
-        path = part_path(folder, number)
-        expected = min(info["part_size"], info["images"] - number * info["part_size"])
-        found, said = 0, "it is not there"
-        if path.is_file():
-            try:
-                parts.append(datasets.Dataset.from_file(str(path)))
-                found, said = len(parts[-1]), f"it holds {len(parts[-1])}"
-            except (OSError, pa.ArrowException) as error:
-                said = f"it cannot be read ({error})"
-        if found != expected:
-            raise UserError(
-                f"{path} should hold {expected} of the {info['images']} pictures that were "
-                f"encoded, and {said}: remove {folder / CACHE_FILE} and the file, and run the same "
-                "encode command again"
-            )
-    return datasets.concatenate_datasets(parts)
 
 
 def _chosen_labels(
