@@ -266,12 +266,13 @@ def test_a_whole_cache_is_not_encoded_again(source, copied, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_writes(source, caches, tmp_path):
-    torchrun(
+    done = torchrun(
         2, "-m", "complexity_dit", "encode", "--source", source.source, "--vae", source.vae,
         "--resolution", "16", "--holdout", "0.25", "--out", tmp_path / "cache",
         "--part_size", "10", "--batch_size", "4",
     )  # fmt: skip
     assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
+    assert "14/14" in done.stderr  # the first process has parts 0 and 2 alone
 
 
 def test_source_that_shrank_is_named_in_training_and_refused_in_encoding(

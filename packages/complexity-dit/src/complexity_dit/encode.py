@@ -61,7 +61,8 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
         )
     joined = torch.distributed.is_initialized()
-    process = PartialState()
+    # Without cpu=True accelerate takes a machine without a GPU for one process, silently.
+    process = PartialState(cpu=not torch.accelerator.is_available())
     try:
         _encode(data, folder, batch_size, part_size, process)
     finally:
