@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of the dynamics' page from the rows in this folder.
+"""Write the tables of README.md and of two pages of docs/ from the rows in this folder.
 
     python benchmarks/tables.py            # all *.csv beside this file
     python benchmarks/tables.py --check    # exit status 1 if a page is out of date
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import dynamics_page
+import promises_page
 from results import read_rows
 
 HERE = Path(__file__).parent
@@ -94,9 +95,11 @@ def main():
     options = parser.parse_args()
     rows = [row for path in sorted(HERE.glob("*.csv")) for row in read_rows(path)]
     stale = []
-    for page in (HERE / "README.md", dynamics_page.PAGE):
+    for page in (HERE / "README.md", dynamics_page.PAGE, promises_page.PAGE):
         before = page.read_text()
-        after = dynamics_page.rewritten(rewritten(before, rows), rows)
+        after = rewritten(before, rows)
+        for part in (dynamics_page, promises_page):
+            after = part.rewritten(after, rows)
         if after == before:
             continue
         stale.append(page)

@@ -85,11 +85,12 @@ print(kills)
 
 
 @pytest.mark.parametrize("work", ["fresh", "replace", "remove", "file"])
-def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, work):
+def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, record_property, work):
     command = [sys.executable, "-c", KILLED_EVERYWHERE, files.__file__, str(tmp_path), work]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 2  # kills: at least as many operations as there are
+    record_property("injected", int(done.stdout))
 
 
 def test_an_error_leaves_the_old_one_and_nothing_beside_it(tmp_path):

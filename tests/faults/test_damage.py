@@ -27,8 +27,8 @@ def checkpoints_of(package, run):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_every_damaged_file_is_named(package, finished, how):
-    chance = random.Random(how)
+def test_every_damaged_file_is_named(package, finished, record_property, how):
+    chance, injected = random.Random(how), 0
     checkpoint = checkpoints_of(package, finished)[-1]
     damage = package.checksums.damage
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
@@ -40,6 +40,7 @@ def test_every_damaged_file_is_named(package, finished, how):
         if not whole:
             continue
         damaged(path, how, chance)
+        injected += 1
         found = damage(checkpoint)
         name = path.relative_to(checkpoint).as_posix()
         if path.name == "SHA256SUMS":
@@ -49,15 +50,17 @@ def test_every_damaged_file_is_named(package, finished, how):
             assert found[0].startswith(f"{name} is ")
         path.write_bytes(whole)
     assert damage(checkpoint) == []
+    record_property("injected", injected)
 
 
-def test_the_list_cut_at_a_line_is_noticed(package, finished):
+def test_the_list_cut_at_a_line_is_noticed(package, finished, record_property):
     checkpoint = checkpoints_of(package, finished)[-1]
     sums = checkpoint / "SHA256SUMS"
     lines = sums.read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
         sums.write_text("".join(lines[:kept]))
         assert package.checksums.damage(checkpoint), kept
+    record_property("injected", len(lines))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def fill(folder, text):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("has_old", [True, False])
-def test_an_error_at_any_operation_leaves_the_old_or_the_new(package, tmp_path, number, has_old):
+def test_an_error_at_any_operation_leaves_the_old_or_the_new(
+    package, tmp_path, record_property, number, has_old
+):
     files, failed = package.files, 0
     while True:
         folder = tmp_path / str(failed)
@@ -61,6 +63,7 @@ def test_an_error_at_any_operation_leaves_the_old_or_the_new(package, tmp_path, 
             break
         failed += 1
     assert failed >= 6
+    record_property("injected", failed)
 
 
 def full_at_the_second_checkpoint(package, monkeypatch, context):
@@ -85,10 +88,14 @@ def full_at_the_second_checkpoint(package, monkeypatch, context):
     monkeypatch.setattr(saver, name, save)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(package, tmp_path, resumed, monkeypatch):
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    package, tmp_path, resumed, monkeypatch, record_property
+):
     straight, starved = tmp_path / "straight", tmp_path / "starved"
     package.train(package.run(straight))
-    for limit in (10, 4000, 12000):
+    limits = 10, 4000, 12000
+    record_property("injected", len(limits))
+    for limit in limits:
         with monkeypatch.context() as patch:
             full_at_the_second_checkpoint(package, patch, small_files(limit))
             with pytest.raises(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -108,8 +109,15 @@ def fuzz(name: str, parser: "Parser") -> Fuzzed:
     done.covered, done.lines = coverage.counts()
     if LOG:
         with Path(LOG).open("a") as file:
-            file.write(json.dumps(done.as_row()) + "\n")
+            file.write(json.dumps(done.as_row() | {"commit": commit()}) + "\n")
     return done
+
+
+def commit() -> str:
+    """The code that was fuzzed, with `+` when files differed from it."""
+    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False)
+    return done.stdout.decode().strip()
 
 
 def kind_of(error: BaseException) -> str:
