@@ -30,7 +30,8 @@ def texts(tmp_path_factory) -> Path:
 def package(request, texts) -> SimpleNamespace:
     """What a test of both packages needs of one.
 
-    `run(out, **fields)` makes a config, `train(config)` trains; `UserError`, `STATE_FILE`,
+    `run(out, **fields)` makes a config, `train(config)` trains, `use(checkpoint)` loads what is
+    sampled from; `UserError`, `STATE_FILE`,
     `checkpoint_folders`, `checksums` and `run_lock` are the package's own; `outcome(out)` is what a
     finished run ends with, bits by file.
     """
@@ -39,11 +40,17 @@ def package(request, texts) -> SimpleNamespace:
     folders = module("checkpoint_folders")
     if request.param == "dit":
         state_file, run = module("state").STATE_FILE, dit_run
+
+        def use(checkpoint):
+            return module("sample").load_pipeline(str(checkpoint / "pipeline"))
     else:
         state_file = module("run_folder").STATE_FILE
 
         def run(out, **fields):
             return lm_run(out, texts, **fields)
+
+        def use(checkpoint):
+            return module("loading").load(str(checkpoint))
 
     def outcome(out: Path) -> dict[str, bytes]:
         last = folders.latest_checkpoint(Path(out) / "checkpoints")
@@ -52,7 +59,7 @@ def package(request, texts) -> SimpleNamespace:
         return {path.name: path.read_bytes() for path in files}
 
     return SimpleNamespace(
-        name=request.param, run=run, train=module("train").train, outcome=outcome,
+        name=request.param, run=run, use=use, train=module("train").train, outcome=outcome,
         UserError=module("errors").UserError, STATE_FILE=state_file, checkpoint_folders=folders,
         checksums=module("checksums"), files=module("files"), run_lock=module("run_lock"),
     )  # fmt: skip

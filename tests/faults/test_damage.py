@@ -110,6 +110,17 @@ def test_going_back_behind_a_whole_one_is_still_refused(package, finished, resum
         resumed(finished, first)
 
 
+def test_a_damaged_checkpoint_is_not_sampled_from(package, finished):
+    checkpoint = checkpoints_of(package, finished)[-1]
+    package.use(checkpoint)
+    weights = max(checkpoint.glob("**/*model.safetensors"), key=lambda path: len(path.parts))
+    damaged(weights, "flip", random.Random(0))
+    with pytest.raises(
+        package.UserError, match=rf"step-00000008 is damaged: \S*{weights.name} is not what was"
+    ):
+        package.use(checkpoint)
+
+
 def test_a_file_that_cannot_be_read_is_named(package, finished, resumed):
     second = checkpoints_of(package, finished)[-1]
     broken = below(second / "model.safetensors", errno.EIO, reads=True)

@@ -106,8 +106,7 @@ def refuse_damage(checkpoint: Path) -> None:
     earlier = [path for path in all_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
     whole = next((path for path in reversed(earlier) if not damage(path)), None)
     raise UserError(
-        f"checkpoint {checkpoint} is damaged: {'; '.join(wrong[:3])}"
-        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        f"checkpoint {checkpoint} is damaged: {_listed(wrong)}"
         + (
             f"; go on from the whole one before it with --resume {whole}"
             if whole
@@ -115,6 +114,32 @@ def refuse_damage(checkpoint: Path) -> None:
             "another --out"
         )
     )
+
+
+def refuse_damage_in_use(folder: Path) -> None:
+    """Stop before a checkpoint, or a folder in one, is sampled from or evaluated damaged.
+
+    Folders elsewhere have no checksums: there is nothing to compare with.
+
+    Raises:
+        UserError: Naming what is damaged of what would be read.
+    """
+    if not folder.is_dir():
+        return
+    folder = folder.resolve()
+    for checkpoint in (folder, folder.parent):
+        if _NAME.fullmatch(checkpoint.name) and (
+            wrong := damage(checkpoint, folder.relative_to(checkpoint))
+        ):
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged: {_listed(wrong)}; put its files back from a "
+                "copy, or take another checkpoint"
+            )
+
+
+def _listed(wrong: list[str]) -> str:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return "; ".join(wrong[:3]) + more
 
 
 def _clear_the_way(checkpoints: Path, checkpoint: Path) -> None:

@@ -29,11 +29,12 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS_FILE).write_text("\n".join(lines) + "\n")
 
 
-def damage(folder: Path) -> list[str]:
+def damage(folder: Path, part: Path = Path()) -> list[str]:
     """What is wrong with the files that `SHA256SUMS` lists.
 
     Args:
         folder: Where `write_sums` wrote.
+        part: A folder below it, whose files alone are compared; all by default.
 
     Returns:
         A phrase a damaged file, none where all are whole. A folder without the file was
@@ -45,8 +46,9 @@ def damage(folder: Path) -> list[str]:
         wanted = _read_sums(folder)
     except (OSError, ValueError) as error:
         return [f"{SUMS_FILE} cannot be read ({error})"]
+    names = [name for name in wanted if Path(name).is_relative_to(part)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _wrong(folder / name, name, wanted[name]), wanted)
+        found = pool.map(lambda name: _wrong(folder / name, name, wanted[name]), names)
         return [phrase for phrase in found if phrase]
 
 

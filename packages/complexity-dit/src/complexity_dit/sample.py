@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from complexity_dit.bounded import fits, one_line, read_json_object
+from complexity_dit.checkpoint_folders import refuse_damage_in_use
 from complexity_dit.errors import UserError
 from complexity_dit.files import file_aside
 from complexity_dit.folder_files import ADAPTER_FILE
@@ -326,10 +327,11 @@ def load_pipeline(path: str) -> ComplexityDiTPipeline:
     """Load a pipeline folder or Hub id, or an adapter folder of a training into its base.
 
     Raises:
-        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, or the adapter's
-            base is gone or another than it was.
+        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, it is a damaged
+            checkpoint's, or the adapter's base is gone or another than it was.
     """
     folder = Path(path)
+    refuse_damage_in_use(folder)
     if (folder / ADAPTER_FILE).is_file():
         return _load_with_adapter(folder)
     looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))

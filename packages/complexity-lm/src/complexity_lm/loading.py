@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.bounded import filled, fits, read_json_object
+from complexity_lm.checkpoint_folders import refuse_damage_in_use
 from complexity_lm.data import DataConfig
 from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line, is_local, require_hub
@@ -59,12 +60,14 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
         device: auto (a GPU if there is one), cpu, cuda, cuda:N.
 
     Raises:
-        UserError: It is not there, cannot be read, or model and tokenizer do not belong together.
+        UserError: It is not there, cannot be read, a damaged checkpoint, or model and tokenizer do
+            not belong together.
     """
     target = torch.device(_device(device))
     folder = name
     if is_local(name):
         folder = str(_model_folder(Path(name).expanduser()))
+        refuse_damage_in_use(Path(folder))
     else:
         require_hub(name, "give the path of a model folder")
     try:
