@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 from complexity_dit.batches import StepBatches
 from complexity_dit.errors import UserError
 from complexity_dit.train import train
+from support.pictures import pictures, write_folder
 from support.processes import ENVIRONMENT
 from support.small_runs import dit_run
 
@@ -59,14 +60,22 @@ cli.main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_other_process_stops_and_names_the_dead_one(package, texts, tmp_path, victim):
+EVALUATION = """
+import importlib, os, signal, sys
+from complexity_dit import __main__ as cli
+
+if os.environ["RANK"] == sys.argv.pop():
+    evaluation = importlib.import_module("complexity_dit.evaluate")
+    evaluation.collect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cli.main()
+"""
+
+
+def told_by_the_other(command, victim, folder):
+    """Two processes run a command, whose last word is the victim; what the other one says."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", RANK, package.name, str(tmp_path / "run"), str(texts)]
     both = []
     try:
         for rank in range(2):
@@ -74,29 +83,48 @@ def test_the_other_process_stops_and_names_the_dead_one(package, texts, tmp_path
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
             }  # fmt: skip
-            with (tmp_path / f"{rank}.txt").open("w") as said:
+            with (folder / f"{rank}.txt").open("w") as said:
                 both.append(
                     subprocess.Popen(
-                        [*command, str(victim)],
+                        [sys.executable, "-c", *map(str, command), str(victim)],
                         env=os.environ | ENVIRONMENT | of_rank, stdout=said, stderr=said,
                     )
                 )  # fmt: skip
-        assert both[victim].wait(timeout=BOUND) == -signal.SIGKILL, (
-            tmp_path / f"{victim}.txt"
-        ).read_text()
-        survivor = both[1 - victim].wait(timeout=BOUND)
+        died = both[victim].wait(timeout=BOUND)
+        assert died == -signal.SIGKILL, (folder / f"{victim}.txt").read_text()
+        status = both[1 - victim].wait(timeout=BOUND)
     finally:
         for process in both:
             process.kill()
             process.wait()
-    told = (tmp_path / f"{1 - victim}.txt").read_text()
-    assert survivor == 2, told
+    told = (folder / f"{1 - victim}.txt").read_text()
+    assert status == 2, told
     assert f"process {victim} ({both[victim].pid} on {socket.gethostname()}) of this run" in told
-    assert "--resume auto" in told
     assert "Traceback" not in told
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_other_process_stops_and_names_the_dead_one(package, texts, tmp_path, victim):
+    command = [RANK, package.name, tmp_path / "run", texts]
+    assert "--resume auto" in told_by_the_other(command, victim, tmp_path)
     last = package.checkpoint_folders.latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert last.name == "step-00000004"
     assert package.checksums.damage(last) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_evaluation_names_the_dead_one(tmp_path, victim):
+    folders = [write_folder(tmp_path / name, pictures(4, 1)) for name in ("a", "b")]
+    command = [EVALUATION, "evaluate", folders[0], "--reference", folders[1]]
+    command += ["--out", tmp_path / "result", "--weights", "random", "--cache", "false"]
+    told = told_by_the_other(command, victim, tmp_path)
+    assert "start the same command again" in told
+    assert not (tmp_path / "result").exists()
 
 
 # A process that waits inside a library for a partner that has died: only a thread can end it.

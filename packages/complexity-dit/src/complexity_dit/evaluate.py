@@ -37,7 +37,7 @@ from complexity_dit.measures import (
 from complexity_dit.memorisation import Memorisation, memorisation
 from complexity_dit.metrics import distance_of_sets, feature_statistics
 from complexity_dit.painted import painted_images, scheduler_settings
-from complexity_dit.parallel_evaluation import is_main, main_first, on_main
+from complexity_dit.parallel_evaluation import is_main, losses_told, main_first, on_main
 from complexity_dit.per_label import class_means, distances_by_label, nearest_class_mean_accuracy
 from complexity_dit.result_table import format_result
 from complexity_dit.sides import Sides, check_wishes, collect
@@ -93,12 +93,24 @@ def evaluate(
 
     Raises:
         UserError: Fewer than 2 images on a side, a result that exists, unreadable images or
-            statistics, statistics of another extractor, floors without images to measure, or a
-            setting out of range.
+            statistics, statistics of another extractor, floors without images to measure, a
+            setting out of range, or a process that is gone.
     """
     config = config or EvalConfig()
     config.check()
-    folder = Path(out) if out is not None else None
+    with losses_told():
+        folder = Path(out) if out is not None else None
+        return _evaluate(target, reference, folder, config, sample, data)
+
+
+def _evaluate(
+    target: "str | Path | ComplexityDiTPipeline",
+    reference: str | Path,
+    folder: Path | None,
+    config: EvalConfig,
+    sample: "SampleConfig | None",
+    data: "DataConfig | None",
+) -> dict[str, Any]:
     if folder and (folder / "result.json").exists() and not config.overwrite:
         raise UserError(f"{folder / 'result.json'} exists; choose another folder or set overwrite")
     device = pick_device(config.device)

@@ -6,6 +6,7 @@ and the main process alone measures and writes. In one process nothing here impo
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -28,6 +29,17 @@ def process_state() -> "PartialState | None":
     # Without cpu=True accelerate takes a machine without a GPU for one process, silently.
     state = PartialState(cpu=not torch.cuda.is_available())
     return state if state.num_processes > 1 else None
+
+
+def losses_told() -> AbstractContextManager[None]:
+    """While it is entered, by all, the loss of a process is an error that names it."""
+    state = process_state()
+    if state is None:
+        return nullcontext()
+    from complexity_dit import lost_process
+
+    remedy = "start the same command again"
+    return lost_process.losses_told(state.process_index, state.num_processes, remedy=remedy)
 
 
 def own_blocks(count: int, block: int) -> list[list[int]]:

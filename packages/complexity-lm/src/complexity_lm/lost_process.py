@@ -25,6 +25,9 @@ LOOK_EVERY = 2.0
 GRACE = 15.0
 """Seconds that a process has to end by itself when another one is gone."""
 
+RESUME = "go on from the last checkpoint with --resume auto"
+"""What to do about it in a training."""
+
 _SIGNS = ("gloo", "nccl", "connection", "socket", "tcpstore", "broken pipe")
 """Words of torch's errors about a partner that does not answer, which have no type of their own."""
 
@@ -71,7 +74,7 @@ def introduce(rank: int) -> Peer:
 
 @contextmanager
 def losses_told(
-    rank: int, count: int, group: distributed.ProcessGroup | None = None
+    rank: int, count: int, group: distributed.ProcessGroup | None = None, remedy: str = RESUME
 ) -> Iterator[None]:
     """While it is entered, the loss of a process is an error that names it.
 
@@ -81,20 +84,21 @@ def losses_told(
         rank: Of this process.
         count: Processes of the run; all of them enter.
         group: Over which they introduce themselves; torch's own by default.
+        remedy: What the user can do then.
 
     Raises:
-        UserError: Naming the process that is gone, a training's or one that loaded its data.
+        UserError: Naming the process that is gone, one of these or one that loaded data.
     """
     others: list[Peer] = []
     if count > 1:
         everybody: list[Peer] = [introduce(rank)] * count
         distributed.all_gather_object(everybody, introduce(rank), group=group)
         others = [peer for peer in everybody if peer.rank != rank]
-    with watched(neighbours(introduce(rank), others)):
+    with watched(neighbours(introduce(rank), others), remedy):
         try:
             yield
         except RuntimeError as error:
-            told = _named(error, rank, others)
+            told = _named(error, rank, others, remedy)
             if told is None:
                 raise
             raise told from error
@@ -108,32 +112,32 @@ def neighbours(me: Peer, others: Sequence[Peer]) -> list[Peer]:
 
 
 @contextmanager
-def watched(peers: Sequence[Peer]) -> Iterator[None]:
+def watched(peers: Sequence[Peer], remedy: str = RESUME) -> Iterator[None]:
     """End this process, with a message, if one of these is gone and it does not end by itself."""
     over = threading.Event()
     if peers:
-        threading.Thread(target=_watch, args=(peers, over), daemon=True).start()
+        threading.Thread(target=_watch, args=(peers, over, remedy), daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def _watch(peers: Sequence[Peer], over: threading.Event) -> None:
+def _watch(peers: Sequence[Peer], over: threading.Event, remedy: str) -> None:
     while not over.wait(LOOK_EVERY):
         gone = [peer for peer in peers if peer.is_gone()]
         if gone and not over.wait(GRACE):
-            print(f"error: {_words(gone)}", file=sys.stderr, flush=True)
+            print(f"error: {_words(gone, remedy)}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread waits inside a library: nothing else reaches it
 
 
-def _named(error: RuntimeError, rank: int, others: Sequence[Peer]) -> UserError | None:
+def _named(error: RuntimeError, rank: int, others: Sequence[Peer], remedy: str) -> UserError | None:
     """The error in the run's own words if it is about a process that is gone."""
     text = str(error)
     if "DataLoader worker" in text:
         return UserError(
             f"a process that loads data is gone ({text.splitlines()[0]}): it may have run out of "
-            "memory, give it fewer workers; go on from the last checkpoint with --resume auto"
+            f"memory, give it fewer workers; {remedy}"
         )
     if not others:
         return None
@@ -142,19 +146,18 @@ def _named(error: RuntimeError, rank: int, others: Sequence[Peer]) -> UserError 
     while not (gone := [peer for peer in near if peer.is_gone()]) and time.monotonic() < until:
         time.sleep(0.1)
     if gone:
-        return UserError(_words(gone))
+        return UserError(_words(gone, remedy))
     if any(sign in text.lower() for sign in _SIGNS):
         return UserError(
             f"a process of this run does not answer any more ({text.splitlines()[0]}): its own "
-            "messages say why; go on from the last checkpoint with --resume auto"
+            f"messages say why; {remedy}"
         )
     return None
 
 
-def _words(gone: Sequence[Peer]) -> str:
+def _words(gone: Sequence[Peer], remedy: str) -> str:
     named = ", ".join(f"{peer.rank} ({peer.process} on {peer.host})" for peer in gone)
     return (
         f"process {named} of this run is gone: its own messages say why, or it was killed, "
-        "as a system does that is out of memory; go on from the last checkpoint with "
-        "--resume auto"
+        f"as a system does that is out of memory; {remedy}"
     )
