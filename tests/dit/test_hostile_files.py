@@ -117,6 +117,16 @@ def test_arrays_of_objects_are_refused_and_not_opened(tmp_path):
     assert not proof.exists()
 
 
+def test_a_member_that_is_no_array_is_named(tmp_path):
+    for content in (b"", b"rubbish"):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in ("arr_0", "mu", "sigma"):
+                archive.writestr(f"{name}.npy", content)
+        for read in (npz_images, read_statistics):
+            with pytest.raises(UserError, match="no array"):
+                read(tmp_path / "x.npz")
+
+
 # -- foreign classes, and weights that are not those of their config -------------------------------
 
 

@@ -101,7 +101,11 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
                     f"{UNPACKED_LIMIT / 2**30:g} are read at once; images that numpy.savez stores "
                     "uncompressed are read one by one"
                 )
-            return {name: file[name] for name in wanted}
+            arrays = {name: file[name] for name in wanted}
+            # Of a member that does not begin as an array numpy gives the bytes.
+            if lost := [name for name, found in arrays.items() if isinstance(found, bytes)]:
+                raise UserError(f"{path} cannot be read as .npz ({', '.join(lost)}: no array)")
+            return arrays
     except UserError:
         raise
     # zipfile, zlib and numpy raise almost anything on broken bytes (NotImplementedError for an
