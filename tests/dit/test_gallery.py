@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from complexity_dit import __main__ as cli
 from complexity_dit import app_page, gallery_png
@@ -84,6 +85,12 @@ def test_other_pngs_are_refused():
         gallery_png.read_png(b"GIF89a")
     with pytest.raises(UserError, match="unknown field 'mood'"):
         Settings.from_dict({"mood": "blue"})
+    text = PngInfo()
+    text.add_itxt(gallery_png.CHUNK, '{"settings": {}, "picture": 0}')
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, format="PNG", pnginfo=text)
+    with pytest.raises(UserError, match="not the gallery's: no pipeline_sha256"):
+        gallery_png.read_png(file.getvalue())
 
 
 def test_a_strip_differs_in_its_label_only(gallery):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -142,7 +143,8 @@ def filled(cls: type[T], values: Any) -> T:
     """A dataclass from what a JSON file holds.
 
     Raises:
-        ValueError: `values` is no object, has an unknown field, or a value of the wrong type.
+        ValueError: `values` is no object, lacks a field, has an unknown one, or a value of the
+            wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"holds {_named(values)}, expected an object")
@@ -154,6 +156,9 @@ def filled(cls: type[T], values: Any) -> T:
         if not fits(value, kinds[name]):
             kind = getattr(kinds[name], "__name__", None) or str(kinds[name])
             raise ValueError(f"{name} is {_named(value)}, expected {kind}")
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        if field.name not in values and field.default is field.default_factory is MISSING:
+            raise ValueError(f"no {field.name}")
     return cls(**values)
 
 
