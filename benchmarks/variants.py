@@ -181,6 +181,20 @@ def plain_swap(name):
     return swap
 
 
+def scale_mlps(layers):
+    """No dynamics: what an MLP adds, times a learned factor a channel (LayerScale, 2103.17239).
+
+    Under `force` the velocity keeps half of what it gets, so in the end a branch counts 1 + 1/2 +
+    1/4 + ... = 2 times. This starts there, and says how much of the effect is that factor.
+    """
+    for layer in layers:
+        if layer.placement != "none":
+            raise ValueError(f"layer-scale is for placement none, not {layer.placement}")
+        width = next(layer.mlp.parameters()).shape[-1]
+        layer.mlp.scale = nn.Parameter(torch.full((width,), 2.0))
+        layer.mlp.register_forward_hook(lambda mlp, _, added: mlp.scale * added)
+
+
 SWAPS = {
     "leapfrog": kind_swap(Leapfrog),
     "rk4": kind_swap(RK4),
@@ -191,5 +205,6 @@ SWAPS = {
     "anchored": anchor_swap,
     "plain-attention": plain_swap("dynamics"),
     "plain-mlp": plain_swap("dynamics_mlp"),
+    "layer-scale": scale_mlps,
 }
 """Changes that know nothing of the network but its list of layers; both models have these."""
