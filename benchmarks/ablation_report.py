@@ -59,13 +59,16 @@ class Results:
         ratio: Step time over the baseline's, by network.
         run: The last of the rows, which says how they were made.
         commits: Of all of them.
+        machines: Their hardware, torch and Python; where there are several, seeds of a network may
+            come from one and the plain ones from another.
         cells: Names and shapes of the runs.
     """
 
     def __init__(self, study, rows, overrides):
         self.study, lab = study, LABS[study.package]
         rows = [row for row in rows if row["bench"] == lab.bench]
-        self.values, self.ratio, self.run, self.commits, self.cells = {}, {}, None, [], set()
+        self.values, self.ratio, self.run, self.cells = {}, {}, None, set()
+        self.commits, self.machines = [], []
         shapes, seeds = (
             {},
             {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
@@ -83,7 +86,12 @@ class Results:
                 metrics.setdefault(row["metric"], {})[seed] = float(row["value"])
                 self.run = row
                 self.cells.add((row["case"], row["shape"]))
-                self.commits += [row["commit"]] if row["commit"] not in self.commits else []
+                machine = (
+                    f"{row['hardware']}, {row['threads']} threads, torch {row['torch']}, "
+                    f"Python {row['python']}"
+                )
+                for seen, new in ((self.commits, row["commit"]), (self.machines, machine)):
+                    seen += [new] if new not in seen else []
 
     def of(self, name, metric):
         """{seed: value}; empty if there is none."""
@@ -189,9 +197,8 @@ def text(results):
     corpus = run["shape"].partition(",")[0]
     about = (
         f"`{run['command']}`, commit {', '.join(results.commits)}, {run['date']}: "
-        f"{run['hardware']}, {run['threads']} threads, torch {run['torch']}, "
-        f"Python {run['python']}. Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of "
-        "the differences paired by seed."
+        f"{'; '.join(results.machines)}. Trained on {corpus}. In brackets: {LEVEL:.0%} "
+        "t-intervals of the differences paired by seed."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])
 
