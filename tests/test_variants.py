@@ -289,6 +289,22 @@ def test_force_on_one_sub_layer_leaves_the_other_plain(swap: str) -> None:
     torch.testing.assert_close(lm_loss(forced), lm_loss(plain))
 
 
+def test_force_mlp_of_the_packages_is_the_variant_that_found_it() -> None:
+    """`force` with plain attention: the same network, one dynamics module a layer fewer."""
+    from ablation_study import Network
+
+    channel = {"model.dynamics_adaptive": "channel"}
+    for build, loss_of in PACKAGES.values():
+        losses = []
+        for placement, swap in (("force", "plain-attention"), ("force_mlp", None)):
+            network = Network(placement, channel | {"model.dynamics_placement": placement}, swap)
+            model = build(network).double()
+            for parameter in model.parameters():  # the image model starts as the identity
+                parameter.data += 0.01
+            losses.append(float(loss_of(model).detach()))
+        assert losses[0] == losses[1]
+
+
 def test_momentum_across_layers_without_memory_is_the_plain_network() -> None:
     from ablation_study import Network
 

@@ -10,7 +10,7 @@ import torch
 from complexity_dit.errors import UserError
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
-PLACEMENTS = ("stream", "branch", "force", "none")
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 
 
 def network(**changes):

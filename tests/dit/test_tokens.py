@@ -17,7 +17,7 @@ from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import ops
 
 TOKENS = 16
-PLACEMENTS = ("stream", "branch", "force", "none")
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 
 
 def build(**overrides):

@@ -88,7 +88,8 @@ def test_parent_init_leaves_the_dynamics_exact():
     assert stats["gate_mean"] == pytest.approx(0.5, abs=1e-6)
 
 
-def test_force_without_spring_or_momentum_is_the_plain_residual():
+@pytest.mark.parametrize("placement", ["force", "force_mlp"])
+def test_force_without_spring_or_momentum_is_the_plain_residual(placement):
     off = {
         "dynamics_adaptive": "lite",
         "dynamics_alpha": 0.0,
@@ -97,7 +98,7 @@ def test_force_without_spring_or_momentum_is_the_plain_residual():
         "dynamics_dt": 1.0,
         "dynamics_velocity_max": None,
     }
-    force = randomised(build(dynamics_placement="force", **off))
+    force = randomised(build(dynamics_placement=placement, **off))
     plain = build(dynamics_placement="none")
     plain.load_state_dict({k: v for k, v in force.state_dict().items() if "dynamics" not in k})
     x, t, labels = inputs()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-PLACEMENTS = ("stream", "branch", "force", "none")
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 

@@ -148,7 +148,7 @@ WRONG_KIND = [
     ({"num_hidden_layers": True}, r"'num_hidden_layers' expected int, got bool"),
     (
         {"dynamics_placement": "residual"},
-        r"expected one of \('stream', 'branch', 'force', 'none'\)",
+        r"expected one of \('stream', 'branch', 'force', 'force_mlp', 'none'\)",
     ),
     ({"dynamics_adaptive": "head"}, r"expected one of \('token', 'channel', 'layer', 'lite'\)"),
     ({"dynamics_alpha": "0.9"}, r"dynamics_alpha"),

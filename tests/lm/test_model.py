@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from complexity_lm import DeepForCausalLM, DeepModel
 from inl_core import INLDynamics, INLDynamicsLite, ops
 
-PLACEMENTS = ("stream", "branch", "force", "none")
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 
 
 def dynamics_of(model) -> list[INLDynamics]:
@@ -32,11 +32,11 @@ def assert_exact_start(dynamics: INLDynamics, alpha: float, beta: float, gate: f
 
 
 @pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
-@pytest.mark.parametrize("placement", ["stream", "branch", "force"])
+@pytest.mark.parametrize("placement", ["stream", "branch", "force", "force_mlp"])
 def test_the_models_init_leaves_the_dynamics_at_their_start(tiny, placement, adaptive) -> None:
     """The originals' init over all linear layers reset α, β, g to 0.5, 0.69, 0.5."""
     model = DeepForCausalLM(tiny(dynamics_placement=placement, dynamics_adaptive=adaptive))
-    start = (0.5, 0.01, 0.99) if placement == "force" else (0.9, 0.1, 0.5)
+    start = (0.5, 0.01, 0.99) if placement.startswith("force") else (0.9, 0.1, 0.5)
     assert len(dynamics_of(model)) == (6 if placement == "force" else 3)
     for dynamics in dynamics_of(model):
         assert_exact_start(dynamics, *start)
@@ -59,7 +59,7 @@ def test_what_writes_to_the_stream_starts_smaller_with_depth(tiny, experts) -> N
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "routed"])
-@pytest.mark.parametrize("placement", ["stream", "branch", "force"])
+@pytest.mark.parametrize("placement", ["stream", "branch", "force", "force_mlp"])
 def test_dynamics_do_not_change_the_start_of_the_backbone(tiny, placement, experts) -> None:
     states = []
     for where in ("none", placement):

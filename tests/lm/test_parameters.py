@@ -53,7 +53,7 @@ def test_counting_is_counting(tiny, tied, shared) -> None:
 
 def test_weight_decay_leaves_norms_biases_and_dynamics_alone(tiny) -> None:
     """A rule by name would miss "weight_in_h" and "mu"; transformers' own decays both."""
-    for placement in ("force", "branch", "stream", "none"):
+    for placement in ("force", "force_mlp", "branch", "stream", "none"):
         model = DeepForCausalLM(tiny(dynamics_placement=placement, num_experts=3))
         decayed = set(decay_parameter_names(model))
         kept = {name for name, _ in model.named_parameters()} - decayed

@@ -76,7 +76,7 @@ def test_bounded_json_reads_what_json_writes(value):
 @given(
     height=st.integers(1, 5), width=st.integers(1, 5), patch=st.sampled_from([1, 2, 3]),
     batch=st.integers(1, 3), channels=st.integers(1, 4),
-    placement=st.sampled_from(["stream", "branch", "force", "none"]),
+    placement=st.sampled_from(["stream", "branch", "force", "force_mlp", "none"]),
 )  # fmt: skip
 def test_the_output_has_the_shape_of_the_input(height, width, patch, batch, channels, placement):
     network = ComplexityDiTTransformer2DModel(

@@ -8,7 +8,7 @@ import torch
 
 from inl_core import INLDynamics, INLDynamicsLite
 
-PLACEMENTS = ("stream", "branch", "force", "none")
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 ADAPTIVES = ("token", "channel", "layer", "lite")
 NETWORK_OUTPUTS = ("target", "sample")
 ROUTINGS = ("none", "timestep", "position")
@@ -31,6 +31,7 @@ DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
     "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
     "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
     "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+    "force_mlp": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
 }
 
 

@@ -17,7 +17,7 @@ class ModelConfig:
     patch_size: int = 4
     """Side of a patch in pixels (or latent cells); one patch is one token."""
 
-    dynamics_placement: Literal["stream", "branch", "force", "none"] = "branch"
+    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "branch"
     """Where INL dynamics act in a layer; none is the plain transformer."""
 
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"

@@ -80,7 +80,8 @@ def _dynamics_parameters(config: Config, w: Widths) -> int:
 
 
 def _dynamics_in_a_block(config: Config) -> int:
-    return {"none": 0, "branch": 1, "stream": 1, "force": 2}[config["dynamics_placement"]]
+    placements = {"none": 0, "branch": 1, "stream": 1, "force": 2, "force_mlp": 1}
+    return placements[config["dynamics_placement"]]
 
 
 def _is_routed(config: Config) -> bool:
@@ -184,9 +185,9 @@ def _block_bytes(config: Config, w: Widths, precision: str, N: int) -> float:
     steps = _dynamics_in_a_block(config)
     per_token = of_d * D + of_k * w.key_value + of_f * w.inner
     per_token += steps * (more_d * D + of_c * w.controller)
-    if config["dynamics_placement"] == "force":
-        # The force replaces the gated sums that would have kept their branch.
-        per_token -= 2 * D if config["dynamics_adaptive"] == "token" else 0
+    if config["dynamics_adaptive"] == "token":
+        # A force replaces the gated sum that would have kept its branch.
+        per_token -= {"force": 2, "force_mlp": 1}.get(config["dynamics_placement"], 0) * D
     per_token += 2 * w.heads + w.heads * w.key_value // D + 2  # norms of q and k, log-sum-exp
     return 4 * (N * per_token + 10 * D)  # and the modulation of the picture
 

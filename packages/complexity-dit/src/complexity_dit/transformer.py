@@ -113,8 +113,7 @@ class ComplexityDiTBlock(nn.Module):
         if self.gives_values:
             first_BNHE = values_BNHE
         # The sum, the step before it and the norm after it are one operation where they can be.
-        conditions = (gate1, shift2, scale2)
-        eps = self.norm2.eps
+        conditions, eps = (gate1, shift2, scale2), self.norm2.eps
         if self.placement == "force":
             h_BND, v_BND = self._pushed(self.dynamics, h_BND, v_BND, branch_BND, gate1)
             normed_BND = self.norm2(h_BND, shift2, scale2)
@@ -126,8 +125,9 @@ class ComplexityDiTBlock(nn.Module):
             normed_BND, h_BND = ops.gated_residual_norm(h_BND, branch_BND, *conditions, eps=eps)
 
         branch_BND = self.mlp(normed_BND) if plan is None else self.mlp(normed_BND, plan)
-        if self.placement == "force":
-            h_BND, v_BND = self._pushed(self.dynamics_mlp, h_BND, v_BND, branch_BND, gate2)
+        if self.placement in ("force", "force_mlp"):
+            dynamics = self.dynamics if self.placement == "force_mlp" else self.dynamics_mlp
+            h_BND, v_BND = self._pushed(dynamics, h_BND, v_BND, branch_BND, gate2)
         else:
             h_BND = ops.gated_residual(h_BND, branch_BND, gate2)
             if self.placement == "stream":
@@ -170,7 +170,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         num_classes: Number of labels of each field, without the null row, e.g. `[8, 10]`.
         norm_eps: Epsilon of every RMS norm.
         rope_theta: Base of the rotary frequencies.
-        dynamics_placement: `stream`, `branch`, `force` or `none`.
+        dynamics_placement: `stream`, `branch`, `force`, `force_mlp` or `none`.
         dynamics_adaptive: Coefficients per `token`, `channel`, `layer`, or fixed (`lite`).
         dynamics_alpha: Initial inertia; None means the placement's default.
         dynamics_beta: Initial correction; None means the placement's default.
@@ -181,7 +181,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         dynamics_velocity_max: Bound of the velocity; None switches it off.
         dynamics_mu_min: Lower bound of the equilibrium; None switches it off.
         dynamics_mu_max: Upper bound of the equilibrium; None switches it off.
-        dynamics_velocity_norm: `force` only: RMS-normalise the incoming velocity.
+        dynamics_velocity_norm: Where there is a force: RMS-normalise the incoming velocity.
         network_output: What the last layer computes: `target` is the objective's target itself;
             `sample` (flow matching only) is the clean image x, and the model returns the velocity
             (x_t - x) / t that leads to it (x-prediction; Li & He, arXiv 2511.13720). A small

@@ -14,7 +14,7 @@ class ModelConfig:
     preset: str = "15m"
     """Named size: 15m, 50m, 150m, 350m, 760m, 1b, 3b, 7b (with a vocabulary of 32000)."""
 
-    dynamics_placement: Literal["stream", "branch", "force", "none"] = "branch"
+    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "branch"
     """Where INL dynamics act in a layer; none is the plain transformer."""
 
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "token"

@@ -13,11 +13,11 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .presets import PRESETS
 
-Placement = Literal["stream", "branch", "force", "none"]
+Placement = Literal["stream", "branch", "force", "force_mlp", "none"]
 Adaptive = Literal["token", "channel", "layer", "lite"]
 RoutingScheme = Literal["modulo", "balanced"]
 
-# What an unset coefficient becomes. `force` adds whole sub-layer outputs to the velocity, so it
+# What an unset coefficient becomes. A force adds whole sub-layer outputs to the velocity, so it
 # starts near the plain residual: full steps, an open gate, little memory.
 _COEFFICIENTS = {
     #            alpha  beta  gate  dt
@@ -68,22 +68,22 @@ class DeepConfig(PreTrainedConfig):
             by the counts of a corpus ("balanced"; `balance_experts` of the model makes that one).
         dynamics_placement: Where the dynamics sits in a layer: on the residual stream ("stream"),
             on the attention branch ("branch"), with the sub-layer outputs as its force ("force"),
-            or nowhere ("none", the plain residual).
+            with that of the MLP alone ("force_mlp"), or nowhere ("none", the plain residual).
         dynamics_adaptive: What chooses the coefficients: a controller for each token ("token"),
             learned vectors ("channel"), learned scalars ("layer"), or fixed numbers ("lite").
         dynamics_alpha: Initial inertia α, inside (0, 1); with "lite" the fixed α in [0, 1].
-            `None` means 0.9, under "force" 0.5.
+            `None` means 0.9, with a force 0.5.
         dynamics_beta: Initial correction β, in (0, `dynamics_beta_max`]; with "lite" 0 is allowed.
-            `None` means 0.1, under "force" 0.01.
+            `None` means 0.1, with a force 0.01.
         dynamics_gate: Initial gate g, inside (0, 1); with "lite" the fixed g in [0, 1].
-            `None` means 0.5, under "force" 0.99.
-        dynamics_dt: Step size dt, over 0. `None` means 0.1, under "force" 1.
+            `None` means 0.5, with a force 0.99.
+        dynamics_dt: Step size dt, over 0. `None` means 0.1, with a force 1.
         dynamics_controller_hidden: Hidden width of the "token" controller.
         dynamics_beta_max: Upper bound of β; `None` switches it off.
         dynamics_velocity_max: Bound of |v|; `None` switches it off.
         dynamics_mu_min: Lower bound of the equilibrium μ; `None` switches it off.
         dynamics_mu_max: Upper bound of the equilibrium μ; `None` switches it off.
-        dynamics_velocity_norm: Under "force" only: whether the velocity that enters an update is
+        dynamics_velocity_norm: With a force only: whether the velocity that enters an update is
             first divided by its root mean square.
 
     Raises:
@@ -182,7 +182,7 @@ class DeepConfig(PreTrainedConfig):
             if expert is None:
                 self.expert_intermediate_size = width - self.shared_intermediate_size
 
-        placement = self.dynamics_placement if self.dynamics_placement == "force" else "default"
+        placement = "force" if self.dynamics_placement.startswith("force") else "default"
         names = ("dynamics_alpha", "dynamics_beta", "dynamics_gate", "dynamics_dt")
         for name, default in zip(names, _COEFFICIENTS[placement], strict=True):
             value = getattr(self, name)

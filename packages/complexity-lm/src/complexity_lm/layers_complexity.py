@@ -94,6 +94,7 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
     stream    h += attn(norm h);  h += mlp(norm h);  (h, v) = INL(h, v)
     branch    a = attn(norm h);  (a, v) = INL(a, v);  h += a;  h += mlp(norm h)
     force     (h, v) = INL(h, v, force = attn(norm h));  (h, v) = INL'(h, v, force = mlp(norm h))
+    force_mlp h += attn(norm h);  (h, v) = INL(h, v, force = mlp(norm h))
     none      h += attn(norm h);  h += mlp(norm h)
     ========  ====================================================================================
     """
@@ -139,8 +140,9 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
 
         x_BND = self.post_attention_layernorm(h_BND)
         branch_BND = self.mlp(x_BND) if plan is None else self.mlp(x_BND, plan)
-        if self.placement == "force":
-            return self._push(self.dynamics_mlp, h_BND, v_BND, branch_BND)
+        if self.placement in ("force", "force_mlp"):
+            dynamics = self.dynamics if self.placement == "force_mlp" else self.dynamics_mlp
+            return self._push(dynamics, h_BND, v_BND, branch_BND)
         h_BND = h_BND + branch_BND
         if self.placement == "stream":
             h_BND, v_BND = self.dynamics(h_BND, v_BND)
