@@ -15,8 +15,9 @@ from inl_core import ops, reference
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 """Relative error of one rounding, as an RMS over many numbers; of a single one it may be twice."""
-ARITHMETIC = 2.0**-22
-"""Of fp32 arithmetic on numbers of order one, which may cancel."""
+ARITHMETIC = 2.0**-21
+"""Of fp32 arithmetic on numbers of order one, which may cancel: eight half-ulps. On an H200 one of
+1152 products added up in another order than the library's took 4.1 beyond 1.25 times its error."""
 SUM = 1e-5
 """Of a gradient that is a sum over rows: in fp32, in any order."""
 
@@ -34,6 +35,11 @@ def results(case, function):
         for y in outputs
     ]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, case.leaves(), downs))
+
+
+def assert_close(a, b, rtol):
+    """Of the same numbers in another order: a sum over rows may be off by a share of its size."""
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5 * max(1.0, rms(b)))
 
 
 def kernel(case):
@@ -87,14 +93,14 @@ def strided(case):
     else:
         changed = case.changed(widened)
     for a, b in zip(results(changed, kernel(case)), results(case, kernel(case)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert_close(a, b, rtol=1e-5)
 
 
 def one_graph(case):
     torch.compiler.reset()
     compiled = torch.compile(kernel(case), fullgraph=True)
     for a, b in zip(results(case, compiled), results(case, kernel(case)), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b, rtol=1.6e-2 if a.dtype == torch.bfloat16 else 1.3e-6)
 
 
 def empty(case):

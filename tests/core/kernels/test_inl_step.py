@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checks import (
+    DEVICE,
     assert_pooled_as_good_as_eager,
     assert_registered,
     assert_same_under_compile,
@@ -97,7 +98,8 @@ def test_as_good_as_eager(dtype: torch.dtype, kind: str, v: bool, force: bool) -
 def test_sums_over_many_draws_are_as_good_as_eager(
     kind: str, shape: tuple[int, ...], draws: int
 ) -> None:
-    check(*(arguments(*shape, kind=kind, seed=seed) for seed in range(draws)), sums=0.0, **BOUNDS)
+    sums = 0.0 if DEVICE == "cpu" else 1.0  # on a GPU eager sums in a tree, and errs less
+    check(*(arguments(*shape, kind=kind, seed=seed) for seed in range(draws)), sums=sums, **BOUNDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,7 +330,7 @@ def test_module_on_the_kernels(adaptive: str) -> None:
     torch.manual_seed(0)
     module = INLDynamics(12, adaptive=adaptive, controller_hidden=5)  # type: ignore[arg-type]
     for index, parameter in enumerate(module.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
+        parameter.data = 0.3 * randn(*parameter.shape, seed=index)
     results = []
     for backend in ("reference", "triton"):
         h = randn(2, 3, 12).requires_grad_()
