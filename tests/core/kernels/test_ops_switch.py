@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from inl_core import INLDynamics, ops, reference
 
@@ -145,6 +146,39 @@ def test_keyword_arguments_reach_the_operation() -> None:
     x, weight = CALLS["rms_norm"]
     want = reference.rms_norm(x, weight, 0.5)
     assert torch.equal(ops.rms_norm(weight=weight, eps=0.5, x=x), want)
+
+
+# ------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_auto_on_a_gpu(name: str) -> None:
+    """Kernels; while compiling, the definition where rows show it faster. An explicit choice wins.
+
+    Fake tensors say who would compute, on any machine.
+    """
+
+    def kernel_computes(compiled: bool) -> bool:
+        operation = getattr(ops, name)
+        if compiled:
+            torch.compiler.reset()
+            operation = torch.compile(operation, fullgraph=True, backend="eager")
+        result = operation(*given, **options(name))
+        result = result if isinstance(result, Tensor) else result[0]
+        return "inl_core" in type(result.grad_fn).__name__
+
+    with FakeTensorMode():
+        given = [
+            torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=i == 0)
+            for i, x in enumerate(CALLS[name])
+        ]
+        assert kernel_computes(compiled=False)
+        assert kernel_computes(compiled=True) == (name not in ops.COMPILED_REFERENCE_IS_FASTER)
+        with ops.use_backend("triton"):
+            assert kernel_computes(compiled=True)
+        with ops.use_backend("reference"):
+            assert not kernel_computes(compiled=False)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ Modules call ``ops.inl_step(...)`` and know nothing of backends. There are two o
 * "triton", the kernels in `inl_core.kernels`: custom ops with their own backward, one pass over
   memory each, opaque to the compiler.
 
-"auto" takes the reference on a CPU and a kernel on a CUDA device where one is worth it. The
-environment variable ``INL_BACKEND`` (auto, reference or triton), read once at import, and the
-context manager `use_backend` decide otherwise.
+"auto" takes the reference on a CPU and the kernels on a CUDA device, where each is several times as
+fast as its definition run line by line. Inside ``torch.compile`` it leaves the operations in
+`COMPILED_REFERENCE_IS_FASTER` to the compiler's own fusion of the definition. The environment
+variable ``INL_BACKEND`` (auto, reference or triton), read once at import, and the context manager
+`use_backend` decide otherwise, compiled or not.
 
 Whatever the backend, the reference computes what no kernel takes: fp64, rows wider than 16384, raw
 coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), controllers wider than 64 or in
@@ -62,14 +64,22 @@ T = TypeVar("T")
 
 _MAX_WIDTH = 16384
 
-COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset()
-"""Operations that "auto" leaves to the reference on a GPU, because a committed benchmark row shows
-the compiled reference ahead of the kernel there."""
-
-GROUPED_PRODUCT_ON_GPU: frozenset[torch.dtype] = frozenset({torch.bfloat16})
-"""Dtypes in which "auto" leaves `routed_mlp` on a GPU to torch's grouped product: one kernel there,
-while in the others that waits for the device. Ours replaces it where a committed benchmark row
-shows it faster."""
+COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
+    {
+        "add_rms_norm",
+        "gated_residual",
+        "gated_residual_norm",
+        "inl_branch_epilogue",
+        "inl_controlled_step",
+        "inl_step",
+        "modulated_rms_norm",
+        "rms_norm",
+        "swiglu",
+    }
+)
+"""Operations that "auto" leaves to the compiler where it compiles for a GPU: the committed rows of
+`benchmarks/bench_ops.py` show its definition ahead of the kernel, forward and backward together. A
+test compares this set with the rows."""
 
 
 def _checked(name: str, origin: str) -> Backend:
@@ -135,15 +145,22 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the device of `x` runs kernels."""
+    return x.is_cuda and _triton_installed
+
+
 def _takes_kernel(name: str, tensors: list[Tensor]) -> bool:
     """Whether a Triton kernel computes the operation `name` on these arguments."""
     first = tensors[0]
     if _backend == "reference":
         return False
-    if _backend == "auto" and not (
-        first.is_cuda and _triton_installed and name not in COMPILED_REFERENCE_IS_FASTER
-    ):
-        return False
+    if _backend == "auto":
+        if not _has_kernels(first):
+            return False
+        # The compiler takes is_compiling() as a constant.
+        if name in COMPILED_REFERENCE_IS_FASTER and torch.compiler.is_compiling():
+            return False
     if first.ndim == 0 or not 1 <= first.shape[-1] <= _MAX_WIDTH:
         return False
     return all(x.dtype != torch.float64 for x in tensors) and not _transformed()
@@ -201,10 +218,9 @@ def routed_mlp(
 ) -> Tensor:
     """`inl_core.reference.routed_mlp`, each expert on its own rows only.
 
-    "auto" computes by torch's grouped matrix product, on a GPU in `GROUPED_PRODUCT_ON_GPU` only and
-    in other dtypes by the kernel. fp64 goes to the definition, as does everything under a
-    ``torch.func`` transform or the backend "reference". Under autocast it casts its arguments as
-    ``F.linear`` does.
+    "auto" computes by the kernel on a GPU and by torch's grouped matrix product elsewhere. fp64
+    goes to the definition, as does everything under a ``torch.func`` transform or the backend
+    "reference". Under autocast it casts its arguments as ``F.linear`` does.
 
     Args:
         x: (..., D) with T rows.
@@ -222,8 +238,7 @@ def routed_mlp(
     x, gate, up, down = segments.as_linear_casts(x, gate, up, down)
     if _backend == "reference" or x.dtype == torch.float64 or _transformed():
         return reference.routed_mlp(x, plan, gate, up, down)
-    chosen = _backend == "triton" or x.dtype not in GROUPED_PRODUCT_ON_GPU
-    if chosen and _takes_kernel("routed_mlp", [x, gate, up, down]):
+    if _takes_kernel("routed_mlp", [x, gate, up, down]):
         _load_kernels()
         return _kernels["routed_mlp"][0](x, plan, gate, up, down)
     return segments.grouped_routed_mlp(x, plan, gate, up, down)
