@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import dynamics_page
+import ops_table
 import promises_page
 from results import read_rows
 
@@ -35,8 +36,8 @@ def shown(text):
         return text
 
 
-def table(rows):
-    """Markdown: a line a case, a column a metric, with the run underneath."""
+def lines_of(rows):
+    """Lines of Markdown: a line a case, a column a metric."""
     metrics = list(dict.fromkeys((row["metric"], row["unit"]) for row in rows))
     series = rows[0]["bench"] in SERIES
     keys = [key for key in KEYS if any(row[key] for row in rows)] + ["commit"] * series
@@ -52,8 +53,14 @@ def table(rows):
     for key, line in values.items():
         cells = [*key, *(line.get(metric, "") for metric in metrics)]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(rows):
+    """Markdown: the table, with the run underneath."""
     run = rows[-1]
-    when = "" if series else f", commit {run['commit']}, {run['date']}"
+    lines = ops_table.table(rows) if run["bench"] == "ops" else lines_of(rows)
+    when = "" if run["bench"] in SERIES else f", commit {run['commit']}, {run['date']}"
     about = (
         f"`{run['command']}`{when}: {run['hardware']}, "
         f"{run['threads']} threads, torch {run['torch']}, triton {run['triton'] or 'none'}, "

@@ -72,6 +72,53 @@ def test_every_operation_with_a_kernel_has_a_case(scripts: None) -> None:
     assert found | {"routed_mlp"} == set(ops._SWITCHED)
 
 
+def test_auto_follows_the_committed_rows(scripts: None) -> None:
+    """Compiling for a GPU it leaves to the compiler what the last run there shows it ahead in."""
+    import ops_table
+    import results
+
+    from inl_core import ops
+
+    rows = results.read_rows(BENCHMARKS / "results.csv")
+    assert ops_table.compiled_ahead(rows) == ops.COMPILED_REFERENCE_IS_FASTER
+    # Line by line the definition is behind in all of them.
+    run = [row for row in rows if row["bench"] == "ops" and "NVIDIA" in row["hardware"]]
+    whole = ops_table.totals(run)
+    assert whole.keys() == set(ops._SWITCHED)
+    assert all(line["eager"] > line["Triton"] for line in whole.values())
+
+
+def test_the_table_of_operations_puts_implementations_side_by_side(scripts: None) -> None:
+    import ops_table
+
+    def row(case: str, backend: str, value: str, metric: str = "time") -> dict[str, str]:
+        about = {"bench": "ops", "shape": "8x4", "dtype": "float32", "hardware": "g"}
+        return about | {"command": "c", "commit": "1", "unit": "ms"} | {
+            "case": case, "backend": backend, "value": value, "metric": metric,
+        }  # fmt: skip
+
+    rows = [
+        row("copy", "torch", "100", "GB/s") | {"unit": "GB/s"},
+        row("swiglu forward", "eager", "4"), row("swiglu forward", "compile", "1.5"),
+        row("swiglu forward", "triton", "1"), row("swiglu forward", "triton", "0.5", "of copy"),
+        row("swiglu backward", "compile", "1.5"), row("swiglu backward", "triton", "1"),
+        row("rms_norm forward", "compile", "1"), row("rms_norm forward", "triton", "2"),
+        row("rms_norm forward", "F.rms_norm", "3"), row("rms_norm forward", "liger", "2.5"),
+        row("routed_mlp forward", "dense", "1"), row("routed_mlp forward", "mask loop", "9"),
+        row("routed_mlp forward", "grouped_mm", "3"), row("routed_mlp forward", "triton", "2"),
+    ]  # fmt: skip
+    text = "\n".join(ops_table.table(rows))
+    assert text.startswith("Here: copy 100 GB/s. Milliseconds in float32:")
+    assert "| swiglu forward | 8x4 | 4 | 1.5 | 1 |  | 0.50 of copy |" in text
+    assert "| rms_norm forward | 8x4 |  | 1 | 2 | 2.5 liger |  |" in text
+    assert "| routed_mlp forward | 8x4 | 9 |  | 2 | 3 grouped_mm |  |" in text
+    assert "| dense_mlp forward | 8x4 | 1 |  |  |  |  |" in text
+    assert "| swiglu | 2.00 | 1.50 |  |" in text
+    assert ops_table.compiled_ahead(rows) == {"rms_norm"}
+    later = [row | {"commit": "2"} for row in rows if row["backend"] == "F.rms_norm"]
+    assert ops_table.compiled_ahead(rows + later) == {"rms_norm"}, "a run without kernels"
+
+
 def test_bench_tax_compares_with_none_and_with_dense(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     done = run(
