@@ -12,7 +12,7 @@ from physics_report import closed_loop, rollouts
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results/dynamics.md"
 MARKED = re.compile(
-    r"(<!-- (physics|closed loop|claims|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (cost|physics|closed loop|claims|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 EMPTY = "No rows yet."
 
@@ -28,11 +28,34 @@ def ablation(name, rows):
     return of_all_commands(read_study(ROOT / f"configs/ablations/{name}.yaml"), rows)
 
 
+def cost(rows):
+    """A table: steps of a compiled stack of blocks over those of the same stack without dynamics.
+
+    The last row counts where a machine measured a stack more than once.
+    """
+    found = {}
+    for row in rows:
+        case, size = row["case"].split(), row["shape"].split()[0]
+        if case[:2] == ["stack", "compiled"] and row["backend"] == "auto":
+            stack = found.setdefault((row["hardware"], size, row["dtype"]), {})
+            stack.setdefault(case[2], {})[row["metric"]] = float(row["value"])
+    if not found:
+        return []
+    lines = ["| machine | stack | coefficients | step [× none] | parameters [× none] |"]
+    lines.append("| --- | --- | --- | ---: | ---: |")
+    for where, kinds in found.items():
+        for kind, value in kinds.items():
+            about = f"| {where[0]} | {where[1]}, {where[2]} | `{kind}` |"
+            lines.append(f"{about} {value['ratio']:.3f} | {value['parameters']:.3f} |")
+    return lines
+
+
 def part(name, rows):
     """What belongs behind a mark, Markdown."""
     if name.startswith("ablate: "):
         return ablation(name.removeprefix("ablate: "), rows)
     bench, write = {
+        "cost": ("tax", cost),
         "physics": ("physics", rollouts),
         "closed loop": ("closed_loop", closed_loop),
         "claims": ("claims_dit", claims),

@@ -273,7 +273,8 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) ->
 
     page = dynamics_page.PAGE.read_text()
     found = [match[1] for match in dynamics_page.MARKED.findall(page)]
-    assert sorted(found) == ["ablate: dit", "ablate: lm", "claims", "closed loop", "physics"]
+    parts = ["ablate: dit", "ablate: lm", "claims", "closed loop", "cost", "physics"]
+    assert sorted(found) == parts
     text = "a\n<!-- physics -->\nold\n<!-- end -->\nb\n<!-- ablate: lm -->\n<!-- end -->\n"
     row = dict.fromkeys(results.FIELDS, "") | {"bench": "physics", "shape": "s"}
     rows = [
@@ -288,6 +289,19 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) ->
     assert "old" not in done
     assert done.endswith("<!-- ablate: lm -->\n\nNo rows yet.\n\n<!-- end -->\n")
     assert dynamics_page.rewritten(done, rows) == done
+
+
+def test_the_cost_of_the_dynamics_by_machine_and_stack(scripts: None) -> None:
+    import dynamics_page
+
+    def row(backend: str, metric: str, value: str) -> dict[str, str]:
+        about = {"case": "stack compiled lite", "shape": "B/2 12x768 8x8^2", "dtype": "bfloat16"}
+        return about | {"hardware": "G", "backend": backend, "metric": metric, "value": value}
+
+    rows = [row("auto", "ratio", "2"), row("auto", "ratio", "1.5"), row("auto", "parameters", "1")]
+    text = "\n".join(dynamics_page.cost([*rows, row("triton", "ratio", "9")]))
+    assert text.endswith("| G | B/2, bfloat16 | `lite` | 1.500 | 1.000 |")
+    assert dynamics_page.cost([]) == []
 
 
 def test_the_tables_are_up_to_date() -> None:
