@@ -13,6 +13,10 @@ from complexity_dit.objective import drop_labels, noisy_input_and_target, sample
 from complexity_dit.seeding import generator_for
 from complexity_dit.tokens import draw_kept_tokens
 
+_BLOCK = 2**18
+"""Numbers that are worked on at a time, as far as they are whole pictures: a block and what is
+computed from it stay in the processor's cache, and no step asks the system for their memory."""
+
 
 class StepBatches(Dataset):
     """Item s is this process's share of the whole input of step s: a pure function of (seed, s).
@@ -52,21 +56,34 @@ class StepBatches(Dataset):
         labels = drop_labels(self.data.labels[indices], self.dropouts, draw)
         size = self.data.sample_size
         shape = (count, self.data.channels, size, size)
-        noise = torch.randn(shape, generator=draw)
+        noise = torch.randn(shape, generator=draw)[mine].contiguous()
         posterior = None
         if self.data.samples_posterior:
             draw = generator_for(config.seed, "posterior", step)
             posterior = torch.randn(shape, generator=draw)[mine]
-        clean = self.data.clean(indices[mine], flips[mine], posterior)
-        noisy, timestep, target = noisy_input_and_target(
-            clean, noise[mine], times[mine], config.objective
-        )
-        batch = {"x": noisy, "timestep": timestep, "labels": labels[mine], "target": target}
+        batch = {"labels": labels[mine]}
+        batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior)
         rate = config.model.token_drop_rate
         if rate and step < config.model.token_drop_until * config.steps:
             # A stream of its own: the same noise and times with and without dropping.
             draw = generator_for(config.seed, "tokens", step)
-            height, width = noisy.shape[-2:]
-            tokens = (height // config.model.patch_size) * (width // config.model.patch_size)
+            tokens = (size // config.model.patch_size) ** 2
             batch["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
         return batch
+
+    def _mixed(
+        self, indices: Tensor, flips: Tensor, times: Tensor, noise: Tensor, posterior: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Input, timestep and target of the pictures; the target takes the place of the noise."""
+        noisy, timesteps = torch.empty_like(noise), []
+        pictures = max(1, _BLOCK // noise[0].numel())
+        for start in range(0, len(noise), pictures):
+            block = slice(start, start + pictures)
+            clean = self.data.clean(
+                indices[block], flips[block], None if posterior is None else posterior[block]
+            )
+            noisy[block], timestep, noise[block] = noisy_input_and_target(
+                clean, noise[block], times[block], self.config.objective
+            )
+            timesteps.append(timestep)
+        return {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}

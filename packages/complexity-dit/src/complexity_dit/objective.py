@@ -8,6 +8,7 @@ linear DDPM schedule are there for comparison with DiT.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -171,12 +172,17 @@ def noisy_input_and_target(
         # x_t = (1 - t) x + t eps, so dx_t/dt = eps - x; diffusers' flow schedulers call t sigma.
         t = times.view(-1, 1, 1, 1).to(clean)
         return (1 - t) * clean + t * noise, times * NUM_TRAIN_TIMESTEPS, noise - clean
-    schedule = DDPMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+    schedule = _ddpm_schedule()
     steps = (times * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
     noisy = schedule.add_noise(clean, noise, steps)
     if config.prediction_type == "epsilon":
         return noisy, steps, noise
     return noisy, steps, schedule.get_velocity(clean, noise, steps)
+
+
+@lru_cache(maxsize=1)
+def _ddpm_schedule() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
 
 
 def drop_labels(
