@@ -16,6 +16,7 @@ from pathlib import Path
 import dynamics_page
 import ops_table
 import promises_page
+import recipe_page
 from results import read_rows
 
 HERE = Path(__file__).parent
@@ -105,7 +106,7 @@ def main():
     for page in (HERE / "README.md", dynamics_page.PAGE, promises_page.PAGE):
         before = page.read_text()
         after = rewritten(before, rows)
-        for part in (dynamics_page, promises_page):
+        for part in (dynamics_page, promises_page, recipe_page):
             after = part.rewritten(after, rows)
         if after == before:
             continue

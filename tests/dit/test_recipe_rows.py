@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = [
     "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
     "label-dropout", "direction-loss", "token-dropping", "value-residual", "balanced-labels",
-    "timestep-routing", "muon", "dynamics", "full-none", "full",
+    "timestep-routing", "muon", "dynamics", "full-none", "full", "five-none", "five",
 ]  # fmt: skip
 
 
@@ -140,6 +140,36 @@ def test_runs_of_a_series_stand_in_one_table() -> None:
     assert "| a | 2 | 7 |" in done
     assert "| b | 1 | 8 |" in done
     assert "9" not in done
+
+
+def test_the_page_says_how_far_the_goal_is_and_what_is_missing() -> None:
+    import recipe
+    import recipe_page
+
+    def row(case: str, seed: int, images: int, **metrics: float) -> list[dict[str, str]]:
+        about = {"bench": "recipe", "case": case, "shape": f"seed {seed}", "hardware": "A",
+                 "command": f"recipe ROW --images {images}"}  # fmt: skip
+        values = {"images": images, **metrics}
+        return [about | {"metric": name, "value": str(value)} for name, value in values.items()]
+
+    rows = row("flow-none", 0, 100_000, fid=100.0) + row("full", 0, 100_000, fid=70.0)
+    marks = "<!-- recipe: {} -->\n<!-- end -->\n"
+    ratios = recipe_page.rewritten(marks.format("ratios"), rows)
+    assert "| 100,000 | full | 0 | 70.0 | 100.0 | -30.0 | 0.70 |" in ratios
+    missing = recipe_page.rewritten(marks.format("missing"), rows)
+    short, _, long = missing.partition("--images 300000")
+    left = [name for name in recipe.ROWS if name not in ("flow-none", "full")]
+    assert f"for row in {' '.join(left)}; do" in short
+    assert "  recipe $row --images 100000 \\\n" in short
+    assert long.count("for row in flow-none full five; do") == 1  # the second seed
+    everything = [
+        number
+        for images, (_, seeds, wanted) in recipe_page.PLAN.items()
+        for seed in seeds
+        for case in wanted or recipe.ROWS
+        for number in row(case, seed, images, fid=1.0)
+    ]
+    assert recipe_page.missing(everything) == "None."
 
 
 @pytest.mark.filterwarnings(
