@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from complexity_dit import batches
 from complexity_dit import state as state_module
 from complexity_dit.batches import StepBatches
 from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
@@ -75,6 +76,18 @@ def test_batches_are_a_function_of_the_step_and_shared_between_processes(small_r
         assert torch.equal(value[0::2], parts[0][name])
         assert torch.equal(value[1::2], parts[1][name])
     assert not torch.equal(whole["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_the_bits_of_a_batch_do_not_depend_on_its_blocks(kind, small_run, monkeypatch):
+    objective = dataclasses.replace(small_run.objective, prediction_type=kind)
+    run = dataclasses.replace(small_run, objective=objective)
+    data = load_data(run.data, "train")
+    whole = StepBatches(data, run, 0, 1)[5]
+    for pictures in (1, 3):  # three do not divide the batch
+        monkeypatch.setattr(batches, "_BLOCK", pictures * whole["x"][0].numel())
+        for name, value in StepBatches(data, run, 0, 1)[5].items():
+            assert torch.equal(value, whole[name]), name
 
 
 def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
