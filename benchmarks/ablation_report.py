@@ -33,6 +33,13 @@ CURVE = (
 )  # fmt: skip
 
 
+DRAWN = (
+    BASELINE, "branch", "stream", "force", "force, MLP only", "force, MLP only, channel",
+    "force, across layers only", "force, across blocks only",
+)  # fmt: skip
+"""Whose way through depth is drawn: thirty lines are no figure. The CSV beside it has them all."""
+
+
 def interval(differences):
     """Mean and half width of the t-interval; no width with one."""
     middle = statistics.fmean(differences)
@@ -280,12 +287,11 @@ def write_profiles(study, runs, folder):
     for axis, metric in zip(axes, shown_metrics, strict=True):
         lines = {}
         for name, seed, _, kind, value in rows:
-            if kind == metric:
+            if kind == metric and name in DRAWN:
                 lines.setdefault((name, seed), []).append(value)
-        for index, name in enumerate(dict.fromkeys(name for name, _ in lines)):
+        for name in dict.fromkeys(name for name, _ in lines):
             of_seeds = [line for (n, _), line in lines.items() if n == name]
-            style = "-" if index < 10 else "--" if index < 20 else ":"
-            axis.plot(np.mean(of_seeds, axis=0), style, color=f"C{index % 10}", label=name)
+            axis.plot(np.mean(of_seeds, axis=0), color=f"C{DRAWN.index(name)}", label=name)
         axis.set(title=metric.replace("_", " "), xlabel="module, in the order of depth")
         if metric == "activation rms" and all(v > 0 for line in lines.values() for v in line):
             axis.set_yscale("log")
