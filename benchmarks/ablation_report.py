@@ -19,6 +19,7 @@ import numpy as np
 from ablation_labs import LABS
 from ablation_study import BASELINE, shape_of
 from fields import parsed
+from physics_report import made_by
 from scipy import stats
 
 LEVEL = 0.95
@@ -64,18 +65,15 @@ class Results:
     Attributes:
         values: {network: {metric: {seed: value}}}.
         ratio: Step time over the baseline's, by network.
-        run: The last of the rows, which says how they were made.
-        commits: Of all of them.
-        machines: Their hardware, torch and Python; where there are several, seeds of a network may
-            come from one and the plain ones from another.
+        rows: They themselves. Where they name several machines, seeds of a network may come from
+            one and the plain ones from another.
         cells: Names and shapes of the runs.
     """
 
     def __init__(self, study, rows, overrides):
         self.study, lab = study, LABS[study.package]
         rows = [row for row in rows if row["bench"] == lab.bench]
-        self.values, self.ratio, self.run, self.cells = {}, {}, None, set()
-        self.commits, self.machines = [], []
+        self.values, self.ratio, self.rows, self.cells = {}, {}, [], set()
         shapes, seeds = (
             {},
             {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
@@ -91,14 +89,8 @@ class Results:
             if seed is not None:
                 metrics = self.values.setdefault(row["case"], {})
                 metrics.setdefault(row["metric"], {})[seed] = float(row["value"])
-                self.run = row
+                self.rows.append(row)
                 self.cells.add((row["case"], row["shape"]))
-                machine = (
-                    f"{row['hardware']}, {row['threads']} threads, torch {row['torch']}, "
-                    f"Python {row['python']}"
-                )
-                for seen, new in ((self.commits, row["commit"]), (self.machines, machine)):
-                    seen += [new] if new not in seen else []
 
     def of(self, name, metric):
         """{seed: value}; empty if there is none."""
@@ -200,12 +192,10 @@ def curve_table(results):
 
 def text(results):
     """Both tables and where they come from, Markdown."""
-    run = results.run
-    corpus = run["shape"].partition(",")[0]
+    corpus = results.rows[-1]["shape"].partition(",")[0]
     about = (
-        f"`{run['command']}`, commit {', '.join(results.commits)}, {run['date']}: "
-        f"{'; '.join(results.machines)}. Trained on {corpus}. In brackets: {LEVEL:.0%} "
-        "t-intervals of the differences paired by seed."
+        f"{made_by(results.rows)} Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of the "
+        "differences paired by seed."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])
 

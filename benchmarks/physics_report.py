@@ -109,10 +109,14 @@ def closed_loop(rows):
 
 
 def made_by(rows):
-    """The sentence behind a table: command, commits, machine."""
+    """The sentence behind a table: command, commits, machines."""
     run = rows[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return (
-        f"`{run['command']}`, commit {commits}, {run['date']}: {run['hardware']}, "
-        f"{run['threads']} threads, torch {run['torch']}, Python {run['python']}."
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{row['hardware']}, {row['threads']} threads, torch {row['torch']}, "
+            f"Python {row['python']}"
+            for row in rows
+        )
     )
+    return f"`{run['command']}`, commit {commits}, {run['date']}: {machines}."
