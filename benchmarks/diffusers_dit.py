@@ -7,6 +7,8 @@ labels itself, in every block on its own and from the global generator (the loop
 seed and step), and it would learn a variance (`out_channels` is `in_channels` here).
 """
 
+from typing import ClassVar
+
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,6 +21,8 @@ from complexity_dit.build import build_model
 
 class DiffusersDiT(ModelMixin, ConfigMixin):
     """`DiTTransformer2DModel` with the arguments and config fields of our transformer."""
+
+    _repeated_blocks: ClassVar = ["BasicTransformerBlock"]  # what `compile: regional` compiles
 
     @register_to_config
     def __init__(

@@ -76,9 +76,8 @@ KNOBS = {
     "dynamics": DYNAMICS,
 }
 
-# The full recipe that the rows named `full` and `full-none` have. Muon is not among its knobs here:
-# torch's orthogonalisation works in bf16, which takes a CPU without AVX-512 seven times as long as
-# the rest of a step.
+# The full recipe that the rows named `full` and `full-none` have, chosen before there were rows:
+# without Muon, which takes a CPU without bf16 units seven times as long as the rest of a step.
 SEVEN = (
     "flip", "logit-normal", "writes-sample", "label-dropout", "direction-loss", "token-dropping",
     "value-residual",
@@ -100,6 +99,7 @@ ROWS = {
     "full": _together(*SEVEN, "dynamics"),
     "five-none": _together(*FIVE),
     "five": _together(*FIVE, "dynamics"),
+    "five-muon": _together(*FIVE, "muon", "dynamics"),
 }
 
 BUILD = {"diffusers-dit": build_diffusers_dit}
@@ -153,17 +153,22 @@ def trained(row, config, sessions):
     return pipeline, sessions.seconds()
 
 
-def utilisation(config, network, peak_tflops):
-    """Rows of the speed between the last two checkpoints, and the share of a peak it makes use of.
+def used_tflops(config, network, speed):
+    """TFLOP/s of training at `speed` images/s.
 
     Matrix products alone count, once forward and twice backward, those of dropped tokens not.
     """
+    rate = config.model.token_drop_rate
+    kept = kept_count(token_count(network), rate) if rate else None
+    return speed * training_flops(network, kept) / 1e12
+
+
+def utilisation(config, network, peak_tflops):
+    """Rows of the speed between the last two checkpoints, and the share of a peak it uses."""
     *_, before, last = all_checkpoints(Path(config.out) / "checkpoints")
     wrote = [(folder / "state.json").stat().st_mtime for folder in (before, last)]
     speed = (step_of(last) - step_of(before)) * config.batch_size / (wrote[1] - wrote[0])
-    rate = config.model.token_drop_rate
-    kept = kept_count(token_count(network), rate) if rate else None
-    done = speed * training_flops(network, kept) / 1e12
+    done = used_tflops(config, network, speed)
     return {
         "speed between the last checkpoints": (speed, "images/s"),
         "model FLOPs": (done, "TFLOP/s"),
