@@ -5,7 +5,7 @@
 
 A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
 with epsilon; `flow-none` is ours with plain flow matching and without dynamics; the rows after it
-add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of `FIVE`. A row is
+add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` and `three` those of `FIVE` and `THREE`. A row is
 trained, then paints without guidance, and FID and KID compare that with held-out paintings, whose
 labels are asked for. The pipeline stays in `--out/run/pipeline`. A stopped row goes on where it was
 when the command is given again.
@@ -83,8 +83,12 @@ SEVEN = (
     "value-residual",
 )  # fmt: skip
 
-# Without the two whose own rows are worse than `flow-none`; the other five have no row yet.
+# Without the two whose own rows were worse than `flow-none`, before the other five had rows.
 FIVE = tuple(knob for knob in SEVEN if knob not in ("writes-sample", "direction-loss"))
+
+
+# Those whose own row is better than `flow-none` by more than two seeds of one row differ.
+THREE = ("logit-normal", "time-shift", "muon")
 
 
 def _together(*names):
@@ -100,6 +104,8 @@ ROWS = {
     "five-none": _together(*FIVE),
     "five": _together(*FIVE, "dynamics"),
     "five-muon": _together(*FIVE, "muon", "dynamics"),
+    "three-none": _together(*THREE),
+    "three": _together(*THREE, "dynamics"),
 }
 
 BUILD = {"diffusers-dit": build_diffusers_dit}

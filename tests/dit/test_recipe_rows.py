@@ -18,7 +18,7 @@ ROWS = [
     "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
     "label-dropout", "direction-loss", "token-dropping", "value-residual", "balanced-labels",
     "timestep-routing", "muon", "dynamics", "full-none", "full", "five-none", "five",
-    "five-muon",
+    "five-muon", "three-none", "three",
 ]  # fmt: skip
 
 
