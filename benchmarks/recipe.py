@@ -5,10 +5,10 @@
 
 A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
 with epsilon; `flow-none` is ours with plain flow matching and without dynamics; the rows after it
-add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` and `three` those of `FIVE` and `THREE`. A row is
-trained, then paints without guidance, and FID and KID compare that with held-out paintings, whose
-labels are asked for. The pipeline stays in `--out/run/pipeline`. A stopped row goes on where it was
-when the command is given again.
+add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of `FIVE`, `three`
+those of `THREE`. A row is trained, then paints without guidance, and FID and KID compare that with
+held-out paintings, whose labels are asked for. The pipeline stays in `--out/run/pipeline`. A row
+that was stopped goes on where it was when the command is given again.
 """
 
 import argparse

@@ -9,7 +9,7 @@ MARKED = re.compile(r"(<!-- recipe: (ratios|missing) -->\n).*?(<!-- end -->)", r
 PLAIN = "flow-none"
 
 # Network evaluations and seeds by training images; without a list of rows, all of them.
-PLAN = {100_000: (20, (0,), None), 300_000: (50, (0, 1), (PLAIN, "full", "five"))}
+PLAN = {100_000: (20, (0,), None), 300_000: (50, (0, 1), (PLAIN, "full", "five", "three"))}
 
 
 def measured(rows):
