@@ -23,7 +23,7 @@ from transformers import (
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 
-# case: (dynamics_placement, num_experts)
+# case: (dynamics_placement, num_experts); the dynamics are the paper's, with a controller a token
 CASES = {"plain": ("none", 0), "dynamics": ("branch", 0), "dynamics+routing": ("branch", 4)}
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -49,8 +49,9 @@ def build_models(preset, overrides, device):
     models["qwen3"] = Qwen3ForCausalLM(Qwen3Config(**shape, **none))
     for case, (placement, experts) in CASES.items():
         config = DeepConfig.from_preset(
-            preset, **overrides, dynamics_placement=placement, num_experts=experts
-        )
+            preset, **overrides, dynamics_placement=placement, dynamics_adaptive="token",
+            num_experts=experts,
+        )  # fmt: skip
         torch.manual_seed(0)
         models[case] = DeepForCausalLM(config)
     return {case: model.to(device) for case, model in models.items()}

@@ -4,9 +4,10 @@
     python benchmarks/lm_quality.py PATH/wikitext2_valid.txt --heldout PATH/wikitext2_test.txt \
         --rows benchmarks/results.csv
 
-Three runs from one seed, on the same blocks in the same order: the default model; `none` with an
-MLP so much wider that both have the same number of parameters, as many steps; and `none` as narrow
-as the default and so much quicker, with as many steps as take the same time. The ratio of step
+Three runs from one seed, on the same blocks in the same order: the paper's dynamics, `branch` with
+a controller a token (the rows call it "default", which it was); `none` with an MLP so much wider
+that both have the same number of parameters, as many steps; and `none` as narrow as the first and
+so much quicker, with as many steps as take the same time. The ratio of step
 times is measured first, steps of both in turn, so that a busy machine slows both alike.
 """
 
@@ -46,8 +47,9 @@ def shape(wider):
 def build(placement, wider=0):
     """A model as `train` makes it."""
     config = DeepConfig.from_preset(
-        "15m", vocab_size=VOCABULARY, dynamics_placement=placement, **shape(wider)
-    )
+        "15m", vocab_size=VOCABULARY, dynamics_placement=placement, dynamics_adaptive="token",
+        **shape(wider),
+    )  # fmt: skip
     return DeepForCausalLM(config)
 
 
@@ -56,7 +58,7 @@ def parameters(model):
 
 
 def width_for_equal_parameters():
-    """What `none` needs more in its MLP to have the parameters of the default, within 0.5 %."""
+    """What `none` needs more in its MLP to have the parameters of `branch`, within 0.5 %."""
     wanted, plain = parameters(build("branch")), parameters(build("none"))
     per_unit = parameters(build("none", wider=1)) - plain
     wider = round((wanted - plain) / per_unit)
@@ -124,7 +126,11 @@ def main():
                 tracker="none",
                 data=data,
                 tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-                model=ModelConfig(dynamics_placement=placement, overrides=shape(extra)),
+                model=ModelConfig(
+                    dynamics_placement=placement,
+                    dynamics_adaptive="token",
+                    overrides=shape(extra),
+                ),
                 optim=replace(OptimConfig(), lr=options.lr),
             )
             start = time.perf_counter()

@@ -34,6 +34,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "num_experts": 0,
     "vocab_size": 8,
+    "dynamics_adaptive": "token",  # the paper's controller
 }
 
 

@@ -42,6 +42,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "num_experts": 0,
     "dynamics_placement": "stream",
+    "dynamics_adaptive": "token",
 }
 UNBOUNDED = {
     "dynamics_beta_max": None,

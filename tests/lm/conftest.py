@@ -39,6 +39,7 @@ def tiny_config(**overrides) -> DeepConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
+        "dynamics_adaptive": "token",  # the coefficients with the most that can go wrong
         "dynamics_controller_hidden": 8,
         "pad_token_id": 0,
     }

@@ -111,6 +111,7 @@ def test_the_papers_run_is_the_papers_model():
         vocab_size=config.tokenizer.vocab_size,
         num_experts=config.model.num_experts,
         dynamics_placement=config.model.dynamics_placement,
+        dynamics_adaptive=config.model.dynamics_adaptive,
     )
     assert count_parameters(made).active == pytest.approx(150e6, rel=0.01)
 

@@ -11,20 +11,45 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig
 
 from complexity_lm import DeepConfig
+from complexity_lm.config import ModelConfig
 
 
-def test_defaults_follow_the_paper() -> None:
+def test_defaults_are_what_the_study_chose_and_the_papers_bounds() -> None:
     config = DeepConfig()
     assert config.model_type == "complexity-deep"
-    assert (config.dynamics_placement, config.dynamics_adaptive) == ("branch", "token")
-    assert (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate) == (0.9, 0.1, 0.5)
-    assert config.dynamics_dt == 0.1
+    assert (config.dynamics_placement, config.dynamics_adaptive) == ("force_mlp", "channel")
+    assert (ModelConfig.dynamics_placement, ModelConfig.dynamics_adaptive) == (
+        config.dynamics_placement,
+        config.dynamics_adaptive,
+    )
+    assert (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate) == (0.5, 0.01, 0.99)
+    assert config.dynamics_dt == 1.0
     assert (config.dynamics_beta_max, config.dynamics_velocity_max) == (2.0, 10.0)
     assert (config.dynamics_mu_min, config.dynamics_mu_max) == (0.0, 2.0)
     assert config.num_experts == 0
     assert config.num_key_value_heads == config.num_attention_heads
     assert config.head_dim == config.hidden_size // config.num_attention_heads
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_the_papers_placements_have_the_papers_coefficients() -> None:
+    for placement in ("stream", "branch"):
+        config = DeepConfig(dynamics_placement=placement, dynamics_adaptive="token")
+        values = (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate)
+        assert values == (0.9, 0.1, 0.5)
+        assert config.dynamics_dt == 0.1
+
+
+def test_a_saved_config_says_its_dynamics_whatever_the_defaults_are(tmp_path: Path) -> None:
+    """The default has changed once: no file may lean on it, in 0.1.0 or now."""
+    DeepConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    fields = {name for name in DeepConfig.__dataclass_fields__ if name.startswith("dynamics_")}
+    assert fields <= saved.keys()
+    run = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "lm-run"
+    for folder in (run / "model", run / "checkpoints" / "step-00000002"):
+        old = DeepConfig.from_pretrained(folder)
+        assert (old.dynamics_placement, old.dynamics_adaptive) == ("branch", "token")
 
 
 def test_force_has_its_own_defaults_and_explicit_values_win() -> None:

@@ -296,6 +296,10 @@ def test_resume_from_something_else(small_run, tmp_path):
         train(with_overrides(again, intermediate_size=64))
     with pytest.raises(UserError, match=r"another model.*layers.1.*is unknown"):
         train(with_overrides(again, num_hidden_layers=1))
+    # The same tensors, and another network.
+    elsewhere = dataclasses.replace(again.model, dynamics_placement="branch")
+    with pytest.raises(UserError, match=r"placement is 'force_mlp' there and 'branch' here;.*set"):
+        train(dataclasses.replace(again, model=elsewhere))
     other = tmp_path / "other"
     train_tokenizer(["something else"], 280).save_pretrained(other)
     with pytest.raises(UserError, match="not the tokenizer that this run began with"):

@@ -5,8 +5,39 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
+from complexity_lm.bounded import read_json_object
+from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line
+
+
+def check_dynamics(config: DeepConfig, checkpoint: Path) -> None:
+    """Refuse to go on with dynamics of another kind; tensors may have the same names and shapes.
+
+    A run's own settings need not say which: the default has changed since 0.1.0, where it was
+    `branch` with a controller a token.
+
+    Args:
+        config: Of the model that the run would go on with.
+        checkpoint: A folder with a `config.json`.
+
+    Raises:
+        UserError: Placement or kind of the coefficients differ, or the file is unreadable.
+    """
+    try:
+        theirs = read_json_object(checkpoint / "config.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read checkpoint {checkpoint}: {first_line(error)}") from error
+    differing = [
+        f"{name} is {theirs[name]!r} there and {getattr(config, name)!r} here"
+        for name in ("dynamics_placement", "dynamics_adaptive")
+        if name in theirs and theirs[name] != getattr(config, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model: {'; '.join(differing)}; set them as "
+            "--model.NAME VALUE or in the config, or use another --out"
+        )
 
 
 def check_shapes(model: nn.Module, checkpoint: Path) -> None:

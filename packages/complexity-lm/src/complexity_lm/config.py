@@ -14,10 +14,11 @@ class ModelConfig:
     preset: str = "15m"
     """Named size: 15m, 50m, 150m, 350m, 760m, 1b, 3b, 7b (with a vocabulary of 32000)."""
 
-    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "branch"
-    """Where INL dynamics act in a layer; none is the plain transformer."""
+    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "force_mlp"
+    """Where INL dynamics act in a layer; none is the plain transformer, stream and branch are the
+    paper's."""
 
-    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "token"
+    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
     """What the coefficients of the dynamics depend on; lite has fixed ones."""
 
     num_experts: int = 0

@@ -68,9 +68,11 @@ class DeepConfig(PreTrainedConfig):
             by the counts of a corpus ("balanced"; `balance_experts` of the model makes that one).
         dynamics_placement: Where the dynamics sits in a layer: on the residual stream ("stream"),
             on the attention branch ("branch"), with the sub-layer outputs as its force ("force"),
-            with that of the MLP alone ("force_mlp"), or nowhere ("none", the plain residual).
-        dynamics_adaptive: What chooses the coefficients: a controller for each token ("token"),
-            learned vectors ("channel"), learned scalars ("layer"), or fixed numbers ("lite").
+            with that of the MLP alone ("force_mlp", the default), or nowhere ("none", the plain
+            residual). The paper has "stream" and "branch".
+        dynamics_adaptive: What chooses the coefficients: a controller for each token ("token", the
+            paper's), learned vectors ("channel", the default), learned scalars ("layer"), or fixed
+            numbers ("lite").
         dynamics_alpha: Initial inertia α, inside (0, 1); with "lite" the fixed α in [0, 1].
             `None` means 0.9, with a force 0.5.
         dynamics_beta: Initial correction β, in (0, `dynamics_beta_max`]; with "lite" 0 is allowed.
@@ -124,8 +126,8 @@ class DeepConfig(PreTrainedConfig):
     expert_intermediate_size: int | None = None
     shared_intermediate_size: int | None = None
     routing_scheme: RoutingScheme = "modulo"
-    dynamics_placement: Placement = "branch"
-    dynamics_adaptive: Adaptive = "token"
+    dynamics_placement: Placement = "force_mlp"
+    dynamics_adaptive: Adaptive = "channel"
     dynamics_alpha: float | int | None = None
     dynamics_beta: float | int | None = None
     dynamics_gate: float | int | None = None

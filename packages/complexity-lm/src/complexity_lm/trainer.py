@@ -33,7 +33,7 @@ from complexity_lm.checkpoint_folders import (
     folder_of_step,
     latest_checkpoint,
 )
-from complexity_lm.checkpoints import check_shapes
+from complexity_lm.checkpoints import check_dynamics, check_shapes
 from complexity_lm.checksums import write_sums
 from complexity_lm.config import TrainConfig
 from complexity_lm.csv_log import CsvLog
@@ -270,6 +270,7 @@ class LMTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         assert self.model is not None
+        check_dynamics(self.model.config, Path(resume_from_checkpoint))
         check_shapes(self.model, Path(resume_from_checkpoint))
         if self.stream is not None:
             self.stream.load(Path(resume_from_checkpoint))
