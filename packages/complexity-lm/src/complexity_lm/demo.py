@@ -22,7 +22,7 @@ PROMPTS = ('"""', "class ", "def ", "import ", "    def __init__(self, ", "if __
 
 
 def demo_config(out: str) -> TrainConfig:
-    """The demo's run: 1.2 million parameters, 1.8 million tokens; also configs/lm/demo.yaml."""
+    """The demo's run: 1.0 million parameters, 1.8 million tokens; also configs/lm/demo.yaml."""
     return TrainConfig(
         out=out,
         resume="auto",
