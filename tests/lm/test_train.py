@@ -1,5 +1,6 @@
 """Training: exact resume, checkpoints that are whole or absent, and the ways a run can go wrong."""
 
+import cmath
 import csv
 import dataclasses
 import errno
@@ -133,8 +134,15 @@ def test_what_a_run_leaves(small_run):
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), DeepForCausalLM)
 
 
-def test_dynamics_are_watched(small_run):
-    train(dataclasses.replace(small_run, dynamics_every=2))
+@pytest.mark.parametrize(
+    ("placement", "adaptive", "alpha", "dt"),
+    [("force_mlp", "channel", 0.5, 1.0), ("branch", "token", 0.9, 0.1)],
+)
+def test_dynamics_are_watched(small_run, placement, adaptive, alpha, dt):
+    model = dataclasses.replace(
+        small_run.model, dynamics_placement=placement, dynamics_adaptive=adaptive
+    )
+    train(dataclasses.replace(small_run, dynamics_every=2, model=model))
     rows = rows_of(Path(small_run.out) / "dynamics.csv")
     assert [(row["step"], row["layer"][-10:]) for row in rows[:2]] == [
         ("2", "0.dynamics"),
@@ -144,10 +152,15 @@ def test_dynamics_are_watched(small_run):
     assert set(rows[0]) == {"step", "layer", *DYNAMICS_STATS, "spectral_radius"}
     for row in rows:
         values = {key: float(row[key]) for key in (*DYNAMICS_STATS, "spectral_radius")}
-        assert 0.5 < values["alpha_mean"] < 1
+        assert alpha - 0.4 < values["alpha_mean"] < 1
         assert values["velocity_abs_max"] > 0
-        # det A = alpha: complex eigenvalues, as at the defaults, have the modulus sqrt(alpha).
-        assert values["spectral_radius"] == pytest.approx(math.sqrt(values["alpha_mean"]), rel=1e-6)
+        # The eigenvalues of A, from its trace and determinant: complex with the modulus sqrt(alpha)
+        # at the paper's start, real at a force's.
+        trace = 1 + values["alpha_mean"] - dt * values["gate_mean"] * values["beta_mean"]
+        discriminant = trace**2 - 4 * values["alpha_mean"]
+        assert (discriminant < 0) == (placement == "branch")
+        roots = (trace + sign * cmath.sqrt(discriminant) for sign in (1, -1))
+        assert values["spectral_radius"] == pytest.approx(max(abs(x) / 2 for x in roots), rel=1e-6)
     assert rows[0]["alpha_mean"] != rows[-1]["alpha_mean"]
 
 
