@@ -4,14 +4,14 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 
 from complexity_lm.bounded import read_json_object
-from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line
 
 
-def check_dynamics(config: DeepConfig, checkpoint: Path) -> None:
+def check_dynamics(config: PreTrainedConfig, checkpoint: Path) -> None:
     """Refuse to go on with dynamics of another kind; tensors may have the same names and shapes.
 
     A run's own settings need not say which: the default has changed since 0.1.0, where it was

@@ -269,7 +269,7 @@ class LMTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        assert self.model is not None
+        assert isinstance(self.model, PreTrainedModel)
         check_dynamics(self.model.config, Path(resume_from_checkpoint))
         check_shapes(self.model, Path(resume_from_checkpoint))
         if self.stream is not None:
