@@ -6,7 +6,8 @@ A small causal transformer (the language model's, fed with continuous states) le
 next state of three systems of `physics_systems`, then continues held-out trajectories on its own:
 32 true states, then 64 steps in which it reads its own output. The error of a rollout is the root
 mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
-placement of the dynamics is compared with the plain network of equal parameters (a wider MLP),
+placement of the dynamics, with the paper's controller or, where a name ends in `channel`, with a
+coefficient a channel, is compared with the plain network of equal parameters (a wider MLP),
 pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. What has rows is not run
 again, and the table at the end is of all that was asked for; `tables.py` writes the same table into
 docs/results/dynamics.md.
@@ -24,7 +25,8 @@ from torch import nn
 from complexity_lm import DeepConfig, DeepModel
 
 PRIMER, HORIZON = 32, 64
-EQUALS = {"none": "branch", "none, wider": "force"}
+# The plain networks, each with the one whose parameters it has.
+EQUALS = {"none": "branch", "none, wider": "force", "none, narrower": "force_mlp, channel"}
 NETWORKS = (*EQUALS, *BASELINES)
 SHAPE = {
     "hidden_size": 64,
@@ -34,18 +36,26 @@ SHAPE = {
     "num_key_value_heads": 4,
     "num_experts": 0,
     "vocab_size": 8,
-    "dynamics_adaptive": "token",  # the paper's controller
 }
 
 
 class Forecaster(nn.Module):
-    """States (B, N, O) -> the next state at every position, as the last one plus a change."""
+    """States (B, N, O) -> the next state at every position, as the last one plus a change.
 
-    def __init__(self, channels, placement, wider=0):
+    Args:
+        channels: O.
+        network: A placement, after a comma the kind of its coefficients if not the paper's `token`.
+        wider: What the MLP has more than its share.
+    """
+
+    def __init__(self, channels, network, wider=0):
         super().__init__()
+        placement, _, kind = network.partition(", ")
         shape = SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
         self.enter = nn.Linear(channels, shape["hidden_size"])
-        self.body = DeepModel(DeepConfig(dynamics_placement=placement, **shape))
+        self.body = DeepModel(
+            DeepConfig(dynamics_placement=placement, dynamics_adaptive=kind or "token", **shape)
+        )
         self.leave = nn.Linear(shape["hidden_size"], channels)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
@@ -59,9 +69,9 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def width_for_equal_parameters(channels, placement="branch"):
-    """What the MLP of `none` needs more to have the parameters of a placement."""
-    plain, wanted = (parameters(Forecaster(channels, p)) for p in ("none", placement))
+def width_for_equal_parameters(channels, network="branch"):
+    """What the MLP of `none` needs more to have the parameters of a network."""
+    plain, wanted = (parameters(Forecaster(channels, name)) for name in ("none", network))
     return round((wanted - plain) / (parameters(Forecaster(channels, "none", 1)) - plain))
 
 

@@ -10,7 +10,13 @@ from scipy import stats
 
 STEPS = (1, 16, 64)
 # Each placement with the plain network of as many parameters.
-BASELINES = {"stream": "none", "branch": "none", "force": "none, wider", "force_mlp": "none"}
+BASELINES = {
+    "stream": "none",
+    "branch": "none",
+    "force": "none, wider",
+    "force_mlp": "none",
+    "force_mlp, channel": "none, narrower",
+}
 
 
 def ratio_interval(ratios):

@@ -95,10 +95,10 @@ def test_a_rollout_reads_its_own_output(physics: ModuleType) -> None:
 
 
 def test_compared_models_have_equal_parameters(physics: ModuleType) -> None:
-    for placement, baseline in physics.BASELINES.items():
+    for network, baseline in physics.BASELINES.items():
         wider = physics.width_for_equal_parameters(6, physics.EQUALS[baseline])
         plain = physics.parameters(physics.Forecaster(6, "none", wider))
-        mine = physics.parameters(physics.Forecaster(6, placement))
+        mine = physics.parameters(physics.Forecaster(6, network))
         assert plain == pytest.approx(mine, rel=0.005)
 
 
