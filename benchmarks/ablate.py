@@ -33,7 +33,7 @@ from pathlib import Path
 
 from ablation_labs import LABS
 from ablation_study import BASELINE, expanded, read_study, shape_of
-from fields import parsed
+from fields import overridden, override_flag
 from results import append_rows, commit, read_rows
 from timing import DEVICE, paired
 
@@ -111,8 +111,7 @@ def run(study, options, overrides):
             "weights": options.weights,
         }
     command = f"python benchmarks/ablate.py run configs/ablations/{study.name}.yaml"
-    if changed := [item for item in options.override if not item.startswith("data.source=")]:
-        command += f" --override {' '.join(changed)}"
+    command += override_flag([x for x in options.override if not x.startswith("data.source=")])
 
     def finished(cell):
         numbers = ", ".join(f"{k} {v:.5g}" for k, (v, _) in list(cell["metrics"].items())[:4])
@@ -187,8 +186,7 @@ def main():
     parser.add_argument("--into", type=Path, help="report: a page with its marks")
     options = parser.parse_args()
     study = read_study(options.study)
-    items = (item.partition("=") for item in options.override)
-    overrides = {key: expanded(parsed(value)) for key, _, value in items}
+    overrides = {key: expanded(value) for key, value in overridden(options.override).items()}
     if options.command == "list":
         for name, network in study.networks.items():
             changes = [f"{k}={v}" for k, v in network.fields.items()]

@@ -18,7 +18,7 @@ import statistics
 import numpy as np
 from ablation_labs import LABS
 from ablation_study import BASELINE, shape_of
-from fields import parsed
+from fields import overridden
 from physics_report import made_by
 from scipy import stats
 
@@ -237,8 +237,7 @@ def overrides_of(command):
     if "--override" not in words:
         return {}
     given = words[words.index("--override") + 1 :]
-    items = (word.partition("=") for word in itertools.takewhile(lambda w: w[:2] != "--", given))
-    return {key: parsed(value) for key, _, value in items}
+    return overridden(itertools.takewhile(lambda word: word[:2] != "--", given))
 
 
 def profiles(study, runs):

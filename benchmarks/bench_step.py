@@ -16,15 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from fields import parsed
+from fields import overridden, override_flag
 from recipe import BUILD, ROWS, row_config, used_tflops
-from results import append_rows, commit
+from results import append_rows, commit, dtype_of
 from timing import paired, wait
-from torch.utils.data import DataLoader
 
 from complexity_dit.acceleration import make_accelerator
-from complexity_dit.batches import StepBatches
-from complexity_dit.build import build_model, build_state
+from complexity_dit.batches import StepBatches, step_loader
+from complexity_dit.build import build_model, prepared_state
 from complexity_dit.latents import load_training_data
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.step import optimizer_step
@@ -40,41 +39,27 @@ class Trained:
         torch.manual_seed(config.seed)
         network = BUILD.get(row, build_model)(config, self.data)
         self.network = network.config
-        self.state = build_state(network, config)
-        if config.compile == "regional":
-            network.compile_repeated_blocks(fullgraph=True)
-        self.model, self.state.optimizer = self.accelerator.prepare(
-            self.state.model, self.state.optimizer
-        )
-        self.state.average_from_here()
+        self.state, self.model = prepared_state(network, config, self.accelerator)
         self.noise = NoiseLevels(config.noise_bins, Path(config.out), 0, self.accelerator)
         device = self.accelerator.device
-        first = StepBatches(self.data, config, 0, 1)[0]
-        self.batch = {name: value.to(device) for name, value in first.items()}
+        self.batches = StepBatches(self.data, config, 0, 1)
+        self.batch = {name: value.to(device) for name, value in self.batches[0].items()}
 
     def step(self, batch=None):
         optimizer_step(
             self.accelerator, self.model, self.state, batch or self.batch, self.config, self.noise
         )
 
-    def loader(self, steps):
-        return DataLoader(
-            StepBatches(self.data, self.config, 0, 1),
-            batch_size=None,
-            sampler=range(steps),
-            num_workers=self.config.loader_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-
     def speed(self, steps, work):
         """Images/s of a loop that hands each batch to `work`, its first tenth not counted."""
         begin = max(1, steps // 10)
-        for i, batch in enumerate(self.loader(steps)):
+        device = self.accelerator.device
+        for i, batch in enumerate(step_loader(self.batches, range(steps), device)):
             if i == begin:
-                wait(self.accelerator.device)
+                wait(device)
                 start = time.perf_counter()
             work(batch)
-        wait(self.accelerator.device)
+        wait(device)
         return (steps - begin) * self.config.batch_size / (time.perf_counter() - start)
 
 
@@ -109,7 +94,7 @@ def main():
     options = parser.parse_args()
 
     started_from = commit()
-    overrides = {k: parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
+    overrides = overridden(options.override)
     overrides |= {"data.source": f"latents:{options.latents}", "report_to": "none"}
     with tempfile.TemporaryDirectory() as out:
         trainings = {
@@ -139,22 +124,20 @@ def main():
                 )
             print(f"{row:18} " + ", ".join(f"{k} {v:.5g} {u}" for k, (v, u) in values.items()),
                   flush=True)  # fmt: skip
-            size, dtype = own.config.model.size, own.config.mixed_precision
             about = {
                 "case": row,
-                "shape": f"{size}/{own.config.model.patch_size} "
+                "shape": f"{own.config.model.size}/{own.config.model.patch_size} "
                 + "x".join(map(str, own.batch["x"].shape)),
-                "dtype": "bfloat16" if dtype == "bf16" else "float32",
+                "dtype": dtype_of(own.config.mixed_precision),
             }
             rows += [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
         if options.profile:
             profile(trainings[options.cases[0]], options.profile)
     if options.rows:
-        changed = "".join(f" {item}" for item in options.override)
         command = (
             f"python benchmarks/bench_step.py ROWS --latents CACHE --rounds {options.rounds}"
             + (f" --loop {options.loop}" if options.loop else "")
-            + (f" --override{changed}" if changed else "")
+            + override_flag(options.override)
         )
         append_rows(options.rows, "step", rows, device.type, command=command, commit=started_from)
 

@@ -30,3 +30,13 @@ def parsed(text):
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def overridden(items):
+    """{field: value} of what `--override FIELD=VALUE ...` was given."""
+    return {field: parsed(value) for field, _, value in (item.partition("=") for item in items)}
+
+
+def override_flag(items):
+    """The same as the end of a recorded command; nothing where nothing was given."""
+    return " ".join(["", "--override", *items]) if items else ""

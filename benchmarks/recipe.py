@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers_dit import build_diffusers_dit
-from fields import parsed, with_fields
+from fields import overridden, override_flag, with_fields
 from painting import painting
-from results import append_rows, commit
+from results import append_rows, commit, dtype_of
 
 from complexity_dit.build import build_model
 from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint, step_of
@@ -211,7 +211,7 @@ def main():
         parser.error("ROW, --out and one of --latents and --source are needed")
 
     started_from = commit()
-    overrides = {k: parsed(v) for k, _, v in (item.partition("=") for item in options.override)}
+    overrides = overridden(options.override)
     overrides["data.source"] = options.source or f"latents:{options.latents}"
     config = row_config(options.row, options.out / "run", options.images, options.seed, overrides)
     sessions = Sessions(options.out / "sessions.json", Path(config.out))
@@ -241,14 +241,13 @@ def main():
         values |= utilisation(config, pipe.transformer.config, options.peak_tflops)
     print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
     if options.rows and fresh:
-        changed = "".join(f" {item}" for item in options.override)
         command = (
             f"python benchmarks/recipe.py ROW --images {options.images} --evaluations "
             f"{options.evaluations} --num_images {options.num_images}"
-            + (f" --override{changed}" if changed else "")
+            + override_flag(options.override)
         )
         about = {"case": options.row, "shape": f"seed {options.seed}"}
-        about["dtype"] = "bfloat16" if config.mixed_precision == "bf16" else "float32"
+        about["dtype"] = dtype_of(config.mixed_precision)
         append_rows(
             options.rows,
             "recipe",

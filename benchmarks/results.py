@@ -54,6 +54,11 @@ def commit():
     return known or os.environ.get("COMMIT") or "none"
 
 
+def dtype_of(mixed_precision):
+    """The column `dtype` of a training with this `mixed_precision`."""
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, "float32")
+
+
 def triton_version():
     try:
         return importlib.metadata.version("triton")

@@ -1,8 +1,10 @@
 """The whole input of a training step, as a pure function of (seed, step)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from complexity_dit.balance import BalancedOrder
 from complexity_dit.config import TrainConfig
@@ -87,3 +89,17 @@ class StepBatches(Dataset):
             )
             timesteps.append(timestep)
         return {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}
+
+
+def step_loader(batches: StepBatches, steps: Sequence[int], device: torch.device) -> DataLoader:
+    """The batches of these steps in order, read ahead in `config.loader_workers` processes.
+
+    For a GPU they are pinned, so that their copy need not wait.
+    """
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=batches.config.loader_workers,
+        pin_memory=device.type == "cuda",
+    )

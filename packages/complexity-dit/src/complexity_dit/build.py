@@ -1,7 +1,9 @@
 """From a config and its data to the network and its training state."""
 
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from complexity_dit.architecture import middle_blocks
 from complexity_dit.config import ModelConfig, TrainConfig
@@ -80,3 +82,19 @@ def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> 
     )
     guard = build_guard(optim, config.mixed_precision)
     return TrainState(model, ema, optimizer, lr_scheduler, guard)
+
+
+def prepared_state(
+    network: ComplexityDiTTransformer2DModel, config: TrainConfig, accelerator: Accelerator
+) -> tuple[TrainState, nn.Module]:
+    """`build_state` on the run's device and processes, and the model to call in a step.
+
+    The order matters: blocks are compiled before sharding hooks into them, and the average is laid
+    beside the parameters as they are after that.
+    """
+    state = build_state(network, config)
+    if config.compile == "regional":
+        network.compile_repeated_blocks(fullgraph=True)
+    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    state.average_from_here()
+    return state, model

@@ -11,12 +11,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import ModelMixin
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from complexity_dit.acceleration import make_accelerator
-from complexity_dit.batches import StepBatches
-from complexity_dit.build import build_model, build_state
+from complexity_dit.batches import StepBatches, step_loader
+from complexity_dit.build import build_model, prepared_state
 from complexity_dit.checkpoint_folders import drop_old_checkpoints
 from complexity_dit.config import TrainConfig
 from complexity_dit.errors import RunStopped, UserError
@@ -105,11 +104,7 @@ def _train(
         network = build(config, data)
         if config.init_from is not None and checkpoint is None:
             start_from(network, config.init_from, data.label_names)
-    state = build_state(network, config)
-    if config.compile == "regional":
-        network.compile_repeated_blocks(fullgraph=True)  # before sharding hooks into the blocks
-    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
-    state.average_from_here()
+    state, model = prepared_state(network, config, accelerator)
     if checkpoint is not None:
         saved = state.load(checkpoint, parts, data.label_names)
         _report_resume(saved, config, checkpoint, processes.count)
@@ -120,13 +115,7 @@ def _train(
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
-    batches = DataLoader(
-        StepBatches(data, config, processes.index, processes.count),
-        batch_size=None,
-        sampler=range(state.step, config.steps),
-        num_workers=config.loader_workers,
-        pin_memory=accelerator.device.type == "cuda",  # copies to the device need not wait
-    )
+    batches = StepBatches(data, config, processes.index, processes.count)
     skipped = state.guard.skipped if state.guard else 0
     log = TrainLog(out, state.step, accelerator, skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
@@ -136,7 +125,7 @@ def _train(
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
                disable=not processes.is_main)  # fmt: skip
     with bar, StopRequest() as stop:
-        for batch in batches:
+        for batch in step_loader(batches, range(state.step, config.steps), accelerator.device):
             lr = state.lr_scheduler.get_last_lr()[0]
             loss, grad_norm, taken = optimizer_step(accelerator, model, state, batch, config, noise)
             state.step += 1
