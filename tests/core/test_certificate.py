@@ -67,6 +67,19 @@ def test_gain_of_a_layer_is_what_its_worst_token_sees() -> None:
     assert certify(model).layers[0].gain is None
 
 
+@pytest.mark.parametrize("adaptive", [None, "token", "channel"])
+def test_a_force_from_outside_is_no_gain_of_the_layer(adaptive: str | None) -> None:
+    layer = INLDynamics(4, adaptive=adaptive) if adaptive else lite(2.0, 0.5)
+
+    class Forced(Stack):
+        def forward(self, h: Tensor, size: float) -> Tensor:
+            return self.layers[0](h, None, force=size * torch.ones_like(h))[0]
+
+    pushed, alone = (certify(Forced(layer).double(), (inputs(), size)) for size in (1e3, 0.0))
+    assert pushed.layers[0].gain == alone.layers[0].gain
+    assert pushed.layers[0].gain == certify(Stack(layer).double(), (inputs(),)).layers[0].gain
+
+
 @pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
 def test_learned_coefficients_are_read_where_the_model_uses_them(adaptive: str) -> None:
     dynamics = INLDynamics(4, adaptive=adaptive, dt=0.5)

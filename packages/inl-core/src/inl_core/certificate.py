@@ -4,8 +4,9 @@
    (`inl_core.stability`). For coefficients that vary from layer to layer this certifies nothing.
 2. *Reach*: with a velocity clip no layer moves a channel by more than dt * gate * velocity_max,
    so all of them together by no more than the sum. True for any input; usually loose.
-3. *Gain* along real inputs: how much each layer stretches the pairs (h - mu, v) that it really
-   meets, clip included, and the product of the frozen matrices along each token's own path.
+3. *Gain* along real inputs: how much each layer, its clip included, stretches the pairs
+   (h - mu, v) that it really meets, and the product of the frozen matrices along each token's own
+   path. A force comes from outside, so it is left out: what it adds says nothing about stability.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class LayerCertificate:
             real inputs counts such a point.
         reach: dt * gate * velocity_max, with the largest gate that the module can have; infinite
             without a velocity clip.
-        gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens; None without inputs.
+        gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens, of the layer left alone by
+            any force; None without inputs.
     """
 
     name: str
@@ -151,6 +153,8 @@ def _along_inputs(
         given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
         h, v = given["h"], given.get("v")
         point = _point(module, h, v)
+        if given.get("force") is not None:
+            outputs = module.forward(h, v)  # not a call, which would come back to this hook
         layers.append(_layer(modules[module], module, point, _gain(module, h, v, outputs)))
         alpha, beta, gate = (x.expand(h.shape) for x in point)
         matrix = transition_matrix(alpha, beta, gate, module.dt)
