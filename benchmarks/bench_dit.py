@@ -14,11 +14,10 @@ fresh process with one model, eager, above what it held before the model was mad
 
 import argparse
 import multiprocessing
-import re
-from pathlib import Path
 
 import torch
 from diffusers_dit import DiffusersDiT
+from memory import of_process
 from results import append_rows
 from timing import paired
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,12 +113,6 @@ def step_gflops(case, options):
     return counter.get_total_flops() / options.batch_size / 1e9
 
 
-def _of_process(name):
-    """A field of /proc/self/status in MiB."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) / 1024
-
-
 def peak_memory(case, options):
     """MiB that training the case adds to this process: run it in one of its own."""
     if torch.device(options.device).type == "cuda":
@@ -129,11 +122,11 @@ def peak_memory(case, options):
         step()
         return torch.cuda.max_memory_allocated() / 2**20
     torch.set_num_threads(options.threads)
-    before = _of_process("VmRSS")
+    before = of_process("VmRSS")
     step, _ = stepper(case, options, compiled=False)
     for _ in range(2):
         step()
-    return _of_process("VmHWM") - before
+    return of_process("VmHWM") - before
 
 
 def profiled(case, options, compiled):

@@ -136,6 +136,41 @@ def test_bench_tax_compares_with_none_and_with_dense(tmp_path: Path) -> None:
     assert found["mlp mask loop", "ratio"] > 0
 
 
+def test_bench_placements_compares_each_default_with_none(scripts: None, tmp_path: Path) -> None:
+    import bench_placements
+
+    from complexity_dit.config import ModelConfig
+    from complexity_lm import DeepConfig
+
+    for name, config in (("dit", ModelConfig()), ("lm", DeepConfig())):
+        none, default = (bench_placements.settings(c) for c in bench_placements.CASES[name][:2])
+        assert none == {"dynamics_placement": "none"}
+        assert default == {field: getattr(config, field) for field in default}, "the default first"
+    out = tmp_path / "rows.csv"
+    done = run(
+        "bench_placements.py", "--eager", "--rounds", "1", "--images", "1", "--texts", "1",
+        "--context", "8", "--device", "cpu", "--rows", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {(r["case"], r["metric"]): float(r["value"]) for r in rows(out)}
+    for case in ("dit branch channel, eager", "lm force_mlp channel, eager"):
+        assert found[case, "ratio"] > 0
+        assert 1 < found[case, "parameter ratio"] < 1.01
+    assert found["dit none, eager", "memory ratio"] == 1
+
+
+def test_the_peak_of_a_call_is_what_it_holds_for_a_while(scripts: None) -> None:
+    import memory
+    import torch
+
+    def held() -> None:
+        torch.ones(16 * memory.MIB)  # 64 MiB, touched and given back
+
+    memory.peak_of(lambda: None, "cpu")
+    assert 60 < memory.peak_of(held, "cpu") < 90
+    assert memory.peak_of(lambda: None, "cpu") < 10
+
+
 def test_the_routed_mlp_and_the_mask_loop_compute_the_same(scripts: None) -> None:
     import bench_tax
     import torch

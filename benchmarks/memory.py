@@ -1,0 +1,36 @@
+"""What a piece of work needs of memory."""
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+
+
+def of_process(name):
+    """A size of /proc/self/status in MiB, such as VmRSS."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) / 1024
+
+
+def peak_of(work, device):
+    """MiB that a call holds at its peak beyond what was held before it.
+
+    On a CPU it is read off the process (Linux), whose own peak is set back first and whose free
+    memory is given back to the system: call the work before, so that what lasts is there already.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5\n")
+    before = of_process("VmRSS")
+    work()
+    return of_process("VmHWM") - before
