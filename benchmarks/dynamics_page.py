@@ -12,7 +12,8 @@ from physics_report import closed_loop, rollouts
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results/dynamics.md"
 MARKED = re.compile(
-    r"(<!-- (cost|physics|closed loop|claims|ablate: \w+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (cost|placements|physics|closed loop|claims|ablate: \w+) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 EMPTY = "No rows yet."
 
@@ -50,12 +51,37 @@ def cost(rows):
     return lines
 
 
+def placements(rows):
+    """A table: step, memory and parameters of both models with dynamics over those without."""
+    found = {}
+    for row in rows:
+        network, _, mode = row["case"].partition(", ")
+        if mode == "compiled":
+            model, _, dynamics = network.partition(" ")
+            about = (row["hardware"], f"{model}, {row['shape']}", dynamics)
+            found.setdefault(about, {})[row["metric"]] = float(row["value"])
+    if not found:
+        return []
+    lines = [
+        "| machine | model | dynamics | step [× none] | memory of a step [× none] "
+        "| parameters [× none] |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for (machine, model, dynamics), value in found.items():
+        if dynamics != "none":
+            cells = (value[name] for name in ("ratio", "memory ratio", "parameter ratio"))
+            numbers = " | ".join(f"{cell:.3f}" for cell in cells)
+            lines.append(f"| {machine} | {model} | `{dynamics}` | {numbers} |")
+    return lines
+
+
 def part(name, rows):
     """What belongs behind a mark, Markdown."""
     if name.startswith("ablate: "):
         return ablation(name.removeprefix("ablate: "), rows)
     bench, write = {
         "cost": ("tax", cost),
+        "placements": ("placements", placements),
         "physics": ("physics", rollouts),
         "closed loop": ("closed_loop", closed_loop),
         "claims": ("claims_dit", claims),

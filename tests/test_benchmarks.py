@@ -308,7 +308,7 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) ->
 
     page = dynamics_page.PAGE.read_text()
     found = [match[1] for match in dynamics_page.MARKED.findall(page)]
-    parts = ["ablate: dit", "ablate: lm", "claims", "closed loop", "cost", "physics"]
+    parts = ["ablate: dit", "ablate: lm", "claims", "closed loop", "cost", "physics", "placements"]
     assert sorted(found) == parts
     text = "a\n<!-- physics -->\nold\n<!-- end -->\nb\n<!-- ablate: lm -->\n<!-- end -->\n"
     row = dict.fromkeys(results.FIELDS, "") | {"bench": "physics", "shape": "s"}
@@ -337,6 +337,21 @@ def test_the_cost_of_the_dynamics_by_machine_and_stack(scripts: None) -> None:
     text = "\n".join(dynamics_page.cost([*rows, row("triton", "ratio", "9")]))
     assert text.endswith("| G | B/2, bfloat16 | `lite` | 1.500 | 1.000 |")
     assert dynamics_page.cost([]) == []
+
+
+def test_the_cost_of_placements_beside_none(scripts: None) -> None:
+    import dynamics_page
+
+    def row(case: str, metric: str, value: str) -> dict[str, str]:
+        return {"hardware": "G", "case": case, "shape": "tiny", "metric": metric, "value": value}
+
+    metrics = {"ratio": "1.25", "memory ratio": "1.5", "parameter ratio": "1"}
+    rows = [row("dit none, compiled", metric, "1") for metric in metrics]
+    rows += [row("dit branch channel, compiled", *item) for item in metrics.items()]
+    rows += [row("dit branch channel, eager", "ratio", "9"), row("tiny branch lite", "ratio", "9")]
+    lines = dynamics_page.placements(rows)
+    assert lines[2:] == ["| G | dit, tiny | `branch channel` | 1.250 | 1.500 | 1.000 |"]
+    assert dynamics_page.placements([]) == []
 
 
 def test_the_tables_are_up_to_date() -> None:
