@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,3 +224,36 @@ def test_a_row_and_the_sampler_table_run_and_go_on(
     monkeypatch.setattr(sampler_table, "evaluate", None)
     call(sampler_table, *table)
     assert len(results.read_rows(tmp_path / "rows.csv")) == len(first) + len(found)
+
+
+def test_the_floor_is_the_training_paintings_with_and_without_the_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recipe_floor
+    import results
+
+    from complexity_dit.autoencoder import TinyAutoencoder
+    from complexity_dit.data import DataConfig
+
+    torch.manual_seed(0)
+    vae = TinyAutoencoder(
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), pool_channels=0,
+    )  # fmt: skip
+    pipe = SimpleNamespace(sample_size=16, vae=vae.eval())
+    monkeypatch.setattr(recipe_floor, "load_pipeline", lambda folder: pipe)
+    monkeypatch.setattr(
+        recipe_floor, "trained_on", lambda folder: DataConfig(num_images=64, holdout=0.2)
+    )
+    arguments = ("PIPELINE", "--reference", "art", "--num_images", 8, "--weights", "random")
+    monkeypatch.setattr(
+        "sys.argv", ["recipe_floor", *map(str, arguments), "--rows", str(tmp_path / "rows.csv")]
+    )
+    recipe_floor.main()
+    found = {
+        (row["case"], row["metric"]): float(row["value"])
+        for row in results.read_rows(tmp_path / "rows.csv")
+    }
+    plain, coded = "training paintings", "training paintings through the autoencoder"
+    assert found[plain, "n"] == found[coded, "n"] == 8
+    assert 0 < found[plain, "fd_random"] < found[coded, "fd_random"]
