@@ -8,9 +8,10 @@ next state of three systems of `physics_systems`, then continues held-out trajec
 mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
 placement of the dynamics, with the paper's controller or, where a name ends in `channel`, with a
 coefficient a channel, is compared with the plain network of equal parameters (a wider MLP),
-pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. What has rows is not run
-again, and the table at the end is of all that was asked for; `tables.py` writes the same table into
-docs/results/dynamics.md.
+pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. `force, no-carry` is the
+control: the same layer, whose velocity is forgotten from one step to the next. What has rows is not
+run again, and the table at the end is of all that was asked for; `tables.py` writes the same table
+into docs/results/dynamics.md.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from physics_report import BASELINES, STEPS, known_of, table
 from physics_systems import SYSTEMS, trajectories
 from results import append_rows, commit, read_rows
 from torch import nn
+from variants import SWAPS
 
 from complexity_lm import DeepConfig, DeepModel
 
@@ -44,18 +46,23 @@ class Forecaster(nn.Module):
 
     Args:
         channels: O.
-        network: A placement, after a comma the kind of its coefficients if not the paper's `token`.
+        network: A placement, after a comma the kind of its coefficients if not the paper's `token`,
+            or what is exchanged in it (`variants.SWAPS`).
         wider: What the MLP has more than its share.
     """
 
     def __init__(self, channels, network, wider=0):
         super().__init__()
-        placement, _, kind = network.partition(", ")
+        placement, _, other = network.partition(", ")
+        swap = SWAPS.get(other)
+        kind = "token" if swap else other or "token"
         shape = SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
         self.enter = nn.Linear(channels, shape["hidden_size"])
         self.body = DeepModel(
-            DeepConfig(dynamics_placement=placement, dynamics_adaptive=kind or "token", **shape)
+            DeepConfig(dynamics_placement=placement, dynamics_adaptive=kind, **shape)
         )
+        if swap:
+            swap(self.body.layers)
         self.leave = nn.Linear(shape["hidden_size"], channels)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
@@ -129,8 +136,8 @@ def run(task, network, seed, options, data, truth):
 def main():
     """Run what has no rows yet, then the paired ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--trajectories", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2 for an interval")
     parser.add_argument("--tasks", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))

@@ -14,6 +14,7 @@ BASELINES = {
     "stream": "none",
     "branch": "none",
     "force": "none, wider",
+    "force, no-carry": "none, wider",
     "force_mlp": "none",
     "force_mlp, channel": "none, narrower",
 }

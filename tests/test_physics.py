@@ -204,3 +204,15 @@ def test_a_policy_learns_through_the_simulation(closed_loop: ModuleType) -> None
     payloads = closed_loop.PAYLOADS["payloads as trained"]
     before = closed_loop.tried(closed_loop.no_policy, payloads)["mean squared error"][0]
     assert closed_loop.tried(policy, payloads)["mean squared error"][0] < before
+
+
+def test_the_control_has_no_memory(physics: ModuleType) -> None:
+    """Without carrying, a layer's output does not depend on the velocity that it is given."""
+    torch.manual_seed(0)
+    control, carried = (physics.Forecaster(2, n) for n in ("force, no-carry", "force"))
+    control.load_state_dict(carried.state_dict())
+    h, v, push = torch.randn(3, 1, 4, 64)
+    for model, equal in ((control, True), (carried, False)):
+        dynamics = model.body.layers[1].dynamics
+        moved, still = dynamics(h, v, force=push)[0], dynamics(h, None, force=push)[0]
+        assert torch.equal(moved, still) == equal
