@@ -18,6 +18,8 @@ BASELINES = {
     "force_mlp": "none",
     "force_mlp, channel": "none, narrower",
 }
+# What the carried velocity alone brings: the same layer, with and without it.
+MEMORY = ("force", "force, no-carry")
 
 
 def ratio_interval(ratios):
@@ -44,7 +46,7 @@ def table(known, tasks, seeds):
         "|---|---|" + "---:|" * (len(STEPS) + 1),
     ]
     for task in tasks:
-        for placement, baseline in BASELINES.items():
+        for placement, baseline in (*BASELINES.items(), MEMORY):
             pairs = [
                 (known[mine], known[theirs])
                 for seed in seeds
@@ -58,9 +60,8 @@ def table(known, tasks, seeds):
                 metric = f"rollout error, {steps} steps"
                 middle, low, high = ratio_interval([a[metric] / b[metric] for a, b in pairs])
                 cells.append(f"{middle:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low else ""))
-            lines.append(
-                f"| {task} | {placement} | " + " | ".join([*cells, str(len(pairs))]) + " |"
-            )
+            name = f"{placement} over {baseline}" if (placement, baseline) == MEMORY else placement
+            lines.append(f"| {task} | {name} | " + " | ".join([*cells, str(len(pairs))]) + " |")
     return lines
 
 

@@ -104,6 +104,7 @@ def test_compared_models_have_equal_parameters(physics: ModuleType) -> None:
 
 def test_the_table_compares_each_placement_with_its_own_plain_network(physics: ModuleType) -> None:
     errors = {"none": 2.0, "none, wider": 4.0, "stream": 1.0, "branch": 2.0, "force": 1.0}
+    errors["force, no-carry"] = 2.0
     known = {
         f"arm / {network} / seed {seed}": {
             f"rollout error, {steps} steps": error * (1 + seed) for steps in physics.STEPS
@@ -117,6 +118,8 @@ def test_the_table_compares_each_placement_with_its_own_plain_network(physics: M
         "stream": "0.500 [0.500, 0.500]",
         "branch": "1.000 [1.000, 1.000]",
         "force": "0.250 [0.250, 0.250]",
+        "force, no-carry": "0.500 [0.500, 0.500]",
+        "force over force, no-carry": "0.500 [0.500, 0.500]",
     }
 
 
