@@ -21,11 +21,20 @@ def measured(rows):
     return runs
 
 
-def ratios(rows):
+def step_costs(rows):
+    """{row: time of its training step over that of the plain one}, from `bench_step.py`."""
+    return {
+        row["case"]: float(row["value"])
+        for row in rows
+        if (row["bench"], row["metric"], row["unit"]) == ("step", "ratio", f"x {PLAIN}")
+    }
+
+
+def ratios(rows, costs):
     """A line for each row beside a plain one of the same command, machine and seed."""
     lines = [
-        "| training images | row | seed | FID | plain | difference | ratio |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| training images | row | seed | FID | plain | difference | ratio | step [x plain] |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (_, _, seed), cases in measured(rows).items():
         if PLAIN not in cases:
@@ -34,9 +43,10 @@ def ratios(rows):
         for case, values in cases.items():
             if case != PLAIN:
                 images, fid = values["images"], values["fid"]
+                cost = f"{costs[case]:.2f}" if case in costs else ""
                 lines.append(
                     f"| {images:,.0f} | {case} | {seed.removeprefix('seed ')} | {fid:.1f} | "
-                    f"{plain:.1f} | {fid - plain:+.1f} | {fid / plain:.2f} |"
+                    f"{plain:.1f} | {fid - plain:+.1f} | {fid / plain:.2f} | {cost} |"
                 )
     return "\n".join(lines) if len(lines) > 2 else "No rows yet."
 
@@ -76,5 +86,5 @@ def missing(rows):
 def rewritten(document, rows):
     """The page with what stands between its marks replaced."""
     own = [row for row in rows if row["bench"] == "recipe"]
-    parts = {"ratios": ratios, "missing": missing}
-    return MARKED.sub(lambda m: f"{m[1]}\n{parts[m[2]](own)}\n\n{m[3]}", document)
+    parts = {"ratios": lambda: ratios(own, step_costs(rows)), "missing": lambda: missing(own)}
+    return MARKED.sub(lambda m: f"{m[1]}\n{parts[m[2]]()}\n\n{m[3]}", document)

@@ -150,14 +150,18 @@ def test_the_page_says_how_far_the_goal_is_and_what_is_missing() -> None:
 
     def row(case: str, seed: int, images: int, **metrics: float) -> list[dict[str, str]]:
         about = {"bench": "recipe", "case": case, "shape": f"seed {seed}", "hardware": "A",
-                 "command": f"recipe ROW --images {images}"}  # fmt: skip
+                 "command": f"recipe ROW --images {images}", "unit": ""}  # fmt: skip
         values = {"images": images, **metrics}
         return [about | {"metric": name, "value": str(value)} for name, value in values.items()]
 
     rows = row("flow-none", 0, 100_000, fid=100.0) + row("full", 0, 100_000, fid=70.0)
     marks = "<!-- recipe: {} -->\n<!-- end -->\n"
     ratios = recipe_page.rewritten(marks.format("ratios"), rows)
-    assert "| 100,000 | full | 0 | 70.0 | 100.0 | -30.0 | 0.70 |" in ratios
+    assert "| 100,000 | full | 0 | 70.0 | 100.0 | -30.0 | 0.70 |  |" in ratios
+    step = {"bench": "step", "case": "full", "metric": "ratio", "value": "0.716"}
+    steps = [step | {"unit": "x flow-none"}, step | {"value": "9", "unit": "x five-muon"}]
+    timed = recipe_page.rewritten(marks.format("ratios"), rows + steps)
+    assert "| -30.0 | 0.70 | 0.72 |" in timed
     missing = recipe_page.rewritten(marks.format("missing"), rows)
     short, _, long = missing.partition("--images 300000")
     left = [name for name in recipe.ROWS if name not in ("flow-none", "full")]
