@@ -82,12 +82,14 @@ def test_a_force_from_outside_is_no_gain_of_the_layer(adaptive: str | None) -> N
 
 @pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
 def test_learned_coefficients_are_read_where_the_model_uses_them(adaptive: str) -> None:
+    torch.manual_seed(0)
     dynamics = INLDynamics(4, adaptive=adaptive, dt=0.5)
     model = Stack(dynamics).double()
     with torch.no_grad():
         for name, parameter in dynamics.named_parameters():
             if name.startswith(("weight", "alpha")):
-                parameter.add_(torch.randn_like(parameter))
+                # Not so far that an inertia rounds to 1, which is marginal and no more stable.
+                parameter.add_(0.5 * torch.randn_like(parameter))
     h = inputs()
     (layer,) = certify(model, (h,)).layers
     alpha, beta, gate = (
