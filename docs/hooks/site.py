@@ -24,7 +24,7 @@ FROM_ELSEWHERE = {
 """Files of the repository that are pages of the site, under these names."""
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -35,17 +35,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at pages of the site, and turn links to other files into their text."""
+    """Point links and pictures at files of the site; a link to another file becomes its text."""
     here = {site: source for source, site in FROM_ELSEWHERE.items()}.get(page.file.src_uri)
     folder = posixpath.dirname(here or f"docs/{page.file.src_uri}")
 
     def point(link: re.Match[str]) -> str:
-        text, target, anchor = link[1], posixpath.normpath(f"{folder}/{link[2]}"), link[3] or ""
+        picture, text, path, anchor = link[1], link[2], link[3], link[4] or ""
+        target = posixpath.normpath(f"{folder}/{path}")
         site = FROM_ELSEWHERE.get(target, target.removeprefix("docs/"))
         if files.get_file_from_path(site) is not None:
             start = posixpath.dirname(page.file.src_uri) or "."
-            return f"[{text}]({posixpath.relpath(site, start)}{anchor})"
-        return text if (ROOT / target).exists() else link[0]  # a dead link stays, and is refused
+            return f"{picture}[{text}]({posixpath.relpath(site, start)}{anchor})"
+        # A dead link stays, and is refused, as is a picture that the site does not have.
+        return text if (ROOT / target).exists() and not picture else link[0]
 
     return _LINK.sub(point, markdown)
 
