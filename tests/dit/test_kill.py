@@ -19,7 +19,8 @@ from complexity_dit.data import DataConfig
 from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_dit.train import train
 
-KILLS, STEPS, EVERY = 25, 120, 2
+# Steps enough that the fastest machine does not reach the end between 25 kills.
+KILLS, STEPS, EVERY = 25, 400, 2
 place, world = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(world)
 
