@@ -1,4 +1,4 @@
-"""House rules a machine can check: metadata, imports, file sizes, the commands in the docs."""
+"""House rules a machine can check: metadata, imports, the commands in the docs."""
 
 import ast
 import importlib
@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "complexity_lm": {"inl_core", "complexity_lm"},
     "complexity_dit": {"inl_core", "complexity_dit"},
 }
-MAX_LINES = 450
 DOCS = [
     "README.md",
     "CONTRIBUTING.md",
@@ -195,17 +194,6 @@ def test_no_pickle_is_loaded() -> None:
         or (isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "joblib"))
     ]
     assert not found
-
-
-def test_files_stay_readable() -> None:
-    sizes = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for folder in ("packages", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    assert sizes
-    long = {name: lines for name, lines in sizes.items() if lines > MAX_LINES}
-    assert not long, f"over {MAX_LINES} lines: {long}"
 
 
 def test_make_targets_in_the_docs_exist() -> None:
