@@ -37,6 +37,8 @@ from fields import overridden, override_flag
 from results import append_rows, commit, read_rows
 from timing import DEVICE, paired
 
+from inl_core.run.errors import UserError
+
 DIVERGED = re.compile(r"step (\d+): loss (\S+), gradient norm")
 
 
@@ -62,7 +64,7 @@ def run_cell(study, name, seed, out, overrides, started_from, fid):
         cell = {"case": name, "shape": shape, "commit": started_from}
         try:
             lab.train(config, network.swap)
-        except lab.user_error as error:
+        except UserError as error:
             found = DIVERGED.match(str(error))
             if not found:
                 raise

@@ -39,11 +39,6 @@ class Lab:
         """A config with the defaults of the package."""
         return importlib.import_module(f"{self.package}.config").TrainConfig()
 
-    @property
-    def user_error(self):
-        """What training raises, also for a loss that is not finite."""
-        return importlib.import_module(f"{self.package}.errors").UserError
-
     def metrics(self, config, swap):
         """Numbers of a finished cell, {name: (value, unit)}, and its profile over depth."""
         curve = read_curve(Path(config.out) / "train_log.csv")
@@ -112,7 +107,7 @@ class DiT(Lab):
     def train(self, config, swap):
         from variants_dit import varied_build
 
-        from complexity_dit.train import train
+        from complexity_dit.training.train import train
 
         train(config, varied_build(swap))
 
@@ -161,7 +156,7 @@ class DiT(Lab):
     def step(self, config, swap):
         from variants_dit import varied_build
 
-        from complexity_dit.latents import load_training_data
+        from complexity_dit.data.latents import load_training_data
 
         data = load_training_data(config.data)
         model = varied_build(swap)(config, data)
@@ -195,8 +190,8 @@ def stepper(model, loss):
 
 def heldout_batches(config):
     """Held-out pictures with their noise and times, the same for every network of a study."""
-    from complexity_dit.batches import StepBatches
-    from complexity_dit.latents import load_training_data
+    from complexity_dit.data.latents import load_training_data
+    from complexity_dit.training.batches import StepBatches
 
     fixed = replace(
         config,
@@ -211,7 +206,7 @@ def heldout_batches(config):
 @torch.no_grad()
 def heldout_loss(network, batches, config):
     """Mean training loss over the batches, without dropped labels or tokens."""
-    from complexity_dit.objective import training_loss
+    from complexity_dit.training.objective import training_loss
 
     losses = []
     for step in range(len(batches)):

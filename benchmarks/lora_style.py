@@ -26,9 +26,9 @@ from results import commit
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import DataConfig, load_data
 from complexity_dit.evaluate import EvalConfig, evaluate_images
-from complexity_dit.files import file_aside
 from complexity_dit.sample import SampleConfig, iter_samples, load_pipeline, save_grid
 from complexity_dit.train import train
+from inl_core.run.files import file_aside
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dit"
 

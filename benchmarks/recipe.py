@@ -23,7 +23,6 @@ from painting import painting
 from results import append_rows, commit, dtype_of
 
 from complexity_dit.build import build_model
-from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint, step_of
 from complexity_dit.config import TrainConfig
 from complexity_dit.costs import token_count, training_flops
 from complexity_dit.evaluate import EvalConfig, evaluate
@@ -31,6 +30,7 @@ from complexity_dit.folder_files import DATA_FILE
 from complexity_dit.sample import load_pipeline
 from complexity_dit.tokens import kept_count
 from complexity_dit.train import train
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 
 # What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
 BASE = {

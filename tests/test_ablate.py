@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from inl_core.run.errors import UserError
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -158,7 +160,7 @@ def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
     from ablation_curves import spikes
 
     from complexity_dit.config import OptimConfig
-    from complexity_dit.spikes import SpikeGuard
+    from complexity_dit.training.optimizer import SpikeGuard
 
     draw = np.random.default_rng(0)
     norms = draw.lognormal(0, 0.2, 500)
@@ -277,7 +279,7 @@ def test_a_run_that_diverges_is_a_result(
     messages = iter(["step 7: loss nan, gradient norm nan; training stopped", "no such file"])
 
     def broken(self: object, config: object, swap: str | None) -> None:
-        raise lab.user_error(next(messages))
+        raise UserError(next(messages))
 
     monkeypatch.setattr(type(lab), "train", broken)
     study = ROOT / "configs/ablations/lm.yaml"
@@ -285,7 +287,7 @@ def test_a_run_that_diverges_is_a_result(
     call(monkeypatch, "run", study, "--out", tmp_path / "a", *common)
     found = results.read_rows(rows)
     assert [(r["metric"], r["value"]) for r in found] == [("diverged", "7")]
-    with pytest.raises(lab.user_error, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         call(monkeypatch, "run", study, "--out", tmp_path / "b", *common)
 
 

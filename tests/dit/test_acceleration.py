@@ -5,8 +5,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from complexity_dit.acceleration import sharding_plugin
-from complexity_dit.errors import UserError
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 CONFIG = "configs/accelerate/fsdp2.yaml"
 

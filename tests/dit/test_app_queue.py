@@ -9,9 +9,9 @@ import pytest
 
 from complexity_dit import turns as turns_module
 from complexity_dit.app_config import AppConfig
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import Gallery
 from complexity_dit.turns import Turns
+from inl_core.run.errors import UserError
 
 
 def test_the_line_is_bounded_and_in_order():

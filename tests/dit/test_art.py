@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from complexity_dit import art
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 PAIRS = len(art.SCHOOLS) * len(art.PALETTES)
 

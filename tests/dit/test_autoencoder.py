@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from complexity_dit.autoencoder import TinyAutoencoder, TinyBlock
-from complexity_dit.errors import UserError
 from complexity_dit.vae import load_vae, posterior, scale_factor, weights_sha256
+from inl_core.run.errors import UserError
 
 SMALL = {
     "latent_channels": 6, "block_out_channels": (8, 8, 12), "layers_per_block": (1, 2, 1),

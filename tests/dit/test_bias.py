@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from complexity_dit.bias import bootstrap, fid_curve
-from complexity_dit.errors import UserError
 from complexity_dit.metrics import distance_of_sets, frechet_distance
+from inl_core.run.errors import UserError
 
 D = 8
 _RNG = np.random.default_rng(1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from complexity_dit.compare import compare, different_settings
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 RESULT: dict[str, Any] = {
     "metrics": {"fid": 20.0, "kid_mean": 0.01},

@@ -23,7 +23,7 @@ from complexity_dit.data import (
     load_data,
     resolve_label,
 )
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 
 

@@ -15,7 +15,6 @@ import complexity_dit.sample
 from complexity_dit import evaluate as module
 from complexity_dit import features as features_module
 from complexity_dit.data import DataConfig, load_data
-from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
 from complexity_dit.features import FEATURE_CHUNK, draw
 from complexity_dit.image_sets import dataset_images, folder_images
@@ -24,6 +23,7 @@ from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import feature_statistics, fid_from_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
+from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 
 QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bootstrap=2)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from complexity_dit import files
-from complexity_dit.files import file_aside, folder_aside, recover, remove_folder
+from inl_core.run import files
+from inl_core.run.files import file_aside, folder_aside, recover, remove_folder
 
 # One child for each file-system operation of the writer: it is killed right before that one.
 KILLED_EVERYWHERE = """

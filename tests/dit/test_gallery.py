@@ -15,10 +15,10 @@ from complexity_dit import __main__ as cli
 from complexity_dit import app_page, gallery_png
 from complexity_dit import gallery as gallery_module
 from complexity_dit.app_config import AppConfig, Limits
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from inl_core.run.errors import UserError
 
 # Solvers of the DPM family turn tensors into arrays in a way that numpy 2 warns about.
 of_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

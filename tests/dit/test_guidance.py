@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from complexity_dit.__main__ import build_parser
-from complexity_dit.errors import UserError
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig, iter_samples, sample
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4, guidance_scale=2.5)
 

@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from complexity_dit import images as images_module
 from complexity_dit import statistics_files
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.csv_log import CsvLog
 from complexity_dit.data import DataConfig, load_data
-from complexity_dit.errors import UserError
 from complexity_dit.image_sets import folder_images, npz_images
 from complexity_dit.images import square_pixels
 from complexity_dit.pipeline import ComplexityDiTPipeline
@@ -25,6 +23,8 @@ from complexity_dit.sample import load_pipeline
 from complexity_dit.statistics_files import read_statistics
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import load_vae
+from inl_core.run.csv_log import CsvLog
+from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 
 

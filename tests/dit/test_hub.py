@@ -14,10 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 
-from complexity_dit.errors import UserError
 from complexity_dit.model_card import write_card
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 RESULT = Path("docs/results/wikiart-cpu/result-step-00005600.json")
 WIKIART = {"source": "imagefolder:/home/someone/wikiart", "resolution": 48, "holdout": 0.2,

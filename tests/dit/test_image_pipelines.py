@@ -19,8 +19,8 @@ from complexity_dit import (
     ComplexityDiTPipeline,
     interpolate,
 )
-from complexity_dit.errors import UserError
 from complexity_dit.interpolation import slerp
+from inl_core.run.errors import UserError
 
 SCHEDULERS = [
     None,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.errors import UserError
 from complexity_dit.image_sets import array_images, folder_images, npz_images
 from complexity_dit.metrics import Statistics
 from complexity_dit.statistics_files import KeptStatistics, read_statistics, write_statistics
+from inl_core.run.errors import UserError
 from support.pictures import noise, write_folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from complexity_dit import images
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

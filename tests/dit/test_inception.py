@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from complexity_dit import inception
-from complexity_dit.errors import UserError
 from complexity_dit.inception import (
     InceptionV3Features,
     find_inception,
@@ -25,6 +24,7 @@ from complexity_dit.inception import (
 )
 from complexity_dit.inception_net import resize_tf1
 from complexity_dit.metrics import fid_from_features
+from inl_core.run.errors import UserError
 from support.data import needs_data, needs_weights, shared_data
 
 pytestmark = pytest.mark.usefixtures("weights_cache")

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from complexity_dit.checkpoint_folders import latest_checkpoint
-from complexity_dit.checksums import write_sums
 from complexity_dit.compatibility import check_labels
-from complexity_dit.errors import UserError
 from complexity_dit.init_from import start_from
 from complexity_dit.train import train
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.checkpoints import latest_checkpoint, write_sums
+from inl_core.run.errors import UserError
 
 
 def another(pipe, **changes):

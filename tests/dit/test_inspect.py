@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from complexity_dit.errors import UserError
 from complexity_dit.inspect_model import inspect
 from complexity_dit.train import train
+from inl_core.run.errors import UserError
 
 
 @pytest.fixture

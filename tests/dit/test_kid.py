@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.kid import _mmd2_direct, _mmd2_masked, kid_from_features
 from complexity_dit.products import BLOCK_ROWS, common_centre
+from inl_core.run.errors import UserError
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
 from complexity_dit.data import DataConfig
-from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from complexity_dit.train import train
 
 # Steps enough that the fastest machine does not reach the end between 25 kills.

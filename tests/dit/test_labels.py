@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from complexity_dit.errors import UserError
 from complexity_dit.labels import read_labels, resolve_label
+from inl_core.run.errors import UserError
 
 
 def test_which_columns_are_labels() -> None:

@@ -21,7 +21,6 @@ from complexity_dit.batches import StepBatches
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import DataConfig, load_data
 from complexity_dit.encode import encode
-from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.latent_parts import part_path
 from complexity_dit.latents import load_training_data, open_latent_space
@@ -29,6 +28,7 @@ from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig
 from complexity_dit.train import train
 from complexity_dit.vae import load_vae, posterior
+from inl_core.run.errors import UserError
 from support.processes import torchrun
 
 IMAGES = 24

@@ -15,11 +15,11 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from complexity_dit import looks
-from complexity_dit.checkpoint_folders import latest_checkpoint
-from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.train import train
+from inl_core.run.checkpoints import latest_checkpoint
+from inl_core.run.errors import UserError
 
 
 def rows(path: Path) -> list[dict[str, str]]:

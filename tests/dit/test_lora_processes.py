@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from complexity_dit.checkpoint_folders import latest_checkpoint
+from inl_core.run.checkpoints import latest_checkpoint
 from support.processes import python, torchrun
 
 WORKER = """

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.manifold import manifold_overlap, nearest
+from inl_core.run.errors import UserError
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -8,7 +8,6 @@ import pytest
 import scipy.linalg
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import (
     Statistics,
@@ -19,6 +18,7 @@ from complexity_dit.metrics import (
     frechet_distance,
     inception_score,
 )
+from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.objective import (
     MIN_NOISE,
     ObjectiveConfig,
@@ -15,6 +14,7 @@ from complexity_dit.objective import (
     velocity_towards,
 )
 from complexity_dit.seeding import derive_seed, generator_for
+from inl_core.run.errors import UserError
 
 
 def batch():

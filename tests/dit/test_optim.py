@@ -12,13 +12,13 @@ from torch import nn
 
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
-from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_dit.config import OptimConfig
 from complexity_dit.data import load_data
-from complexity_dit.errors import UserError
 from complexity_dit.optim import build_optimizer
 from complexity_dit.spikes import SpikeGuard, build_guard
 from complexity_dit.train import train
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
+from inl_core.run.errors import UserError
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2, warmup_steps=2)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from complexity_dit.errors import UserError
 from complexity_dit.per_label import class_means, nearest_class_mean_accuracy
+from inl_core.run.errors import UserError
 
 
 def test_class_means_and_nearest_mean_leave_missing_labels_out() -> None:

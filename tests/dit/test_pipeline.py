@@ -16,8 +16,8 @@ from diffusers import (
 )
 
 from complexity_dit.chunks import in_chunks
-from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from inl_core.run.errors import UserError
 
 
 def generators(*seeds):

@@ -23,9 +23,9 @@ from complexity_dit.costs import (
     training_flops,
 )
 from complexity_dit.data import DataConfig
-from complexity_dit.errors import UserError
 from complexity_dit.plan import PlanConfig, plan
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 # Two sizes, with keys as wide as queries and narrower, square counts of tokens that differ.
 SHAPES = [

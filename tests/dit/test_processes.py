@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from complexity_dit.checkpoint_folders import latest_checkpoint
+from inl_core.run.checkpoints import latest_checkpoint
 from support.processes import python, torchrun
 
 WORKER = """

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from complexity_dit.errors import UserError
 from complexity_dit.sample import (
     SampleConfig,
     grid_labels,
@@ -16,6 +15,7 @@ from complexity_dit.sample import (
     sample,
     save_grid,
 )
+from inl_core.run.errors import UserError
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from complexity_dit.errors import UserError
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import SampleConfig, iter_samples
@@ -20,6 +19,7 @@ from complexity_dit.schedulers import (
     steps_within,
 )
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 

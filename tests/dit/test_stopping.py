@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from complexity_dit.batches import StepBatches
-from complexity_dit.checkpoint_folders import (
+from complexity_dit.stopping import StopRequest
+from complexity_dit.train import train
+from inl_core.run.checkpoints import (
+    LOCK_FILE,
     all_checkpoints,
     drop_old_checkpoints,
     latest_checkpoint,
+    run_lock,
 )
-from complexity_dit.csv_log import CsvLog
-from complexity_dit.errors import RunStopped, UserError
-from complexity_dit.run_lock import LOCK_FILE, run_lock
-from complexity_dit.stopping import StopRequest
-from complexity_dit.train import train
+from inl_core.run.csv_log import CsvLog
+from inl_core.run.errors import RunStopped, UserError
 
 
 def outcome(run: Path) -> dict[str, bytes]:

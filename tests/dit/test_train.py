@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from complexity_dit import batches
 from complexity_dit import state as state_module
 from complexity_dit.batches import StepBatches
-from complexity_dit.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_dit.data import load_data
-from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.train import train
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
+from inl_core.run.errors import UserError
 
 
 def losses(run):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from inl_core.run import checkpoints
 from support.small_runs import dit_run, lm_run, write_texts
 
 datasets.disable_progress_bars()
@@ -31,13 +32,11 @@ def package(request, texts) -> SimpleNamespace:
     """What a test of both packages needs of one.
 
     `run(out, **fields)` makes a config, `train(config)` trains, `use(checkpoint)` loads what is
-    sampled from; `UserError`, `STATE_FILE`,
-    `checkpoint_folders`, `checksums` and `run_lock` are the package's own; `outcome(out)` is what a
-    finished run ends with, bits by file.
+    sampled from, `STATE_FILE` is in every checkpoint; `outcome(out)` is what a finished run ends
+    with, bits by file.
     """
     name = f"complexity_{request.param}"
     module: Callable = lambda part: __import__(f"{name}.{part}", fromlist=["_"])  # noqa: E731
-    folders = module("checkpoint_folders")
     if request.param == "dit":
         state_file, run = module("state").STATE_FILE, dit_run
 
@@ -53,15 +52,14 @@ def package(request, texts) -> SimpleNamespace:
             return module("loading").load(str(checkpoint))
 
     def outcome(out: Path) -> dict[str, bytes]:
-        last = folders.latest_checkpoint(Path(out) / "checkpoints")
+        last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
         # optimizer.pt is a zip, which has times in it.
         files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
         return {path.name: path.read_bytes() for path in files}
 
     return SimpleNamespace(
         name=request.param, run=run, use=use, train=module("train").train, outcome=outcome,
-        UserError=module("errors").UserError, STATE_FILE=state_file, checkpoint_folders=folders,
-        checksums=module("checksums"), files=module("files"), run_lock=module("run_lock"),
+        STATE_FILE=state_file,
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from inl_core.run import checkpoints
+from inl_core.run.errors import UserError
 from support.disk import below, failing
 
 DAMAGES = ["flip", "truncate", "empty", "remove"]
@@ -23,14 +25,14 @@ def damaged(path, how, chance):
 
 
 def checkpoints_of(package, run):
-    return package.checkpoint_folders.all_checkpoints(run / "checkpoints")
+    return checkpoints.all_checkpoints(run / "checkpoints")
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_every_damaged_file_is_named(package, finished, record_property, how):
     chance, injected = random.Random(how), 0
     checkpoint = checkpoints_of(package, finished)[-1]
-    damage = package.checksums.damage
+    damage = checkpoints.damage
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     assert len(files) > 8
     for path in files:
@@ -59,7 +61,7 @@ def test_the_list_cut_at_a_line_is_noticed(package, finished, record_property):
     lines = sums.read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
         sums.write_text("".join(lines[:kept]))
-        assert package.checksums.damage(checkpoint), kept
+        assert checkpoints.damage(checkpoint), kept
     record_property("injected", len(lines))
 
 
@@ -68,7 +70,7 @@ def test_the_list_cut_at_a_line_is_noticed(package, finished, record_property):
 )
 def test_lists_of_others_are_not_followed(package, tmp_path, line):
     (tmp_path / "SHA256SUMS").write_text(f"# SHA-256 of 1 files\n{line}\n")
-    found = package.checksums.damage(tmp_path)
+    found = checkpoints.damage(tmp_path)
     assert len(found) == 1
     assert "SHA256SUMS cannot be read" in found[0]
 
@@ -88,7 +90,7 @@ def test_the_whole_one_before_is_offered_and_goes_on_to_the_same_bits(package, f
     first, second = checkpoints_of(package, finished)
     damaged(second / "model.safetensors", "flip", random.Random(0))
     with pytest.raises(
-        package.UserError,
+        UserError,
         match=r"step-00000008 is damaged: model.safetensors is not .*--resume \S*step-00000004",
     ):
         resumed(finished)
@@ -100,13 +102,13 @@ def test_the_whole_one_before_is_offered_and_goes_on_to_the_same_bits(package, f
 def test_no_whole_one_is_said_too(package, finished, resumed):
     for checkpoint in checkpoints_of(package, finished):
         damaged(checkpoint / package.STATE_FILE, "truncate", random.Random(0))
-    with pytest.raises(package.UserError, match=r"damaged.*no whole one lies before it.*--out"):
+    with pytest.raises(UserError, match=r"damaged.*no whole one lies before it.*--out"):
         resumed(finished)
 
 
 def test_going_back_behind_a_whole_one_is_still_refused(package, finished, resumed):
     first = checkpoints_of(package, finished)[0]
-    with pytest.raises(package.UserError, match=r"later checkpoints.*step-00000008"):
+    with pytest.raises(UserError, match=r"later checkpoints.*step-00000008"):
         resumed(finished, first)
 
 
@@ -116,7 +118,7 @@ def test_a_damaged_checkpoint_is_not_sampled_from(package, finished):
     weights = max(checkpoint.glob("**/*model.safetensors"), key=lambda path: len(path.parts))
     damaged(weights, "flip", random.Random(0))
     with pytest.raises(
-        package.UserError, match=rf"step-00000008 is damaged: \S*{weights.name} is not what was"
+        UserError, match=rf"step-00000008 is damaged: \S*{weights.name} is not what was"
     ):
         package.use(checkpoint)
 
@@ -127,7 +129,7 @@ def test_a_file_that_cannot_be_read_is_named(package, finished, resumed):
     with (
         failing(broken),
         pytest.raises(
-            package.UserError,
+            UserError,
             match=rf"model.safetensors cannot be read \({os.strerror(errno.EIO)}\).*step-00000004",
         ),
     ):

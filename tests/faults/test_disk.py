@@ -4,6 +4,8 @@ import errno
 
 import pytest
 
+from inl_core.run import checkpoints, files
+from inl_core.run.errors import UserError
 from support.disk import CHANGES, below, failing, small_files
 
 STEP_THAT_FAILS = 8
@@ -28,7 +30,7 @@ def fill(folder, text):
 def test_an_error_at_any_operation_leaves_the_old_or_the_new(
     package, tmp_path, record_property, number, has_old
 ):
-    files, failed = package.files, 0
+    failed = 0
     while True:
         folder = tmp_path / str(failed)
         target = folder / "thing"
@@ -46,7 +48,7 @@ def test_an_error_at_any_operation_leaves_the_old_or_the_new(
         try:
             with failing(rule), files.folder_aside(target) as aside:
                 fill(aside, "new")
-                package.checksums.write_sums(aside)
+                checkpoints.write_sums(aside)
             done = True
         except OSError:
             done = False
@@ -55,7 +57,7 @@ def test_an_error_at_any_operation_leaves_the_old_or_the_new(
         assert {p.name for p in folder.iterdir()} <= {"thing"}, failed
         found = contents(target) if target.exists() else None
         if found and "SHA256SUMS" in found:
-            assert package.checksums.damage(target) == []
+            assert checkpoints.damage(target) == []
             del found["SHA256SUMS"]
         assert found in (whole("old") if has_old else None, whole("new")), failed
         assert found == whole("new") or not done
@@ -99,7 +101,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         with monkeypatch.context() as patch:
             full_at_the_second_checkpoint(package, patch, small_files(limit))
             with pytest.raises(
-                package.UserError, match=r"could not write .*step-00000008.*step-00000004.*free sp"
+                UserError, match=r"could not write .*step-00000008.*step-00000004.*free sp"
             ):
                 resumed(starved)
         found = [path.name for path in (starved / "checkpoints").iterdir()]
@@ -113,17 +115,17 @@ def test_a_disk_that_becomes_read_only(package, tmp_path, resumed, monkeypatch):
     with monkeypatch.context() as patch:
         broken = failing(below(out / "checkpoints", errno.EROFS))
         full_at_the_second_checkpoint(package, patch, broken)
-        with pytest.raises(package.UserError, match=r"Read-only.*step-00000004"):
+        with pytest.raises(UserError, match=r"Read-only.*step-00000004"):
             resumed(out)
     resumed(out)
-    assert package.checkpoint_folders.latest_checkpoint(out / "checkpoints").name.endswith("8")
+    assert checkpoints.latest_checkpoint(out / "checkpoints").name.endswith("8")
 
 
 def test_a_read_only_folder_is_refused_before_anything_is_computed(package, tmp_path):
     out = tmp_path / "run"
     with (
         failing(below(tmp_path, errno.EROFS)),
-        pytest.raises(package.UserError, match=r"cannot write in .*Read-only.*another --out"),
+        pytest.raises(UserError, match=r"cannot write in .*Read-only.*another --out"),
     ):
         package.train(package.run(out))
     assert not out.exists()
@@ -135,7 +137,7 @@ def test_results_outlive_a_full_disk(package, tmp_path):
     with (
         small_files(100),
         pytest.raises(OSError, match="too large"),
-        package.files.file_aside(result) as aside,
+        files.file_aside(result) as aside,
     ):
         aside.write_text("x" * 1000)
     assert result.read_text() == "before"

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
+from inl_core.run.errors import UserError
 from support.processes import ENVIRONMENT
 
 # Holds a folder as a run does, until its input ends.
 HOLDER = """
 import sys
 from pathlib import Path
-from PACKAGE.run_lock import run_lock
+from inl_core.run.checkpoints import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -24,7 +25,7 @@ with run_lock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(package, tmp_path):
     """Another process that holds `tmp_path/run`."""
-    script = HOLDER.replace("PACKAGE", f"complexity_{package.name}")
+    script = HOLDER
     with subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "run")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT,
@@ -39,7 +40,7 @@ def test_the_second_trainer_is_told_who_trains(package, holder, tmp_path, resume
     began = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     told = rf"process {holder.pid} on {re.escape(socket.gethostname())} since {began}.*--out"
     for resume in ("none", "auto"):
-        with pytest.raises(package.UserError, match=told):
+        with pytest.raises(UserError, match=told):
             resumed(tmp_path / "run", resume)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 

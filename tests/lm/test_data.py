@@ -21,10 +21,10 @@ from complexity_lm.data import (
     pack,
     tokenize,
 )
-from complexity_lm.errors import UserError
 from complexity_lm.sources import read_documents
 from complexity_lm.stream import BlockStream
 from complexity_lm.tokenizer import train_tokenizer
+from inl_core.run.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from complexity_lm.baselines import ByteModel, gzip_bits_per_byte
 from complexity_lm.data import load_split
-from complexity_lm.errors import UserError
 from complexity_lm.evaluate import EvalConfig, evaluate
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.scoring import Score, score_texts, windows
+from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 
 QUIET = EvalConfig(quiet=True)

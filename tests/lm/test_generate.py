@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from complexity_lm.errors import UserError
 from complexity_lm.generate import (
     GenerateConfig,
     encode_prompt,
@@ -15,6 +14,7 @@ from complexity_lm.generate import (
     read_prompts,
 )
 from complexity_lm.loading import load
+from inl_core.run.errors import UserError
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from complexity_lm.errors import UserError
 from complexity_lm.generate import generate, read_prompts
 from complexity_lm.loading import load
+from inl_core.run.errors import UserError
 
 
 class Trap:

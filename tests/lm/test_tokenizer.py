@@ -8,7 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from complexity_lm import DeepConfig
 from complexity_lm.data import DataConfig, load_split, separator_id
-from complexity_lm.errors import UserError
 from complexity_lm.tokenizer import (
     END_OF_TEXT,
     PADDING,
@@ -18,6 +17,7 @@ from complexity_lm.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
+from inl_core.run.errors import UserError
 
 TRICKY = ["", " ", "\n\n\ttab  two  spaces ", "naïve ☕ 中文 \U0001f680", "a\x00b\r\n", "x" * 300]
 

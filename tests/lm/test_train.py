@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from complexity_lm import DeepForCausalLM, decay_parameter_names
 from complexity_lm import trainer as trainer_module
-from complexity_lm.checkpoint_folders import all_checkpoints, latest_checkpoint
 from complexity_lm.config import TrainConfig
 from complexity_lm.data import load_split, tokenize
-from complexity_lm.errors import UserError
 from complexity_lm.loading import load
 from complexity_lm.tokenizer import TokenizerConfig, train_tokenizer
 from complexity_lm.train import build_model, train
 from complexity_lm.trainer import LMTrainer
 from inl_core import DYNAMICS_STATS
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
+from inl_core.run.errors import UserError
 
 LARGE_STEPS = {
     # 287 blocks: the second pass over the data begins inside step 5, which a resumed run repeats.

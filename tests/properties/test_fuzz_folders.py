@@ -24,7 +24,6 @@ from complexity_dit import (
     app_guard,
     compare,
     convert,
-    csv_log,
     labels,
     latent_parts,
     latents,
@@ -37,12 +36,13 @@ from complexity_dit import (
 )
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import DataConfig
-from complexity_dit.errors import UserError
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import checkpoints, generate, loading, stream
-from complexity_lm.errors import UserError as LMUserError
+from inl_core.run import csv_log
+from inl_core.run.errors import UserError
+from inl_core.run.errors import UserError as LMUserError
 from support.authors import checkpoint
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import (

@@ -17,8 +17,8 @@ from complexity_dit import (
     images,
     statistics_files,
 )
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import Settings
+from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import (
     mangled_bytes,

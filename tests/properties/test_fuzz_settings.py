@@ -23,10 +23,10 @@ from complexity_dit import (
 )
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import DataConfig
-from complexity_dit.errors import UserError
 from complexity_lm import __main__ as lm
 from complexity_lm.config import TrainConfig as LMTrainConfig
-from complexity_lm.errors import UserError as LMUserError
+from inl_core.run.errors import UserError
+from inl_core.run.errors import UserError as LMUserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import (
     ODD,
@@ -48,16 +48,7 @@ def yaml_files(good: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
         mangled_values(good).map(
             lambda value: yaml.dump(value, allow_unicode=True).encode("utf-8", "replace")
         ),
-        st.sampled_from([2, 9, 30]).map(_laughs),
     )
-
-
-def _laughs(levels: int) -> bytes:
-    """A YAML of a few lines whose aliases stand for 9^levels values."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    for n in range(levels):
-        lines.append(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]")
-    return ("\n".join(lines) + f"\nout: *a{levels}\n").encode()
 
 
 @ROWS.row

@@ -15,15 +15,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from complexity_dit import __main__ as dit
-from complexity_dit import bounded, parallel_evaluation
+from complexity_dit import parallel_evaluation
 from complexity_dit.chunks import in_chunks
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import in_split, random_batch_indices
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import Settings
 from complexity_dit.labels import read_labels, resolve_label
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import build_routing_table, make_routing_plan
+from inl_core.run import json_files as bounded
+from inl_core.run.errors import UserError
 
 NAMES = st.text(min_size=1, max_size=8)
 

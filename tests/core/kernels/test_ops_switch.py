@@ -90,7 +90,7 @@ def test_choice_is_undone_and_nests() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, got 'x'"):
         ops.use_backend("x").__enter__()  # type: ignore[arg-type]
-    result = python("import inl_core", INL_BACKEND="cuda")
+    result = python("import inl_core.ops", INL_BACKEND="cuda")
     assert "INL_BACKEND must be one of auto, reference, triton, got 'cuda'" in result.stderr
 
 

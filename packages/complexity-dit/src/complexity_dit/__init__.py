@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from complexity_dit.autoencoder import TinyAutoencoder
     from complexity_dit.config import TrainConfig
-    from complexity_dit.errors import UserError
     from complexity_dit.interpolation import interpolate
     from complexity_dit.pipeline import ComplexityDiTPipeline
     from complexity_dit.pipeline_img2img import ComplexityDiTImg2ImgPipeline
     from complexity_dit.pipeline_inpaint import ComplexityDiTInpaintPipeline
     from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+    from inl_core.run.errors import UserError
 
 __version__ = "0.1.0"
 
 # Importing diffusers takes seconds: `import complexity_dit` and `--help` should not.
 _HOMES = {
-    "ComplexityDiTImg2ImgPipeline": "pipeline_img2img",
-    "ComplexityDiTInpaintPipeline": "pipeline_inpaint",
-    "ComplexityDiTPipeline": "pipeline",
-    "ComplexityDiTTransformer2DModel": "transformer",
-    "TinyAutoencoder": "autoencoder",
-    "TrainConfig": "config",
-    "UserError": "errors",
-    "interpolate": "interpolation",
+    "ComplexityDiTImg2ImgPipeline": "complexity_dit.pipeline_img2img",
+    "ComplexityDiTInpaintPipeline": "complexity_dit.pipeline_inpaint",
+    "ComplexityDiTPipeline": "complexity_dit.pipeline",
+    "ComplexityDiTTransformer2DModel": "complexity_dit.transformer",
+    "TinyAutoencoder": "complexity_dit.autoencoder",
+    "TrainConfig": "complexity_dit.config",
+    "UserError": "inl_core.run.errors",
+    "interpolate": "complexity_dit.interpolation",
 }
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,14 +9,13 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
-from complexity_dit.bounded import bound_settings, printable, unreadable
 from complexity_dit.commands import COMMANDS
-from complexity_dit.errors import RunStopped, UserError
+from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.json_files import printable, unreadable
 
 
 def build_parser(filled: Container[str] = COMMANDS) -> ArgumentParser:
     """All commands, with the options of those in `filled`: each imports what it is made of."""
-    bound_settings()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
     )

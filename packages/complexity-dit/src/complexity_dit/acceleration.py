@@ -10,8 +10,8 @@ from accelerate import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from complexity_dit.config import TrainConfig
-from complexity_dit.errors import UserError
 from complexity_dit.trackers import check_tracker
+from inl_core.run.errors import UserError
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complexity_dit import __version__
-from complexity_dit.errors import UserError
 from complexity_dit.offloading import refuse_leaf_level
 from complexity_dit.safetensors_header import add_metadata
+from inl_core.run.errors import UserError
 
 _ROWS = "label_embed."
 _FETCHING = (

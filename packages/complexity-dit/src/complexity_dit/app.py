@@ -19,7 +19,7 @@ try:
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError as missing:
-    from complexity_dit.errors import UserError
+    from inl_core.run.errors import UserError
 
     raise UserError(
         f"the gallery needs gradio ({missing}): pip install 'complexity-dit[app]'"
@@ -30,11 +30,11 @@ from pathlib import Path
 from complexity_dit.app_config import AppConfig
 from complexity_dit.app_guard import Guard, page_files
 from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, waiting, wall
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import MAX_SEED, Gallery, Settings
 from complexity_dit.sample import load_pipeline
 from complexity_dit.subjects import pick_device
 from complexity_dit.turns import Ticket, Turns
+from inl_core.run.errors import UserError
 
 _ANY = "any"
 _GRID = "A grid of several seeds"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from complexity_dit.art_tools import Canvas, Colour, Colours, Dice, Field, Palette
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 MAX_SIZE = 16384
 """Longest side, in pixels, that `paint` accepts."""

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from complexity_dit.errors import UserError
 from complexity_dit.weight_files import SafeModel
+from inl_core.run.errors import UserError
 
 KNOWN_PICKLES = {
     "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",

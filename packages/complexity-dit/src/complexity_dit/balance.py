@@ -5,9 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from complexity_dit.errors import UserError
 from complexity_dit.labels import MISSING
 from complexity_dit.seeding import generator_for
+from inl_core.run.errors import UserError
 
 
 class BalancedOrder:

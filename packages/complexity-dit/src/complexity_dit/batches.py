@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 from complexity_dit.balance import BalancedOrder
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import random_batch_indices
-from complexity_dit.errors import UserError
 from complexity_dit.latents import TrainingData
 from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
 from complexity_dit.seeding import generator_for
 from complexity_dit.tokens import draw_kept_tokens
+from inl_core.run.errors import UserError
 
 _BLOCK = 2**18
 """Numbers that are worked on at a time, as far as they are whole pictures: a block and what is

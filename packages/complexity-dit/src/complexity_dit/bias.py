@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from complexity_dit.errors import UserError
 from complexity_dit.metrics import Array, Float64, checked_pair, distance_of_sets
+from inl_core.run.errors import UserError
 
 NORMAL_95 = 1.959963984540054
 MIN_PART = 8

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from complexity_dit.bounded import fits, read_json_object
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits, read_json_object
 
 # What a number does not depend on: names, speed, output, and extras beside it.
 _FREE = (

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 MEANING = (
     "num_attention_heads", "num_key_value_heads", "norm_eps", "rope_theta", "network_output",

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from complexity_dit.architecture import SIZES, swiglu_width
-from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
 from complexity_dit.objective import ObjectiveConfig, build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
+from inl_core.run.files import folder_aside
 
 # Parts without a counterpart: what a key contains, and why. The first that fits speaks.
 _LEFT_OUT: tuple[tuple[str, str], ...] = (

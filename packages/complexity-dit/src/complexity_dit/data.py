@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 import torch
 
-from complexity_dit.errors import UserError
 from complexity_dit.images import VERSION
 from complexity_dit.labels import read_labels, resolve_label
 from complexity_dit.sources import read_rows
+from inl_core.run.errors import UserError
 
 __all__ = [
     "DataConfig",

@@ -12,9 +12,9 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from complexity_dit.chunks import in_chunks
-from complexity_dit.errors import UserError
 from complexity_dit.schedulers import is_guided
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from complexity_dit.errors import UserError
 from complexity_dit.inception import Dtype, Resize
+from inl_core.run.errors import UserError
 
 Measure = Literal["fid", "kid", "prdc", "sfid", "is"]
 

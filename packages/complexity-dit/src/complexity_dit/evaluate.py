@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.errors import UserError
 from complexity_dit.eval_config import EvalConfig
 from complexity_dit.features import FEATURE_CHUNK, array_hash, draw, extract_features, set_features
-from complexity_dit.files import file_aside
 from complexity_dit.floors import SHRUNK_FILTER
 from complexity_dit.image_sets import ImageSet, array_images
 from complexity_dit.inception import FeatureExtractor, load_extractor
@@ -37,7 +35,7 @@ from complexity_dit.measures import (
 from complexity_dit.memorisation import Memorisation, memorisation
 from complexity_dit.metrics import distance_of_sets, feature_statistics
 from complexity_dit.painted import painted_images, scheduler_settings
-from complexity_dit.parallel_evaluation import is_main, losses_told, main_first, on_main
+from complexity_dit.parallel_evaluation import dead_workers_reported, is_main, main_first, on_main
 from complexity_dit.per_label import class_means, distances_by_label, nearest_class_mean_accuracy
 from complexity_dit.result_table import format_result
 from complexity_dit.sides import Sides, check_wishes, collect
@@ -50,6 +48,8 @@ from complexity_dit.subjects import (
     pick_device,
     trained_on,
 )
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 if TYPE_CHECKING:
     from complexity_dit.data import DataConfig
@@ -98,7 +98,7 @@ def evaluate(
     """
     config = config or EvalConfig()
     config.check()
-    with losses_told():
+    with dead_workers_reported():
         folder = Path(out) if out is not None else None
         return _evaluate(target, reference, folder, config, sample, data)
 

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from complexity_dit.errors import UserError
-from complexity_dit.files import file_aside
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.inception import FeatureExtractor, cache_dir
 from complexity_dit.parallel_evaluation import all_agree, gather_rows, is_main, own_blocks
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from complexity_dit.app_config import Limits
-from complexity_dit.bounded import filled, one_line
 from complexity_dit.denoising import Chunks
-from complexity_dit.errors import UserError
 from complexity_dit.painted import pipeline_hash
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import filled, one_line
 
 MAX_SEED = 2**32 - 1
 """Browsers hold whole numbers exactly up to 2^53; this is what a person can read aloud."""

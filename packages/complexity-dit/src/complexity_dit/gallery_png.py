@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from complexity_dit.bounded import filled, parse_json
-from complexity_dit.errors import UserError
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.images import bombs_refused
 from complexity_dit.sample import draw_grid
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import filled, parse_json
 
 CHUNK = "complexity-dit"
 """Keyword of the text chunk."""

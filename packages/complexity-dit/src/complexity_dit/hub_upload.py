@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from complexity_dit.errors import UserError
 from complexity_dit.sources import reach_hub
+from inl_core.run.errors import UserError
 
 _WAY_OUT = "save_pretrained(FOLDER) works without, and `hf upload REPO FOLDER` sends it later"
 

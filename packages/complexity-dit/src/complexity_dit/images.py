@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 VERSION = 1
 """Part of every cache key and fingerprint: raise it when ``square_pixels`` changes its output."""

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from complexity_dit.errors import UserError
-from complexity_dit.files import file_aside
 from complexity_dit.inception_net import InceptionV3Features, Resize, fold_state_dict
 from complexity_dit.random_net import RandomConvFeatures
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 __all__ = [
     "Dtype",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
 

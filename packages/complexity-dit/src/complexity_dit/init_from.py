@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from complexity_dit.compatibility import check_meaning
-from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from complexity_dit.checkpoint_folders import latest_checkpoint
-from complexity_dit.errors import UserError
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
 from complexity_dit.parts import AdapterParts, PipelineParts
@@ -16,6 +14,8 @@ from complexity_dit.sample import load_pipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import weights_sha256
 from inl_core import certify, dynamics_modules, read_dynamics
+from inl_core.run.checkpoints import latest_checkpoint
+from inl_core.run.errors import UserError
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels t at which the network is looked at, on an input of pure noise and no labels."""

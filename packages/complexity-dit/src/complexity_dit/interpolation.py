@@ -8,9 +8,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from complexity_dit.errors import UserError
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipeline_labels import LabelValue
+from inl_core.run.errors import UserError
 
 
 def slerp(first: Tensor, last: Tensor, share: float) -> Tensor:

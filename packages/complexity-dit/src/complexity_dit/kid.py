@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from complexity_dit.errors import UserError
 from complexity_dit.metrics import checked_pair
 from complexity_dit.products import (
     Array,
@@ -15,6 +14,7 @@ from complexity_dit.products import (
     blocks,
     common_centre,
 )
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 MISSING = -1
 """Id of a missing label."""

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 PARTS = "parts"
 

@@ -16,9 +16,7 @@ from accelerate import Accelerator
 
 from complexity_dit.batches import StepBatches
 from complexity_dit.config import TrainConfig
-from complexity_dit.csv_log import CsvLog
 from complexity_dit.data import load_data
-from complexity_dit.errors import UserError
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.image_sets import is_source
 from complexity_dit.latents import TrainingData, source_config
@@ -28,6 +26,8 @@ from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, save_
 from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
+from inl_core.run.csv_log import CsvLog
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.errors import UserError
 from complexity_dit.metrics import checked_pair
 from complexity_dit.products import Array, CentredProducts, Float64, blocks, common_centre
+from inl_core.run.errors import UserError
 
 PRECISION_NEIGHBOURS = 3
 """k of precision and recall (the paper's, and torch-fidelity's default)."""

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from complexity_dit.bias import bootstrap, fid_curve
-from complexity_dit.errors import UserError
 from complexity_dit.eval_config import EvalConfig
 from complexity_dit.inception import FeatureExtractor
 from complexity_dit.kid import KernelDistance, kid_from_features
@@ -24,6 +23,7 @@ from complexity_dit.metrics import (
     inception_score,
 )
 from complexity_dit.statistics_files import KeptStatistics
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

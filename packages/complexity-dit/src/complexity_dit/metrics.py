@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

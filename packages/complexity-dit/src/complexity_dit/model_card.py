@@ -14,9 +14,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from complexity_dit.bounded import one_line
-from complexity_dit.files import file_aside
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
+from inl_core.run.files import file_aside
+from inl_core.run.json_files import one_line
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
 _MARK = "<!-- Written by complexity-dit; it is kept as it is once this line is gone. -->"

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_dit.csv_log import CsvLog
 from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from inl_core.run.csv_log import CsvLog
 
 
 class NoiseLevels:

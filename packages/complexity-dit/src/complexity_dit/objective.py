@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor
 from torch.nn import functional as F
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 NUM_TRAIN_TIMESTEPS = 1000
 

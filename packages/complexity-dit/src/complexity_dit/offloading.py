@@ -6,7 +6,7 @@ weight to the device when the forward of *its own* layer is called would never b
 
 from typing import Any
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 _WHY = (
     "the fused operations read the weights of norms and dynamics without calling these layers, so "

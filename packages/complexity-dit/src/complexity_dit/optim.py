@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from complexity_dit.config import OptimConfig
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 _HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attn|mlp)\.")
 

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
-from complexity_dit.bounded import read_json_object
-from complexity_dit.errors import UserError
 from complexity_dit.features import FEATURE_CHUNK, array_hash
-from complexity_dit.files import file_aside, recover
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.images import bombs_refused
 from complexity_dit.parallel_evaluation import on_main
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside, recover
+from inl_core.run.json_files import read_json_object
 
 if TYPE_CHECKING:
     from complexity_dit.pipeline import ComplexityDiTPipeline

@@ -6,12 +6,15 @@ and the main process alone measures and writes. In one process nothing here impo
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from inl_core.run import workers
+from inl_core.run.workers import report_dead_workers
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -31,15 +34,9 @@ def process_state() -> "PartialState | None":
     return state if state.num_processes > 1 else None
 
 
-def losses_told() -> AbstractContextManager[None]:
-    """While it is entered, by all, the loss of a process is an error that names it."""
-    state = process_state()
-    if state is None:
-        return nullcontext()
-    from complexity_dit import lost_process
-
-    remedy = "start the same command again"
-    return lost_process.losses_told(state.process_index, state.num_processes, remedy=remedy)
+def dead_workers_reported() -> AbstractContextManager[None]:
+    """Translate errors about processes of the evaluation that died."""
+    return report_dead_workers("start the same command again")
 
 
 def own_blocks(count: int, block: int) -> list[list[int]]:
@@ -98,17 +95,7 @@ def on_main(function: Callable[[], T]) -> T:
     state = process_state()
     if state is None:
         return function()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if state.is_main_process:
-        try:
-            outcome = [(function(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
-    torch.distributed.broadcast_object_list(outcome, 0)
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    return workers.on_main(function, state.is_main_process, state.num_processes)
 
 
 def is_main() -> bool:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from complexity_dit.compatibility import check_labels, check_meaning
-from complexity_dit.errors import UserError
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.latents import LatentSpace
 from complexity_dit.model_card import write_card
 from complexity_dit.pipeline import ComplexityDiTPipeline
+from inl_core.run.errors import UserError
 
 _AVERAGE = "ema.safetensors"
 

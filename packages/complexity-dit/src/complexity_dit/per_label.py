@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.errors import UserError
 from complexity_dit.eval_config import EvalConfig
 from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import Array, Float64, distance_of_sets
+from inl_core.run.errors import UserError
 
 
 def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 Picture = Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]

@@ -15,7 +15,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from complexity_dit.denoising import Chunks, DenoisingMixin
-from complexity_dit.errors import UserError
 from complexity_dit.offloading import OffloadingMixin
 from complexity_dit.pipeline_files import FilesMixin
 from complexity_dit.pipeline_labels import LabelsMixin, read_id2label
@@ -23,6 +22,7 @@ from complexity_dit.pipeline_lora import LoraMixin
 from complexity_dit.schedulers import noised
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import Vae, posterior, scale_factor
+from inl_core.run.errors import UserError
 
 Generators = torch.Generator | list[torch.Generator] | None
 

@@ -16,12 +16,12 @@ from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.bounded import fits
-from complexity_dit.errors import UserError
 from complexity_dit.hub_upload import check_reachable, upload
 from complexity_dit.model_card import write_card
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.weight_files import only_safetensors
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits
 
 _PIPELINE_SHIM = "pipeline_complexity_dit"
 # Our classes among the components: diffusers does not know them, so a module of this name beside

@@ -7,12 +7,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from complexity_dit.denoising import Chunks, Guidance, StepCallback
-from complexity_dit.errors import UserError
 from complexity_dit.pictures import Pictures, for_every_picture, read_pictures
 from complexity_dit.pipeline_base import ComplexityDiTPipelineBase, Generators
 from complexity_dit.pipeline_labels import LabelValue
 from complexity_dit.schedulers import begin_at, network_times, set_steps
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 
 class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipelineBase):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from complexity_dit.errors import UserError
 from complexity_dit.labels import resolve_label
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 LabelValue = str | int | None
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from complexity_dit.adapters import label_rows, read_adapter
-from complexity_dit.errors import UserError
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.errors import UserError
 
 
 class LoraMixin(LoraBaseMixin):

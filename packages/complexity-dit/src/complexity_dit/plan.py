@@ -20,8 +20,8 @@ from complexity_dit.costs import (
     token_count,
     training_flops,
 )
-from complexity_dit.errors import UserError
 from complexity_dit.tokens import kept_count
+from inl_core.run.errors import UserError
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 matplotlib.use("Agg")  # no screen is needed or wanted
 import matplotlib.pyplot as plt
 
-from complexity_dit.files import file_aside
+from inl_core.run.files import file_aside
 
 
 def plot_loss(log: Path, target: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from complexity_dit.errors import UserError
+from inl_core.run.workers import on_main
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)
+MAIN_TIMEOUT = timedelta(days=1)
 """How long the others wait for the main process, which may decode a data set or measure FID."""
 
 
@@ -37,7 +37,7 @@ class Processes:
         self.is_main = accelerator.is_main_process
         self.group = None
         if self.count > 1:
-            self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self.group = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
 
     def largest(self, number: int) -> int:
         """The largest of the numbers that the processes call this with."""
@@ -59,20 +59,7 @@ class Processes:
         Raises:
             UserError: In every process, if `work` raised it.
         """
-        answer, error = None, None
-        if self.is_main:
-            try:
-                answer = work()
-            except UserError as raised:
-                error = raised
-        if self.group is not None:
-            shared = [(answer, error and str(error))]
-            distributed.broadcast_object_list(shared, src=0, group=self.group)
-            answer, message = shared[0]
-            error = error or (UserError(message) if message else None)
-        if error is not None:
-            raise error
-        return answer  # pyright: ignore[reportReturnType] (None only where T is)
+        return on_main(work, self.is_main, self.count, self.group)
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do something in every process, in the main one before the others: it fills a cache."""

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from complexity_dit.files import file_aside
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.memorisation import Memorisation
 from complexity_dit.report_charts import curve_chart, label_chart, nearest_chart
+from inl_core.run.files import file_aside
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 16

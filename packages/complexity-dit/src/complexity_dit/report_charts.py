@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from complexity_dit.bounded import one_line
 from complexity_dit.memorisation import Memorisation
+from inl_core.run.json_files import one_line
 
 matplotlib.use("Agg")  # no screen is needed or wanted
 import matplotlib.pyplot as plt

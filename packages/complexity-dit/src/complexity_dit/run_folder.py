@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from complexity_dit.checkpoint_folders import checkpoint_to_resume
-from complexity_dit.errors import UserError
-from complexity_dit.files import recover
 from complexity_dit.processes import Processes
-from complexity_dit.run_lock import run_lock
 from complexity_dit.state import STATE_FILE
+from inl_core.run.checkpoints import checkpoint_to_resume, run_lock
+from inl_core.run.errors import UserError
+from inl_core.run.files import recover
 
 
 @contextmanager

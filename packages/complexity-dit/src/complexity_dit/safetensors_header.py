@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from complexity_dit.files import file_aside
+from inl_core.run.files import file_aside
 
 
 def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

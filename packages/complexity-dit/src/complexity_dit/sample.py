@@ -14,16 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from complexity_dit.bounded import fits, one_line, read_json_object
-from complexity_dit.checkpoint_folders import refuse_damage_in_use
-from complexity_dit.errors import UserError
-from complexity_dit.files import file_aside
 from complexity_dit.folder_files import ADAPTER_FILE
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.vae import weights_sha256
+from inl_core.run.checkpoints import refuse_damage_in_use
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
+from inl_core.run.json_files import fits, one_line, read_json_object
 
 logger = logging.getLogger(__name__)
 

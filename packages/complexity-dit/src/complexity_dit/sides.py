@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.errors import UserError
 from complexity_dit.eval_config import EvalConfig
 from complexity_dit.features import draw, set_features
 from complexity_dit.floors import SHRUNK_FILTER, shrink, vae_reconstruction
@@ -15,6 +14,7 @@ from complexity_dit.image_sets import ImageSet
 from complexity_dit.inception import FeatureExtractor
 from complexity_dit.measures import Features
 from complexity_dit.subjects import Reference
+from inl_core.run.errors import UserError
 
 if TYPE_CHECKING:
     from complexity_dit.pipeline import ComplexityDiTPipeline

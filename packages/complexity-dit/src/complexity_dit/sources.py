@@ -33,9 +33,9 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import constants
 
 from complexity_dit import art
-from complexity_dit.bounded import one_line
-from complexity_dit.errors import UserError
 from complexity_dit.images import VERSION, square_pixels
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import one_line
 
 if TYPE_CHECKING:
     from complexity_dit.data import DataConfig

@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 from complexity_dit.config import OptimConfig
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 QUANTILE = 0.9
 """What recent norms are summed up by: high, so that ordinary noise is far from a spike."""

@@ -28,16 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from complexity_dit.adapters import blank_copy
-from complexity_dit.bounded import fits, read_json_object
-from complexity_dit.checkpoint_folders import folder_of_step, latest_checkpoint
-from complexity_dit.checksums import write_sums
-from complexity_dit.errors import UserError
-from complexity_dit.files import folder_aside
 from complexity_dit.parts import PipelineParts
 from complexity_dit.processes import Processes
 from complexity_dit.sharding import shared_out, whole
 from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
+from inl_core.run.errors import UserError
+from inl_core.run.files import folder_aside
+from inl_core.run.json_files import fits, read_json_object
 
 STATE_FILE = "state.json"
 

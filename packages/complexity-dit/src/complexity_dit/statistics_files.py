@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from complexity_dit.errors import UserError
-from complexity_dit.files import file_aside
 from complexity_dit.metrics import Float64, Statistics
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 UNPACKED_LIMIT = 4 * 2**30
 """Bytes of arrays that one file may unpack to; a small file may claim any number."""

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from complexity_dit.bounded import filled, read_json_object
-from complexity_dit.errors import UserError
 from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
 from complexity_dit.image_sets import (
     ImageSet,
@@ -22,6 +20,8 @@ from complexity_dit.image_sets import (
 )
 from complexity_dit.parallel_evaluation import main_first
 from complexity_dit.statistics_files import KeptStatistics, read_statistics
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import filled, read_json_object
 
 if TYPE_CHECKING:
     from complexity_dit.data import DataConfig

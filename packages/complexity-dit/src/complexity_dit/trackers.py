@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 PROJECT = "complexity-dit"
 

@@ -16,15 +16,11 @@ from tqdm.auto import tqdm
 from complexity_dit.acceleration import make_accelerator
 from complexity_dit.batches import StepBatches, step_loader
 from complexity_dit.build import build_model, prepared_state
-from complexity_dit.checkpoint_folders import drop_old_checkpoints
 from complexity_dit.config import TrainConfig
-from complexity_dit.errors import RunStopped, UserError
-from complexity_dit.files import file_aside, folder_aside
 from complexity_dit.init_from import start_from
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.looks import Look, build_looks
 from complexity_dit.lora import adapt
-from complexity_dit.lost_process import losses_told
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
 from complexity_dit.parts import PipelineParts
@@ -35,6 +31,10 @@ from complexity_dit.step import optimizer_step
 from complexity_dit.stopping import StopRequest
 from complexity_dit.trackers import start_tracker
 from complexity_dit.train_log import TrainLog
+from inl_core.run.checkpoints import drop_old_checkpoints
+from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.files import file_aside, folder_aside
+from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     _check_batch(config, processes.count)
     try:
         with (
-            losses_told(processes.index, processes.count, processes.group),
+            report_dead_workers(),
             claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
         ):
             return _train(config, build, accelerator, processes, checkpoint)

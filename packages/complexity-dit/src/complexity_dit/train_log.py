@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_dit.checkpoint_folders import latest_checkpoint
 from complexity_dit.config import TrainConfig
-from complexity_dit.csv_log import CsvLog
-from complexity_dit.errors import UserError
 from complexity_dit.sharding import whole
+from inl_core.run.checkpoints import latest_checkpoint
+from inl_core.run.csv_log import CsvLog
+from inl_core.run.errors import UserError
 
 LOG_FIELDS = ("step", "loss", "grad_norm", "lr", "skipped")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
 
 AWAY_SECONDS = 60.0
 """After so long without being asked for its next frame a painting has nobody who looks."""

@@ -10,9 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.bounded import read_json_object
-from complexity_dit.errors import UserError
 from complexity_dit.sources import reach_hub
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import read_json_object
 
 Vae = AutoencoderKL | AutoencoderTiny | TinyAutoencoder
 

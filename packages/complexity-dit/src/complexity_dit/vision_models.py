@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from complexity_dit.bounded import fits, read_json_object
-from complexity_dit.errors import UserError
 from complexity_dit.inception import Dtype, FeatureExtractor, sha256_of, torch_dtype
 from complexity_dit.inception_net import check_images
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits, read_json_object
 
 _AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """A folder is data: nothing is fetched, and no code that it brings runs."""

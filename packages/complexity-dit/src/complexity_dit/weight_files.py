@@ -14,8 +14,8 @@ from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from complexity_dit.bounded import fits, read_json_object
-from complexity_dit.errors import UserError
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits, read_json_object
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 

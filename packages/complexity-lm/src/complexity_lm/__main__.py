@@ -11,8 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from complexity_lm import __version__
-from complexity_lm.bounded import bound_settings, printable, unreadable
-from complexity_lm.errors import UserError
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import printable, unreadable
 
 _NO_FLAG = {
     # No meaning here: objects, a model's own role, and what only encoder-decoder models have.
@@ -52,7 +52,6 @@ def build_parser() -> ArgumentParser:
     from complexity_lm.generate import GenerateConfig
     from complexity_lm.tokenizer import TokenizerConfig
 
-    bound_settings()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
     )

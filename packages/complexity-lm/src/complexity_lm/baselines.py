@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_lm.errors import UserError
+from inl_core.run.errors import UserError
 
 ORDER = 3
 """Bytes of context of the byte model."""

@@ -6,9 +6,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from complexity_lm.bounded import read_json_object
-from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import read_json_object
 
 
 def check_dynamics(config: PreTrainedConfig, checkpoint: Path) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from complexity_lm.errors import UserError
 from complexity_lm.sources import is_streamed, read_documents, stream_documents
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

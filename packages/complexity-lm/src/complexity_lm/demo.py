@@ -8,11 +8,11 @@ from complexity_lm.baselines import ORDER, ByteModel, gzip_bits_per_byte
 from complexity_lm.config import ModelConfig, OptimConfig, TrainConfig
 from complexity_lm.data import DataConfig, load_corpus
 from complexity_lm.evaluate import table
-from complexity_lm.files import file_aside
 from complexity_lm.generate import GenerateConfig, generate
 from complexity_lm.loading import Loaded, load
 from complexity_lm.tokenizer import TokenizerConfig
 from complexity_lm.train import train
+from inl_core.run.files import file_aside
 
 LINES = 30
 """Lines of Python in `samples.txt`."""

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from complexity_lm.baselines import ORDER, ByteModel, gzip_bits_per_byte
 from complexity_lm.data import DataConfig, Split, load_split
-from complexity_lm.errors import UserError
-from complexity_lm.files import file_aside
 from complexity_lm.harness import run_tasks
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 logger = logging.getLogger(__name__)
 

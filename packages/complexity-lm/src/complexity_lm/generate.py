@@ -8,11 +8,11 @@ from typing import Any, TextIO
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from complexity_lm.bounded import parse_json
 from complexity_lm.data import separator_id
-from complexity_lm.errors import UserError
 from complexity_lm.loading import Loaded
 from complexity_lm.tokenizer import tokenizer_hash
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import parse_json
 
 DEFAULT_NEW_TOKENS = 200
 """Tokens generated when no length is asked for; fewer when the context has no room for them."""

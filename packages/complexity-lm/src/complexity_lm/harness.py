@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from complexity_lm.errors import UserError
 from complexity_lm.loading import Loaded
+from inl_core.run.errors import UserError
 
 
 def run_tasks(

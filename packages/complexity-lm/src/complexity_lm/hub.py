@@ -7,7 +7,7 @@ import urllib.request
 from datasets import config as datasets_config
 from huggingface_hub import constants
 
-from complexity_lm.errors import UserError
+from inl_core.run.errors import UserError
 
 _TIMEOUT_S = 4.0
 

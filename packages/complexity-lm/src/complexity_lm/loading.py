@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from complexity_lm.bounded import filled, fits, read_json_object
-from complexity_lm.checkpoint_folders import refuse_damage_in_use
 from complexity_lm.data import DataConfig
-from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line, is_local, require_hub
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
+from inl_core.run.checkpoints import refuse_damage_in_use
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import filled, fits, read_json_object
 
 TRAINING_FILE = "training.json"
 """In a model folder: the text and the tokenizer it was trained with."""

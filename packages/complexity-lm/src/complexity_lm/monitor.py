@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from complexity_lm.csv_log import CsvLog
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
+from inl_core.run.csv_log import CsvLog
 
 
 class DynamicsMonitor(TrainerCallback):

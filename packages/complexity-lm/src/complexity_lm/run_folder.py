@@ -1,16 +1,15 @@
 """The folder of a run: one run at a time writes in it, and where that run goes on from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
-from complexity_lm.checkpoint_folders import checkpoint_to_resume
-from complexity_lm.errors import UserError
-from complexity_lm.files import recover
-from complexity_lm.run_lock import run_lock
+from inl_core.run.checkpoints import checkpoint_to_resume, run_lock
+from inl_core.run.errors import UserError
+from inl_core.run.files import recover
+from inl_core.run.workers import on_main
 
 STATE_FILE = "trainer_state.json"
 """What Trainer writes into every checkpoint."""
@@ -44,23 +43,4 @@ def claimed_folder(out: Path, resume: str, processes: PartialState) -> Iterator[
                 recover(folder)
             return checkpoint_to_resume(out, resume, STATE_FILE)
 
-        yield _on_main(claim, processes)
-
-
-def _on_main(work: Callable[[], Path | None], processes: PartialState) -> Path | None:
-    """What the main process finds, or the `UserError` that it meets, in every process."""
-    answer, error = None, None
-    if processes.is_main_process:
-        try:
-            answer = work()
-        except UserError as raised:
-            error = raised
-    if processes.num_processes > 1:
-        shared = [(answer and str(answer), error and str(error))]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        found, message = shared[0]
-        answer = Path(found) if found else None
-        error = error or (UserError(message) if message else None)
-    if error is not None:
-        raise error
-    return answer
+        yield on_main(claim, processes.is_main_process, processes.num_processes)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.data import fingerprint, separator_id
-from complexity_lm.errors import UserError
+from inl_core.run.errors import UserError
 
 
 @dataclass(frozen=True)

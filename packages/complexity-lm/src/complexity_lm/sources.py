@@ -23,8 +23,8 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
-from complexity_lm.errors import UserError
 from complexity_lm.hub import first_line, is_local, require_hub
+from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import datasets
 from datasets.exceptions import DatasetsError
 from torch.utils.data import IterableDataset
 
-from complexity_lm.bounded import fits, read_json_object
-from complexity_lm.errors import UserError
-from complexity_lm.files import file_aside
 from complexity_lm.hub import first_line
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
+from inl_core.run.json_files import fits, read_json_object
 
 POSITION_FILE = "data_position.json"
 """In a checkpoint of a streamed run: where its data goes on."""

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from complexity_lm.data import DataConfig, load_split
-from complexity_lm.errors import UserError
-from complexity_lm.files import folder_aside
 from complexity_lm.hub import first_line, is_local, require_hub
+from inl_core.run.errors import UserError
+from inl_core.run.files import folder_aside
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands in front of every document, and ends a generated one."""

@@ -17,7 +17,6 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from complexity_lm.checkpoint_folders import step_of
 from complexity_lm.config import TrainConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.data import (
@@ -29,10 +28,7 @@ from complexity_lm.data import (
     separator_id,
     tokenize,
 )
-from complexity_lm.errors import UserError
-from complexity_lm.files import file_aside, folder_aside
 from complexity_lm.loading import load, versions, weights_hash
-from complexity_lm.lost_process import losses_told
 from complexity_lm.modeling_complexity import DeepForCausalLM
 from complexity_lm.monitor import DynamicsMonitor
 from complexity_lm.plots import plot_loss
@@ -46,6 +42,10 @@ from complexity_lm.tokenizer import (
     train_tokenizer,
 )
 from complexity_lm.trainer import LMTrainer, training_arguments
+from inl_core.run.checkpoints import step_of
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside, folder_aside
+from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
     processes = PartialState(cpu=not torch.accelerator.is_available())
     try:
         with (
-            losses_told(processes.process_index, processes.num_processes),
+            report_dead_workers(),
             claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
         ):
             return _train(config, build or build_model, processes, checkpoint)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_lm.csv_log import CsvLog
+from inl_core.run.csv_log import CsvLog
 
 
 class StepLog:

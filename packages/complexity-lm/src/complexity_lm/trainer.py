@@ -28,22 +28,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from complexity_lm.checkpoint_folders import (
-    drop_old_checkpoints,
-    folder_of_step,
-    latest_checkpoint,
-)
 from complexity_lm.checkpoints import check_dynamics, check_shapes
-from complexity_lm.checksums import write_sums
 from complexity_lm.config import TrainConfig
-from complexity_lm.csv_log import CsvLog
 from complexity_lm.data import BlockOrder, collate
-from complexity_lm.errors import UserError
-from complexity_lm.files import folder_aside
 from complexity_lm.loading import write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.stream import BlockStream
 from complexity_lm.train_log import StepLog
+from inl_core.run.checkpoints import (
+    drop_old_checkpoints,
+    folder_of_step,
+    latest_checkpoint,
+    write_sums,
+)
+from inl_core.run.csv_log import CsvLog
+from inl_core.run.errors import UserError
+from inl_core.run.files import folder_aside
 
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:

@@ -3,34 +3,68 @@
 `inl_core.ops` holds the operations as functions, `inl_core.reference` their definition.
 """
 
-from inl_core import integrators, ops, reference, stability
-from inl_core.certificate import Certificate, certify
-from inl_core.dynamics import (
-    DYNAMICS_STATS,
-    INLDynamics,
-    INLDynamicsLite,
-    collect_dynamics_stats,
-)
-from inl_core.epilogue import branch_epilogue
-from inl_core.norms import ModulatedRMSNorm, RMSNorm
-from inl_core.reference import bounded_clamp
-from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
-from inl_core.routing import (
-    RoutingPlan,
-    TokenRoutedMLP,
-    build_routing_table,
-    make_routing_plan,
-)
-from inl_core.stability import (
-    is_stable,
-    lyapunov,
-    settling_steps,
-    spectral_radius,
-    transition_matrix,
-)
-from inl_core.watch import DYNAMICS_COLUMNS, dynamics_modules, read_dynamics
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inl_core import integrators, ops, reference, stability
+    from inl_core.certificate import Certificate, certify
+    from inl_core.dynamics import (
+        DYNAMICS_STATS,
+        INLDynamics,
+        INLDynamicsLite,
+        collect_dynamics_stats,
+    )
+    from inl_core.epilogue import branch_epilogue
+    from inl_core.norms import ModulatedRMSNorm, RMSNorm
+    from inl_core.reference import bounded_clamp
+    from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
+    from inl_core.routing import (
+        RoutingPlan,
+        TokenRoutedMLP,
+        build_routing_table,
+        make_routing_plan,
+    )
+    from inl_core.stability import (
+        is_stable,
+        lyapunov,
+        settling_steps,
+        spectral_radius,
+        transition_matrix,
+    )
+    from inl_core.watch import DYNAMICS_COLUMNS, dynamics_modules, read_dynamics
 
 __version__ = "0.1.0"
+
+# Imported on first use: `inl_core.run` and the help pages of the command lines need no torch.
+_MODULES = ("integrators", "ops", "reference", "stability")
+_HOMES = {
+    "Certificate": "certificate",
+    "certify": "certificate",
+    "DYNAMICS_STATS": "dynamics",
+    "INLDynamics": "dynamics",
+    "INLDynamicsLite": "dynamics",
+    "collect_dynamics_stats": "dynamics",
+    "branch_epilogue": "epilogue",
+    "ModulatedRMSNorm": "norms",
+    "RMSNorm": "norms",
+    "bounded_clamp": "reference",
+    "apply_rotary": "rotary",
+    "rotary_1d": "rotary",
+    "rotary_2d": "rotary",
+    "RoutingPlan": "routing",
+    "TokenRoutedMLP": "routing",
+    "build_routing_table": "routing",
+    "make_routing_plan": "routing",
+    "is_stable": "stability",
+    "lyapunov": "stability",
+    "settling_steps": "stability",
+    "spectral_radius": "stability",
+    "transition_matrix": "stability",
+    "DYNAMICS_COLUMNS": "watch",
+    "dynamics_modules": "watch",
+    "read_dynamics": "watch",
+}
 
 __all__ = [
     "DYNAMICS_COLUMNS",
@@ -64,3 +98,17 @@ __all__ = [
     "stability",
     "transition_matrix",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next access is a plain one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

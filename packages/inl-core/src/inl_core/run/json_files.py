@@ -1,8 +1,7 @@
-"""JSON and YAML that anybody may have written: read within limits, and never guessed at.
+"""JSON that a stranger may have written, read within limits.
 
-Too large, nested too deeply, a key said twice, a number that is none, a YAML alias (a few lines of
-which stand for gigabytes): each is a `ValueError` with a sentence, for the caller to say which file
-it is. complexity-dit and complexity-lm have this file in common, word for word.
+A text that is too large or too deep, a key that occurs twice or a number out of range is a
+`ValueError` with one sentence; the caller adds which file it is.
 """
 
 import dataclasses
@@ -16,9 +15,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 MAX_JSON_BYTES = 64 * 2**20
 """A million label names fit."""
-
-MAX_YAML_BYTES = 2**20
-"""Settings are written by hand."""
 
 MAX_DEPTH = 50
 """Lists and objects within each other."""
@@ -54,77 +50,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"holds {_named(value)}, expected an object")
     return value
-
-
-def check_yaml(text: str) -> None:
-    """Refuse a YAML text before anything is made of it.
-
-    Raises:
-        ValueError: It is no YAML, over a limit, has an alias or a key twice.
-    """
-    import yaml  # here: a page of help does without
-
-    if len(text) > MAX_YAML_BYTES:
-        raise ValueError(f"{len(text)} characters of YAML, and at most {MAX_YAML_BYTES} are read")
-    keys: list[set[str] | None] = []  # of the open mappings; None for a sequence
-    at_key: list[bool] = []
-    try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(
-                    f"an alias (*{event.anchor}) in line {event.start_mark.line + 1}: write the "
-                    "value out, or put the text in quotes"
-                )
-            if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-                keys.pop()
-                at_key.pop()
-                continue
-            if not isinstance(event, yaml.NodeEvent):
-                continue
-            if keys and (known := keys[-1]) is not None:
-                if at_key[-1] and isinstance(event, yaml.ScalarEvent):
-                    if event.value in known:
-                        raise ValueError(f"the key {event.value!r} is there twice")
-                    known.add(event.value)
-                at_key[-1] = not at_key[-1]
-            if isinstance(event, yaml.CollectionStartEvent):
-                keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
-                at_key.append(True)
-                if len(keys) > MAX_DEPTH:
-                    raise ValueError(f"nested deeper than {MAX_DEPTH}")
-    except yaml.YAMLError as error:
-        raise ValueError(f"no YAML: {' '.join(str(error).split())}") from error
-
-
-def bound_settings() -> None:
-    """Have jsonargparse read YAML within the limits; to be called before a parser is used.
-
-    It reads by a loader of its own at two places, files and values, and offers to replace only the
-    first: so the class they share is replaced.
-    """
-    import yaml
-    from jsonargparse import _loaders_dumpers as settings
-
-    plain = settings.get_yaml_default_loader()
-    if plain.__name__ == "BoundedLoader":
-        return
-
-    class BoundedLoader(plain):
-        def __init__(self, stream: str) -> None:
-            try:
-                check_yaml(stream)
-            except ValueError as error:
-                raise yaml.YAMLError(str(error)) from error
-            super().__init__(stream)
-
-        def get_single_data(self) -> Any:
-            # The constructors raise what int() and float() do, e.g. for `!!int x`.
-            try:
-                return super().get_single_data()
-            except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-                raise yaml.YAMLError(str(error)) from error
-
-    settings.yaml_default_loader = BoundedLoader
 
 
 def unreadable(error: Exception) -> str:

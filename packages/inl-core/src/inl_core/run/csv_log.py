@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from complexity_dit.errors import UserError
-from complexity_dit.files import file_aside
+from inl_core.run.errors import UserError
+from inl_core.run.files import file_aside
 
 
 class CsvLog:

@@ -1,0 +1,87 @@
+"""Processes of one run: work that the main one does for all, and errors about those that died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from inl_core.run.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+RESUME_HINT = "go on from the last checkpoint with --resume auto"
+
+# torch's errors about a partner that does not answer have no type of their own, only these words.
+_CONNECTION_WORDS = ("gloo", "nccl", "connection", "socket", "tcpstore", "broken pipe")
+
+
+def on_main(
+    work: Callable[[], T], is_main: bool, count: int, group: ProcessGroup | None = None
+) -> T:
+    """Call a function in the main process; all processes wait for it and get its result.
+
+    Args:
+        work: Called in the main process. The result is pickled for the others.
+        is_main: Whether this process is the main one (rank 0).
+        count: Number of processes.
+        group: Process group for the exchange; the default group if None.
+
+    Returns:
+        What `work` returned, in every process.
+
+    Raises:
+        UserError: In every process, if `work` raised it.
+        RuntimeError: In the other processes, if `work` raised anything else.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if is_main:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    if count > 1:
+        from torch.distributed import broadcast_object_list
+
+        shared = [(result, error and (type(error).__name__, str(error)))]
+        broadcast_object_list(shared, src=0, group=group)
+        result, message = shared[0]
+        if error is None and message is not None:
+            name, text = message
+            is_user_error = name == UserError.__name__
+            error = UserError(text) if is_user_error else RuntimeError(f"{name} in rank 0: {text}")
+    if error is not None:
+        raise error
+    return result  # pyright: ignore[reportReturnType] (None only where T is)
+
+
+@contextmanager
+def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
+    """Translate torch's errors about a dead data loader worker or process of the run.
+
+    Args:
+        hint: What the user can do then.
+
+    Raises:
+        UserError: Naming what died, as far as torch says it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        first_line = text.partition("\n")[0]
+        if "DataLoader worker" in text:
+            raise UserError(
+                f"a data loader worker died ({first_line}): it may have run out of memory, use "
+                f"fewer loader workers; {hint}"
+            ) from error
+        if any(word in text.lower() for word in _CONNECTION_WORDS):
+            raise UserError(
+                f"another process of this run does not answer any more ({first_line}): its own "
+                f"messages say why, or it was killed, for instance for lack of memory; {hint}"
+            ) from error
+        raise
