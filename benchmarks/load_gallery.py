@@ -34,11 +34,12 @@ from gallery_client import Page, pngs_of, reason_of
 from PIL import Image
 from results import append_rows
 
+from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.gallery_png import read_png
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig, load_pipeline, sample
+from complexity_dit.sample import load_pipeline, sample
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 
 QUEUE_SIZE = 4

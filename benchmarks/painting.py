@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from timing import DEVICE
 
-from complexity_dit.sample import SampleConfig
+from complexity_dit.config import SampleConfig
 
 ON_A_GPU = 256
 """Pictures in one call of the network there: sixteen, the default, leave it idle. A set's bits

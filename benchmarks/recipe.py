@@ -23,10 +23,9 @@ from painting import painting
 from results import append_rows, commit, dtype_of
 
 from complexity_dit.build import build_model
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import DATA_FILE, TrainConfig
 from complexity_dit.costs import token_count, training_flops
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.folder_files import DATA_FILE
 from complexity_dit.sample import load_pipeline
 from complexity_dit.tokens import kept_count
 from complexity_dit.train import train

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from results import append_rows, commit
 
+from complexity_dit.distributed import pick_device
 from complexity_dit.evaluate import EvalConfig
 from complexity_dit.features import draw, set_features
 from complexity_dit.floors import vae_reconstruction
 from complexity_dit.inception import load_extractor
 from complexity_dit.measures import measure
 from complexity_dit.sample import load_pipeline
-from complexity_dit.subjects import open_reference, pick_device, trained_on
+from complexity_dit.subjects import open_reference, trained_on
 
 
 def floors(pipeline, reference, num_images, weights):

@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from complexity_dit import __main__ as cli
-from complexity_dit.config import EMAConfig, ModelConfig, OptimConfig, TrainConfig
-from complexity_dit.data import DataConfig
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.config import (
+    DataConfig,
+    EMAConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from support.pictures import pictures, write_folder

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.app_config import AppConfig
 from complexity_dit.app_guard import MAX_BODY, Guard, page_files
+from complexity_dit.config import AppConfig
 from complexity_dit.gallery import Gallery
 from complexity_dit.gallery_png import read_png
 

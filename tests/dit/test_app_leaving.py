@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from complexity_dit.app_config import AppConfig
+from complexity_dit.config import AppConfig
 from complexity_dit.gallery import Gallery
 
 # gradio, in a thread of its own, asks pandas for what pandas is about to drop.

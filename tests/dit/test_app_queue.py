@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from complexity_dit import turns as turns_module
-from complexity_dit.app_config import AppConfig
+from complexity_dit.config import AppConfig
 from complexity_dit.gallery import Gallery
 from complexity_dit.turns import Turns
 from inl_core.run.errors import UserError

@@ -17,12 +17,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from complexity_dit import art, data, images, sources
-from complexity_dit.data import (
-    DataConfig,
-    PaintingDataset,
-    load_data,
-    resolve_label,
-)
+from complexity_dit.config import DataConfig
+from complexity_dit.data import PaintingDataset, load_data
+from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 

@@ -14,7 +14,8 @@ from PIL import Image
 import complexity_dit.sample
 from complexity_dit import evaluate as module
 from complexity_dit import features as features_module
-from complexity_dit.data import DataConfig, load_data
+from complexity_dit.config import DataConfig, SampleConfig
+from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
 from complexity_dit.features import FEATURE_CHUNK, draw
 from complexity_dit.image_sets import dataset_images, folder_images
@@ -22,7 +23,6 @@ from complexity_dit.inception import FeatureExtractor, load_random_features
 from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import feature_statistics, fid_from_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 

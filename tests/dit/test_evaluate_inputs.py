@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import complexity_dit.sample
-from complexity_dit.data import DataConfig, load_data
+from complexity_dit.config import DataConfig, SampleConfig
+from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate, evaluate_images
 from complexity_dit.features import draw, set_features
 from complexity_dit.image_sets import array_images, folder_images
 from complexity_dit.inception import load_random_features
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 

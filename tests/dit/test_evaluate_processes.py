@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from complexity_dit import distributed as parallel_evaluation
 from complexity_dit import features as features_module
-from complexity_dit import parallel_evaluation
+from complexity_dit.config import SampleConfig
+from complexity_dit.distributed import gather_rows, own_blocks
 from complexity_dit.features import FEATURE_CHUNK, set_features
 from complexity_dit.inception import load_random_features
 from complexity_dit.metrics import fid_from_features
 from complexity_dit.painted import painted_images
-from complexity_dit.parallel_evaluation import gather_rows, own_blocks
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig
 from support.processes import torchrun
 
 N = 2 * FEATURE_CHUNK + 5

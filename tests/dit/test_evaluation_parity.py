@@ -16,7 +16,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from complexity_dit.eval_config import EvalConfig
+from complexity_dit.config import EvalConfig
 from complexity_dit.evaluate import evaluate_images
 from complexity_dit.image_sets import array_images, folder_images
 from complexity_dit.inception import load_inception, load_random_features

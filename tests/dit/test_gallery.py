@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from complexity_dit import __main__ as cli
 from complexity_dit import app_page, gallery_png
 from complexity_dit import gallery as gallery_module
-from complexity_dit.app_config import AppConfig, Limits
+from complexity_dit.config import AppConfig, Limits, ObjectiveConfig
 from complexity_dit.gallery import Gallery, Settings
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from complexity_dit.__main__ import build_parser
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.config import ObjectiveConfig, SampleConfig
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig, iter_samples, sample
+from complexity_dit.sample import iter_samples, sample
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from complexity_dit import images as images_module
 from complexity_dit import statistics_files
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.data import DataConfig, load_data
+from complexity_dit.config import DataConfig
+from complexity_dit.data import load_data
 from complexity_dit.image_sets import folder_images, npz_images
 from complexity_dit.images import square_pixels
 from complexity_dit.pipeline import ComplexityDiTPipeline

@@ -148,7 +148,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("complexity_dit.hub_upload.reach_hub", lambda *_: None)
+    monkeypatch.setattr("complexity_dit.hub.reach_hub", lambda *_: None)
     return calls
 
 

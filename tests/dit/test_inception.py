@@ -16,13 +16,12 @@ from PIL import Image
 
 from complexity_dit import inception
 from complexity_dit.inception import (
-    InceptionV3Features,
     find_inception,
     load_extractor,
     load_inception,
     load_random_features,
 )
-from complexity_dit.inception_net import resize_tf1
+from complexity_dit.inception_net import InceptionV3Features, resize_tf1
 from complexity_dit.metrics import fid_from_features
 from inl_core.run.errors import UserError
 from support.data import needs_data, needs_weights, shared_data

@@ -18,14 +18,13 @@ from PIL import Image
 from complexity_dit import encode as encode_module
 from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.batches import StepBatches
-from complexity_dit.config import TrainConfig
-from complexity_dit.data import DataConfig, load_data
+from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
+from complexity_dit.data import load_data
 from complexity_dit.encode import encode
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.latent_parts import part_path
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig
 from complexity_dit.train import train
 from complexity_dit.vae import load_vae, posterior
 from inl_core.run.errors import UserError

@@ -15,14 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from complexity_dit.config import LoraOptions, OptimConfig, TrainConfig
-from complexity_dit.data import DataConfig
+from complexity_dit.config import DataConfig, LoraOptions, ObjectiveConfig, OptimConfig, TrainConfig
 from complexity_dit.denoising import Chunks
 from complexity_dit.encode import encode
 from complexity_dit.inspect_model import inspect
 from complexity_dit.latents import load_training_data
 from complexity_dit.lora import adapt
-from complexity_dit.objective import ObjectiveConfig
 from complexity_dit.pictures import read_pictures
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline

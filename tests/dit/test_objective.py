@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from complexity_dit.config import ObjectiveConfig
 from complexity_dit.objective import (
     MIN_NOISE,
-    ObjectiveConfig,
     build_scheduler,
     drop_labels,
     noisy_input_and_target,

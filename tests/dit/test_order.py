@@ -7,8 +7,8 @@ import torch
 
 from complexity_dit.balance import BalancedOrder
 from complexity_dit.batches import StepBatches
+from complexity_dit.config import ObjectiveConfig
 from complexity_dit.data import load_data, random_batch_indices
-from complexity_dit.objective import ObjectiveConfig
 from inl_core.run.errors import UserError
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import complexity_dit.sample
+from complexity_dit.config import SampleConfig
 from complexity_dit.features import FEATURE_CHUNK
 from complexity_dit.painted import painted_images
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig
 from inl_core.run.errors import UserError
 
 SAMPLING = SampleConfig(num_inference_steps=1, batch_size=4, chunk_size=4)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.__main__ import run
 from complexity_dit.architecture import ADAPTIVES, PLACEMENTS, SIZES
-from complexity_dit.config import ModelConfig, TrainConfig
+from complexity_dit.config import DataConfig, ModelConfig, PlanConfig, TrainConfig
 from complexity_dit.costs import (
     activation_bytes,
     count_parameters,
@@ -22,8 +22,7 @@ from complexity_dit.costs import (
     token_count,
     training_flops,
 )
-from complexity_dit.data import DataConfig
-from complexity_dit.plan import PlanConfig, plan
+from complexity_dit.plan import plan
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 

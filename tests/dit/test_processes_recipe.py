@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from complexity_dit.config import OptimConfig, TrainConfig
-from complexity_dit.objective import ObjectiveConfig
+from complexity_dit.config import ObjectiveConfig, OptimConfig, TrainConfig
 from support.processes import torchrun
 
 

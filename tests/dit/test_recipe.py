@@ -10,10 +10,9 @@ from accelerate import Accelerator
 
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model, build_state
-from complexity_dit.config import EMAConfig, OptimConfig
+from complexity_dit.config import EMAConfig, ObjectiveConfig, OptimConfig
 from complexity_dit.data import load_data
 from complexity_dit.noise_levels import NoiseLevels
-from complexity_dit.objective import ObjectiveConfig
 from complexity_dit.step import optimizer_step
 
 FLOW = ObjectiveConfig(network_output="target", label_dropout=0.0)

@@ -237,7 +237,7 @@ def test_the_floor_is_the_training_paintings_with_and_without_the_autoencoder(
     import results
 
     from complexity_dit.autoencoder import TinyAutoencoder
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
 
     torch.manual_seed(0)
     vae = TinyAutoencoder(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.config import ObjectiveConfig, SampleConfig
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import SampleConfig, iter_samples
+from complexity_dit.sample import iter_samples
 from complexity_dit.schedulers import (
     FLOW_SCHEDULERS,
     count_evaluations,

@@ -7,8 +7,9 @@ import torch
 
 from complexity_dit.batches import StepBatches
 from complexity_dit.build import build_model
+from complexity_dit.config import ObjectiveConfig
 from complexity_dit.data import load_data
-from complexity_dit.objective import ObjectiveConfig, sample_times, time_quantiles
+from complexity_dit.objective import sample_times, time_quantiles
 from complexity_dit.seeding import generator_for
 from complexity_dit.tokens import TokenSubset, draw_kept_tokens, expert_ids
 from complexity_dit.train import train

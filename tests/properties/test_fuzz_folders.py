@@ -34,9 +34,8 @@ from complexity_dit import (
     subjects,
     vision_models,
 )
-from complexity_dit.config import TrainConfig
-from complexity_dit.data import DataConfig
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import checkpoints, generate, loading, stream
@@ -238,8 +237,8 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     from accelerate import Accelerator
 
     from complexity_dit.build import build_state
+    from complexity_dit.distributed import Processes
     from complexity_dit.parts import PipelineParts
-    from complexity_dit.processes import Processes
 
     pipe = small_pipeline()
     config = TrainConfig(steps=4)

@@ -21,8 +21,7 @@ from complexity_dit import (
 from complexity_dit import (
     cli_errors,
 )
-from complexity_dit.config import TrainConfig
-from complexity_dit.data import DataConfig
+from complexity_dit.config import DataConfig, TrainConfig
 from complexity_lm import __main__ as lm
 from complexity_lm.config import TrainConfig as LMTrainConfig
 from inl_core.run.errors import UserError

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from complexity_dit import __main__ as dit
-from complexity_dit import parallel_evaluation
+from complexity_dit import distributed as parallel_evaluation
 from complexity_dit.chunks import in_chunks
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import in_split, random_batch_indices

@@ -27,12 +27,12 @@ except ImportError as missing:
 
 from pathlib import Path
 
-from complexity_dit.app_config import AppConfig
 from complexity_dit.app_guard import Guard, page_files
 from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, waiting, wall
+from complexity_dit.config import AppConfig
+from complexity_dit.distributed import pick_device
 from complexity_dit.gallery import MAX_SEED, Gallery, Settings
 from complexity_dit.sample import load_pipeline
-from complexity_dit.subjects import pick_device
 from complexity_dit.turns import Ticket, Turns
 from inl_core.run.errors import UserError
 

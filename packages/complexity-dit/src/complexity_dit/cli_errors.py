@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jsonargparse import ArgumentParser
 
-from complexity_dit.data import DataConfig
+from complexity_dit.config import DataConfig
 
 _UNKNOWN = re.compile(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted")
 """How the parser reports an unknown field of a YAML, and one inside an optional group."""

@@ -53,7 +53,7 @@ def _train(options: dict[str, Any]) -> None:
 
 
 def _encode_options(parser: ArgumentParser) -> None:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
 
     parser.add_class_arguments(DataConfig, None, skip={"balanced_labels"})
     parser.add_argument("--out", type=str, required=True, help="folder of the latents")
@@ -63,7 +63,7 @@ def _encode_options(parser: ArgumentParser) -> None:
 
 
 def _encode(options: dict[str, Any]) -> None:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
     from complexity_dit.encode import encode
 
     own = {name: options.pop(name) for name in ("out", "batch_size", "part_size")}
@@ -71,7 +71,7 @@ def _encode(options: dict[str, Any]) -> None:
 
 
 def _sample_options(parser: ArgumentParser) -> None:
-    from complexity_dit.sample import SampleConfig
+    from complexity_dit.config import SampleConfig
 
     parser.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
     parser.add_argument(
@@ -89,16 +89,16 @@ def _sample_options(parser: ArgumentParser) -> None:
 
 
 def _sample(options: dict[str, Any]) -> None:
-    from complexity_dit.sample import SampleConfig, sample
+    from complexity_dit.config import SampleConfig
+    from complexity_dit.sample import sample
 
     own = {k: options.pop(k) for k in ("pipeline", "out", "num_images", "labels", "overwrite")}
     sample(**own, sampling=SampleConfig(**options))
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig, SampleConfig
     from complexity_dit.evaluate import EvalConfig
-    from complexity_dit.sample import SampleConfig
 
     parser.add_argument(
         "target",
@@ -163,8 +163,7 @@ def _inspect(options: dict[str, Any]) -> None:
 
 
 def _plan_options(parser: ArgumentParser) -> None:
-    from complexity_dit.config import TrainConfig
-    from complexity_dit.plan import PlanConfig
+    from complexity_dit.config import PlanConfig, TrainConfig
 
     parser.add_argument("--config", action="config", help="the YAML of the run")
     parser.add_class_arguments(TrainConfig, None)
@@ -172,8 +171,8 @@ def _plan_options(parser: ArgumentParser) -> None:
 
 
 def _plan(options: dict[str, Any]) -> None:
-    from complexity_dit.config import TrainConfig
-    from complexity_dit.plan import PlanConfig, plan
+    from complexity_dit.config import PlanConfig, TrainConfig
+    from complexity_dit.plan import plan
 
     options.pop("config")
     own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}
@@ -192,7 +191,7 @@ def _convert(options: dict[str, Any]) -> None:
 
 
 def _app_options(parser: ArgumentParser) -> None:
-    from complexity_dit.app_config import AppConfig
+    from complexity_dit.config import AppConfig
 
     parser.add_argument("pipeline", type=str, help="pipeline folder or Hub id")
     parser.add_class_arguments(AppConfig, None)
@@ -200,7 +199,7 @@ def _app_options(parser: ArgumentParser) -> None:
 
 def _app(options: dict[str, Any]) -> None:
     from complexity_dit.app import serve
-    from complexity_dit.app_config import AppConfig
+    from complexity_dit.config import AppConfig
 
     serve(options.pop("pipeline"), AppConfig(**options))
 

@@ -1,10 +1,413 @@
-"""One full run as dataclasses; every field's sentence is its `--help`."""
+"""Settings of every command as dataclasses; the sentence under a field is its `--help`."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from complexity_dit.data import DataConfig
-from complexity_dit.objective import ObjectiveConfig
+from inl_core.run.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Which pictures to read, at what size, and which of them are held out."""
+
+    source: str = "art"
+    """Where the pictures come from: `art` (drawn by this package), `imagefolder:PATH` (a folder
+    with or without metadata.csv) or `hub:NAME` (a dataset of the Hugging Face hub, or a folder
+    that `datasets.load_dataset` can read). Training also takes `latents:PATH`, which
+    `complexity-dit encode` made from one of these."""
+
+    vae: str | None = None
+    """VAE of latents, as hub id or folder: `AutoencoderKL`, `AutoencoderTiny`, `TinyAutoencoder` or
+    the files of TAEF2. Training needs it only when the one that the cache names has moved."""
+
+    resolution: int = 32
+    """Side of the square training pictures in pixels; smaller images are skipped and counted."""
+
+    label_fields: list[str] | None = None
+    """Columns used as labels; by default every ClassLabel column and every text column whose
+    names repeat at least twice on average; `[]` for none."""
+
+    holdout: float = 0.1
+    """Fraction held out for evaluation, chosen by the hash of each file's bytes: adding files
+    never moves one across, and byte-identical files stay on one side."""
+
+    num_images: int = 8192
+    """How many pictures the `art` source draws; other sources always give all they have."""
+
+    flip: bool = True
+    """Mirror half of the training pictures left to right, at random; for latents, `encode` must
+    have been told the same: false leaves the mirror images out, at half the time and space."""
+
+    balanced_labels: str | None = None
+    """Label field whose labels training reads equally often, rare or not; pictures without that
+    label keep their share. By default every picture comes equally often."""
+
+    strict: bool = False
+    """Stop at the first unreadable or too small image instead of skipping it."""
+
+    image_column: str | None = None
+    """Column that holds the picture; by default `image`, or the only image column there is."""
+
+    num_workers: int = 0
+    """Processes that decode the pictures the first time a source is read; 0 uses this one."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The training target and the distribution of noise levels."""
+
+    prediction_type: Literal["flow", "epsilon", "v_prediction"] = "flow"
+    """flow: velocity of the straight path from image to noise; the others use the DDPM schedule."""
+
+    network_output: Literal["sample", "target"] | None = None
+    """What the network writes: the clean image (`sample`, flow only), from which the velocity
+    follows, or the target itself; the loss is on the target either way. By default sample for
+    flow, target for the others."""
+
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of the noise level t in (0, 1)."""
+
+    logit_mean: float = 0.0
+    """Mean of logit(t) for logit_normal; above 0 favours high noise."""
+
+    logit_std: float = 1.0
+    """Standard deviation of logit(t) for logit_normal."""
+
+    shift: float = 2.0
+    """Time shift s in training: t becomes s*t / (1 + (s - 1)*t); above 1 puts more of it on high
+    noise, where composition is decided. 1 is off."""
+
+    sampling_shift: float = 5.0
+    """Time shift in sampling (flow only). Above the training's: the last step, to the clean image,
+    then starts from more noise, whose traces a small network cannot remove in smaller steps."""
+
+    label_dropout: float | dict[str, float] = 0.1
+    """Probability that each label of an image is replaced by the null row, for guidance; or one
+    for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
+
+    direction_weight: float = 0.0
+    """Weight of the velocity-direction term 1 - cosine(prediction, target), added to the squared
+    error (FasterDiT, arXiv 2410.10356); flow and v_prediction only. 0 is off."""
+
+    direction_over: Literal["image", "channels"] = "image"
+    """What a direction is: image, one for all numbers of an image; or channels, one at each
+    position over its channels, which asks for many channels (latents)."""
+
+    @property
+    def writes_sample(self) -> bool:
+        """Whether the network writes the clean image.
+
+        Raises:
+            UserError: If it should, and the objective has no velocity that follows from it.
+        """
+        if self.network_output == "sample" and self.prediction_type != "flow":
+            raise UserError(
+                f"network_output sample goes with prediction_type flow, not "
+                f"{self.prediction_type}: use --objective.network_output target"
+            )
+        return self.prediction_type == "flow" and self.network_output != "target"
+
+    def check(self) -> None:
+        """Refuse settings that do not fit each other.
+
+        Raises:
+            UserError: If a weight or a probability is out of range, or the direction term is asked
+                for where the target is no velocity.
+        """
+        _ = self.writes_sample
+        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
+            raise UserError(
+                f"direction_weight {self.direction_weight} must be 0 (off) or a positive number"
+            )
+        if self.direction_weight and self.prediction_type == "epsilon":
+            raise UserError(
+                f"direction_weight {self.direction_weight} needs a velocity as the target: use "
+                "prediction_type flow or v_prediction, or direction_weight 0 with epsilon"
+            )
+        dropout = self.label_dropout
+        for label, value in dropout.items() if isinstance(dropout, dict) else [("", dropout)]:
+            if not 0 <= value <= 1:
+                name = f"label_dropout of {label}" if label else "label_dropout"
+                raise UserError(f"{name}: {value} must be a probability, from 0 to 1")
+
+    def label_dropouts(self, fields: Sequence[str]) -> list[float]:
+        """The dropout probability of each label field, in their order.
+
+        Raises:
+            UserError: If `label_dropout` names a field that is not there, or leaves one out.
+        """
+        if not isinstance(self.label_dropout, dict):
+            return [self.label_dropout] * len(fields)
+        if set(self.label_dropout) != set(fields):
+            raise UserError(
+                f"label_dropout names {', '.join(self.label_dropout) or 'no field'}, but the label "
+                f"fields of the data are {', '.join(fields) or 'none'}: give each of them a "
+                "probability (0 for never), or one number for all"
+            )
+        return [self.label_dropout[field] for field in fields]
+
+
+@dataclass
+class SampleConfig:
+    """How pictures are painted; all of it is part of a result's settings."""
+
+    seed: int = 0
+    """Seed of the set; the noise of image i comes from (seed, i) alone."""
+
+    num_inference_steps: int = 20
+    """Denoising steps: one evaluation of the network each, two with Heun, twice that guided."""
+
+    scheduler: str | None = None
+    """Class name of a diffusers scheduler, e.g. DPMSolverMultistepScheduler; the pipeline's own by
+    default."""
+
+    shift: float | None = None
+    """Time shift of a flow-matching scheduler; the one saved in the pipeline by default."""
+
+    guidance_scale: float = 2.0
+    """Classifier-free guidance, or autoguidance if that is given; 1 is off."""
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels in [0, 1] within which guidance acts."""
+
+    autoguidance: str | None = None
+    """Pipeline folder of a weaker model of the same data, e.g. an early checkpoint's, that guidance
+    leads away from instead of from the null rows."""
+
+    height: int | None = None
+    """Height in pixels; the training size by default."""
+
+    width: int | None = None
+    """Width in pixels; the training size by default."""
+
+    batch_size: int = 64
+    """Pictures painted together; bits do not depend on it. Best is a multiple of chunk_size."""
+
+    chunk_size: int = 16
+    """Pictures in one network call, padded if need be; a set's bits are defined at this size."""
+
+
+@dataclass
+class PlanConfig:
+    """What the config of a run does not say."""
+
+    train_images: int | None = None
+    """Training images, to count epochs."""
+
+    channels: int | None = None
+    """Channels of the input; by default 3 for pixels, and the cache's for latents that are there
+    (32 for TAEF2, 4 for the VAE of Stable Diffusion)."""
+
+    cells: int | None = None
+    """Side of the input, in pixels or latent cells; by default data.resolution for pixels and the
+    cache's for latents that are there."""
+
+    num_classes: dict[str, int] = field(default_factory=dict)
+    """Labels of each field, e.g. {style: 27}; by default the cache's, or none."""
+
+    processes: int = 1
+    """Devices that share the batch."""
+
+    images_per_second: float | None = None
+    """A measured speed of all devices together, for the time estimate."""
+
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s at the run's precision, e.g. 989 for bf16 on an H100; with
+    `mfu`, for the time estimate."""
+
+    mfu: float | None = None
+    """Share of the peak that training reaches, e.g. 0.4."""
+
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+Resize = Literal["tf1", "pytorch-fid", "antialias"]
+
+
+# What an evaluation measures; every field's sentence is its ``--help``.
+
+Measure = Literal["fid", "kid", "prdc", "sfid", "is"]
+
+
+@dataclass
+class EvalConfig:
+    """What is measured, at how many images and with which network."""
+
+    num_images: int = 2048
+    """Images of each side (n); at most what a folder or the held-out split has. Compare numbers
+    at equal n only."""
+
+    seed: int = 0
+    """Seed of the draw of reference images (and so of the labels asked for), of KID subsets and of
+    resamples."""
+
+    weights: str = "auto"
+    """Feature network: auto (search for Inception, then a random network whose distance is named
+    fd_random), random, a file of Inception weights, or the folder of a transformers vision model
+    (DINOv2, CLIP), whose distance is named after it."""
+
+    resize: Resize = "tf1"
+    """How images reach 299 px: tf1 (torch-fidelity, ADM), pytorch-fid or antialias (torchmetrics).
+    """
+
+    dtype: Dtype = "float32"
+    """Arithmetic in the feature network; bfloat16 is faster and only for tracking a training."""
+
+    device: str = "auto"
+    """Where everything runs: auto, cpu, cuda, cuda:1."""
+
+    measures: list[Measure] = field(default_factory=lambda: ["fid", "kid", "prdc", "sfid", "is"])
+    """fid, kid, prdc (precision, recall, density, coverage), sfid, is (Inception score). What
+    cannot be had is named in the result, with the reason."""
+
+    kid_subsets: int = 100
+    """Random subsets KID is averaged over."""
+
+    kid_subset_size: int = 1000
+    """Images in a KID subset; reduced to n when n is smaller."""
+
+    bootstrap: int = 20
+    """Resamples for the standard error of the Frechet distance; 0 for none."""
+
+    curve: bool = True
+    """Measure the Frechet distance at n, n/2, n/4 and n/8 and continue it to infinite n; needs the
+    bootstrap."""
+
+    label_field: str | None = "style"
+    """Label measured by itself, each name, and whose accuracy is measured (nearest class mean in
+    feature space, fitted on training images); null for none."""
+
+    label_min: int = 50
+    """Images of either side that a label needs for its own numbers."""
+
+    floors: bool = False
+    """Also measure the training split, the VAE's reconstruction of the held-out images where the
+    pipeline has a VAE, and the held-out images shrunk to 8 px and back, against the held-out
+    images."""
+
+    memorisation: bool = False
+    """Look for the nearest training image of every sample, beside those of held-out images."""
+
+    memorisation_images: int | None = None
+    """Training images searched; null for all of them."""
+
+    keep_images: bool = True
+    """Keep the samples as PNGs in the output folder: an interrupted run goes on from them."""
+
+    report: bool = True
+    """Write report.html into the output folder."""
+
+    save_statistics: bool = False
+    """Write statistics of the reference (reference.npz) into the output folder: a later
+    --reference."""
+
+    cache: bool = True
+    """Keep features of real images in the user's cache folder."""
+
+    overwrite: bool = False
+    """Replace a result that is already in the output folder, and samples of other settings."""
+
+    quiet: bool = False
+    """Print no table at the end."""
+
+    @classmethod
+    def brief(cls, **fields: Any) -> "EvalConfig":
+        """FID and KID alone: every further measure costs minutes of one core, `fields` aside."""
+        brief = {
+            "measures": ["fid", "kid"], "bootstrap": 0, "curve": False, "label_field": None,
+            "report": False,
+        }  # fmt: skip
+        return cls(**(brief | fields))
+
+    def check(self) -> None:
+        """Raise a `UserError` for a value out of range."""
+        if self.num_images < 2:
+            raise UserError(f"num_images is {self.num_images}; a distance needs at least 2")
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            raise UserError(f"bootstrap is {self.bootstrap}; expected 0 for none, or 2 and more")
+        if self.label_min < 2:
+            raise UserError(f"label_min is {self.label_min}; a distance needs at least 2 images")
+        if self.memorisation_images is not None and self.memorisation_images < 2:
+            raise UserError(
+                f"memorisation_images is {self.memorisation_images}; expected at least 2, or null"
+            )
+        known = ("fid", "kid", "prdc", "sfid", "is")
+        if not self.measures or set(self.measures) - set(known):
+            raise UserError(f"measures is {self.measures}; expected some of {', '.join(known)}")
+
+
+# How the gallery is served and what one request may ask for.
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for."""
+
+    max_images: int = 32
+    """Pictures painted at once."""
+
+    max_steps: int = 100
+    """Denoising steps."""
+
+    max_side: int = 512
+    """Height and width in pixels."""
+
+    max_guidance: float = 20.0
+    """Guidance scale."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "max_steps", "max_side", "max_guidance"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class AppConfig:
+    """Where the gallery listens, and how many may wait."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is this machine alone, 0.0.0.0 is every network it is in.
+    There is no password."""
+
+    port: int = 7860
+    """Port to listen on."""
+
+    queue_size: int = 8
+    """Requests that may wait while one is painted; more are refused."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    max_images: int = Limits.max_images
+    """Pictures painted at once, at most."""
+
+    max_steps: int = Limits.max_steps
+    """Denoising steps, at most."""
+
+    max_side: int = Limits.max_side
+    """Height and width in pixels, at most."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise UserError(f"port {self.port} must be from 1 to 65535")
+        if self.queue_size < 1:
+            raise UserError(f"queue_size {self.queue_size} must be at least 1")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_images, self.max_steps, self.max_side)
+
+
+# Names of the files that our folders have beside those of diffusers.
+
+DATA_FILE = "data.json"
+"""In a pipeline or adapter folder: the `DataConfig` that it was trained with."""
+
+ADAPTER_FILE = "adapter.json"
+"""In an adapter folder: which pipeline it belongs to."""
 
 
 @dataclass

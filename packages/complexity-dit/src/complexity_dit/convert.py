@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from complexity_dit.architecture import SIZES, swiglu_width
-from complexity_dit.objective import ObjectiveConfig, build_scheduler
+from complexity_dit.config import ObjectiveConfig
+from complexity_dit.objective import build_scheduler
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError

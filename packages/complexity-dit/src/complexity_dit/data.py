@@ -9,25 +9,20 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import datasets
 import numpy as np
 import torch
 
+from complexity_dit.config import DataConfig
 from complexity_dit.images import VERSION
 from complexity_dit.labels import read_labels, resolve_label
 from complexity_dit.sources import read_rows
 from inl_core.run.errors import UserError
 
-__all__ = [
-    "DataConfig",
-    "PaintingDataset",
-    "load_data",
-    "random_batch_indices",
-    "resolve_label",
-]
+__all__ = ["DataConfig", "PaintingDataset", "load_data", "random_batch_indices", "resolve_label"]
+
 
 SPLITS = ("train", "heldout", "all")
 RAM_LIMIT = 2 * 2**30
@@ -36,52 +31,6 @@ RAM_LIMIT = 2 * 2**30
 _LOGGED = 20
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class DataConfig:
-    """Which pictures to read, at what size, and which of them are held out."""
-
-    source: str = "art"
-    """Where the pictures come from: `art` (drawn by this package), `imagefolder:PATH` (a folder
-    with or without metadata.csv) or `hub:NAME` (a dataset of the Hugging Face hub, or a folder
-    that `datasets.load_dataset` can read). Training also takes `latents:PATH`, which
-    `complexity-dit encode` made from one of these."""
-
-    vae: str | None = None
-    """VAE of latents, as hub id or folder: `AutoencoderKL`, `AutoencoderTiny`, `TinyAutoencoder` or
-    the files of TAEF2. Training needs it only when the one that the cache names has moved."""
-
-    resolution: int = 32
-    """Side of the square training pictures in pixels; smaller images are skipped and counted."""
-
-    label_fields: list[str] | None = None
-    """Columns used as labels; by default every ClassLabel column and every text column whose
-    names repeat at least twice on average; `[]` for none."""
-
-    holdout: float = 0.1
-    """Fraction held out for evaluation, chosen by the hash of each file's bytes: adding files
-    never moves one across, and byte-identical files stay on one side."""
-
-    num_images: int = 8192
-    """How many pictures the `art` source draws; other sources always give all they have."""
-
-    flip: bool = True
-    """Mirror half of the training pictures left to right, at random; for latents, `encode` must
-    have been told the same: false leaves the mirror images out, at half the time and space."""
-
-    balanced_labels: str | None = None
-    """Label field whose labels training reads equally often, rare or not; pictures without that
-    label keep their share. By default every picture comes equally often."""
-
-    strict: bool = False
-    """Stop at the first unreadable or too small image instead of skipping it."""
-
-    image_column: str | None = None
-    """Column that holds the picture; by default `image`, or the only image column there is."""
-
-    num_workers: int = 0
-    """Processes that decode the pictures the first time a source is read; 0 uses this one."""
 
 
 class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

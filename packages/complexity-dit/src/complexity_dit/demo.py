@@ -1,19 +1,22 @@
 """The demo: train a small model on the embedded art set, paint with it, measure what it painted."""
 
+import csv
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import SampleConfig, TrainConfig
 from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.grids import save_grid
 from complexity_dit.model_card import write_card
-from complexity_dit.plots import plot_loss
-from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, load_pipeline, save_grid
+from complexity_dit.sample import grid_labels, iter_samples, load_pipeline
 from complexity_dit.train import train
+from inl_core.run.files import file_aside
 
 NUM_EVALUATED = 256
 """Images of each side of the demo's FID: few, so that two cores need minutes and not an hour."""
@@ -60,3 +63,26 @@ Next:
   complexity-dit evaluate {pipeline} --reference art --out runs/evaluation
   complexity-dit train --config configs/dit/wikiart-cpu.yaml --data.source imagefolder:PATH"""
     )
+
+
+def plot_loss(log: Path, target: Path) -> None:
+    """Draw the loss over steps, with its running mean over 2 % of the run.
+
+    Args:
+        log: A run's `train_log.csv`.
+        target: The PNG to write (aside, then renamed).
+    """
+    with log.open(newline="") as file:
+        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    steps, losses = np.array(rows).T
+    window = max(1, len(rows) // 50)
+    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0.9 * smooth.min(), 1.1 * smooth.max()))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with file_aside(target) as aside:
+        figure.savefig(aside, format="png", dpi=120)

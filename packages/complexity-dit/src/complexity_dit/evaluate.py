@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.eval_config import EvalConfig
-from complexity_dit.features import FEATURE_CHUNK, array_hash, draw, extract_features, set_features
+from complexity_dit.config import EvalConfig
+from complexity_dit.distributed import (
+    dead_workers_reported,
+    is_main,
+    main_first,
+    on_main,
+    pick_device,
+)
+from complexity_dit.features import FEATURE_CHUNK, draw, extract_features, set_features
 from complexity_dit.floors import SHRUNK_FILTER
+from complexity_dit.hashing import array_hash
 from complexity_dit.image_sets import ImageSet, array_images
 from complexity_dit.inception import FeatureExtractor, load_extractor
 from complexity_dit.measures import (
@@ -35,7 +43,6 @@ from complexity_dit.measures import (
 from complexity_dit.memorisation import Memorisation, memorisation
 from complexity_dit.metrics import distance_of_sets, feature_statistics
 from complexity_dit.painted import painted_images, scheduler_settings
-from complexity_dit.parallel_evaluation import dead_workers_reported, is_main, main_first, on_main
 from complexity_dit.per_label import class_means, distances_by_label, nearest_class_mean_accuracy
 from complexity_dit.result_table import format_result
 from complexity_dit.sides import Sides, check_wishes, collect
@@ -45,16 +52,14 @@ from complexity_dit.subjects import (
     open_reference,
     open_target,
     own_labels,
-    pick_device,
     trained_on,
 )
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 
 if TYPE_CHECKING:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig, SampleConfig
     from complexity_dit.pipeline import ComplexityDiTPipeline
-    from complexity_dit.sample import SampleConfig
 
 __all__ = ["EvalConfig", "evaluate", "evaluate_images", "extract_features", "format_result"]
 
@@ -151,7 +156,7 @@ def _evaluate(
     if isinstance(subject, ImageSet):
         pipe, generated, picked = None, subject, draw(len(subject), n, config.seed)
     else:
-        from complexity_dit.sample import SampleConfig
+        from complexity_dit.config import SampleConfig
 
         pipe, sample, picked = subject, sample or SampleConfig(), np.arange(n)
         settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}

@@ -6,16 +6,16 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from complexity_dit.distributed import all_agree, gather_rows, is_main, own_blocks
+from complexity_dit.hashing import array_hash
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.inception import FeatureExtractor, cache_dir
-from complexity_dit.parallel_evaluation import all_agree, gather_rows, is_main, own_blocks
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 
@@ -167,12 +167,3 @@ def _read_features(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         logger.warning("%s is not readable (%s): features are computed again", path, error)
     return None
-
-
-def array_hash(*arrays: NDArray[Any]) -> str:
-    """sha256 over the types, shapes and bytes of arrays, in hex."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from complexity_dit.painted import module_hash
+from complexity_dit.hashing import module_hash
 
 if TYPE_CHECKING:
     from complexity_dit.pipeline import ComplexityDiTPipeline

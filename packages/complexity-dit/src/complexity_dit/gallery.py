@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from complexity_dit.app_config import Limits
+from complexity_dit.config import Limits
 from complexity_dit.denoising import Chunks
 from complexity_dit.painted import pipeline_hash
 from complexity_dit.pipeline import ComplexityDiTPipeline

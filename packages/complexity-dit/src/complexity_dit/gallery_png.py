@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from complexity_dit.gallery import Gallery, Settings
+from complexity_dit.grids import draw_grid
 from complexity_dit.images import bombs_refused
-from complexity_dit.sample import draw_grid
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, parse_json
 

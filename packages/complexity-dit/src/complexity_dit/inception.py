@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from complexity_dit.inception_net import InceptionV3Features, Resize, fold_state_dict
+from complexity_dit.config import Dtype, Resize
+from complexity_dit.inception_net import InceptionV3Features, fold_state_dict
 from complexity_dit.random_net import RandomConvFeatures
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
@@ -41,9 +42,8 @@ __all__ = [
     "load_random_features",
 ]
 
-logger = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16"]
+logger = logging.getLogger(__name__)
 
 INCEPTION_NAME = "inception-v3-2015-12-05"
 RANDOM_NAME = "random-conv"

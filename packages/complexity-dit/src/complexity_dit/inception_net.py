@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from complexity_dit.config import Resize
 from inl_core.run.errors import UserError
-
-Resize = Literal["tf1", "pytorch-fid", "antialias"]
 
 INPUT_SIZE = 299
 BATCH_NORM_EPS = 1e-3

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.hashing import weights_sha256
 from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
 from complexity_dit.parts import AdapterParts, PipelineParts
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.vae import weights_sha256
 from inl_core import certify, dynamics_modules, read_dynamics
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError

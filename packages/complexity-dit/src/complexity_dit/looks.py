@@ -15,14 +15,15 @@ import numpy as np
 from accelerate import Accelerator
 
 from complexity_dit.batches import StepBatches
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import SampleConfig, TrainConfig
 from complexity_dit.data import load_data
+from complexity_dit.distributed import Processes
 from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.grids import save_grid
 from complexity_dit.image_sets import is_source
 from complexity_dit.latents import TrainingData, source_config
 from complexity_dit.parts import PipelineParts
-from complexity_dit.processes import Processes
-from complexity_dit.sample import SampleConfig, grid_labels, iter_samples, save_grid
+from complexity_dit.sample import grid_labels, iter_samples
 from complexity_dit.state import TrainState
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import DYNAMICS_COLUMNS, read_dynamics

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 from complexity_dit.config import LoraOptions, TrainConfig
+from complexity_dit.hashing import weights_sha256
 from complexity_dit.latents import (
     LatentDataset,
     LatentSpace,
@@ -21,7 +22,6 @@ from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.sample import load_pipeline
 from complexity_dit.schedulers import is_flow
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.vae import weights_sha256
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from complexity_dit.bias import bootstrap, fid_curve
-from complexity_dit.eval_config import EvalConfig
+from complexity_dit.config import EvalConfig
 from complexity_dit.inception import FeatureExtractor
 from complexity_dit.kid import KernelDistance, kid_from_features
 from complexity_dit.manifold import (

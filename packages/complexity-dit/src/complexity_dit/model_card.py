@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from inl_core.run.files import file_aside
 from inl_core.run.json_files import one_line
 

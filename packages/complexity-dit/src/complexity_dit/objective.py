@@ -5,119 +5,21 @@ logit-normal times (Esser et al., arXiv 2403.03206) is the default; epsilon and 
 linear DDPM schedule are there for comparison with DiT.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from inl_core.run.errors import UserError
+from complexity_dit.config import ObjectiveConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
 
 MIN_NOISE = 0.02
 """Least noise level at which a network that writes the clean image is trained and believed: its
 velocity is divided by the level, and so are its errors."""
-
-
-@dataclass
-class ObjectiveConfig:
-    """The training target and the distribution of noise levels."""
-
-    prediction_type: Literal["flow", "epsilon", "v_prediction"] = "flow"
-    """flow: velocity of the straight path from image to noise; the others use the DDPM schedule."""
-
-    network_output: Literal["sample", "target"] | None = None
-    """What the network writes: the clean image (`sample`, flow only), from which the velocity
-    follows, or the target itself; the loss is on the target either way. By default sample for
-    flow, target for the others."""
-
-    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Distribution of the noise level t in (0, 1)."""
-
-    logit_mean: float = 0.0
-    """Mean of logit(t) for logit_normal; above 0 favours high noise."""
-
-    logit_std: float = 1.0
-    """Standard deviation of logit(t) for logit_normal."""
-
-    shift: float = 2.0
-    """Time shift s in training: t becomes s*t / (1 + (s - 1)*t); above 1 puts more of it on high
-    noise, where composition is decided. 1 is off."""
-
-    sampling_shift: float = 5.0
-    """Time shift in sampling (flow only). Above the training's: the last step, to the clean image,
-    then starts from more noise, whose traces a small network cannot remove in smaller steps."""
-
-    label_dropout: float | dict[str, float] = 0.1
-    """Probability that each label of an image is replaced by the null row, for guidance; or one
-    for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
-
-    direction_weight: float = 0.0
-    """Weight of the velocity-direction term 1 - cosine(prediction, target), added to the squared
-    error (FasterDiT, arXiv 2410.10356); flow and v_prediction only. 0 is off."""
-
-    direction_over: Literal["image", "channels"] = "image"
-    """What a direction is: image, one for all numbers of an image; or channels, one at each
-    position over its channels, which asks for many channels (latents)."""
-
-    @property
-    def writes_sample(self) -> bool:
-        """Whether the network writes the clean image.
-
-        Raises:
-            UserError: If it should, and the objective has no velocity that follows from it.
-        """
-        if self.network_output == "sample" and self.prediction_type != "flow":
-            raise UserError(
-                f"network_output sample goes with prediction_type flow, not "
-                f"{self.prediction_type}: use --objective.network_output target"
-            )
-        return self.prediction_type == "flow" and self.network_output != "target"
-
-    def check(self) -> None:
-        """Refuse settings that do not fit each other.
-
-        Raises:
-            UserError: If a weight or a probability is out of range, or the direction term is asked
-                for where the target is no velocity.
-        """
-        _ = self.writes_sample
-        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
-            raise UserError(
-                f"direction_weight {self.direction_weight} must be 0 (off) or a positive number"
-            )
-        if self.direction_weight and self.prediction_type == "epsilon":
-            raise UserError(
-                f"direction_weight {self.direction_weight} needs a velocity as the target: use "
-                "prediction_type flow or v_prediction, or direction_weight 0 with epsilon"
-            )
-        dropout = self.label_dropout
-        for field, value in dropout.items() if isinstance(dropout, dict) else [("", dropout)]:
-            if not 0 <= value <= 1:
-                name = f"label_dropout of {field}" if field else "label_dropout"
-                raise UserError(f"{name}: {value} must be a probability, from 0 to 1")
-
-    def label_dropouts(self, fields: Sequence[str]) -> list[float]:
-        """The dropout probability of each label field, in their order.
-
-        Raises:
-            UserError: If `label_dropout` names a field that is not there, or leaves one out.
-        """
-        if not isinstance(self.label_dropout, dict):
-            return [self.label_dropout] * len(fields)
-        if set(self.label_dropout) != set(fields):
-            raise UserError(
-                f"label_dropout names {', '.join(self.label_dropout) or 'no field'}, but the label "
-                f"fields of the data are {', '.join(fields) or 'none'}: give each of them a "
-                "probability (0 for never), or one number for all"
-            )
-        return [self.label_dropout[field] for field in fields]
 
 
 def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:

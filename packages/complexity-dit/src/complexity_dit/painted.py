@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
-from complexity_dit.features import FEATURE_CHUNK, array_hash
+from complexity_dit.distributed import on_main
+from complexity_dit.features import FEATURE_CHUNK
+from complexity_dit.hashing import array_hash, module_hash
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.images import bombs_refused
-from complexity_dit.parallel_evaluation import on_main
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside, recover
 from inl_core.run.json_files import read_json_object
 
 if TYPE_CHECKING:
+    from complexity_dit.config import SampleConfig
     from complexity_dit.pipeline import ComplexityDiTPipeline
-    from complexity_dit.sample import SampleConfig
+
 
 logger = logging.getLogger(__name__)
 
@@ -105,18 +107,6 @@ def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
         part = pipe.components[name]
         if isinstance(part, nn.Module):
             digest.update(f"{name} {module_hash(part)}".encode())
-    return digest.hexdigest()
-
-
-def module_hash(module: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of a module's tensors, in hex."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from complexity_dit.compatibility import check_labels, check_meaning
-from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from complexity_dit.latents import LatentSpace
 from complexity_dit.model_card import write_card
 from complexity_dit.pipeline import ComplexityDiTPipeline

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.eval_config import EvalConfig
+from complexity_dit.config import EvalConfig
 from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import Array, Float64, distance_of_sets
 from inl_core.run.errors import UserError

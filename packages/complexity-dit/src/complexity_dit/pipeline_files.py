@@ -16,7 +16,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.hub_upload import check_reachable, upload
+from complexity_dit.hub import check_reachable, upload
 from complexity_dit.model_card import write_card
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.weight_files import only_safetensors

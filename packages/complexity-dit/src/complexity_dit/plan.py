@@ -5,13 +5,13 @@ the shape of a cache of latents that is there.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from complexity_dit.build import build_model
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import PlanConfig, TrainConfig
 from complexity_dit.costs import (
     activation_bytes,
     count_parameters,
@@ -22,38 +22,6 @@ from complexity_dit.costs import (
 )
 from complexity_dit.tokens import kept_count
 from inl_core.run.errors import UserError
-
-
-@dataclass
-class PlanConfig:
-    """What the config of a run does not say."""
-
-    train_images: int | None = None
-    """Training images, to count epochs."""
-
-    channels: int | None = None
-    """Channels of the input; by default 3 for pixels, and the cache's for latents that are there
-    (32 for TAEF2, 4 for the VAE of Stable Diffusion)."""
-
-    cells: int | None = None
-    """Side of the input, in pixels or latent cells; by default data.resolution for pixels and the
-    cache's for latents that are there."""
-
-    num_classes: dict[str, int] = field(default_factory=dict)
-    """Labels of each field, e.g. {style: 27}; by default the cache's, or none."""
-
-    processes: int = 1
-    """Devices that share the batch."""
-
-    images_per_second: float | None = None
-    """A measured speed of all devices together, for the time estimate."""
-
-    peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s at the run's precision, e.g. 989 for bf16 on an H100; with
-    `mfu`, for the time estimate."""
-
-    mfu: float | None = None
-    """Share of the peak that training reaches, e.g. 0.4."""
 
 
 @dataclass(frozen=True)

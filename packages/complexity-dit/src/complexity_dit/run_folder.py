@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from complexity_dit.processes import Processes
+from complexity_dit.distributed import Processes
 from complexity_dit.state import STATE_FILE
 from inl_core.run.checkpoints import checkpoint_to_resume, run_lock
 from inl_core.run.errors import UserError

@@ -4,68 +4,27 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from complexity_dit.folder_files import ADAPTER_FILE
+from complexity_dit.config import ADAPTER_FILE, SampleConfig
+from complexity_dit.grids import save_grid, save_image
+from complexity_dit.hashing import weights_sha256
 from complexity_dit.pipeline import ComplexityDiTPipeline
 from complexity_dit.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.vae import weights_sha256
 from inl_core.run.checkpoints import refuse_damage_in_use
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 from inl_core.run.json_files import fits, one_line, read_json_object
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SampleConfig:
-    """How pictures are painted; all of it is part of a result's settings."""
-
-    seed: int = 0
-    """Seed of the set; the noise of image i comes from (seed, i) alone."""
-
-    num_inference_steps: int = 20
-    """Denoising steps: one evaluation of the network each, two with Heun, twice that guided."""
-
-    scheduler: str | None = None
-    """Class name of a diffusers scheduler, e.g. DPMSolverMultistepScheduler; the pipeline's own by
-    default."""
-
-    shift: float | None = None
-    """Time shift of a flow-matching scheduler; the one saved in the pipeline by default."""
-
-    guidance_scale: float = 2.0
-    """Classifier-free guidance, or autoguidance if that is given; 1 is off."""
-
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Noise levels in [0, 1] within which guidance acts."""
-
-    autoguidance: str | None = None
-    """Pipeline folder of a weaker model of the same data, e.g. an early checkpoint's, that guidance
-    leads away from instead of from the null rows."""
-
-    height: int | None = None
-    """Height in pixels; the training size by default."""
-
-    width: int | None = None
-    """Width in pixels; the training size by default."""
-
-    batch_size: int = 64
-    """Pictures painted together; bits do not depend on it. Best is a multiple of chunk_size."""
-
-    chunk_size: int = 16
-    """Pictures in one network call, padded if need be; a set's bits are defined at this size."""
 
 
 def iter_samples(
@@ -174,74 +133,6 @@ def grid_labels(pipe: ComplexityDiTPipeline, columns: int, field: str | None = N
     labels = torch.full((len(list(names.values())[position]) * columns, len(names)), -1)
     labels[:, position] = torch.arange(len(labels)) // columns
     return labels
-
-
-def save_grid(
-    images: np.ndarray, columns: int, captions: Sequence[str], path: Path, scale: int | None = None
-) -> None:
-    """Write a PNG grid with one caption at the left of each row.
-
-    Args:
-        images: uint8 (N, Y, X, 3), row by row.
-        columns: Pictures in a row.
-        captions: One for each row; empty strings leave no margin.
-        path: Where to write; written aside and renamed.
-        scale: Integer enlargement (nearest pixel); None enlarges small pictures to about 96 pixels.
-    """
-    save_image(draw_grid(images, columns, captions, scale=scale), path)
-
-
-def draw_grid(
-    images: np.ndarray,
-    columns: int,
-    captions: Sequence[str] = (),
-    below: Sequence[str] = (),
-    scale: int | None = None,
-) -> Image.Image:
-    """A grid of pictures, with captions at the left of rows, below pictures, or both.
-
-    Args:
-        images: uint8 (N, Y, X, 3), row by row.
-        columns: Pictures in a row.
-        captions: One for each row; empty strings leave no margin.
-        below: One for each picture.
-        scale: Integer enlargement (nearest pixel); None enlarges small pictures to about 96 pixels.
-    """
-    count, height, width, _ = images.shape
-    scale = scale or max(1, round(96 / height))
-    rows, gap, line = -(-count // columns), 4, 18 if below else 0
-    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=11)
-    margin = max((int(font.getlength(c)) + 16 for c in captions if c), default=0)
-    cell_h, cell_w = height * scale + gap + line, width * scale + gap
-    sheet = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        picture = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
-        left, top = margin + gap + column * cell_w, gap + row * cell_h
-        sheet.paste(picture, (left, top))
-        if below:
-            text = _shortened(below[i], width * scale, small)
-            place = (left + width * scale // 2, top + height * scale + line // 2)
-            draw.text(place, text, fill="black", font=small, anchor="mm")
-    for row, caption in enumerate(captions[:rows]):
-        y = gap + row * cell_h + height * scale // 2
-        draw.text((8, y), caption, fill="black", font=font, anchor="lm")
-    return sheet
-
-
-def _shortened(text: str, width: int, font: Any) -> str:
-    """A text that fits into so many pixels, cut with an ellipsis if need be."""
-    whole = text
-    while text and font.getlength(text if text == whole else f"{text}…") > width:
-        text = text[:-1]
-    return text if text == whole else f"{text}…"
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG; no half-written file ever has the final name."""
-    with file_aside(path) as aside:
-        image.save(aside, format="PNG")
 
 
 def sample(

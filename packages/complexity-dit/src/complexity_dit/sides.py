@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.eval_config import EvalConfig
+from complexity_dit.config import EvalConfig
 from complexity_dit.features import draw, set_features
 from complexity_dit.floors import SHRUNK_FILTER, shrink, vae_reconstruction
 from complexity_dit.image_sets import ImageSet

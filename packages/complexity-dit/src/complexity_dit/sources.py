@@ -12,8 +12,6 @@ import hashlib
 import inspect
 import logging
 import os
-import urllib.error
-import urllib.request
 import warnings
 import zlib
 from glob import escape
@@ -33,17 +31,17 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import constants
 
 from complexity_dit import art
+from complexity_dit.hub import _SOURCE_HINT, reach_hub
 from complexity_dit.images import VERSION, square_pixels
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
 
 if TYPE_CHECKING:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
+
 
 _ART_HASH_SIZE = 32
-_HUB_TIMEOUT_S = 4.0
 _LARGEST_FILE = 2**29  # bytes of one picture's file, also unpacked
-_WAY_OUT = "download it elsewhere and use source=imagefolder:PATH"
 _ROW_COLUMNS = {"pixels": "binary", "sha256": "string", "name": "string", "reason": "string"}
 
 log = logging.getLogger(__name__)
@@ -112,7 +110,7 @@ def _read_source(source: str) -> datasets.Dataset:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         said = (str(cause) or type(cause).__name__).splitlines()[0]
-        help_text = _WAY_OUT if scheme == "hub" else "check the folder and its metadata file"
+        help_text = _SOURCE_HINT if scheme == "hub" else "check the folder and its metadata file"
         raise UserError(f"cannot read {source}: {said}; {help_text}") from error
 
 
@@ -140,34 +138,6 @@ def _read_folder(name: str) -> datasets.Dataset:
     if parts:
         log.info("imagefolder:%s: its splits %s are put together", name, ", ".join(parts))
     return rows
-
-
-def reach_hub(what: str, way_out: str = _WAY_OUT) -> None:
-    """Ask the hub for its front page, so that no network means one line and not 23 s of retries.
-
-    Args:
-        what: What is wanted of it, to start the message with.
-        way_out: What to do without it.
-
-    Raises:
-        UserError: If the hub does not answer.
-    """
-    if constants.HF_HUB_OFFLINE or datasets_config.HF_HUB_OFFLINE:
-        return
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
-            return
-    except urllib.error.HTTPError as error:
-        said: Any = error
-        if error.code < 500:
-            return
-    except OSError as error:
-        said = getattr(error, "reason", error)
-    raise UserError(
-        f"{what}: cannot reach {constants.ENDPOINT} ({said}); {way_out}, or set "
-        "HF_HUB_OFFLINE=1 if this machine has already cached it"
-    )
 
 
 def _image_column(rows: datasets.Dataset, asked: str | None) -> str:

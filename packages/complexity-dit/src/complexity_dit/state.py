@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from complexity_dit.adapters import blank_copy
+from complexity_dit.distributed import Processes
 from complexity_dit.parts import PipelineParts
-from complexity_dit.processes import Processes
 from complexity_dit.sharding import shared_out, whole
 from complexity_dit.spikes import SpikeGuard
 from complexity_dit.transformer import ComplexityDiTTransformer2DModel

@@ -10,22 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from complexity_dit.folder_files import ADAPTER_FILE, DATA_FILE
-from complexity_dit.image_sets import (
-    ImageSet,
-    dataset_images,
-    folder_images,
-    is_source,
-    npz_images,
-)
-from complexity_dit.parallel_evaluation import main_first
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.distributed import main_first
+from complexity_dit.image_sets import ImageSet, dataset_images, folder_images, is_source, npz_images
 from complexity_dit.statistics_files import KeptStatistics, read_statistics
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, read_json_object
 
 if TYPE_CHECKING:
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
     from complexity_dit.pipeline import ComplexityDiTPipeline
+
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +95,7 @@ def open_reference(reference: str, size: tuple[int, int], data: "DataConfig | No
 
 def trained_on(target: object) -> "DataConfig | None":
     """The data that a pipeline folder says it was trained on."""
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
 
     if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
         return None
@@ -147,28 +142,6 @@ def own_labels(subject: ImageSet, field: str | None, names: list[str]) -> NDArra
     return _renamed(subject.column(field), subject.label_names[field], list(enumerate(names)))
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a setting; ``auto`` is the process's GPU where there is one.
-
-    Raises:
-        UserError: No such device, or no GPU can be used.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        from complexity_dit.parallel_evaluation import process_state
-
-        state = process_state()
-        return (state and state.device) or torch.device("cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r}, and no GPU can be used here; take auto or cpu")
-    return device
-
-
 def _renamed(
     ids: NDArray[np.int64], names: list[str], others: list[tuple[int, str]]
 ) -> NDArray[np.int64]:
@@ -179,7 +152,7 @@ def _renamed(
 
 
 def _read_as(source: str, data: "DataConfig | None") -> "DataConfig":
-    from complexity_dit.data import DataConfig
+    from complexity_dit.config import DataConfig
 
     return replace(data or DataConfig(), source=source)
 

@@ -17,6 +17,7 @@ from complexity_dit.acceleration import make_accelerator
 from complexity_dit.batches import StepBatches, step_loader
 from complexity_dit.build import build_model, prepared_state
 from complexity_dit.config import TrainConfig
+from complexity_dit.distributed import Processes
 from complexity_dit.init_from import start_from
 from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.looks import Look, build_looks
@@ -24,7 +25,6 @@ from complexity_dit.lora import adapt
 from complexity_dit.noise_levels import NoiseLevels
 from complexity_dit.objective import build_scheduler
 from complexity_dit.parts import PipelineParts
-from complexity_dit.processes import Processes
 from complexity_dit.run_folder import claimed_folder
 from complexity_dit.state import TrainState
 from complexity_dit.step import optimizer_step

@@ -1,6 +1,5 @@
 """Any VAE that latents can come from: found by hub id or path, hashed, asked for its posterior."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from complexity_dit.autoencoder import TinyAutoencoder
-from complexity_dit.sources import reach_hub
+from complexity_dit.hub import reach_hub
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import read_json_object
 
@@ -19,7 +18,7 @@ Vae = AutoencoderKL | AutoencoderTiny | TinyAutoencoder
 _CLASSES: dict[str, type[Vae]] = {
     cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, TinyAutoencoder)
 }
-_WAY_OUT = "download it elsewhere and give the folder"
+_FOLDER_HINT = "download it elsewhere and give the folder"
 
 
 def load_vae(name: str) -> Vae:
@@ -42,7 +41,7 @@ def load_vae(name: str) -> Vae:
     elif name.count("/") != 1 or name.startswith((".", "~")):
         raise UserError(f"there is no VAE folder {name}; give an existing folder or a hub id")
     else:
-        reach_hub(f"vae {name}", _WAY_OUT)
+        reach_hub(f"vae {name}", _FOLDER_HINT)
     config, subfolder = _config_of(name)
     found = config.get("_class_name")
     if found not in _CLASSES:
@@ -69,16 +68,7 @@ def _config_of(name: str) -> tuple[dict, str | None]:
                 return read_json_object(path), subfolder
         except (HfHubHTTPError, OSError, ValueError) as error:
             said = str(error).splitlines()[0]
-    raise UserError(f"no VAE in {name} ({said}); {_WAY_OUT}")
-
-
-def weights_sha256(vae: Vae) -> str:
-    """sha256 over names, shapes and fp32 values: the same for every file format of one VAE."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    raise UserError(f"no VAE in {name} ({said}); {_FOLDER_HINT}")
 
 
 def scale_factor(vae: Vae) -> int:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from complexity_dit.inception import Dtype, FeatureExtractor, sha256_of, torch_dtype
+from complexity_dit.config import Dtype
+from complexity_dit.inception import FeatureExtractor, sha256_of, torch_dtype
 from complexity_dit.inception_net import check_images
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits, read_json_object

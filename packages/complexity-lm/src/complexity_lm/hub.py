@@ -12,14 +12,14 @@ from inl_core.run.errors import UserError
 _TIMEOUT_S = 4.0
 
 
-def require_hub(name: str, way_out: str) -> None:
+def require_hub(name: str, hint: str) -> None:
     """Ask the hub for its front page, so that no network means one line and not 23 s of retries.
 
     Offline by choice (``HF_HUB_OFFLINE=1``) is fine: what is cached can be read.
 
     Args:
         name: What was asked for, as the user wrote it.
-        way_out: What to do without the hub; a clause of the message.
+        hint: What to do without the hub; a clause of the message.
 
     Raises:
         UserError: The hub does not answer.
@@ -37,7 +37,7 @@ def require_hub(name: str, way_out: str) -> None:
     except OSError as error:
         said = getattr(error, "reason", error)
     raise UserError(
-        f"{name}: cannot reach {constants.ENDPOINT} ({said}); {way_out}, or set HF_HUB_OFFLINE=1 "
+        f"{name}: cannot reach {constants.ENDPOINT} ({said}); {hint}, or set HF_HUB_OFFLINE=1 "
         "if this machine has already cached it"
     )
 

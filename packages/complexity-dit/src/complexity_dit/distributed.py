@@ -1,23 +1,47 @@
-"""One evaluation on several processes: who does what, and how the parts come together.
+"""Processes of one run: what they agree on, which share of the work each does, where it runs.
 
-Started by torchrun or accelerate, every process takes its blocks of images; features are gathered
-and the main process alone measures and writes. In one process nothing here imports accelerate.
+In a single process nothing here imports accelerate.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed
 
 from inl_core.run import workers
+from inl_core.run.errors import UserError
 from inl_core.run.workers import report_dead_workers
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a setting; ``auto`` is the process's GPU where there is one.
+
+    Raises:
+        UserError: No such device, or no GPU can be used.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+
+        state = process_state()
+        return (state and state.device) or torch.device("cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r}, and no GPU can be used here; take auto or cpu")
+    return device
+
 
 T = TypeVar("T")
 
@@ -111,3 +135,59 @@ def main_first(function: Callable[[], T]) -> T:
         return function()
     with state.main_process_first():
         return function()
+
+
+MAIN_TIMEOUT = timedelta(days=1)
+"""How long the others wait for the main process, which may decode a data set or measure FID."""
+
+
+class Processes:
+    """The processes of a run; a single one talks to nobody.
+
+    Messages go through a gloo group of their own: on GPUs the training's own group would make the
+    host wait for the device, and gives up after ten minutes.
+
+    Args:
+        accelerator: Of the run.
+
+    Attributes:
+        count: How many there are.
+        index: Which of them this is.
+        is_main: Whether it is the one that writes.
+        group: Their gloo group; None for a single one.
+    """
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self.count, self.index = accelerator.num_processes, accelerator.process_index
+        self.is_main = accelerator.is_main_process
+        self.group = None
+        if self.count > 1:
+            self.group = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes call this with."""
+        if self.group is None:
+            return number
+        shared = torch.tensor([number])
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=self.group)
+        return int(shared)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something in the main process; all wait for it.
+
+        Args:
+            work: What the main process does; what it returns is pickled for the others.
+
+        Returns:
+            What `work` returned, in every process.
+
+        Raises:
+            UserError: In every process, if `work` raised it.
+        """
+        return workers.on_main(work, self.is_main, self.count, self.group)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do something in every process, in the main one before the others: it fills a cache."""
+        mine: list[T] = []
+        self.on_main(lambda: mine.append(work()))
+        return mine[0] if self.is_main else work()
