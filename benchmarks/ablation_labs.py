@@ -135,7 +135,7 @@ class DiT(Lab):
         from painting import painting
 
         from complexity_dit.evaluate import EvalConfig, evaluate
-        from complexity_dit.pipeline import ComplexityDiTPipeline
+        from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
         folder = Path(config.out) / "pipeline"
         pipe = ComplexityDiTPipeline.from_pretrained(folder, transformer=self.network(config, swap))

@@ -22,10 +22,9 @@ from results import append_rows
 from timing import paired
 from torch.utils.flop_counter import FlopCounterMode
 
-from complexity_dit.architecture import SIZES
 from complexity_dit.costs import count_parameters
-from complexity_dit.tokens import draw_kept_tokens
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.tokens import draw_kept_tokens
+from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel
 
 LABELS = {"label_fields": ["style"], "num_classes": [8]}
 DYNAMICS = {"dynamics_placement": "branch", "dynamics_adaptive": "channel"}

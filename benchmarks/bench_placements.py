@@ -15,7 +15,7 @@ from memory import peak_of
 from results import append_rows, commit
 from timing import DEVICE, paired
 
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import DeepConfig, DeepForCausalLM
 
 # Placement and kind of coefficients; a model's own default is the first after `none`.

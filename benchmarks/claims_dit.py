@@ -28,8 +28,8 @@ from timing import DEVICE
 from complexity_dit.compare import different_settings, read_result
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.features import draw
-from complexity_dit.sample import iter_samples, load_pipeline
-from complexity_dit.schedulers import is_flow, named_scheduler
+from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
+from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from complexity_dit.subjects import labels_to_ask, open_reference, trained_on
 from inl_core.run.checkpoints import all_checkpoints

@@ -26,8 +26,8 @@ from complexity_dit.build import build_model
 from complexity_dit.config import DATA_FILE, TrainConfig
 from complexity_dit.costs import token_count, training_flops
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.sample import load_pipeline
-from complexity_dit.tokens import kept_count
+from complexity_dit.models.tokens import kept_count
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 

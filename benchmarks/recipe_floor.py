@@ -18,7 +18,7 @@ from complexity_dit.features import draw, set_features
 from complexity_dit.floors import vae_reconstruction
 from complexity_dit.inception import load_extractor
 from complexity_dit.measures import measure
-from complexity_dit.sample import load_pipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.subjects import open_reference, trained_on
 
 

@@ -16,8 +16,8 @@ from painting import painting
 from results import append_rows, commit
 
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.sample import load_pipeline
-from complexity_dit.schedulers import named_scheduler, steps_within
+from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.pipelines.schedulers import named_scheduler, steps_within
 
 SCHEDULERS = {
     "Euler": "FlowMatchEulerDiscreteScheduler",

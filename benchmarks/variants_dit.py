@@ -12,7 +12,7 @@ import torch
 from variants import SWAPS
 
 from complexity_dit.build import build_model
-from complexity_dit.transformer import ComplexityDiTBlock, ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTBlock, ComplexityDiTTransformer2DModel
 
 
 class _Branches(ComplexityDiTBlock):

@@ -71,7 +71,7 @@ def desk(tmp_path_factory) -> Path:
     """A folder with what the runs of the pages would have left in it."""
     from complexity_dit.gallery import Gallery, Settings
     from complexity_dit.gallery_png import picture_png
-    from complexity_dit.sample import load_pipeline
+    from complexity_dit.pipelines.sampling import load_pipeline
 
     desk = tmp_path_factory.mktemp("desk")
     art = {"style": ["Op_Art", "Orphism"], "genre": ["ocean", "dawn"]}

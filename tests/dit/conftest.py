@@ -15,9 +15,9 @@ from complexity_dit.config import (
     OptimConfig,
     TrainConfig,
 )
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.objective import build_scheduler
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.pictures import pictures, write_folder
 
 STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from complexity_dit.autoencoder import TinyAutoencoder, TinyBlock
 from complexity_dit.hashing import weights_sha256
-from complexity_dit.vae import load_vae, posterior, scale_factor
+from complexity_dit.models.autoencoder import TinyAutoencoder, TinyBlock
+from complexity_dit.models.vae import load_vae, posterior, scale_factor
 from inl_core.run.errors import UserError
 
 SMALL = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.seeding import generator_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

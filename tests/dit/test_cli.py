@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 
 from complexity_dit import __main__ as cli
-from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.config import TrainConfig
+from complexity_dit.models.autoencoder import TinyAutoencoder
 
 SMALL = [
     "--steps=2", "--batch_size=4", "--log_every=1", "--checkpoint_every=2", "--data.num_images=64",

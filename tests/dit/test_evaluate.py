@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import complexity_dit.sample
+import complexity_dit.pipelines.sampling
 from complexity_dit import evaluate as module
 from complexity_dit import features as features_module
 from complexity_dit.config import DataConfig, SampleConfig
@@ -22,7 +22,7 @@ from complexity_dit.image_sets import dataset_images, folder_images
 from complexity_dit.inception import FeatureExtractor, load_random_features
 from complexity_dit.kid import kid_from_features
 from complexity_dit.metrics import feature_statistics, fid_from_features
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 
@@ -236,7 +236,7 @@ def test_a_pipeline_is_asked_for_the_held_out_labels(
     n = 16
     rows = draw(len(held), n, seed=2)
     asked: list[torch.Tensor] = []
-    original = complexity_dit.sample.iter_samples
+    original = complexity_dit.pipelines.sampling.iter_samples
 
     def spy(pipe, labels, config, indices=None, progress=True):
         asked.append(labels)
@@ -244,7 +244,7 @@ def test_a_pipeline_is_asked_for_the_held_out_labels(
         batches = list(original(pipe, labels, config, indices, progress))
         yield from reversed(batches)
 
-    monkeypatch.setattr(complexity_dit.sample, "iter_samples", spy)
+    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", spy)
     config = replace(QUICK, num_images=n, seed=2, floors=True)
     sample = SampleConfig(num_inference_steps=2, batch_size=5, chunk_size=5)
     result = evaluate(pipe, "art", config=config, sample=sample, data=data)
@@ -287,7 +287,7 @@ def test_samples_of_each_label_own_the_accuracy(
     def perfect(pipe, labels, config, indices=None, progress=True):
         yield list(range(n)), real.read(order.tolist())
 
-    monkeypatch.setattr(complexity_dit.sample, "iter_samples", perfect)
+    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", perfect)
     config = replace(QUICK, num_images=n)
     metrics = evaluate(pipe, "art", config=config, data=data)["metrics"]
     assert metrics["label_accuracy"] == metrics["label_accuracy_real"]

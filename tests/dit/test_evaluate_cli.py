@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import complexity_dit.sample
+import complexity_dit.pipelines.sampling
 from complexity_dit.config import DataConfig, SampleConfig
 from complexity_dit.data import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate, evaluate_images
 from complexity_dit.features import draw, set_features
 from complexity_dit.image_sets import array_images, folder_images
 from complexity_dit.inception import load_random_features
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
 
@@ -32,7 +32,7 @@ def test_samples_of_an_interrupted_run_are_used_again(
     config = replace(QUICK, num_images=40)
     sample = SampleConfig(num_inference_steps=1, batch_size=32)
     painted: list[int] = []
-    original = complexity_dit.sample.iter_samples
+    original = complexity_dit.pipelines.sampling.iter_samples
 
     def stopping(pipe, labels, config, indices=None, progress=True):
         for batch, images in original(pipe, labels, config, indices, progress):
@@ -42,7 +42,7 @@ def test_samples_of_an_interrupted_run_are_used_again(
             painted.extend(batch)
             yield batch, images
 
-    monkeypatch.setattr(complexity_dit.sample, "iter_samples", stopping)
+    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", stopping)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(pipe, real, out, config, sample)

@@ -17,7 +17,7 @@ from complexity_dit.features import FEATURE_CHUNK, set_features
 from complexity_dit.inception import load_random_features
 from complexity_dit.metrics import fid_from_features
 from complexity_dit.painted import painted_images
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.processes import torchrun
 
 N = 2 * FEATURE_CHUNK + 5

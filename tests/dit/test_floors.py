@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from complexity_dit.floors import VAE_CHUNK, shrink, vae_reconstruction
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.pictures import noise
 
 

@@ -17,7 +17,7 @@ from complexity_dit import gallery as gallery_module
 from complexity_dit.config import AppConfig, Limits, ObjectiveConfig
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.objective import build_scheduler
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
 # Solvers of the DPM family turn tensors into arrays in a way that numpy 2 warns about.

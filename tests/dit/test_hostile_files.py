@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from complexity_dit import images as images_module
 from complexity_dit import statistics_files
-from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.config import DataConfig
 from complexity_dit.data import load_data
 from complexity_dit.image_sets import folder_images, npz_images
 from complexity_dit.images import square_pixels
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import load_pipeline
+from complexity_dit.models.autoencoder import TinyAutoencoder
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.vae import load_vae
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.statistics_files import read_statistics
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.vae import load_vae
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from complexity_dit import app_page, labels, model_card, report_charts
+from complexity_dit import app_page, labels, report_charts
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.gallery_png import read_png, sheet_png
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import load_pipeline, sample
+from complexity_dit.pipelines import model_card
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline, sample
 from inl_core.run import json_files as bounded
 from inl_core.run.errors import UserError
 

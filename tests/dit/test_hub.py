@@ -14,9 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 
-from complexity_dit.model_card import write_card
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.model_card import write_card
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
 RESULT = Path("docs/results/wikiart-cpu/result-step-00005600.json")

@@ -19,7 +19,7 @@ from complexity_dit import (
     ComplexityDiTPipeline,
     interpolate,
 )
-from complexity_dit.interpolation import slerp
+from complexity_dit.pipelines.image_to_image import slerp
 from inl_core.run.errors import UserError
 
 SCHEDULERS = [

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from complexity_dit.labels import read_labels, resolve_label
+from complexity_dit.data import read_labels
+from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 
 

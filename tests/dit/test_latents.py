@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from complexity_dit import encode as encode_module
-from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.batches import StepBatches
 from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
 from complexity_dit.data import load_data
@@ -24,9 +23,10 @@ from complexity_dit.encode import encode
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.latent_parts import part_path
 from complexity_dit.latents import load_training_data, open_latent_space
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.models.autoencoder import TinyAutoencoder
+from complexity_dit.models.vae import load_vae, posterior
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.train import train
-from complexity_dit.vae import load_vae, posterior
 from inl_core.run.errors import UserError
 from support.processes import torchrun
 

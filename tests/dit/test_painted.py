@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import complexity_dit.sample
+import complexity_dit.pipelines.sampling
 from complexity_dit.config import SampleConfig
 from complexity_dit.features import FEATURE_CHUNK
 from complexity_dit.painted import painted_images
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
 SAMPLING = SampleConfig(num_inference_steps=1, batch_size=4, chunk_size=4)
@@ -29,14 +29,14 @@ def labels() -> torch.Tensor:
 def painted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the images that were painted, in order."""
     numbers: list[int] = []
-    original = complexity_dit.sample.iter_samples
+    original = complexity_dit.pipelines.sampling.iter_samples
 
     def spy(pipe, labels, config, indices=None, progress=True):
         for batch, images in original(pipe, labels, config, indices, progress):
             numbers.extend(batch)
             yield batch, images
 
-    monkeypatch.setattr(complexity_dit.sample, "iter_samples", spy)
+    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", spy)
     return numbers
 
 

@@ -15,8 +15,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from complexity_dit.chunks import in_chunks
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, in_chunks
 from inl_core.run.errors import UserError
 
 
@@ -209,7 +208,7 @@ def test_labels_of_another_model_are_refused(pipe):
 
 
 def test_unconditional_pipeline(pipe):
-    from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+    from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 
     config = {**pipe.transformer.config, "label_fields": [], "num_classes": []}
     plain = ComplexityDiTPipeline(

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.__main__ import run
-from complexity_dit.architecture import ADAPTIVES, PLACEMENTS, SIZES
 from complexity_dit.config import DataConfig, ModelConfig, PlanConfig, TrainConfig
 from complexity_dit.costs import (
     activation_bytes,
@@ -22,8 +21,13 @@ from complexity_dit.costs import (
     token_count,
     training_flops,
 )
+from complexity_dit.models.transformer import (
+    ADAPTIVES,
+    PLACEMENTS,
+    SIZES,
+    ComplexityDiTTransformer2DModel,
+)
 from complexity_dit.plan import plan
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 
 # Two sizes, with keys as wide as queries and narrower, square counts of tokens that differ.

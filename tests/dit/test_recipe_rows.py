@@ -75,7 +75,7 @@ def test_the_dit_starts_at_zero_and_never_drops_a_label() -> None:
 def test_the_dit_trains_resumes_and_paints_in_our_loop(small_run: TrainConfig) -> None:
     from diffusers_dit import DiffusersDiT, build_diffusers_dit
 
-    from complexity_dit.sample import load_pipeline
+    from complexity_dit.pipelines.sampling import load_pipeline
     from complexity_dit.train import train
 
     config = replace(
@@ -236,8 +236,8 @@ def test_the_floor_is_the_training_paintings_with_and_without_the_autoencoder(
     import recipe_floor
     import results
 
-    from complexity_dit.autoencoder import TinyAutoencoder
     from complexity_dit.config import DataConfig
+    from complexity_dit.models.autoencoder import TinyAutoencoder
 
     torch.manual_seed(0)
     vae = TinyAutoencoder(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from complexity_dit.config import SampleConfig
 from complexity_dit.grids import save_grid
-from complexity_dit.sample import grid_labels, iter_samples, load_pipeline, sample
+from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline, sample
 from inl_core.run.errors import UserError
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4)

@@ -8,10 +8,11 @@ import torch
 from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from complexity_dit.config import ObjectiveConfig, SampleConfig
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.objective import build_scheduler
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import iter_samples
-from complexity_dit.schedulers import (
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import iter_samples
+from complexity_dit.pipelines.schedulers import (
     FLOW_SCHEDULERS,
     count_evaluations,
     named_scheduler,
@@ -19,7 +20,6 @@ from complexity_dit.schedulers import (
     set_steps,
     steps_within,
 )
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(

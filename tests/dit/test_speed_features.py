@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 
 PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")

@@ -16,7 +16,7 @@ from complexity_dit import batches
 from complexity_dit import state as state_module
 from complexity_dit.batches import StepBatches
 from complexity_dit.data import load_data
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from inl_core.run.errors import UserError

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from complexity_dit.architecture import ADAPTIVES, PLACEMENTS, SIZES
-from complexity_dit.objective import velocity_towards
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import (
+    ADAPTIVES,
+    PLACEMENTS,
+    SIZES,
+    ComplexityDiTTransformer2DModel,
+    velocity_towards,
+)
 
 FIELDS = {"label_fields": ["style", "genre"], "num_classes": [3, 2]}
 
@@ -137,7 +141,7 @@ def test_non_square_inputs_and_grouped_query_attention():
 
 
 def test_patches_are_put_back_where_they_came_from():
-    from complexity_dit.patches import patchify, unpatchify
+    from complexity_dit.models.transformer import patchify, unpatchify
 
     x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
     tokens = patchify(x, 2)

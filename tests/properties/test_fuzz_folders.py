@@ -27,17 +27,17 @@ from complexity_dit import (
     labels,
     latent_parts,
     latents,
-    pipeline_files,
-    pipeline_labels,
-    sample,
     state,
     subjects,
     vision_models,
 )
 from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.objective import build_scheduler
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines import pipeline as pipeline_labels
+from complexity_dit.pipelines import sampling as sample
+from complexity_dit.pipelines import saving as pipeline_files
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_lm import checkpoints, generate, loading, stream
 from inl_core.run import csv_log
 from inl_core.run.errors import UserError

@@ -4,27 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from complexity_dit.autoencoder import TinyAutoencoder
     from complexity_dit.config import TrainConfig
-    from complexity_dit.interpolation import interpolate
-    from complexity_dit.pipeline import ComplexityDiTPipeline
-    from complexity_dit.pipeline_img2img import ComplexityDiTImg2ImgPipeline
-    from complexity_dit.pipeline_inpaint import ComplexityDiTInpaintPipeline
-    from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+    from complexity_dit.models.autoencoder import TinyAutoencoder
+    from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+    from complexity_dit.pipelines.image_to_image import (
+        ComplexityDiTImg2ImgPipeline,
+        ComplexityDiTInpaintPipeline,
+        interpolate,
+    )
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
     from inl_core.run.errors import UserError
 
 __version__ = "0.1.0"
 
 # Importing diffusers takes seconds: `import complexity_dit` and `--help` should not.
 _HOMES = {
-    "ComplexityDiTImg2ImgPipeline": "complexity_dit.pipeline_img2img",
-    "ComplexityDiTInpaintPipeline": "complexity_dit.pipeline_inpaint",
-    "ComplexityDiTPipeline": "complexity_dit.pipeline",
-    "ComplexityDiTTransformer2DModel": "complexity_dit.transformer",
-    "TinyAutoencoder": "complexity_dit.autoencoder",
+    "ComplexityDiTImg2ImgPipeline": "complexity_dit.pipelines.image_to_image",
+    "ComplexityDiTInpaintPipeline": "complexity_dit.pipelines.image_to_image",
+    "ComplexityDiTPipeline": "complexity_dit.pipelines.pipeline",
+    "ComplexityDiTTransformer2DModel": "complexity_dit.models.transformer",
+    "TinyAutoencoder": "complexity_dit.models.autoencoder",
     "TrainConfig": "complexity_dit.config",
     "UserError": "inl_core.run.errors",
-    "interpolate": "complexity_dit.interpolation",
+    "interpolate": "complexity_dit.pipelines.image_to_image",
 }
 
 __all__ = [

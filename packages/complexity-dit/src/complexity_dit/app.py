@@ -32,7 +32,7 @@ from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, waiting,
 from complexity_dit.config import AppConfig
 from complexity_dit.distributed import pick_device
 from complexity_dit.gallery import MAX_SEED, Gallery, Settings
-from complexity_dit.sample import load_pipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.turns import Ticket, Turns
 from inl_core.run.errors import UserError
 

@@ -10,9 +10,9 @@ from complexity_dit.balance import BalancedOrder
 from complexity_dit.config import TrainConfig
 from complexity_dit.data import random_batch_indices
 from complexity_dit.latents import TrainingData
+from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
 from complexity_dit.seeding import generator_for
-from complexity_dit.tokens import draw_kept_tokens
 from inl_core.run.errors import UserError
 
 _BLOCK = 2**18

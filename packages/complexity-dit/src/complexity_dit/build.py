@@ -5,14 +5,13 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from complexity_dit.architecture import middle_blocks
 from complexity_dit.config import ModelConfig, TrainConfig
 from complexity_dit.latents import TrainingData
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, middle_blocks
 from complexity_dit.objective import time_quantiles
 from complexity_dit.optim import build_optimizer
 from complexity_dit.spikes import build_guard
 from complexity_dit.state import TrainState
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.errors import UserError
 
 

@@ -90,7 +90,7 @@ def _sample_options(parser: ArgumentParser) -> None:
 
 def _sample(options: dict[str, Any]) -> None:
     from complexity_dit.config import SampleConfig
-    from complexity_dit.sample import sample
+    from complexity_dit.pipelines.sampling import sample
 
     own = {k: options.pop(k) for k in ("pipeline", "out", "num_images", "labels", "overwrite")}
     sample(**own, sampling=SampleConfig(**options))

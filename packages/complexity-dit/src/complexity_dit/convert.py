@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from complexity_dit.architecture import SIZES, swiglu_width
 from complexity_dit.config import ObjectiveConfig
+from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel, swiglu_width
 from complexity_dit.objective import build_scheduler
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from inl_core.run.files import folder_aside
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from complexity_dit.architecture import middle_blocks, swiglu_width
+from complexity_dit.models.transformer import middle_blocks, swiglu_width
 
 Config = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from complexity_dit.data import PaintingDataset, in_split, load_data
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.latent_parts import number_of_parts, part_path
 from complexity_dit.latents import CACHE_FILE, FORMAT, PLAN_FILE
-from complexity_dit.vae import Vae, load_vae, posterior, scale_factor
+from complexity_dit.models.vae import Vae, load_vae, posterior, scale_factor
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 from inl_core.run.json_files import read_json_object

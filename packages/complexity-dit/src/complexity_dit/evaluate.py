@@ -42,8 +42,9 @@ from complexity_dit.measures import (
 )
 from complexity_dit.memorisation import Memorisation, memorisation
 from complexity_dit.metrics import distance_of_sets, feature_statistics
-from complexity_dit.painted import painted_images, scheduler_settings
+from complexity_dit.painted import painted_images
 from complexity_dit.per_label import class_means, distances_by_label, nearest_class_mean_accuracy
+from complexity_dit.pipelines.sampling import scheduler_settings
 from complexity_dit.result_table import format_result
 from complexity_dit.sides import Sides, check_wishes, collect
 from complexity_dit.statistics_files import KeptStatistics, write_statistics
@@ -59,7 +60,7 @@ from inl_core.run.files import file_aside
 
 if TYPE_CHECKING:
     from complexity_dit.config import DataConfig, SampleConfig
-    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 __all__ = ["EvalConfig", "evaluate", "evaluate_images", "extract_features", "format_result"]
 

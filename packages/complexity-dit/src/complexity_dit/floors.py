@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from complexity_dit.hashing import module_hash
 
 if TYPE_CHECKING:
-    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 

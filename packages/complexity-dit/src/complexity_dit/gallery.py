@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from complexity_dit.config import Limits
-from complexity_dit.denoising import Chunks
-from complexity_dit.painted import pipeline_hash
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
+from complexity_dit.pipelines.pipeline import Chunks, ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import pipeline_hash
+from complexity_dit.pipelines.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, one_line

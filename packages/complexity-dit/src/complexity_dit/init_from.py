@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from complexity_dit.compatibility import check_meaning
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import load_pipeline
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)

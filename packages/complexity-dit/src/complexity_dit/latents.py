@@ -27,7 +27,7 @@ from complexity_dit.config import DataConfig
 from complexity_dit.data import PaintingDataset, in_split, load_data
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.latent_parts import PARTS, number_of_parts, open_parts
-from complexity_dit.vae import Vae, load_vae
+from complexity_dit.models.vae import Vae, load_vae
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
 

@@ -22,10 +22,10 @@ from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.image_sets import is_source
 from complexity_dit.latents import TrainingData, source_config
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.parts import PipelineParts
-from complexity_dit.sample import grid_labels, iter_samples
+from complexity_dit.pipelines.sampling import grid_labels, iter_samples
 from complexity_dit.state import TrainState
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError

@@ -17,11 +17,11 @@ from complexity_dit.latents import (
     read_cache,
     source_config,
 )
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.parts import AdapterParts
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.sample import load_pipeline
-from complexity_dit.schedulers import is_flow
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.pipelines.schedulers import is_flow
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from inl_core.run.csv_log import CsvLog
 
 

@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from complexity_dit.config import ObjectiveConfig
-
-NUM_TRAIN_TIMESTEPS = 1000
-
-MIN_NOISE = 0.02
-"""Least noise level at which a network that writes the clean image is trained and believed: its
-velocity is divided by the level, and so are its errors."""
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
+from complexity_dit.models.transformer import MIN_NOISE
 
 
 def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:
@@ -39,20 +35,6 @@ def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
     if config.time_sampling == "logit_normal":
         times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))
     return (config.shift * times / (1 + (config.shift - 1) * times)).tolist()
-
-
-def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-    """The flow velocity that leads from a noisy image straight to a clean one.
-
-    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
-
-    Args:
-        clean: The network's idea of the clean image, (B, C, Y, X).
-        noisy: Its input x_t, likewise.
-        timestep: 1000 times t, (B,); t is taken as at least `MIN_NOISE`.
-    """
-    t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
-    return (noisy - clean) / t.to(clean)
 
 
 def noisy_input_and_target(

@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from complexity_dit.distributed import on_main
 from complexity_dit.features import FEATURE_CHUNK
 from complexity_dit.hashing import array_hash, module_hash
 from complexity_dit.image_sets import ImageSet
 from complexity_dit.images import bombs_refused
+from complexity_dit.pipelines.sampling import pipeline_hash, scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside, recover
 from inl_core.run.json_files import read_json_object
 
 if TYPE_CHECKING:
     from complexity_dit.config import SampleConfig
-    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def painted_images(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if folder is not None:
         on_main(lambda: _open(folder, settings, overwrite))
-    from complexity_dit.sample import iter_samples
+    from complexity_dit.pipelines.sampling import iter_samples
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
         found: dict[int, NDArray[np.uint8]] = {}
@@ -100,21 +101,11 @@ def painted_images(
     )
 
 
-def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
-    """sha256 over the configs and weights of all networks of a pipeline, in hex."""
-    digest = hashlib.sha256()
-    for name in sorted(pipe.components):
-        part = pipe.components[name]
-        if isinstance(part, nn.Module):
-            digest.update(f"{name} {module_hash(part)}".encode())
-    return digest.hexdigest()
-
-
 def _settings(
     pipe: "ComplexityDiTPipeline", labels: Tensor, config: "SampleConfig"
 ) -> dict[str, Any]:
     """All that the bits of the images depend on."""
-    from complexity_dit.sample import load_guide
+    from complexity_dit.pipelines.sampling import load_guide
 
     sample, guide = asdict(config), {}
     sample.pop("batch_size")
@@ -129,26 +120,6 @@ def _settings(
         "device": pipe.device.type,
         "dtype": str(pipe.transformer.dtype),
         **{f"sample.{name}": value for name, value in sample.items()},
-    }
-
-
-def scheduler_settings(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[str, Any]:
-    """The scheduler that paints, with its settings, and the network evaluations of a picture."""
-    from complexity_dit.schedulers import count_evaluations, named_scheduler
-
-    used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
-    # DPM-Solver's settings have an infinity, which JSON cannot write as a number.
-    config = {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-        for k, v in used.config.items()
-        if not k.startswith("_")
-    }
-    evaluations = count_evaluations(
-        used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
-    )
-    return {
-        "scheduler": {"class": type(used).__name__, **config},
-        "network_evaluations": evaluations,
     }
 
 

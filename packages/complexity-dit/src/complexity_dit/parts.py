@@ -14,8 +14,8 @@ from torch import Tensor
 from complexity_dit.compatibility import check_labels, check_meaning
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from complexity_dit.latents import LatentSpace
-from complexity_dit.model_card import write_card
-from complexity_dit.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.model_card import write_card
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
 _AVERAGE = "ema.safetensors"

@@ -20,7 +20,7 @@ from complexity_dit.costs import (
     token_count,
     training_flops,
 )
-from complexity_dit.tokens import kept_count
+from complexity_dit.models.tokens import kept_count
 from inl_core.run.errors import UserError
 
 

@@ -17,7 +17,7 @@ from complexity_dit.subjects import Reference
 from inl_core.run.errors import UserError
 
 if TYPE_CHECKING:
-    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 
 @dataclass

@@ -27,12 +27,12 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from complexity_dit.adapters import blank_copy
 from complexity_dit.distributed import Processes
+from complexity_dit.models.adapters import blank_copy
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.parts import PipelineParts
 from complexity_dit.sharding import shared_out, whole
 from complexity_dit.spikes import SpikeGuard
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
 from inl_core.run.files import folder_aside

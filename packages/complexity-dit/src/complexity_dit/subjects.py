@@ -19,7 +19,7 @@ from inl_core.run.json_files import filled, read_json_object
 
 if TYPE_CHECKING:
     from complexity_dit.config import DataConfig
-    from complexity_dit.pipeline import ComplexityDiTPipeline
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def open_target(
     if path.is_dir() and not any((path / name).is_file() for name in networks):
         return folder_images(path)
     # Imported here: two folders of images need no diffusion library.
-    from complexity_dit.sample import load_pipeline
+    from complexity_dit.pipelines.sampling import load_pipeline
 
     return load_pipeline(str(target)).to(device)
 

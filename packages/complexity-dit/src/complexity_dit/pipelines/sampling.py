@@ -1,28 +1,62 @@
 """Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
 
 import copy
+import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from complexity_dit.config import ADAPTER_FILE, SampleConfig
 from complexity_dit.grids import save_grid, save_image
-from complexity_dit.hashing import weights_sha256
-from complexity_dit.pipeline import ComplexityDiTPipeline
-from complexity_dit.schedulers import is_flow, named_scheduler
+from complexity_dit.hashing import module_hash, weights_sha256
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
 from inl_core.run.checkpoints import refuse_damage_in_use
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 from inl_core.run.json_files import fits, one_line, read_json_object
+
+
+def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
+    """sha256 over the configs and weights of all networks of a pipeline, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(pipe.components):
+        part = pipe.components[name]
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {module_hash(part)}".encode())
+    return digest.hexdigest()
+
+
+def scheduler_settings(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[str, Any]:
+    """The scheduler that paints, with its settings, and the network evaluations of a picture."""
+    from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler
+
+    used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
+    # DPM-Solver's settings have an infinity, which JSON cannot write as a number.
+    config = {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in used.config.items()
+        if not k.startswith("_")
+    }
+    evaluations = count_evaluations(
+        used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
+    )
+    return {
+        "scheduler": {"class": type(used).__name__, **config},
+        "network_evaluations": evaluations,
+    }
+
 
 logger = logging.getLogger(__name__)
 

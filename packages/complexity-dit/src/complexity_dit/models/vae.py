@@ -8,8 +8,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.hub import reach_hub
+from complexity_dit.models.autoencoder import TinyAutoencoder
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import read_json_object
 

@@ -5,38 +5,326 @@ B batch · C channels · Y, X pixels · N tokens (in the middle of the network o
 some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — diffusers finds it here
 from torch import Tensor, nn
 
-from complexity_dit.adapters import LabelAdapterMixin
-from complexity_dit.architecture import (
-    SIZES,
-    build_dynamics,
-    check_config,
-    middle_blocks,
-    swiglu_width,
-)
-from complexity_dit.attention import ComplexityDiTAttention
-from complexity_dit.objective import velocity_towards
-from complexity_dit.patches import canvas_positions, patchify, unpatchify
-from complexity_dit.tokens import LayerState, TokenSubset, routing_plans
-from complexity_dit.weight_files import SafeModel
+from complexity_dit.models.adapters import LabelAdapterMixin
+from complexity_dit.models.loading import SafeModel
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenSubset, routing_plans
 from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
     ModulatedRMSNorm,
+    RMSNorm,
     RoutingPlan,
     TokenRoutedMLP,
     branch_epilogue,
     ops,
     rotary_2d,
 )
+
+MIN_NOISE = 0.02
+"""Least noise level at which a network that writes the clean image is trained and believed: its
+velocity is divided by the level, and so are its errors."""
+
+
+def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """The flow velocity that leads from a noisy image straight to a clean one.
+
+    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
+
+    Args:
+        clean: The network's idea of the clean image, (B, C, Y, X).
+        noisy: Its input x_t, likewise.
+        timestep: 1000 times t, (B,); t is taken as at least `MIN_NOISE`.
+    """
+    t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
+    return (noisy - clean) / t.to(clean)
+
+
+# Self-attention of the image model, open to diffusers' processors and backends.
+#
+# Shape suffixes: B batch · N tokens · D hidden · H heads · E head width.
+
+
+class ComplexityDiTAttnProcessor:
+    """Self-attention: QK-norm and 2-D rotary, then whichever attention backend is set."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "ComplexityDiTAttention",
+        x_BND: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        first_BNHE: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        q_BNHE = attn.to_q(x_BND).unflatten(-1, (attn.heads, attn.head_dim))
+        k_BNHE = attn.to_k(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
+        if attn.value_mix is not None and first_BNHE is not None:
+            v_BNHE = v_BNHE + attn.value_mix.to(v_BNHE.dtype) * (first_BNHE - v_BNHE)
+        q_BNHE, k_BNHE = ops.qk_norm_rope(
+            q_BNHE, k_BNHE, attn.norm_q.weight, attn.norm_k.weight, cos_NE, sin_NE, attn.norm_q.eps
+        )
+        out_BNHE = dispatch_attention_fn(
+            q_BNHE,
+            k_BNHE,
+            v_BNHE,
+            enable_gqa=attn.kv_heads != attn.heads,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](out_BNHE.flatten(-2)), v_BNHE
+
+
+class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
+    """Grouped-query self-attention with RMS-normalised queries and keys.
+
+    With `mixes_values` the values are (1 - m) V + m V1, V1 those of the first block and m learned,
+    0.5 at the start (value residual; Zhou et al., arXiv 2410.17897).
+    """
+
+    _default_processor_cls = ComplexityDiTAttnProcessor
+    _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
+    _supports_qkv_fusion = False
+    processor: ComplexityDiTAttnProcessor
+
+    def __init__(
+        self, hidden_size: int, heads: int, kv_heads: int, eps: float, mixes_values: bool
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, hidden_size // heads
+        self.to_q = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
+        self.to_k = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.to_v = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
+        self.norm_q = RMSNorm(self.head_dim, eps=eps)
+        self.norm_k = RMSNorm(self.head_dim, eps=eps)
+        # Shape (1,), not (): sharding wrappers refuse parameters without a dimension.
+        self.value_mix = nn.Parameter(torch.full((1,), 0.5)) if mixes_values else None
+        self.set_processor(ComplexityDiTAttnProcessor())
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        cos_NE: Tensor,
+        sin_NE: Tensor,
+        first_BNHE: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output (B, N, D) and the values that went into it (B, N, H, E)."""
+        return self.processor(self, x_BND, cos_NE, sin_NE, first_BNHE)
+
+
+# From pictures to tokens and back, and where on the canvas a token is.
+#
+# Shapes: B batch · C channels · Y, X pixels · N tokens · D width of a token.
+
+
+def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
+    """(B, C, Y, X) to (B, N, C * patch * patch), tokens in row-major order."""
+    batch, channels, height, width = x_BCYX.shape
+    x = x_BCYX.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`."""
+    x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def canvas_positions(
+    rows: int, columns: int, base: int, hidden_size: int, device: torch.device
+) -> Tensor:
+    """Where on the canvas each token is, (N, D): fixed sines and cosines of row and column.
+
+    The rotary embedding knows only distances between tokens; without this a token cannot tell the
+    sky from the ground. Coordinates are stretched so that any size spans the range of the training
+    size (`base` tokens), whose corners the network knows.
+    """
+    rates = 10000.0 ** (-torch.arange(hidden_size // 4, device=device) * 4 / hidden_size)
+    tables = []
+    for count in (rows, columns):
+        angles = ((torch.arange(count, device=device) + 0.5) * (base / count))[:, None] * rates
+        tables.append(torch.cat([angles.sin(), angles.cos()], dim=-1))
+    y_ND = tables[0].repeat_interleave(columns, dim=0)
+    x_ND = tables[1].repeat(rows, 1)
+    return torch.cat([y_ND, x_ND], dim=-1)
+
+
+# The named sizes, what each placement of the dynamics starts from, and what fits together.
+
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
+ADAPTIVES = ("token", "channel", "layer", "lite")
+NETWORK_OUTPUTS = ("target", "sample")
+ROUTINGS = ("none", "timestep", "position")
+
+# name: (hidden_size, num_layers, num_attention_heads); S to XL are the sizes of DiT (Peebles & Xie,
+# arXiv 2212.09748), those above them are for a CPU.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 6, 6),
+    "mini": (256, 8, 8),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+# What `None` means for a dynamics coefficient. The paper's values suit a layer that integrates a
+# stream or a branch; as a force the sub-layer output must arrive nearly whole (dt = 1, gate ~ 1).
+DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
+    "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+    "force_mlp": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+}
+
+
+def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
+    """Inner width of the SwiGLU MLP: ``mlp_ratio * hidden_size`` rounded up to a multiple of 64."""
+    return -(-int(hidden_size * mlp_ratio) // 64) * 64
+
+
+def build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
+    """One dynamics layer from the model's config (one each for attention and MLP in `force`)."""
+    defaults = DYNAMICS_DEFAULTS[config["dynamics_placement"]]
+    alpha, beta, gate, dt = (
+        defaults[key] if config[f"dynamics_{key}"] is None else config[f"dynamics_{key}"]
+        for key in ("alpha", "beta", "gate", "dt")
+    )
+    bounds = {
+        "velocity_max": config["dynamics_velocity_max"],
+        "mu_min": config["dynamics_mu_min"],
+        "mu_max": config["dynamics_mu_max"],
+    }
+    # The controller draws its own random numbers. Forking keeps the outer stream where a model
+    # without dynamics has it, so that all placements share the same backbone initialisation.
+    with torch.random.fork_rng(devices=[]):
+        if config["dynamics_adaptive"] == "lite":
+            return INLDynamicsLite(config["hidden_size"], alpha, beta, gate, dt, **bounds)
+        return INLDynamics(
+            config["hidden_size"],
+            init_alpha=alpha,
+            init_beta=beta,
+            init_gate=gate,
+            dt=dt,
+            beta_max=config["dynamics_beta_max"],
+            adaptive=config["dynamics_adaptive"],
+            controller_hidden=config["dynamics_controller_hidden"],
+            **bounds,
+        )
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse sizes and names that do not fit; the numbers are in the message."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"] or heads
+    if hidden % heads:
+        raise ValueError(f"hidden_size {hidden} must be divisible by num_attention_heads {heads}")
+    if (hidden // heads) % 4:
+        raise ValueError(
+            f"head width {hidden // heads} (hidden_size {hidden} / num_attention_heads {heads}) "
+            "must be a multiple of 4 for the 2-D rotary embedding"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
+        )
+    if config["sample_size"] % config["patch_size"]:
+        raise ValueError(
+            f"sample_size {config['sample_size']} must be divisible by patch_size "
+            f"{config['patch_size']}"
+        )
+    if config["dynamics_placement"] not in PLACEMENTS:
+        raise ValueError(
+            f"dynamics_placement {config['dynamics_placement']!r} must be one of {PLACEMENTS}"
+        )
+    if config["dynamics_adaptive"] not in ADAPTIVES:
+        raise ValueError(
+            f"dynamics_adaptive {config['dynamics_adaptive']!r} must be one of {ADAPTIVES}"
+        )
+    if config["network_output"] not in NETWORK_OUTPUTS:
+        raise ValueError(
+            f"network_output {config['network_output']!r} must be one of {NETWORK_OUTPUTS}"
+        )
+    _check_routing(config)
+    _check_token_drop(config)
+    fields, counts = config["label_fields"], config["num_classes"]
+    if len(fields) != len(counts) or len(set(fields)) != len(fields):
+        raise ValueError(
+            f"label_fields {list(fields)} must be distinct names with one entry each in "
+            f"num_classes {list(counts)}"
+        )
+    for field, count in zip(fields, counts, strict=True):
+        if not field.isidentifier() or count < 1:
+            raise ValueError(
+                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
+            )
+
+
+def middle_blocks(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The blocks that dropped tokens bypass: from `start` up to, not including, `end`.
+
+    None means all but the first and the last block. start >= end: there is no such block.
+    """
+    start, end = config["token_drop_start"], config["token_drop_end"]
+    return 1 if start is None else start, config["num_layers"] - 1 if end is None else end
+
+
+def _check_token_drop(config: Mapping[str, Any]) -> None:
+    given = config["token_drop_start"] is not None or config["token_drop_end"] is not None
+    start, end = middle_blocks(config)
+    if given and not 0 <= start < end <= config["num_layers"]:
+        raise ValueError(
+            f"token_drop_start {start} and token_drop_end {end} must satisfy 0 <= start < end <= "
+            f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
+        )
+    if config["value_residual"] and start == 0:
+        raise ValueError(
+            f"token_drop_start {start} must be at least 1 with value_residual: every token needs "
+            "its value in the first block"
+        )
+
+
+def _check_routing(config: Mapping[str, Any]) -> None:
+    routing, experts = config["routing"], config["num_experts"]
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing {routing!r} must be one of {ROUTINGS}")
+    if routing == "none":
+        return
+    if experts < 2:
+        raise ValueError(f"num_experts {experts} must be at least 2 with routing {routing}")
+    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    if routing == "position" and experts > tokens:
+        raise ValueError(
+            f"num_experts {experts} must be at most the {tokens} tokens of an image with routing "
+            "position"
+        )
+    edges = config["routing_edges"]
+    if edges is None:
+        return
+    if routing != "timestep":
+        raise ValueError(f"routing_edges go with routing timestep, not {routing}")
+    inside = [0.0, *edges, 1.0]
+    if len(edges) != experts - 1 or any(a >= b for a, b in itertools.pairwise(inside)):
+        raise ValueError(
+            f"routing_edges {list(edges)} must be {experts - 1} rising noise levels in (0, 1), one "
+            f"less than num_experts {experts}"
+        )
 
 
 class ComplexityDiTFeedForward(nn.Module):

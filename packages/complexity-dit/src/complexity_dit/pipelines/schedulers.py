@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from complexity_dit.objective import NUM_TRAIN_TIMESTEPS
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from inl_core.run.errors import UserError
 
 _SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

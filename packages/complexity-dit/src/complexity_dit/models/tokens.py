@@ -17,7 +17,7 @@ from inl_core import RoutingPlan, make_routing_plan
 LayerState = tuple[Tensor, Tensor | None, Tensor | None]
 """What travels through depth: hidden state, velocity, and the values of the first block."""
 
-NUM_TIMESTEPS = 1000
+NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps are this many times the noise level, as diffusers' schedulers count them."""
 
 
@@ -149,7 +149,9 @@ def expert_ids(
         return bands.expand(batch, tokens)
     if edges is None:
         edges = [i / num_experts for i in range(1, num_experts)]
-    bounds = torch.tensor(edges, device=timestep_B.device, dtype=torch.float32) * NUM_TIMESTEPS
+    bounds = (
+        torch.tensor(edges, device=timestep_B.device, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
+    )
     buckets = torch.bucketize(timestep_B.float().contiguous(), bounds, right=True)
     return buckets[:, None].expand(batch, tokens)
 

@@ -19,14 +19,13 @@ from typing import Any, cast
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import get_adapter_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complexity_dit import __version__
-from complexity_dit.offloading import refuse_leaf_level
-from complexity_dit.safetensors_header import add_metadata
+from complexity_dit.models.loading import add_metadata
 from inl_core.run.errors import UserError
 
 _ROWS = "label_embed."
@@ -34,6 +33,27 @@ _FETCHING = (
     "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies",
     "token", "revision", "subfolder",
 )  # fmt: skip
+
+
+# Fused operations take the weights of norms and dynamics as tensors: an offloading that brings a
+# weight to the device when the forward of *its own* layer is called would never bring those.
+OFFLOAD_REASON = (
+    "the fused operations read the weights of norms and dynamics without calling these layers, so "
+    "their weights would stay behind"
+)
+
+
+def refuse_leaf_level(offload_type: Any) -> None:
+    """Refuse group offloading layer by layer.
+
+    Raises:
+        UserError: Naming what works.
+    """
+    if str(getattr(offload_type, "value", offload_type)) == "leaf_level":
+        raise UserError(
+            f"group offloading by leaf_level cannot work here: {OFFLOAD_REASON}. Use "
+            'offload_type="block_level", num_blocks_per_group=1'
+        )
 
 
 class LabelTable(nn.Module):
@@ -229,13 +249,11 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self, save_directory: Any, adapter_name: str = "default", **kwargs: Any
     ) -> None:
         """As in diffusers, with the adapter's labels; load it with `prefix=None`."""
-        from complexity_dit.pipeline import ComplexityDiTPipeline
-
         if adapter_name not in getattr(self, "peft_config", {}):
             raise UserError(f"there is no adapter {adapter_name!r} in the network")
         if kwargs.pop("safe_serialization", True) is not True:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
-        ComplexityDiTPipeline.write_lora_layers(
+        LoraBaseMixin.write_lora_layers(
             self.adapter_state_dict(adapter_name), str(save_directory), True,
             kwargs.get("weight_name"), None, True, self.adapter_settings(adapter_name),
         )  # fmt: skip
@@ -296,7 +314,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """As in diffusers, by blocks; see `offloading` for why not by leaves."""
+        """As in diffusers, by blocks; see `refuse_leaf_level`."""
         refuse_leaf_level(offload_type)
         super().enable_group_offload(  # pyright: ignore
             torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs

@@ -15,11 +15,11 @@ from typing import Any
 from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 
-from complexity_dit.autoencoder import TinyAutoencoder
 from complexity_dit.hub import check_reachable, upload
-from complexity_dit.model_card import write_card
-from complexity_dit.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.weight_files import only_safetensors
+from complexity_dit.models.autoencoder import TinyAutoencoder
+from complexity_dit.models.loading import only_safetensors
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.model_card import write_card
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin  # noqa: F401 — diffusers finds it here
+from diffusers import (
+    ConfigMixin,
+    ModelMixin,  # noqa: F401 — diffusers finds it here
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -20,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from complexity_dit.weight_files import SafeModel
+from complexity_dit.models.loading import SafeModel
 from inl_core.run.errors import UserError
 
 KNOWN_PICKLES = {

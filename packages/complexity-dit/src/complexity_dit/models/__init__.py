@@ -1,0 +1,1 @@
+"""The networks: transformer with its tokens and adapters, autoencoders, and how they are read."""

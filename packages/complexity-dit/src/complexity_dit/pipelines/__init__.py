@@ -1,0 +1,1 @@
+"""Diffusers pipelines: sampling, image-to-image, inpainting, and the folders they are saved in."""
