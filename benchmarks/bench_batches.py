@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from results import append_rows
 
-from complexity_dit.batches import StepBatches
 from complexity_dit.config import DataConfig, TrainConfig
-from complexity_dit.data import random_batch_indices
-from complexity_dit.latents import folder_of, load_training_data, read_cache
-from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
+from complexity_dit.data.latents import folder_of, load_training_data, read_cache
 from complexity_dit.seeding import generator_for
+from complexity_dit.training.batches import StepBatches, random_batch_indices
+from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
 
 COMMAND = "python benchmarks/bench_batches.py --latents CACHE"
 

@@ -22,9 +22,9 @@ from results import append_rows
 from timing import paired
 from torch.utils.flop_counter import FlopCounterMode
 
-from complexity_dit.costs import count_parameters
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel
+from complexity_dit.training.plan import count_parameters
 
 LABELS = {"label_fields": ["style"], "num_classes": [8]}
 DYNAMICS = {"dynamics_placement": "branch", "dynamics_adaptive": "channel"}

@@ -21,12 +21,12 @@ from recipe import BUILD, ROWS, row_config, used_tflops
 from results import append_rows, commit, dtype_of
 from timing import paired, wait
 
-from complexity_dit.acceleration import make_accelerator
-from complexity_dit.batches import StepBatches, step_loader
-from complexity_dit.build import build_model, prepared_state
-from complexity_dit.latents import load_training_data
-from complexity_dit.noise_levels import NoiseLevels
-from complexity_dit.step import optimizer_step
+from complexity_dit.data.latents import load_training_data
+from complexity_dit.training.batches import StepBatches, step_loader
+from complexity_dit.training.callbacks import NoiseLevels
+from complexity_dit.training.network import build_model
+from complexity_dit.training.state import prepared_state
+from complexity_dit.training.train import make_accelerator, optimizer_step
 
 
 class Trained:

@@ -16,7 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from complexity_dit.build import build_model
+from complexity_dit.training.network import build_model
 
 
 class DiffusersDiT(ModelMixin, ConfigMixin):

@@ -38,9 +38,9 @@ from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.gallery_png import read_png
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline, sample
+from complexity_dit.training.objective import build_scheduler
 
 QUEUE_SIZE = 4
 SLOW = {"steps": 100, "side": 128}

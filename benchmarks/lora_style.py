@@ -24,11 +24,11 @@ from jsonargparse import ArgumentParser
 from results import commit
 
 from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate_images
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
-from complexity_dit.train import train
+from complexity_dit.training.train import train
 from inl_core.run.files import file_aside
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dit"

@@ -22,13 +22,13 @@ from fields import overridden, override_flag, with_fields
 from painting import painting
 from results import append_rows, commit, dtype_of
 
-from complexity_dit.build import build_model
 from complexity_dit.config import DATA_FILE, TrainConfig
-from complexity_dit.costs import token_count, training_flops
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.train import train
+from complexity_dit.training.network import build_model
+from complexity_dit.training.plan import token_count, training_flops
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 
 # What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.

@@ -35,7 +35,7 @@ from results import append_rows, commit, hardware
 from complexity_dit.config import DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
-from complexity_dit.train import train
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import damage, latest_checkpoint
 from inl_core.run.files import file_aside
 

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from variants import SWAPS
 
-from complexity_dit.build import build_model
 from complexity_dit.models.transformer import ComplexityDiTBlock, ComplexityDiTTransformer2DModel
+from complexity_dit.training.network import build_model
 
 
 class _Branches(ComplexityDiTBlock):
@@ -105,7 +105,7 @@ def varied_dit(swap):
 
 
 def varied_build(swap):
-    """What `complexity_dit.train` builds with: the config's own network with `swap` made in it."""
+    """What `train` builds with: the config's own network with `swap` made in it."""
     kind = varied_dit(swap)
 
     def build(config, data):

@@ -30,7 +30,7 @@ def python_blocks(page: str) -> list[str]:
 def save_pipeline(folder: Path, labels: dict[str, list[str]]) -> None:
     from complexity_dit import ComplexityDiTPipeline, ComplexityDiTTransformer2DModel
     from complexity_dit.config import ObjectiveConfig
-    from complexity_dit.objective import build_scheduler
+    from complexity_dit.training.objective import build_scheduler
 
     torch.manual_seed(0)
     model = ComplexityDiTTransformer2DModel(

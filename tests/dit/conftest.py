@@ -16,8 +16,8 @@ from complexity_dit.config import (
     TrainConfig,
 )
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training.objective import build_scheduler
 from support.pictures import pictures, write_folder
 
 STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from complexity_dit.acceleration import sharding_plugin
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.training.train import sharding_plugin
 from inl_core.run.errors import UserError
 
 CONFIG = "configs/accelerate/fsdp2.yaml"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit import art
+from complexity_dit.data import art
 from inl_core.run.errors import UserError
 
 PAIRS = len(art.SCHOOLS) * len(art.PALETTES)
@@ -102,7 +102,7 @@ def test_palettes_differ_in_colour(school):
 
 def test_first_palette_of_a_school_does_not_share_chance_with_the_drawing():
     # SeedSequence pads keys with zeros, so a short key and one ending in 0 are one stream.
-    from complexity_dit.art_tools import Dice
+    from complexity_dit.data.art import Dice
 
     assert Dice(1, 3, 0, 9).table(4).tolist() != Dice(2, 3, 0, 9).table(4).tolist()
 

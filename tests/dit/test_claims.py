@@ -208,7 +208,7 @@ def test_all_measures_of_a_trained_run(
     import claims_report
     import results as result_file
 
-    from complexity_dit.train import train
+    from complexity_dit.training.train import train
 
     small_run.checkpoint_every, small_run.keep_last = 2, 5
     train(small_run)

@@ -13,9 +13,9 @@ from torch import nn
 
 from complexity_dit.__main__ import run
 from complexity_dit.convert import convert, from_state_dict
-from complexity_dit.init_from import start_from
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, patchify, unpatchify
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training.network import start_from
 from inl_core import rotary_2d
 from inl_core.run.errors import UserError
 from support.authors import GRID, HEADS, KV, PATCH, C, D, E, checkpoint

@@ -16,9 +16,11 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from complexity_dit import art, data, images, sources
 from complexity_dit.config import DataConfig
-from complexity_dit.data import PaintingDataset, load_data
+from complexity_dit.data import art, sources
+from complexity_dit.data import dataset as data
+from complexity_dit.data import sources as images
+from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data

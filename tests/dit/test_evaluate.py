@@ -15,7 +15,7 @@ import complexity_dit.pipelines.sampling
 from complexity_dit import evaluate as module
 from complexity_dit import features as features_module
 from complexity_dit.config import DataConfig, SampleConfig
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
 from complexity_dit.features import FEATURE_CHUNK, draw
 from complexity_dit.image_sets import dataset_images, folder_images

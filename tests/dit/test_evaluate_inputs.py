@@ -10,7 +10,7 @@ import torch
 
 import complexity_dit.pipelines.sampling
 from complexity_dit.config import DataConfig, SampleConfig
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate, evaluate_images
 from complexity_dit.features import draw, set_features
 from complexity_dit.image_sets import array_images, folder_images

@@ -16,8 +16,8 @@ from complexity_dit import app_page, gallery_png
 from complexity_dit import gallery as gallery_module
 from complexity_dit.config import AppConfig, Limits, ObjectiveConfig
 from complexity_dit.gallery import Gallery, Settings
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
 
 # Solvers of the DPM family turn tensors into arrays in a way that numpy 2 warns about.

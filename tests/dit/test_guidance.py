@@ -9,9 +9,9 @@ import torch
 from complexity_dit.__main__ import build_parser
 from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import iter_samples, sample
+from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4, guidance_scale=2.5)

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from complexity_dit import images as images_module
 from complexity_dit import statistics_files
 from complexity_dit.config import DataConfig
-from complexity_dit.data import load_data
+from complexity_dit.data import sources as images_module
+from complexity_dit.data.dataset import load_data
+from complexity_dit.data.sources import square_pixels
 from complexity_dit.image_sets import folder_images, npz_images
-from complexity_dit.images import square_pixels
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.models.vae import load_vae

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit import images
+from complexity_dit.data import sources as images
 from inl_core.run.errors import UserError
 
 

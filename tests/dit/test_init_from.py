@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from complexity_dit.compatibility import check_labels
-from complexity_dit.init_from import start_from
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.train import train
+from complexity_dit.training.network import start_from
+from complexity_dit.training.state import check_labels
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_dit.data import DataConfig
+from complexity_dit.data.dataset import DataConfig
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
-from complexity_dit.train import train
+from complexity_dit.training.train import train
 
 # Steps enough that the fastest machine does not reach the end between 25 kills.
 KILLS, STEPS, EVERY = 25, 400, 2

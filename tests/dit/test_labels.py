@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from complexity_dit.data import read_labels
+from complexity_dit.data.dataset import read_labels
 from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 

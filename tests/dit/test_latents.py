@@ -15,18 +15,17 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from complexity_dit import encode as encode_module
-from complexity_dit.batches import StepBatches
 from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
-from complexity_dit.data import load_data
-from complexity_dit.encode import encode
+from complexity_dit.data import encode as encode_module
+from complexity_dit.data.dataset import load_data
+from complexity_dit.data.encode import encode
+from complexity_dit.data.latents import load_training_data, open_latent_space, part_path
 from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.latent_parts import part_path
-from complexity_dit.latents import load_training_data, open_latent_space
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.vae import load_vae, posterior
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.train import train
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.train import train
 from inl_core.run.errors import UserError
 from support.processes import torchrun
 

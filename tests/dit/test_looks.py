@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from complexity_dit import looks
 from complexity_dit.evaluate import EvalConfig
-from complexity_dit.noise_levels import NoiseLevels
-from complexity_dit.train import train
+from complexity_dit.training import callbacks as looks
+from complexity_dit.training.callbacks import NoiseLevels
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError
 
@@ -85,7 +85,7 @@ def test_looks_are_written_and_change_no_bit(watched, small_run, tmp_path):
 
 def test_an_evaluated_step_is_a_checkpoint(small_run):
     settings = dataclasses.replace(small_run, evaluate_every=3, checkpoint_every=100)
-    from complexity_dit.train import _is_due
+    from complexity_dit.training.train import _is_due
 
     assert [step for step in range(1, 9) if _is_due(step, settings)] == [3, 6, 8]
 

@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from complexity_dit.config import DataConfig, LoraOptions, ObjectiveConfig, OptimConfig, TrainConfig
-from complexity_dit.encode import encode
+from complexity_dit.data.encode import encode
+from complexity_dit.data.latents import load_training_data
 from complexity_dit.inspect_model import inspect
-from complexity_dit.latents import load_training_data
-from complexity_dit.lora import adapt
 from complexity_dit.pipelines.image_to_image import read_pictures
 from complexity_dit.pipelines.pipeline import Chunks, ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.train import train
+from complexity_dit.training.network import adapt
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError
 

@@ -15,9 +15,9 @@ WORKER = """
 import sys
 import torch
 from complexity_dit.config import LoraOptions, OptimConfig, TrainConfig
-from complexity_dit.data import DataConfig
-from complexity_dit.objective import ObjectiveConfig
-from complexity_dit.train import train
+from complexity_dit.data.dataset import DataConfig
+from complexity_dit.training.objective import ObjectiveConfig
+from complexity_dit.training.train import train
 
 out, base, pictures = sys.argv[1:]
 torch.set_default_dtype(torch.float64)

@@ -5,14 +5,14 @@ import torch
 
 from complexity_dit.config import ObjectiveConfig
 from complexity_dit.models.transformer import MIN_NOISE, velocity_towards
-from complexity_dit.objective import (
+from complexity_dit.seeding import derive_seed, generator_for
+from complexity_dit.training.objective import (
     build_scheduler,
     drop_labels,
     noisy_input_and_target,
     sample_times,
     training_loss,
 )
-from complexity_dit.seeding import derive_seed, generator_for
 from inl_core.run.errors import UserError
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from complexity_dit.batches import StepBatches
-from complexity_dit.build import build_model, build_state
 from complexity_dit.config import OptimConfig
-from complexity_dit.data import load_data
-from complexity_dit.optim import build_optimizer
-from complexity_dit.spikes import SpikeGuard, build_guard
-from complexity_dit.train import train
+from complexity_dit.data.dataset import load_data
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.network import build_model
+from complexity_dit.training.optimizer import SpikeGuard, build_guard, build_optimizer
+from complexity_dit.training.state import build_state
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from inl_core.run.errors import UserError
 

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from complexity_dit.balance import BalancedOrder
-from complexity_dit.batches import StepBatches
 from complexity_dit.config import ObjectiveConfig
-from complexity_dit.data import load_data, random_batch_indices
+from complexity_dit.data.dataset import load_data
+from complexity_dit.training.batches import BalancedOrder, StepBatches, random_batch_indices
 from inl_core.run.errors import UserError
 
 

@@ -13,21 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.__main__ import run
 from complexity_dit.config import DataConfig, ModelConfig, PlanConfig, TrainConfig
-from complexity_dit.costs import (
-    activation_bytes,
-    count_parameters,
-    forward_flops,
-    state_bytes,
-    token_count,
-    training_flops,
-)
 from complexity_dit.models.transformer import (
     ADAPTIVES,
     PLACEMENTS,
     SIZES,
     ComplexityDiTTransformer2DModel,
 )
-from complexity_dit.plan import plan
+from complexity_dit.training.plan import (
+    activation_bytes,
+    count_parameters,
+    forward_flops,
+    plan,
+    state_bytes,
+    token_count,
+    training_flops,
+)
 from inl_core.run.errors import UserError
 
 # Two sizes, with keys as wide as queries and narrower, square counts of tokens that differ.

@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import complexity_dit.train as training
+import complexity_dit.training.train as training
 from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_dit.data import DataConfig
+from complexity_dit.data.dataset import DataConfig
 
 logging.basicConfig(level=logging.INFO)
 out, kind, steps, resume = sys.argv[1:]

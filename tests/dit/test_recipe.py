@@ -8,12 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from complexity_dit.batches import StepBatches
-from complexity_dit.build import build_model, build_state
 from complexity_dit.config import EMAConfig, ObjectiveConfig, OptimConfig
-from complexity_dit.data import load_data
-from complexity_dit.noise_levels import NoiseLevels
-from complexity_dit.step import optimizer_step
+from complexity_dit.data.dataset import load_data
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.callbacks import NoiseLevels
+from complexity_dit.training.network import build_model
+from complexity_dit.training.state import build_state
+from complexity_dit.training.train import optimizer_step
 
 FLOW = ObjectiveConfig(network_output="target", label_dropout=0.0)
 

@@ -76,7 +76,7 @@ def test_the_dit_trains_resumes_and_paints_in_our_loop(small_run: TrainConfig) -
     from diffusers_dit import DiffusersDiT, build_diffusers_dit
 
     from complexity_dit.pipelines.sampling import load_pipeline
-    from complexity_dit.train import train
+    from complexity_dit.training.train import train
 
     config = replace(
         small_run,

@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscr
 
 from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import iter_samples
 from complexity_dit.pipelines.schedulers import (
@@ -20,6 +19,7 @@ from complexity_dit.pipelines.schedulers import (
     set_steps,
     steps_within,
 )
+from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from complexity_dit.batches import StepBatches
-from complexity_dit.stopping import StopRequest
-from complexity_dit.train import train
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.train import StopRequest, train
 from inl_core.run.checkpoints import (
     LOCK_FILE,
     all_checkpoints,

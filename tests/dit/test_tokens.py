@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from complexity_dit.batches import StepBatches
-from complexity_dit.build import build_model
 from complexity_dit.config import ObjectiveConfig
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.models.tokens import TokenSubset, draw_kept_tokens, expert_ids
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import sample_times, time_quantiles
 from complexity_dit.seeding import generator_for
-from complexity_dit.train import train
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.network import build_model
+from complexity_dit.training.objective import sample_times, time_quantiles
+from complexity_dit.training.train import train
 from inl_core import ops
 from inl_core.run.errors import UserError
 

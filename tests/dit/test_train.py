@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from complexity_dit import batches
-from complexity_dit import state as state_module
-from complexity_dit.batches import StepBatches
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.train import train
+from complexity_dit.training import batches
+from complexity_dit.training import state as state_module
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from inl_core.run.errors import UserError
 
@@ -177,7 +177,8 @@ def test_batch_that_cannot_be_split_is_refused(small_run):
 
 
 def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
-    from complexity_dit.build import build_model, build_state
+    from complexity_dit.training.network import build_model
+    from complexity_dit.training.state import build_state
 
     model = build_model(small_run, load_data(small_run.data, "train"))
     state = build_state(model, small_run)

@@ -9,8 +9,8 @@ import sys
 import pytest
 from torch.utils.data import get_worker_info
 
-from complexity_dit.batches import StepBatches
-from complexity_dit.train import train
+from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.train import train
 from inl_core.run import checkpoints
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
@@ -33,9 +33,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "dit":
-    from complexity_dit.batches import StepBatches
+    from complexity_dit.training.batches import StepBatches
     from complexity_dit import __main__ as cli
-    from complexity_dit.train import train
+    from complexity_dit.training.train import train
     real = StepBatches.__getitem__
     def item(self, step):
         if dies and step == 5:

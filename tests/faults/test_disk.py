@@ -71,7 +71,7 @@ def test_an_error_at_any_operation_leaves_the_old_or_the_new(
 def full_at_the_second_checkpoint(package, monkeypatch, context):
     """Enter `context` for good when the second checkpoint begins to be written."""
     if package.name == "dit":
-        from complexity_dit.state import TrainState as saver
+        from complexity_dit.training.state import TrainState as saver
 
         name = "save"
     else:

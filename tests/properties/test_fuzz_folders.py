@@ -20,24 +20,17 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from complexity_dit import (
-    app_guard,
-    compare,
-    convert,
-    labels,
-    latent_parts,
-    latents,
-    state,
-    subjects,
-    vision_models,
-)
+from complexity_dit import app_guard, compare, convert, labels, subjects, vision_models
 from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
+from complexity_dit.data import latents
+from complexity_dit.data import latents as latent_parts
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines import pipeline as pipeline_labels
 from complexity_dit.pipelines import sampling as sample
 from complexity_dit.pipelines import saving as pipeline_files
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training import state
+from complexity_dit.training.objective import build_scheduler
 from complexity_lm import checkpoints, generate, loading, stream
 from inl_core.run import csv_log
 from inl_core.run.errors import UserError
@@ -236,9 +229,8 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     """A checkpoint, and going on from it."""
     from accelerate import Accelerator
 
-    from complexity_dit.build import build_state
     from complexity_dit.distributed import Processes
-    from complexity_dit.parts import PipelineParts
+    from complexity_dit.training.state import PipelineParts, build_state
 
     pipe = small_pipeline()
     config = TrainConfig(steps=4)

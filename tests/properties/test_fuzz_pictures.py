@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from complexity_dit import (
-    gallery_png,
-    image_sets,
-    images,
-    statistics_files,
-)
+from complexity_dit import gallery_png, image_sets, statistics_files
+from complexity_dit.data import sources as images
 from complexity_dit.gallery import Settings
 from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from complexity_dit import __main__ as dit
 from complexity_dit import distributed as parallel_evaluation
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import in_split, random_batch_indices, read_labels
+from complexity_dit.data.dataset import in_split, read_labels
 from complexity_dit.gallery import Settings
 from complexity_dit.labels import resolve_label
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import in_chunks
+from complexity_dit.training.batches import random_batch_indices
 from inl_core import build_routing_table, make_routing_plan
 from inl_core.run import json_files as bounded
 from inl_core.run.errors import UserError

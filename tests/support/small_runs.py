@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 import complexity_dit.config as dit_config
-import complexity_dit.data as dit_data
+import complexity_dit.data.dataset as dit_data
 import complexity_lm.config as lm_config
 import complexity_lm.data as lm_data
 from complexity_lm.tokenizer import TokenizerConfig

@@ -45,7 +45,7 @@ def _train_options(parser: ArgumentParser) -> None:
 
 def _train(options: dict[str, Any]) -> None:
     from complexity_dit.config import TrainConfig
-    from complexity_dit.train import train
+    from complexity_dit.training.train import train
 
     options.pop("config")
     folder = train(TrainConfig(**options))
@@ -64,7 +64,7 @@ def _encode_options(parser: ArgumentParser) -> None:
 
 def _encode(options: dict[str, Any]) -> None:
     from complexity_dit.config import DataConfig
-    from complexity_dit.encode import encode
+    from complexity_dit.data.encode import encode
 
     own = {name: options.pop(name) for name in ("out", "batch_size", "part_size")}
     print(f"the latents are in {encode(DataConfig(**options), **own)}")
@@ -172,7 +172,7 @@ def _plan_options(parser: ArgumentParser) -> None:
 
 def _plan(options: dict[str, Any]) -> None:
     from complexity_dit.config import PlanConfig, TrainConfig
-    from complexity_dit.plan import plan
+    from complexity_dit.training.plan import plan
 
     options.pop("config")
     own = {field.name: options.pop(field.name) for field in fields(PlanConfig)}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from complexity_dit.config import ObjectiveConfig
 from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel, swiglu_width
-from complexity_dit.objective import build_scheduler
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
 from inl_core.run.files import folder_aside
 

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from complexity_dit.config import SampleConfig, TrainConfig
-from complexity_dit.data import load_data
+from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluate import EvalConfig, evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline
-from complexity_dit.train import train
+from complexity_dit.training.train import train
 from inl_core.run.files import file_aside
 
 NUM_EVALUATED = 256

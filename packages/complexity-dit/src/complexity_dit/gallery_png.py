@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from complexity_dit.data.sources import bombs_refused
 from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.grids import draw_grid
-from complexity_dit.images import bombs_refused
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, parse_json
 

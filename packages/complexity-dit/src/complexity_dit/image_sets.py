@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from complexity_dit.images import bombs_refused
+from complexity_dit.data.sources import bombs_refused
 from complexity_dit.statistics_files import read_arrays
 from inl_core.run.errors import UserError
 
 if TYPE_CHECKING:
-    from complexity_dit.data import PaintingDataset
+    from complexity_dit.data.dataset import PaintingDataset
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 _MODES = {

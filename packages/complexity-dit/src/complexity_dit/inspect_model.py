@@ -10,9 +10,9 @@ from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.parts import AdapterParts, PipelineParts
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.training.state import AdapterParts, PipelineParts
 from inl_core import certify, dynamics_modules, read_dynamics
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError

@@ -158,6 +158,6 @@ def _read_as(source: str, data: "DataConfig | None") -> "DataConfig":
 
 
 def _split(data: "DataConfig", split: str, name: str) -> ImageSet:
-    from complexity_dit.data import load_data
+    from complexity_dit.data.dataset import load_data
 
     return dataset_images(main_first(lambda: load_data(data, split)), name)

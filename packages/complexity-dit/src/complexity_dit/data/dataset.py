@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -18,12 +17,11 @@ import numpy as np
 import torch
 
 from complexity_dit.config import DataConfig
-from complexity_dit.images import VERSION
+from complexity_dit.data.sources import VERSION, read_rows
 from complexity_dit.labels import MISSING, resolve_label
-from complexity_dit.sources import read_rows
 from inl_core.run.errors import UserError
 
-__all__ = ["DataConfig", "PaintingDataset", "load_data", "random_batch_indices", "resolve_label"]
+__all__ = ["DataConfig", "PaintingDataset", "load_data", "resolve_label"]
 
 
 MIN_IMAGES_PER_NAME = 2
@@ -282,43 +280,6 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     took = time.perf_counter() - started
     log.info("%s %s: %d images, %s, %.1f s", config.source, split, len(dataset), fields, took)
     return dataset
-
-
-def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
-    """Return the items that samples ``start`` to ``start + count - 1`` of a training run read.
-
-    Sample k is item ``permutation(seed, k // num_items)[k % num_items]``: every epoch reads each
-    item once, in its own order. The order is a function of the arguments alone, so a run that
-    resumes at sample k, or splits a batch over processes, needs no sampler state.
-
-    Args:
-        num_items: Size of the data, at least 1.
-        seed: Seed of the order.
-        start: Number of the first sample, from 0.
-        count: How many samples.
-
-    Returns:
-        int64 of shape (count,), values in [0, num_items).
-    """
-    if num_items < 1 or start < 0 or count < 0:
-        raise ValueError(
-            f"num_items {num_items} must be at least 1, start {start} and count {count} at least 0"
-        )
-    parts, position, end = [torch.empty(0, dtype=torch.int64)], start, start + count
-    while position < end:
-        epoch, offset = divmod(position, num_items)
-        take = min(num_items - offset, end - position)
-        parts.append(_permutation(num_items, seed, epoch)[offset : offset + take])
-        position += take
-    return torch.cat(parts)
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
-    # Hashed, so that (seed, epoch + 1) and (seed + 1, epoch) are unrelated.
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(num_items, generator=generator)
 
 
 def in_split(sha: str, holdout: float, split: str) -> bool:

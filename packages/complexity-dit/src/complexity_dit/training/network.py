@@ -1,15 +1,15 @@
-"""Training an adapter: the network of a pipeline, frozen, with PEFT's matrices and new labels."""
+"""From a config and its data to the network and its training state."""
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
-from complexity_dit.config import LoraOptions, TrainConfig
-from complexity_dit.hashing import weights_sha256
-from complexity_dit.latents import (
+from complexity_dit.config import LoraOptions, ModelConfig, TrainConfig
+from complexity_dit.data.latents import (
     LatentDataset,
     LatentSpace,
     TrainingData,
@@ -17,12 +17,16 @@ from complexity_dit.latents import (
     read_cache,
     source_config,
 )
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.parts import AdapterParts
+from complexity_dit.hashing import weights_sha256
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, middle_blocks
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.pipelines.schedulers import is_flow
+from complexity_dit.training.objective import time_quantiles
+from complexity_dit.training.state import AdapterParts, check_meaning
 from inl_core.run.errors import UserError
+
+# Training an adapter: the network of a pipeline, frozen, with PEFT's matrices and new labels.
 
 logger = logging.getLogger(__name__)
 
@@ -190,3 +194,117 @@ def _column(
     if field not in data.label_names:
         return [], torch.full((count,), -1)
     return data.label_names[field], data.labels[:, list(data.label_names).index(field)]
+
+
+def start_from(
+    model: ComplexityDiTTransformer2DModel,
+    pipeline: str,
+    label_names: Mapping[str, Sequence[str]],
+) -> None:
+    """Give a new model the weights of a trained one.
+
+    Labels are matched by field and name. A label that the pipeline does not know starts from its
+    field's null row, and a new field from zeros, so that the model begins by painting such a
+    picture as it painted one without that label. A field that the data lack is "not given" from now
+    on: its null row moves into the bias that it was always added to.
+
+    Args:
+        model: The new model, changed in place.
+        pipeline: Pipeline folder or Hub id.
+        label_names: Of the data, in id order: the rows of the new model's label tables.
+
+    Raises:
+        UserError: If there is no such pipeline, or its network is another one than the model but
+            for labels and size of the picture.
+    """
+    source = load_pipeline(pipeline)
+    check_meaning(source.transformer.config, model.config, f"--init_from {pipeline}")
+    old = dict(source.transformer.named_parameters())
+    tables = {name for name in (*old, *dict(model.named_parameters())) if "label_embed." in name}
+    own = {name: p for name, p in model.named_parameters() if name not in tables}
+    differences = [f"{name} is missing" for name in own if name not in old]
+    differences += [f"{name} is unknown" for name in old if name not in own and name not in tables]
+    differences += [
+        f"{name} is {tuple(old[name].shape)} there and {tuple(p.shape)} here"
+        for name, p in own.items()
+        if name in old and old[name].shape != p.shape
+    ]
+    if differences:
+        raise UserError(
+            f"--init_from {pipeline} is of another model ({len(differences)} tensors differ): "
+            f"{'; '.join(differences[:3])}; use the model settings it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(old[name])
+        for field, names in label_names.items():
+            model.label_embed[field].weight.copy_(_table(source, field, names))
+        for field in source.label_names:
+            if field not in label_names:
+                model.time_embed.linear_2.bias += _rows(source, field)[-1]
+    logger.info("started from the weights of %s", pipeline)
+
+
+def _rows(source: ComplexityDiTPipeline, field: str) -> Tensor:
+    return source.transformer.label_embed[field].weight.detach()
+
+
+def _table(source: ComplexityDiTPipeline, field: str, names: Sequence[str]) -> Tensor:
+    """Rows of a field's new table: known labels, others, and the null row at the end."""
+    if field not in source.label_names:
+        logger.info("label field %s is new: all of its %d names start at zero", field, len(names))
+        return torch.zeros(len(names) + 1, source.transformer.config.hidden_size)
+    rows, known = _rows(source, field), source.label_names[field]
+    new = [name for name in names if name not in known]
+    if new:
+        logger.info("new %s names start from the null row: %s", field, ", ".join(new))
+    null = len(known)
+    chosen = [known.index(name) if name in known else null for name in names]
+    return rows[[*chosen, null]]
+
+
+def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransformer2DModel:
+    """The network of a config, with one label table for each field of the data."""
+    config.objective.check()
+    settings = {
+        "sample_size": data.sample_size,
+        "patch_size": config.model.patch_size,
+        "in_channels": data.channels,
+        "label_fields": list(data.label_names),
+        "num_classes": [len(names) for names in data.label_names.values()],
+        "dynamics_placement": config.model.dynamics_placement,
+        "dynamics_adaptive": config.model.dynamics_adaptive,
+        "network_output": "sample" if config.objective.writes_sample else "target",
+        "token_drop_start": config.model.token_drop_start,
+        "token_drop_end": config.model.token_drop_end,
+        "value_residual": config.model.value_residual,
+        "routing": config.model.routing,
+        "num_experts": config.model.num_experts,
+    }
+    if config.model.routing == "timestep" and config.model.num_experts > 1:
+        settings["routing_edges"] = time_quantiles(config.model.num_experts, config.objective)
+    try:
+        model = ComplexityDiTTransformer2DModel.from_size(
+            config.model.size, **(settings | config.model.overrides)
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"this model cannot be built: {error}") from error
+    _check_token_drop(config.model, model)
+    return model
+
+
+def _check_token_drop(config: ModelConfig, model: ComplexityDiTTransformer2DModel) -> None:
+    rate = config.token_drop_rate
+    if not 0 < config.token_drop_until <= 1:
+        raise UserError(
+            f"token_drop_until {config.token_drop_until} must be above 0 and at most 1: the share "
+            "of the run with dropping (token_drop_rate 0 switches it off)"
+        )
+    if not 0 <= rate < 1:
+        raise UserError(f"token_drop_rate {rate} must be at least 0 (off) and below 1")
+    start, end = middle_blocks(model.config)
+    if rate and start >= end:
+        raise UserError(
+            f"token_drop_rate {rate}: a network of {model.config.num_layers} blocks has no middle "
+            "ones to bypass; use 3 or more, or set token_drop_start and token_drop_end"
+        )

@@ -1,19 +1,111 @@
 """The whole input of a training step, as a pure function of (seed, step)."""
 
+import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from complexity_dit.balance import BalancedOrder
 from complexity_dit.config import TrainConfig
-from complexity_dit.data import random_batch_indices
-from complexity_dit.latents import TrainingData
+from complexity_dit.data.latents import TrainingData
+from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
-from complexity_dit.objective import drop_labels, noisy_input_and_target, sample_times
 from complexity_dit.seeding import generator_for
+from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
 from inl_core.run.errors import UserError
+
+
+def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
+    """Return the items that samples ``start`` to ``start + count - 1`` of a training run read.
+
+    Sample k is item ``permutation(seed, k // num_items)[k % num_items]``: every epoch reads each
+    item once, in its own order. The order is a function of the arguments alone, so a run that
+    resumes at sample k, or splits a batch over processes, needs no sampler state.
+
+    Args:
+        num_items: Size of the data, at least 1.
+        seed: Seed of the order.
+        start: Number of the first sample, from 0.
+        count: How many samples.
+
+    Returns:
+        int64 of shape (count,), values in [0, num_items).
+    """
+    if num_items < 1 or start < 0 or count < 0:
+        raise ValueError(
+            f"num_items {num_items} must be at least 1, start {start} and count {count} at least 0"
+        )
+    parts, position, end = [torch.empty(0, dtype=torch.int64)], start, start + count
+    while position < end:
+        epoch, offset = divmod(position, num_items)
+        take = min(num_items - offset, end - position)
+        parts.append(_permutation(num_items, seed, epoch)[offset : offset + take])
+        position += take
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
+    # Hashed, so that (seed, epoch + 1) and (seed + 1, epoch) are unrelated.
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(num_items, generator=generator)
+
+
+# An order of the data in which every label of a field comes equally often.
+
+
+class BalancedOrder:
+    """Which item each sample of a training run reads, as `data.random_batch_indices`, balanced.
+
+    Items without the label keep their natural share: they are spread evenly over the run. All other
+    samples come in rounds: a round holds one item of each label, in an order of its own, and
+    the items of a label come as epochs of permutations. So the labels' counts never differ by more
+    than one, whatever the stretch of rounds, and no item of a label is read twice before all of
+    them were read once. Everything is a function of (seed, position): no sampler state.
+
+    Args:
+        ids: Label ids of one field, (N,), -1 where missing. Labels without items are left out.
+        seed: Seed of the order.
+
+    Raises:
+        UserError: If every label is missing.
+    """
+
+    def __init__(self, ids: Tensor, seed: int) -> None:
+        self.seed, self.size = seed, len(ids)
+        self.missing = (ids == MISSING).nonzero().flatten()
+        names = ids[ids != MISSING].unique().tolist()
+        if not names:
+            raise UserError(
+                "balanced_labels: every label of that field is missing in the training data"
+            )
+        self.members = [(ids == name).nonzero().flatten() for name in names]
+        # One shuffled epoch of each label at hand; of an order by rounds no more is ever needed.
+        self._shuffled = lru_cache(maxsize=2 * len(names) + 2)(self._shuffle)
+
+    def indices(self, start: int, count: int) -> Tensor:
+        """The items that samples `start` to `start + count - 1` read: int64 (count,)."""
+        return torch.tensor([self._item(k) for k in range(start, start + count)], dtype=torch.int64)
+
+    def _item(self, k: int) -> int:
+        # Of the first k samples floor(k * M / N) are unlabelled ones, for M of N items.
+        before, after = ((n * len(self.missing)) // self.size for n in (k, k + 1))
+        if after > before:
+            return self._member(-1, self.missing, before)
+        turn, place = divmod(k - before, len(self.members))
+        label = int(self._shuffled("labels", len(self.members), turn)[place])
+        return self._member(label, self.members[label], turn)
+
+    def _member(self, label: int, items: Tensor, visit: int) -> int:
+        epoch, place = divmod(visit, len(items))
+        return int(items[self._shuffled(f"items of {label}", len(items), epoch)[place]])
+
+    def _shuffle(self, what: str, count: int, epoch: int) -> Tensor:
+        return torch.randperm(count, generator=generator_for(self.seed, f"order {what}", epoch))
+
 
 _BLOCK = 2**18
 """Numbers that are worked on at a time, as far as they are whole pictures: a block and what is

@@ -19,10 +19,15 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from complexity_dit.config import DataConfig
-from complexity_dit.data import PaintingDataset, in_split, load_data
+from complexity_dit.data.dataset import PaintingDataset, in_split, load_data
+from complexity_dit.data.latents import (
+    CACHE_FILE,
+    FORMAT,
+    PLAN_FILE,
+    number_of_parts,
+    part_path,
+)
 from complexity_dit.hashing import weights_sha256
-from complexity_dit.latent_parts import number_of_parts, part_path
-from complexity_dit.latents import CACHE_FILE, FORMAT, PLAN_FILE
 from complexity_dit.models.vae import Vae, load_vae, posterior, scale_factor
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside

@@ -1,0 +1,1 @@
+"""Paintings: sources, splits with labels, cached latents, and the embedded art set."""
