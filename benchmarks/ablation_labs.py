@@ -134,7 +134,8 @@ class DiT(Lab):
         """FID and KID of a finished cell as in `recipe.py`, {name: (value, unit)}."""
         from painting import painting
 
-        from complexity_dit.evaluate import EvalConfig, evaluate
+        from complexity_dit.config import EvalConfig
+        from complexity_dit.evaluation.evaluate import evaluate
         from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 
         folder = Path(config.out) / "pipeline"

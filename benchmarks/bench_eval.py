@@ -37,9 +37,11 @@ def features(n, d, seed):
 
 
 def ours(measure, a, b):
-    from complexity_dit.kid import kid_from_features
-    from complexity_dit.manifold import manifold_overlap
-    from complexity_dit.metrics import fid_from_features
+    from complexity_dit.evaluation.distances import (
+        fid_from_features,
+        kid_from_features,
+        manifold_overlap,
+    )
 
     if measure == "fid":
         return fid_from_features(a, b)

@@ -25,13 +25,14 @@ from painting import painting
 from results import append_rows, commit
 from timing import DEVICE
 
-from complexity_dit.compare import different_settings, read_result
-from complexity_dit.evaluate import EvalConfig, evaluate
-from complexity_dit.features import draw
+from complexity_dit.config import EvalConfig
+from complexity_dit.evaluation.evaluate import evaluate
+from complexity_dit.evaluation.features import draw
+from complexity_dit.evaluation.image_sets import labels_to_ask, open_reference, trained_on
+from complexity_dit.evaluation.report import different_settings, read_result
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
 from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
-from complexity_dit.subjects import labels_to_ask, open_reference, trained_on
 from inl_core.run.checkpoints import all_checkpoints
 
 EULER = "FlowMatchEulerDiscreteScheduler"

@@ -34,9 +34,8 @@ from gallery_client import Page, pngs_of, reason_of
 from PIL import Image
 from results import append_rows
 
+from complexity_dit.app.gallery import Gallery, Settings, read_png
 from complexity_dit.config import ObjectiveConfig, SampleConfig
-from complexity_dit.gallery import Gallery, Settings
-from complexity_dit.gallery_png import read_png
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline, sample

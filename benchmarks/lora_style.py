@@ -23,9 +23,9 @@ import torch
 from jsonargparse import ArgumentParser
 from results import commit
 
-from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
+from complexity_dit.config import DataConfig, EvalConfig, SampleConfig, TrainConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.evaluate import EvalConfig, evaluate_images
+from complexity_dit.evaluation.evaluate import evaluate_images
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
 from complexity_dit.training.train import train

@@ -22,8 +22,8 @@ from fields import overridden, override_flag, with_fields
 from painting import painting
 from results import append_rows, commit, dtype_of
 
-from complexity_dit.config import DATA_FILE, TrainConfig
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.config import DATA_FILE, EvalConfig, TrainConfig
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training.network import build_model

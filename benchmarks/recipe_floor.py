@@ -12,14 +12,14 @@ from pathlib import Path
 
 from results import append_rows, commit
 
+from complexity_dit.config import EvalConfig
 from complexity_dit.distributed import pick_device
-from complexity_dit.evaluate import EvalConfig
-from complexity_dit.features import draw, set_features
-from complexity_dit.floors import vae_reconstruction
-from complexity_dit.inception import load_extractor
-from complexity_dit.measures import measure
+from complexity_dit.evaluation.breakdown import vae_reconstruction
+from complexity_dit.evaluation.evaluate import measure
+from complexity_dit.evaluation.features import draw, set_features
+from complexity_dit.evaluation.image_sets import open_reference, trained_on
+from complexity_dit.evaluation.networks import load_extractor
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.subjects import open_reference, trained_on
 
 
 def floors(pipeline, reference, num_images, weights):

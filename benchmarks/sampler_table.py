@@ -15,7 +15,8 @@ from pathlib import Path
 from painting import painting
 from results import append_rows, commit
 
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.config import EvalConfig
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.pipelines.schedulers import named_scheduler, steps_within
 

@@ -32,8 +32,15 @@ import numpy as np
 import torch
 from results import append_rows, commit, hardware
 
-from complexity_dit.config import DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import damage, latest_checkpoint

@@ -41,8 +41,8 @@ def of_lm(folder):
 
 
 def of_dit(folder):
+    from complexity_dit.cli.inspect import PROBE_LEVELS
     from complexity_dit.hashing import weights_sha256
-    from complexity_dit.inspect_model import PROBE_LEVELS
     from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
     from complexity_dit.pipelines.sampling import load_pipeline
 

@@ -69,8 +69,7 @@ def save_language_model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
     """A folder with what the runs of the pages would have left in it."""
-    from complexity_dit.gallery import Gallery, Settings
-    from complexity_dit.gallery_png import picture_png
+    from complexity_dit.app.gallery import Gallery, Settings, picture_png
     from complexity_dit.pipelines.sampling import load_pipeline
 
     desk = tmp_path_factory.mktemp("desk")

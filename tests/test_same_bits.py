@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from safetensors.torch import load_file
 
-from complexity_dit.config import SampleConfig
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.config import EvalConfig, SampleConfig
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.training.train import train as train_images
 from complexity_lm.train import train as train_text
 from support.small_runs import dit_run, lm_run, write_texts

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.app_guard import MAX_BODY, Guard, page_files
+from complexity_dit.app.gallery import Gallery, read_png
+from complexity_dit.app.server import MAX_BODY, Guard, page_files
 from complexity_dit.config import AppConfig
-from complexity_dit.gallery import Gallery
-from complexity_dit.gallery_png import read_png
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -127,7 +126,7 @@ def test_the_server_serves_its_page_and_no_file(pipe):
 async def look_around(gallery: Gallery) -> None:
     import httpx
 
-    from complexity_dit.app import build_server
+    from complexity_dit.app.server import build_server
 
     # Built where a loop runs: gradio makes loops of its own elsewhere, and leaves them open.
     transport = httpx.ASGITransport(app=build_server(gallery, AppConfig()))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from complexity_dit.app.gallery import Gallery
 from complexity_dit.config import AppConfig
-from complexity_dit.gallery import Gallery
 
 # gradio, in a thread of its own, asks pandas for what pandas is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword)")
@@ -50,7 +50,7 @@ def play(pipe, monkeypatch):
     import uvicorn
     from gallery_client import Page
 
-    from complexity_dit.app import build_server
+    from complexity_dit.app.server import build_server
 
     async def run(scenario) -> None:
         gallery = Gallery(pipe, AppConfig(max_steps=STEPS).limits)

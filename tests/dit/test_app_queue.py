@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from complexity_dit import turns as turns_module
+from complexity_dit.app import server as turns_module
+from complexity_dit.app.gallery import Gallery
+from complexity_dit.app.server import Turns
 from complexity_dit.config import AppConfig
-from complexity_dit.gallery import Gallery
-from complexity_dit.turns import Turns
 from inl_core.run.errors import UserError
 
 
@@ -102,7 +102,7 @@ def with_server(gallery: Gallery, scenario, **config):
     pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
 
     async def run() -> None:
-        from complexity_dit.app import build_server
+        from complexity_dit.app.server import build_server
 
         transport = httpx.ASGITransport(app=build_server(gallery, AppConfig(**config)))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
-from complexity_dit.bias import bootstrap, fid_curve
-from complexity_dit.metrics import distance_of_sets, frechet_distance
+from complexity_dit.evaluation.distances import (
+    bootstrap,
+    distance_of_sets,
+    fid_curve,
+    frechet_distance,
+)
 from inl_core.run.errors import UserError
 
 D = 8

@@ -125,7 +125,7 @@ def test_colours_are_compared_style_by_style(measures: ModuleType) -> None:
 
 
 def test_the_floor_has_as_many_of_each_style(claims: ModuleType) -> None:
-    from complexity_dit.image_sets import array_images
+    from complexity_dit.evaluation.image_sets import array_images
 
     class Options:
         field, seed = "style", 0

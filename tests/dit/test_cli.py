@@ -165,7 +165,7 @@ def test_interrupted_evaluation_leaves_no_result(command, tmp_path, paintings, m
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("complexity_dit.measures.fid_from_features", stop)
+    monkeypatch.setattr("complexity_dit.evaluation.evaluate.fid_from_features", stop)
     shutil.rmtree(paintings / "Fauvism")
     (paintings / "Cubism" / "truncated.png").unlink()
     status, _, err = command(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from complexity_dit.compare import compare, different_settings
+from complexity_dit.evaluation.report import compare, different_settings
 from inl_core.run.errors import UserError
 
 RESULT: dict[str, Any] = {

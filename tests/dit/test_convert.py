@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from complexity_dit.__main__ import run
-from complexity_dit.convert import convert, from_state_dict
+from complexity_dit.cli.convert import convert, from_state_dict
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, patchify, unpatchify
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.network import start_from

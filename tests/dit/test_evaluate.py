@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 
 import complexity_dit.pipelines.sampling
-from complexity_dit import evaluate as module
-from complexity_dit import features as features_module
-from complexity_dit.config import DataConfig, SampleConfig
+from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.evaluate import EvalConfig, evaluate, extract_features
-from complexity_dit.features import FEATURE_CHUNK, draw
-from complexity_dit.image_sets import dataset_images, folder_images
-from complexity_dit.inception import FeatureExtractor, load_random_features
-from complexity_dit.kid import kid_from_features
-from complexity_dit.metrics import feature_statistics, fid_from_features
+from complexity_dit.evaluation import evaluate as module
+from complexity_dit.evaluation import features as features_module
+from complexity_dit.evaluation.distances import (
+    feature_statistics,
+    fid_from_features,
+    kid_from_features,
+)
+from complexity_dit.evaluation.evaluate import evaluate
+from complexity_dit.evaluation.features import FEATURE_CHUNK, draw, extract_features
+from complexity_dit.evaluation.image_sets import dataset_images, folder_images
+from complexity_dit.evaluation.networks import FeatureExtractor, load_random_features
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder

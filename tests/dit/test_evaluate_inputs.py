@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import complexity_dit.pipelines.sampling
-from complexity_dit.config import DataConfig, SampleConfig
+from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.evaluate import EvalConfig, evaluate, evaluate_images
-from complexity_dit.features import draw, set_features
-from complexity_dit.image_sets import array_images, folder_images
-from complexity_dit.inception import load_random_features
+from complexity_dit.evaluation.evaluate import evaluate, evaluate_images
+from complexity_dit.evaluation.features import draw, set_features
+from complexity_dit.evaluation.image_sets import array_images, folder_images
+from complexity_dit.evaluation.networks import load_random_features
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
@@ -147,7 +147,7 @@ def test_the_vaes_floor_stands_beside_the_others(
 
 
 def test_a_label_without_pictures_is_named(folders: tuple[Path, Path]) -> None:
-    from complexity_dit.per_label import distances_by_label
+    from complexity_dit.evaluation.breakdown import distances_by_label
 
     x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     ids = np.array([0] * 20 + [2] * 10)

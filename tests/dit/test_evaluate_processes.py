@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from complexity_dit import distributed as parallel_evaluation
-from complexity_dit import features as features_module
 from complexity_dit.config import SampleConfig
 from complexity_dit.distributed import gather_rows, own_blocks
-from complexity_dit.features import FEATURE_CHUNK, set_features
-from complexity_dit.inception import load_random_features
-from complexity_dit.metrics import fid_from_features
-from complexity_dit.painted import painted_images
+from complexity_dit.evaluation import features as features_module
+from complexity_dit.evaluation.distances import fid_from_features
+from complexity_dit.evaluation.features import FEATURE_CHUNK, set_features
+from complexity_dit.evaluation.networks import load_random_features
+from complexity_dit.evaluation.samples import painted_images
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.processes import torchrun
 
@@ -74,7 +74,7 @@ def test_features_of_samples_do_not_depend_on_batch_and_processes(
 def test_another_chunk_moves_the_distance_by_rounding_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from complexity_dit.image_sets import array_images
+    from complexity_dit.evaluation.image_sets import array_images
 
     rng = np.random.default_rng(0)
     sides = [rng.integers(0, high, (50, 16, 16, 3), dtype=np.uint8) for high in (200, 256)]

@@ -17,12 +17,10 @@ from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from complexity_dit.config import EvalConfig
-from complexity_dit.evaluate import evaluate_images
-from complexity_dit.image_sets import array_images, folder_images
-from complexity_dit.inception import load_inception, load_random_features
-from complexity_dit.kid import _mmd2_direct
-from complexity_dit.metrics import fid_from_features
-from complexity_dit.products import common_centre
+from complexity_dit.evaluation.distances import _mmd2_direct, common_centre, fid_from_features
+from complexity_dit.evaluation.evaluate import evaluate_images
+from complexity_dit.evaluation.image_sets import array_images, folder_images
+from complexity_dit.evaluation.networks import load_inception, load_random_features
 from support.data import needs_data, needs_weights, shared_data
 
 pytestmark = pytest.mark.usefixtures("weights_cache")
@@ -185,7 +183,7 @@ def test_pytorch_fids_values_from_the_pictures_themselves() -> None:
         paths = [data / "wikiart" / "images" / f"{i:05d}.jpg" for i in range(start, start + 256)]
         pictures = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
         sides.append(array_images(pictures))
-    from complexity_dit.features import set_features
+    from complexity_dit.evaluation.features import set_features
 
     a, b = (set_features(side, np.arange(256), extractor, cache=False) for side in sides)
     assert fid_from_features(a[:, :64], b[:, :64]) == pytest.approx(values[1], rel=1e-4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from complexity_dit.floors import VAE_CHUNK, shrink, vae_reconstruction
+from complexity_dit.evaluation.breakdown import VAE_CHUNK, shrink, vae_reconstruction
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.pictures import noise
 

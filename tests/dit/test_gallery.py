@@ -12,10 +12,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from complexity_dit import __main__ as cli
-from complexity_dit import app_page, gallery_png
-from complexity_dit import gallery as gallery_module
+from complexity_dit.app import gallery as gallery_module
+from complexity_dit.app import gallery as gallery_png
+from complexity_dit.app import page as app_page
+from complexity_dit.app.gallery import Gallery, Settings
 from complexity_dit.config import AppConfig, Limits, ObjectiveConfig
-from complexity_dit.gallery import Gallery, Settings
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError

@@ -12,18 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from complexity_dit import statistics_files
 from complexity_dit.config import DataConfig
 from complexity_dit.data import sources as images_module
 from complexity_dit.data.dataset import load_data
 from complexity_dit.data.sources import square_pixels
-from complexity_dit.image_sets import folder_images, npz_images
+from complexity_dit.evaluation import image_sets as statistics_files
+from complexity_dit.evaluation.image_sets import folder_images, npz_images, read_statistics
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.models.vae import load_vae
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.statistics_files import read_statistics
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
@@ -307,7 +306,7 @@ def test_a_foreign_csv_is_not_replaced(tmp_path, text):
 
 
 def test_the_converter_takes_no_tensor_that_would_be_repeated():
-    from complexity_dit.convert import from_state_dict
+    from complexity_dit.cli.convert import from_state_dict
     from support.authors import checkpoint
 
     tensors = checkpoint(layers=1) | {"patch_embed.proj.bias": torch.ones(1)}

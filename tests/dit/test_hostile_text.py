@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from complexity_dit import app_page, labels, report_charts
-from complexity_dit.gallery import Gallery, Settings
-from complexity_dit.gallery_png import read_png, sheet_png
+from complexity_dit import labels
+from complexity_dit.app import page as app_page
+from complexity_dit.app.gallery import Gallery, Settings, read_png, sheet_png
+from complexity_dit.evaluation import report as report_charts
 from complexity_dit.pipelines import model_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline, sample

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.image_sets import array_images, folder_images, npz_images
-from complexity_dit.metrics import Statistics
-from complexity_dit.statistics_files import KeptStatistics, read_statistics, write_statistics
+from complexity_dit.evaluation.distances import Statistics
+from complexity_dit.evaluation.image_sets import (
+    KeptStatistics,
+    array_images,
+    folder_images,
+    npz_images,
+    read_statistics,
+    write_statistics,
+)
 from inl_core.run.errors import UserError
 from support.pictures import noise, write_folder
 

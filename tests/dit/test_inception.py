@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from complexity_dit import inception
-from complexity_dit.inception import (
+from complexity_dit.evaluation import networks as inception
+from complexity_dit.evaluation.distances import fid_from_features
+from complexity_dit.evaluation.networks import (
+    InceptionV3Features,
     find_inception,
     load_extractor,
     load_inception,
     load_random_features,
+    resize_tf1,
 )
-from complexity_dit.inception_net import InceptionV3Features, resize_tf1
-from complexity_dit.metrics import fid_from_features
 from inl_core.run.errors import UserError
 from support.data import needs_data, needs_weights, shared_data
 
@@ -60,7 +61,7 @@ def script_network(path: Path) -> torch.jit.ScriptModule:
 
 def pytorch_fid_state(helper_file: Path) -> dict[str, torch.Tensor]:
     """The helper's numbers under the names that pytorch-fid and torch-fidelity give them."""
-    from complexity_dit.inception_net import _layer_names
+    from complexity_dit.evaluation.networks import _layer_names
 
     raw, renamed = script_network(helper_file).state_dict(), {}
     for _, name, script_name in _layer_names():
@@ -153,7 +154,7 @@ def test_reference_features_and_fid_from_images(helper_file: Path) -> None:
 @needs_weights
 def test_state_dict_names_give_the_same_tensors(helper_file: Path) -> None:
     """pytorch-fid's file is not at hand: its names, with the script's numbers, must fold alike."""
-    from complexity_dit.inception_net import fold_state_dict
+    from complexity_dit.evaluation.networks import fold_state_dict
 
     raw, renamed = script_network(helper_file).state_dict(), pytorch_fid_state(helper_file)
     ours, theirs = fold_state_dict(raw, "torchscript"), fold_state_dict(renamed, "state_dict")

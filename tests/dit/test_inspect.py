@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from complexity_dit.inspect_model import inspect
+from complexity_dit.cli.inspect import inspect
 from complexity_dit.training.train import train
 from inl_core.run.errors import UserError
 

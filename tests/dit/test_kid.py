@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.kid import _mmd2_direct, _mmd2_masked, kid_from_features
-from complexity_dit.products import BLOCK_ROWS, common_centre
+from complexity_dit.evaluation.distances import (
+    BLOCK_ROWS,
+    _mmd2_direct,
+    _mmd2_masked,
+    common_centre,
+    kid_from_features,
+)
 from inl_core.run.errors import UserError
 
 
@@ -57,7 +62,7 @@ def test_kid_routes_agree() -> None:
 def test_more_rows_than_a_block_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = features(60, 8, 0).astype(np.float64), features(45, 8, 1, 0.1).astype(np.float64)
     whole = kid_from_features(a, b, 20, 40)
-    monkeypatch.setattr("complexity_dit.products.BLOCK_ROWS", 7)
+    monkeypatch.setattr("complexity_dit.evaluation.distances.BLOCK_ROWS", 7)
     assert max(len(a), len(b)) < BLOCK_ROWS
     assert kid_from_features(a, b, 20, 40).mean == pytest.approx(whole.mean, rel=1e-12)
 

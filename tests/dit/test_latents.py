@@ -15,12 +15,12 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from complexity_dit.config import DataConfig, SampleConfig, TrainConfig
+from complexity_dit.config import DataConfig, EvalConfig, SampleConfig, TrainConfig
 from complexity_dit.data import encode as encode_module
 from complexity_dit.data.dataset import load_data
 from complexity_dit.data.encode import encode
 from complexity_dit.data.latents import load_training_data, open_latent_space, part_path
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.vae import load_vae, posterior
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline

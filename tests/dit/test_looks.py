@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from complexity_dit.evaluate import EvalConfig
+from complexity_dit.config import EvalConfig
 from complexity_dit.training import callbacks as looks
 from complexity_dit.training.callbacks import NoiseLevels
 from complexity_dit.training.train import train

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from complexity_dit.cli.inspect import inspect
 from complexity_dit.config import DataConfig, LoraOptions, ObjectiveConfig, OptimConfig, TrainConfig
 from complexity_dit.data.encode import encode
 from complexity_dit.data.latents import load_training_data
-from complexity_dit.inspect_model import inspect
 from complexity_dit.pipelines.image_to_image import read_pictures
 from complexity_dit.pipelines.pipeline import Chunks, ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline

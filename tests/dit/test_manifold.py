@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.manifold import manifold_overlap, nearest
+from complexity_dit.evaluation.distances import manifold_overlap, nearest
 from inl_core.run.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_the_four_numbers_are_their_definitions(monkeypatch: pytest.MonkeyPatch)
     expected = by_definition(x, y, 4)
     assert 0 < min(expected[0], expected[1], expected[3]) < 1
     for block in (1024, 16, 1):
-        monkeypatch.setattr("complexity_dit.products.BLOCK_ROWS", block)
+        monkeypatch.setattr("complexity_dit.evaluation.distances.BLOCK_ROWS", block)
         assert manifold_overlap(x, y, 4, 4) == pytest.approx(expected, abs=1e-12)
 
 

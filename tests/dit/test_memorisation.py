@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from complexity_dit.memorisation import memorisation
+from complexity_dit.evaluation.breakdown import memorisation
 
 
 def features(n: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -8,8 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from complexity_dit.kid import kid_from_features
-from complexity_dit.metrics import (
+from complexity_dit.evaluation.distances import (
     Statistics,
     distance_of_sets,
     feature_statistics,
@@ -17,6 +16,7 @@ from complexity_dit.metrics import (
     fid_to_statistics,
     frechet_distance,
     inception_score,
+    kid_from_features,
 )
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data

@@ -11,8 +11,8 @@ from PIL import Image
 
 import complexity_dit.pipelines.sampling
 from complexity_dit.config import SampleConfig
-from complexity_dit.features import FEATURE_CHUNK
-from complexity_dit.painted import painted_images
+from complexity_dit.evaluation.features import FEATURE_CHUNK
+from complexity_dit.evaluation.samples import painted_images
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 

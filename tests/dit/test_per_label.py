@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from complexity_dit.per_label import class_means, nearest_class_mean_accuracy
+from complexity_dit.evaluation.breakdown import class_means, nearest_class_mean_accuracy
 from inl_core.run.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from complexity_dit.memorisation import memorisation
-from complexity_dit.report import Pictures, render, write_report
+from complexity_dit.evaluation.breakdown import memorisation
+from complexity_dit.evaluation.report import Pictures, render, write_report
 
 
 class Page(html.parser.HTMLParser):

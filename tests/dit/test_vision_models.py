@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.inception import load_extractor
+from complexity_dit.evaluation.networks import load_extractor
 from inl_core.run.errors import UserError
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

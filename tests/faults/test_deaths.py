@@ -65,7 +65,7 @@ import importlib, os, signal, sys
 from complexity_dit import __main__ as cli
 
 if os.environ["RANK"] == sys.argv.pop():
-    evaluation = importlib.import_module("complexity_dit.evaluate")
+    evaluation = importlib.import_module("complexity_dit.evaluation.evaluate")
     evaluation.collect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cli.main()
 """

@@ -20,10 +20,15 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from complexity_dit import app_guard, compare, convert, labels, subjects, vision_models
+from complexity_dit import labels
+from complexity_dit.app import server as app_guard
+from complexity_dit.cli import convert
 from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
 from complexity_dit.data import latents
 from complexity_dit.data import latents as latent_parts
+from complexity_dit.evaluation import image_sets as subjects
+from complexity_dit.evaluation import networks as vision_models
+from complexity_dit.evaluation import report as compare
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines import pipeline as pipeline_labels
 from complexity_dit.pipelines import sampling as sample

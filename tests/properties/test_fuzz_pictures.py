@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from complexity_dit import gallery_png, image_sets, statistics_files
+from complexity_dit.app import gallery as gallery_png
+from complexity_dit.app.gallery import Settings
 from complexity_dit.data import sources as images
-from complexity_dit.gallery import Settings
+from complexity_dit.evaluation import image_sets
+from complexity_dit.evaluation import image_sets as statistics_files
 from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import (

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from complexity_dit import (
     __main__ as dit,
 )
-from complexity_dit import (
-    cli_errors,
-)
+from complexity_dit.cli import commands as cli_errors
 from complexity_dit.config import DataConfig, TrainConfig
 from complexity_lm import __main__ as lm
 from complexity_lm.config import TrainConfig as LMTrainConfig

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from complexity_dit import __main__ as dit
 from complexity_dit import distributed as parallel_evaluation
+from complexity_dit.app.gallery import Settings
 from complexity_dit.config import TrainConfig
 from complexity_dit.data.dataset import in_split, read_labels
-from complexity_dit.gallery import Settings
 from complexity_dit.labels import resolve_label
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import in_chunks

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from complexity_dit import __version__
-from complexity_dit.commands import COMMANDS
+from complexity_dit.cli.commands import COMMANDS
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.json_files import printable, unreadable
 
@@ -56,7 +56,7 @@ def parse(
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        from complexity_dit.cli_errors import explain
+        from complexity_dit.cli.commands import explain
 
         commands = parser._subcommands_action
         assert commands is not None  # build_parser added them

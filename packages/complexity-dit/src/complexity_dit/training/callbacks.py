@@ -18,13 +18,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_dit.config import SampleConfig, TrainConfig
+from complexity_dit.config import EvalConfig, SampleConfig, TrainConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.data.latents import TrainingData, source_config
 from complexity_dit.distributed import Processes
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.evaluation.evaluate import evaluate
+from complexity_dit.evaluation.image_sets import is_source
 from complexity_dit.grids import save_grid
-from complexity_dit.image_sets import is_source
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from complexity_dit.config import SampleConfig, TrainConfig
+from complexity_dit.config import EvalConfig, SampleConfig, TrainConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.evaluate import EvalConfig, evaluate
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from complexity_dit.distributed import all_agree, gather_rows, is_main, own_blocks
+from complexity_dit.evaluation.image_sets import ImageSet
+from complexity_dit.evaluation.networks import FeatureExtractor, cache_dir
 from complexity_dit.hashing import array_hash
-from complexity_dit.image_sets import ImageSet
-from complexity_dit.inception import FeatureExtractor, cache_dir
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
 

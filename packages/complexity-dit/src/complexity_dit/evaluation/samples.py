@@ -20,9 +20,9 @@ from torch import Tensor
 
 from complexity_dit.data.sources import bombs_refused
 from complexity_dit.distributed import on_main
-from complexity_dit.features import FEATURE_CHUNK
+from complexity_dit.evaluation.features import FEATURE_CHUNK
+from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.hashing import array_hash, module_hash
-from complexity_dit.image_sets import ImageSet
 from complexity_dit.pipelines.sampling import pipeline_hash, scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside, recover

@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from complexity_dit.gallery import Frame, Gallery, Settings
-from complexity_dit.gallery_png import picture_png, sample_command, sheet_columns, sheet_png
+from complexity_dit.app.gallery import (
+    Frame,
+    Gallery,
+    Settings,
+    picture_png,
+    sample_command,
+    sheet_columns,
+    sheet_png,
+)
 
 PREVIEW_SIDE = 256
 """Unfinished pictures are shown at this size at most: they are sent several times a second."""

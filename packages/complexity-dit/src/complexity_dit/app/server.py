@@ -4,11 +4,226 @@ The widgets and the server; what is painted is `gallery.py`'s, how it looks `app
 the extra `[app]`, works without a network, and calls nobody.
 """
 
+import json
 import os
 import random
+import re
 import threading
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from complexity_dit.app.gallery import MAX_SEED, Gallery, Settings
+from complexity_dit.app.page import CSS, empty_wall, masthead, refusal, waiting, wall
+from complexity_dit.config import AppConfig
+from complexity_dit.distributed import pick_device
+from complexity_dit.pipelines.sampling import load_pipeline
+from inl_core.run.errors import UserError
+from inl_core.run.json_files import parse_json
+
+# What the gallery's server answers, and nothing else.
+#
+# gradio's server can also serve files, take uploads and pass requests on to other servers. The
+# gallery needs none of that, so requests are held to a list: fixed addresses, and the files of
+# gradio's own pages by the names they had when the server started. No path of a request is ever
+# looked up on a disk, and the values of an event are numbers and text, never a file description.
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+MAX_BODY = 16 * 1024
+"""Bytes of a request; an event of the gallery has a few hundred."""
+
+_GET = {
+    "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt",
+    "/gradio_api/queue/data", "/gradio_api/startup-events", "/gradio_api/app_id",
+}  # fmt: skip
+_POST = {"/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
+_HEARTBEAT = re.compile(r"/gradio_api/heartbeat/\w{1,40}")
+
+
+def page_files(frontend: Path) -> frozenset[str]:
+    """Addresses of the files of gradio's pages.
+
+    Args:
+        frontend: The folder with `assets` and `static`.
+    """
+    return frozenset(
+        f"/{path.relative_to(frontend).as_posix()}"
+        for folder in ("assets", "static")
+        for path in (frontend / folder).rglob("*")
+        if path.is_file()
+    )
+
+
+class Guard:
+    """ASGI middleware that lets the gallery's requests through and refuses all others.
+
+    Args:
+        app: The server.
+        files: Addresses of the page's files.
+    """
+
+    def __init__(self, app: Any, files: frozenset[str]) -> None:
+        self.app = app
+        self.files = files
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["method"] in ("GET", "HEAD") and self._is_page(scope["path"]):
+            await self.app(scope, receive, send)
+        elif scope["method"] == "POST" and scope["path"] in _POST:
+            body = await _read(receive)
+            why = "more than 16 KiB" if body is None else _unfit(body)
+            if body is None or why:
+                await _refuse(send, 413 if body is None else 400, f"refused: {why}")
+            else:
+                await self.app(scope, _again(body, receive), send)
+        else:
+            await _refuse(send, 404, "the gallery has no such address")
+
+    def _is_page(self, path: str) -> bool:
+        return path in _GET or path in self.files or _HEARTBEAT.fullmatch(path) is not None
+
+
+def _unfit(body: bytes) -> str:
+    """Why a body is no event of the gallery; empty if it is one."""
+    try:
+        event = parse_json(body)
+    except ValueError as error:
+        return f"the body is no JSON ({error})"
+    if not isinstance(event, dict):
+        return "the body is no JSON object"
+    values = event.get("data") or []
+    if not isinstance(values, list) or not all(_is_plain(value) for value in values):
+        return "values must be numbers and text"
+    if not _is_plain(event.get("event_data")):
+        return "event_data must be empty"
+    return ""
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is too long."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        if size > MAX_BODY:
+            return None
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once more, and then what else comes."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    body = json.dumps({"error": message}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+# Whose turn it is to paint: one at a time, the others in a line of bounded length.
+
+AWAY_SECONDS = 60.0
+"""After so long without being asked for its next frame a painting has nobody who looks."""
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A place in the line.
+
+    Attributes:
+        stop: Is set when the place is lost, or by whoever asked for the painting.
+        away_since: When its last frame was handed out; None while the next one is being made.
+    """
+
+    stop: threading.Event
+    away_since: float | None = None
+
+
+class Turns:
+    """A line of paintings; the first one paints.
+
+    Not the queue of the server: that one counts every click, so a full one would refuse the click
+    that stops a painting and makes room.
+
+    Args:
+        waiting: How many may wait behind the one that paints.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        self._line: list[Ticket] = []
+        self._lock = threading.Lock()
+
+    def join(self, stop: threading.Event) -> Ticket:
+        """Take the last place.
+
+        Raises:
+            UserError: The line is full.
+        """
+        with self._lock:
+            self._drop_the_absent()
+            if len(self._line) > self.waiting:
+                raise UserError(
+                    f"one painting is under way and {self.waiting} wait, which is the most "
+                    "(--queue_size): try again in a moment"
+                )
+            self._line.append(ticket := Ticket(stop))
+        return ticket
+
+    def before(self, ticket: Ticket) -> int:
+        """How many are before this one; those who have left are not counted."""
+        with self._lock:
+            self._drop_the_absent()
+            return self._line.index(ticket) if ticket in self._line else 0
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give the place free."""
+        with self._lock:
+            if ticket in self._line:
+                self._line.remove(ticket)
+
+    def frames(self, ticket: Ticket, made: Iterable[T]) -> Iterator[T]:
+        """Hand out what is made, noting when nobody asks for more; the place is free at the end."""
+        try:
+            for frame in made:
+                ticket.away_since = time.monotonic()
+                yield frame
+                ticket.away_since = None
+        finally:
+            self.leave(ticket)
+
+    def _drop_the_absent(self) -> None:
+        now = time.monotonic()
+        for ticket in list(self._line):
+            if ticket.away_since is not None and now - ticket.away_since > AWAY_SECONDS:
+                ticket.stop.set()
+                self._line.remove(ticket)
+
 
 # Read by gradio when it is imported; said again where its arguments allow it.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -24,17 +239,6 @@ except ImportError as missing:
     raise UserError(
         f"the gallery needs gradio ({missing}): pip install 'complexity-dit[app]'"
     ) from missing
-
-from pathlib import Path
-
-from complexity_dit.app_guard import Guard, page_files
-from complexity_dit.app_page import CSS, empty_wall, masthead, refusal, waiting, wall
-from complexity_dit.config import AppConfig
-from complexity_dit.distributed import pick_device
-from complexity_dit.gallery import MAX_SEED, Gallery, Settings
-from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.turns import Ticket, Turns
-from inl_core.run.errors import UserError
 
 _ANY = "any"
 _GRID = "A grid of several seeds"

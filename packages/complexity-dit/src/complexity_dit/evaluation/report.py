@@ -4,19 +4,258 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from complexity_dit.image_sets import ImageSet
-from complexity_dit.memorisation import Memorisation
-from complexity_dit.report_charts import curve_chart, label_chart, nearest_chart
+from complexity_dit.evaluation.breakdown import Memorisation
+from complexity_dit.evaluation.image_sets import ImageSet
+from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
+from inl_core.run.json_files import fits, one_line, read_json_object
+
+# The charts of a report, as SVG text to put into a page.
+
+matplotlib.use("Agg")  # no screen is needed or wanted
+
+
+def curve_chart(curve: dict[str, Any], name: str) -> str:
+    """The distance over 1 / n with the line to infinite n and its interval."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.2), constrained_layout=True)
+    inverse = 1 / np.asarray(curve["sizes"], float)
+    axes.plot(inverse, curve["values"], "o", color="C0", label="measured")
+    # The line of `fid_curve` again: the same weights, through the same points.
+    slope = np.polyfit(inverse, curve["values"], 1, w=np.sqrt(1 / inverse))
+    ends = np.array([0, inverse.max()])
+    axes.plot(ends, np.polyval(slope, ends), "--", color="0.6", label="line in 1/n")
+    half = (curve["high"] - curve["low"]) / 2
+    axes.errorbar([0], [curve["infinity"]], [half], fmt="s", color="C1", capsize=4, label="n → ∞")
+    axes.set_xticks([0, *inverse], ["∞", *(f"{n:,}" for n in curve["sizes"])])
+    axes.set(xlabel="n (spaced as 1/n)", ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def label_chart(labels: dict[str, dict[str, Any]]) -> str:
+    """A bar for each label's Frechet distance, with its floor as a mark."""
+    rows = {name: row for name, row in labels.items() if "n" in row}
+    if not rows:
+        return ""
+    key = next(k for k in next(iter(rows.values())) if k == "fid" or k.startswith("fd_"))
+    figure, axes = plt.subplots(figsize=(6.5, 0.6 + 0.32 * len(rows)), constrained_layout=True)
+    places = np.arange(len(rows))
+    axes.barh(places, [row[key] for row in rows.values()], height=0.6, color="C0")
+    floors = [
+        (place, row["floor"][key])
+        for place, row in zip(places, rows.values(), strict=True)
+        if "n" in row.get("floor", {})
+    ]
+    if floors:
+        at, values = zip(*floors, strict=True)
+        axes.plot(values, at, "|", color="black", markersize=14, label="training images")
+        axes.legend(frameon=False)
+    names = [f"{one_line(name)} ({row['n']})" for name, row in rows.items()]
+    axes.set_yticks(places, names, parse_math=False)  # a "$" in a name is a dollar
+    axes.invert_yaxis()
+    axes.set(xlabel="FID, each label at its own n (in brackets)" if key == "fid" else key)
+    axes.grid(alpha=0.3, axis="x")
+    return _svg(figure)
+
+
+def nearest_chart(copies: Memorisation) -> str:
+    """Distances to the nearest training image, of samples and of held-out images."""
+    figure, axes = plt.subplots(figsize=(6.5, 2.8), constrained_layout=True)
+    edges = np.histogram_bin_edges(np.concatenate([copies.samples, copies.heldout]), 50)
+    for distances, label in ((copies.heldout, "held-out images"), (copies.samples, "samples")):
+        axes.hist(distances, edges, density=True, alpha=0.55, label=label)
+    axes.set(xlabel="distance to the nearest training image", ylabel="density", xlim=(0, None))
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """The SVG element alone: no prologue, no date, text as text, and ids that do not change."""
+    with plt.rc_context({"svg.hashsalt": "complexity-dit", "svg.fonttype": "none"}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    # The metadata block names vocabularies by their address; a page of its own needs none.
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+# The table that ends an evaluation on the terminal.
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The table that ends an evaluation on the terminal."""
+    extractor, n = result["settings"]["extractor"], result["n_reference"]
+    lines = [
+        f"n = {result['n_generated']} generated, {'an unknown number of' if n is None else n} "
+        "reference images",
+        f"features: {extractor['name']} ({extractor['weights_source']}), "
+        f"resize {extractor['resize']}, {extractor['dtype']}",
+    ]
+    if "fd_random" in result["metrics"]:
+        lines.append("fd_random comes from a random network: it is NOT FID and compares with none")
+    elif extractor["name"].partition("-")[0] not in ("inception", "random"):
+        lines.append("the distance is named after its network: it is NOT FID")
+    width = max(map(len, result["metrics"]), default=0)
+    lines += [f"  {name:<{width}}  {value:.6g}" for name, value in result["metrics"].items()]
+    lines += [f"  {name}: absent, {why}" for name, why in result["absent"].items()]
+    if labels := result["per_label"].get("labels"):
+        width = max(map(len, labels))
+        lines.append(f"by {result['per_label']['field']}:")
+        lines += [f"  {name:<{width}}  {_label_line(row)}" for name, row in labels.items()]
+    return "\n".join(lines)
+
+
+def _label_line(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return row["skipped"]
+    numbers = [f"{k} {v:.5g}" for k, v in row.items() if k.startswith(("fid", "fd", "kid_m", "kd"))]
+    return f"n {row['n']}  " + "  ".join(n for n in numbers if "_std" not in n)
+
+
+# Two results side by side, when they were measured alike.
+
+# What a number does not depend on: names, speed, output, and extras beside it.
+_FREE = (
+    "target",
+    "reference",
+    "vae",
+    "eval.weights",
+    "eval.label_field",
+    "eval.label_min",
+    "eval.floors",
+    "eval.memorisation",
+    "eval.memorisation_images",
+    "eval.keep_images",
+    "eval.report",
+    "eval.save_statistics",
+    "eval.cache",
+    "eval.overwrite",
+    "eval.quiet",
+    "eval.num_images",  # what was reached counts: n_generated and n_reference
+    "eval.measures",
+    "eval.curve",
+    "eval.device",
+    "n_train",
+    "shrunk",
+    "extractor.weights_source",
+    "data",  # reference_fingerprint says whether it is the same data
+    "sample.batch_size",
+)
+_TOP = ("n_generated", "n_reference", "weights_sha256", "reference_fingerprint")
+
+
+def compare(first: str | Path, second: str | Path, allow: Sequence[str] = ()) -> str:
+    """A table of two results.
+
+    Args:
+        first: A ``result.json``.
+        second: Another.
+        allow: Fields that may differ, such as ``sample.guidance_scale``; a prefix (``sample``)
+            allows all below it. They are shown above the table.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        UserError: A file is no result, or settings differ that are not allowed to; it names them.
+    """
+    a, b = read_result(first), read_result(second)
+    differing = different_settings(a, b)
+    allowed = {name: pair for name, pair in differing.items() if _covered(name, allow)}
+    refused = {name: pair for name, pair in differing.items() if name not in allowed}
+    if refused:
+        lines = [f"{name}: {_shown(x)} and {_shown(y)}" for name, (x, y) in refused.items()]
+        raise UserError(
+            f"{first} and {second} were measured under different settings:\n  "
+            + "\n  ".join(lines)
+            + "\nMeasure both alike, or name what may differ with --allow"
+        )
+    lines = [
+        f"A = {first} ({a['settings'].get('target')})",
+        f"B = {second} ({b['settings'].get('target')})",
+    ]
+    lines += [
+        f"different by --allow: {name}: {_shown(x)} and {_shown(y)}"
+        for name, (x, y) in allowed.items()
+    ]
+    rows = [("", "A", "B", "B - A")]
+    for name in dict.fromkeys([*a["metrics"], *b["metrics"]]):
+        x, y = a["metrics"].get(name), b["metrics"].get(name)
+        gap = f"{y - x:+.4g}" if x is not None and y is not None else ""
+        rows.append((name, _number(x), _number(y), gap))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that numbers depend on and that differ: name -> both values, in order."""
+    flat_a, flat_b = (
+        {name: result.get(name) for name in _TOP} | _flat(result["settings"]) for result in (a, b)
+    )
+    names = [n for n in dict.fromkeys([*flat_a, *flat_b]) if not _covered(n, _FREE)]
+    return {n: (flat_a.get(n), flat_b.get(n)) for n in names if flat_a.get(n) != flat_b.get(n)}
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result.json, or the one in a folder.
+
+    Raises:
+        UserError: No such file, or it is no result.
+    """
+    file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
+    try:
+        result = read_json_object(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a result ({error})") from error
+    metrics, settings = result.get("metrics"), result.get("settings")
+    if not fits(metrics, dict[str, float | None]) or not fits(settings, dict[str, Any]):
+        raise UserError(
+            f"{file} is no result.json of complexity-dit evaluate: it has numbers under `metrics` "
+            "and what they were measured with under `settings`"
+        )
+    return result
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _covered(name: str, names: Sequence[str]) -> bool:
+    return any(name == known or name.startswith(known + ".") for known in names)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 16

@@ -1,0 +1,1 @@
+"""The gallery: a page in the browser that samples from a pipeline."""

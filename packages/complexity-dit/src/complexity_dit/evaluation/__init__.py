@@ -1,0 +1,1 @@
+"""Evaluation: image sets, feature networks, distances, breakdowns and the report."""

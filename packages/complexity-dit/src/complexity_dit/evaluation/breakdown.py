@@ -1,0 +1,269 @@
+"""Numbers by label: the nearest-class-mean classifier, and each label's own distances."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from complexity_dit.config import EvalConfig
+from complexity_dit.evaluation.distances import (
+    Array,
+    Float64,
+    distance_of_sets,
+    kid_from_features,
+    nearest,
+)
+from complexity_dit.hashing import module_hash
+from inl_core.run.errors import UserError
+
+if TYPE_CHECKING:
+    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+
+
+# Whether samples are copies: the nearest training image of each, beside those of held-out images.
+#
+# Held-out images say how near an image can come to the training set without having seen it. Samples
+# that lie nearer than that, as a whole or a few of them, are worth looking at.
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
+CLOSEST_PAIRS = 16
+
+
+class Memorisation(NamedTuple):
+    """Nearest training images.
+
+    Attributes:
+        samples: Distance from each sample to its nearest training image, (n,).
+        heldout: The same of held-out images, (m,).
+        pairs: (sample, training image, distance) of the closest samples, nearest first; each
+            training image once.
+    """
+
+    samples: NDArray[np.float64]
+    heldout: NDArray[np.float64]
+    pairs: list[tuple[int, int, float]]
+
+    @property
+    def closer_than_1_percent(self) -> float:
+        """Share of samples nearer than all but 1 % of held-out images; 0.01 when alike."""
+        return float((self.samples < np.quantile(self.heldout, 0.01)).mean())
+
+    @property
+    def probability_closer(self) -> float:
+        """Chance that a sample is nearer than a held-out image (ties half); 0.5 when alike."""
+        ordered = np.sort(self.heldout)
+        above = len(ordered) - np.searchsorted(ordered, self.samples, "right")
+        equal = len(ordered) - np.searchsorted(ordered, self.samples, "left") - above
+        return float((above + equal / 2).mean() / len(ordered))
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON: quantiles of both, the two shares and the closest pairs."""
+        levels = [f"{q:g}" for q in QUANTILES]
+        return {
+            "quantiles": {
+                "samples": dict(zip(levels, np.quantile(self.samples, QUANTILES), strict=True)),
+                "heldout": dict(zip(levels, np.quantile(self.heldout, QUANTILES), strict=True)),
+            },
+            "closer_than_1_percent": self.closer_than_1_percent,
+            "probability_closer": self.probability_closer,
+            "closest_pairs": [
+                {"sample": i, "training_image": j, "distance": d} for i, j, d in self.pairs
+            ],
+        }
+
+
+def memorisation(
+    generated: Array, heldout: Array, train: Array, pairs: int = CLOSEST_PAIRS
+) -> Memorisation:
+    """Nearest training images of samples and of held-out images, in feature space.
+
+    Args:
+        generated: Features of samples (n, D).
+        heldout: Features of held-out images (m, D).
+        train: Features of training images (k, D).
+        pairs: How many of the closest pairs to name.
+
+    Returns:
+        `Memorisation`.
+
+    Raises:
+        UserError: A set has fewer than 2 rows, widths differ, or values are not finite.
+    """
+    distances, neighbours = nearest(generated, train)
+    from_heldout, _ = nearest(heldout, train)
+    closest: dict[int, tuple[int, int, float]] = {}
+    for i in np.argsort(distances, kind="stable"):
+        j = int(neighbours[i])
+        if j not in closest:
+            closest[j] = (int(i), j, float(distances[i]))
+        if len(closest) == pairs:
+            break
+    return Memorisation(distances, from_heldout, list(closest.values()))
+
+
+# Distances that a perfect generator has too: of training images, of the VAE's round trip.
+#
+# The same real images serve as reference at the same n, so that a floor stands beside the number it
+# belongs to.
+
+Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+SHRUNK_SIZE = 8
+SHRUNK_FILTER = "area mean down to 8x8, bicubic up, rounded to uint8"
+VAE_CHUNK = 8
+"""Images in one call of the VAE; the last one is padded to it."""
+
+
+def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images shrunk to 8 x 8 and back (`SHRUNK_FILTER`): colours stay, structure goes.
+
+    Args:
+        images: uint8 (n, H, W, 3).
+
+    Returns:
+        uint8 of the same shape.
+    """
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    small = F.interpolate(x, (SHRUNK_SIZE, SHRUNK_SIZE), mode="area")
+    back = F.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False)
+    return _to_uint8(back)
+
+
+def vae_reconstruction(pipe: "ComplexityDiTPipeline") -> tuple[Transform, str]:
+    """The VAE's round trip, without noise: the best that any model of its latents can paint.
+
+    Args:
+        pipe: A pipeline with a VAE of diffusers' interface: ``encode(x)`` gives ``latents`` or a
+            ``latent_dist`` (whose mean is taken), ``decode(z)`` a ``sample``; x in [-1, 1].
+
+    Returns:
+        The transform of uint8 (n, H, W, 3), and its name with the VAE's hash.
+    """
+    vae: Any = pipe.vae
+    first = next(vae.parameters())
+
+    @torch.inference_mode()
+    def reconstruct(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        parts = []
+        for start in range(0, len(images), VAE_CHUNK):
+            part = images[start : start + VAE_CHUNK]
+            padded = np.zeros((VAE_CHUNK, *part.shape[1:]), np.uint8)
+            padded[: len(part)] = part
+            x = torch.from_numpy(padded).permute(0, 3, 1, 2).to(first.device).float()
+            encoded = vae.encode((x / 127.5 - 1).to(first.dtype))
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+            decoded = vae.decode(latents).sample.float()
+            parts.append(_to_uint8((decoded + 1) * 127.5)[: len(part)])
+        return np.concatenate(parts)
+
+    how = f"{module_hash(vae)} on {first.device.type} in {first.dtype}, chunk {VAE_CHUNK}"
+    return reconstruct, f"vae: {type(vae).__name__} {how}"
+
+
+def _to_uint8(x: torch.Tensor) -> NDArray[np.uint8]:
+    """(n, 3, H, W) floats in [0, 255] to uint8 (n, H, W, 3), rounded to nearest."""
+    rounded = x.round().clamp(0, 255).to(torch.uint8)
+    return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:
+    """Mean feature vector of every class that has an image.
+
+    Args:
+        features: (n, D).
+        labels: (n,) class ids; -1 is a missing label and is left out.
+
+    Returns:
+        Class id -> mean (D,), float64, ids ascending.
+
+    Raises:
+        UserError: Lengths differ, or every label is missing.
+    """
+    x, labels = _labelled(features, labels)
+    means = {int(c): x[labels == c].mean(0) for c in np.unique(labels) if c >= 0}
+    if not means:
+        raise UserError("no image has a label; class means need at least one")
+    return means
+
+
+def nearest_class_mean_accuracy(
+    features: Array, labels: NDArray[np.integer], means: dict[int, Float64]
+) -> float:
+    """Share of labelled images whose nearest class mean (Euclidean) is that of their label.
+
+    Args:
+        features: (n, D).
+        labels: (n,) class ids; images with -1 are left out, a class without a mean counts as a
+            miss.
+        means: From `class_means`.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        UserError: Lengths differ, or every label is missing.
+    """
+    x, labels = _labelled(features, labels)
+    known = labels >= 0
+    if not known.any():
+        raise UserError("no image has a label; the accuracy needs at least one")
+    ids = np.array(sorted(means))
+    centres = np.stack([means[int(i)] for i in ids])
+    # |x - c|^2 without its |x|^2, which is the same for every class.
+    scores = np.einsum("kd,kd->k", centres, centres) - 2 * x[known] @ centres.T
+    return float((ids[scores.argmin(1)] == labels[known]).mean())
+
+
+def _labelled(features: Array, labels: NDArray[np.integer]) -> tuple[Float64, NDArray[np.integer]]:
+    x, labels = np.asarray(features, np.float64), np.asarray(labels)
+    if x.ndim != 2 or labels.shape != (len(x),):
+        raise UserError(
+            f"features have shape {x.shape} and labels {labels.shape}; expected (n, D) and (n,)"
+        )
+    return x, labels
+
+
+def distances_by_label(
+    generated: Array,
+    generated_ids: NDArray[np.integer],
+    real: Array,
+    real_ids: NDArray[np.integer],
+    names: list[str],
+    config: EvalConfig,
+    prefixes: tuple[str, str] = ("fid", "kid"),
+) -> dict[str, dict[str, Any]]:
+    """Frechet and kernel distance of each label's own images, both sides at one n.
+
+    Args:
+        generated: Features (n, D) in the order of their draw.
+        generated_ids: The label of each (n,), -1 for none.
+        real: Features (m, D).
+        real_ids: The label of each (m,).
+        names: Names of the labels by id.
+        config: ``label_min``, KID subsets and seed.
+        prefixes: What the two distances are called.
+
+    Returns:
+        Name -> ``n_generated``, ``n_reference`` and either ``n`` (the smaller of both, used on
+        both sides) with the distances, or ``skipped`` with the reason.
+    """
+    fd, kd = prefixes
+    table: dict[str, dict[str, Any]] = {}
+    for label, name in enumerate(names):
+        x, y = generated[generated_ids == label], real[real_ids == label]
+        n = min(len(x), len(y))
+        row: dict[str, Any] = {"n_generated": len(x), "n_reference": len(y)}
+        if n < config.label_min:
+            side = "samples" if len(x) < len(y) else "reference images"
+            row["skipped"] = f"{n or 'no'} {side}, fewer than label_min = {config.label_min}"
+        else:
+            # Half of the images a subset: a subset that is the whole set has no spread.
+            size = min(config.kid_subset_size, max(2, n // 2))
+            kid = kid_from_features(x[:n], y[:n], config.kid_subsets, size, config.seed)
+            row |= {"n": n, fd: distance_of_sets(x[:n], y[:n])}
+            row |= {f"{kd}_mean": kid.mean, f"{kd}_std": kid.std, f"{kd}_stderr": kid.stderr}
+        table[name] = row
+    return table
