@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from variants import SWAPS
 
 from complexity_lm import DeepConfig, DeepForCausalLM
-from complexity_lm.layers_complexity import DeepDecoderLayer
+from complexity_lm.modeling_complexity import DeepDecoderLayer
 from complexity_lm.train import build_model
 
 

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 import dataclasses
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,14 +37,15 @@ def package(request, texts) -> SimpleNamespace:
     with, bits by file.
     """
     name = f"complexity_{request.param}"
-    module: Callable = lambda part: __import__(f"{name}.{part}", fromlist=["_"])  # noqa: E731
+    module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
+    train = module("training.train" if request.param == "dit" else "train").train
     if request.param == "dit":
-        state_file, run = module("state").STATE_FILE, dit_run
+        state_file, run = module("training.state").STATE_FILE, dit_run
 
         def use(checkpoint):
-            return module("sample").load_pipeline(str(checkpoint / "pipeline"))
+            return module("pipelines.sampling").load_pipeline(str(checkpoint / "pipeline"))
     else:
-        state_file = module("run_folder").STATE_FILE
+        state_file = module("train").STATE_FILE
 
         def run(out, **fields):
             return lm_run(out, texts, **fields)
@@ -58,7 +60,7 @@ def package(request, texts) -> SimpleNamespace:
         return {path.name: path.read_bytes() for path in files}
 
     return SimpleNamespace(
-        name=request.param, run=run, use=use, train=module("train").train, outcome=outcome,
+        name=request.param, run=run, use=use, train=train, outcome=outcome,
         STATE_FILE=state_file,
     )  # fmt: skip
 

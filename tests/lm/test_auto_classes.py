@@ -87,12 +87,8 @@ def test_the_folder_says_where_its_code_is_and_holds_no_pickle(lively, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
     code = {path.name for path in tmp_path.glob("*.py")}
     assert code == {
-        "attention_complexity.py",
         "configuration_complexity.py",
-        "layers_complexity.py",
         "modeling_complexity.py",
-        "presets.py",
-        "pretrained_complexity.py",
     }
 
 

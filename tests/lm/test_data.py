@@ -11,6 +11,7 @@ import pytest
 from complexity_lm import hub
 from complexity_lm.data import (
     BlockOrder,
+    BlockStream,
     DataConfig,
     collate,
     count_tokens,
@@ -22,7 +23,6 @@ from complexity_lm.data import (
     tokenize,
 )
 from complexity_lm.sources import read_documents
-from complexity_lm.stream import BlockStream
 from complexity_lm.tokenizer import train_tokenizer
 from inl_core.run.errors import UserError
 

@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from complexity_lm.baselines import ByteModel, gzip_bits_per_byte
 from complexity_lm.data import load_split
-from complexity_lm.evaluate import EvalConfig, evaluate
+from complexity_lm.evaluate import ByteModel, EvalConfig, evaluate, gzip_bits_per_byte
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.scoring import Score, score_texts, windows
 from inl_core.run.errors import UserError

@@ -36,7 +36,9 @@ from complexity_dit.pipelines import saving as pipeline_files
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training import state
 from complexity_dit.training.objective import build_scheduler
-from complexity_lm import checkpoints, generate, loading, stream
+from complexity_lm import data as stream
+from complexity_lm import generate, loading
+from complexity_lm import loading as checkpoints
 from inl_core.run import csv_log
 from inl_core.run.errors import UserError
 from inl_core.run.errors import UserError as LMUserError

@@ -7,10 +7,9 @@ Auto classes. A folder that `save_pretrained` wrote also carries the code of the
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from complexity_lm.configuration_complexity import DeepConfig
+from complexity_lm.configuration_complexity import PRESETS, DeepConfig
 from complexity_lm.modeling_complexity import DeepForCausalLM, DeepModel
 from complexity_lm.parameters import ParameterCount, count_parameters, decay_parameter_names
-from complexity_lm.presets import PRESETS
 
 __version__ = "0.1.0"
 

@@ -4,10 +4,9 @@ import json
 import time
 from pathlib import Path
 
-from complexity_lm.baselines import ORDER, ByteModel, gzip_bits_per_byte
 from complexity_lm.config import ModelConfig, OptimConfig, TrainConfig
 from complexity_lm.data import DataConfig, load_corpus
-from complexity_lm.evaluate import table
+from complexity_lm.evaluate import ORDER, ByteModel, gzip_bits_per_byte, table
 from complexity_lm.generate import GenerateConfig, generate
 from complexity_lm.loading import Loaded, load
 from complexity_lm.tokenizer import TokenizerConfig

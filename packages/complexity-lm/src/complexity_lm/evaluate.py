@@ -1,18 +1,205 @@
 """The evaluation: loss, perplexity and bits per byte of a text, baselines, lm-eval tasks."""
 
+import gzip
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from complexity_lm.baselines import ORDER, ByteModel, gzip_bits_per_byte
+import numpy as np
+from numpy.typing import NDArray
+
 from complexity_lm.data import DataConfig, Split, load_split
-from complexity_lm.harness import run_tasks
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
 from inl_core.run.files import file_aside
+
+# lm-eval tasks on a model of ours, through its `HFLM`.
+
+
+def run_tasks(
+    loaded: Loaded, tasks: list[str], batch_size: int, context: int, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """Run tasks of lm-eval.
+
+    Args:
+        loaded: The model and its tokenizer.
+        tasks: Names of lm-eval's own tasks, or paths of task files (YAML); the folder of a file is
+            searched for what it includes.
+        batch_size: Requests run at once.
+        context: Longest window in tokens.
+        limit: Documents of each task; None for all.
+
+    Returns:
+        For each task its metrics, as lm-eval names them without the filter ("bits_per_byte").
+
+    Raises:
+        UserError: lm-eval is not installed, or does not know a task.
+    """
+    try:
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs lm-eval, which cannot be imported ({error}): "
+            "pip install 'complexity-lm[eval]'"
+        ) from error
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"--tasks {path}: there is no such file")
+    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}))
+    names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give the path "
+            "of a task file"
+        )
+
+    class RunningText(HFLM):
+        """No second separator where lm-eval's rolling windows put one in front themselves."""
+
+        def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
+            before, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(*args, **kwargs)
+            finally:
+                self.add_bos_token = before
+
+    model = RunningText(
+        pretrained=loaded.model,  # pyright: ignore[reportArgumentType]
+        tokenizer=loaded.tokenizer,  # pyright: ignore[reportArgumentType]
+        batch_size=batch_size,
+        max_length=context,
+    )
+    found = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, limit=limit)
+    assert found is not None  # only helper processes of a distributed run get none
+    return {
+        task: {key.removesuffix(",none"): value for key, value in values.items()}
+        for task, values in found["results"].items()
+    }
+
+
+def _task_name(path: Path) -> str:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no task file: {error}") from error
+    if not isinstance(content, dict) or "task" not in content:
+        raise UserError(f"{path} is no task file: it has no key `task`")
+    return str(content["task"])
+
+
+# Baselines: gzip, and an order-3 model of bytes. Both see the bytes of the same held-out documents
+# as the model. gzip starts from nothing and adapts as it goes; the byte model is counted on the
+# training bytes once and then stays as it is.
+
+ORDER = 3
+"""Bytes of context of the byte model."""
+
+
+def gzip_bits_per_byte(texts: Sequence[str]) -> float:
+    """Bits a byte of `gzip -9` over the documents, one behind the other.
+
+    Raises:
+        UserError: There is no text.
+    """
+    whole = "".join(texts).encode()
+    if not whole:
+        raise UserError("there is no text to compress")
+    return 8 * len(gzip.compress(whole, compresslevel=9, mtime=0)) / len(whole)
+
+
+class ByteModel:
+    """Interpolated n-gram model of bytes with Witten-Bell smoothing (Bell, Witten, Cleary 1989).
+
+    With n(c·b) the count of byte b behind context c, n(c) that of c with any byte behind it, and
+    t(c) the number of different bytes seen behind c,
+
+        P_k(b | c) = (n(c·b) + t(c) P_{k-1}(b | c')) / (n(c) + t(c)),
+
+    where c' is c without its oldest byte and P_{-1} = 1/256. A context that was never seen leaves
+    P_{k-1}. Three zero bytes stand in front of each document.
+
+    Args:
+        texts: Training documents.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        keys = _keys(texts)
+        self.tables = [_count(keys & (256 ** (order + 1) - 1)) for order in range(ORDER + 1)]
+
+    def bits_per_byte(self, texts: Sequence[str]) -> float:
+        """Bits a byte of other documents.
+
+        Raises:
+            UserError: There is no text.
+        """
+        keys = _keys(texts)
+        if not len(keys):
+            raise UserError("there is no text to predict")
+        p = np.full(len(keys), 1 / 256)
+        for order, (grams, gram_counts, contexts, totals, kinds) in enumerate(self.tables):
+            gram = keys & (256 ** (order + 1) - 1)
+            n = _look_up(grams, gram_counts, gram)
+            total = _look_up(contexts, totals, gram >> 8)
+            kind = _look_up(contexts, kinds, gram >> 8)
+            seen = total > 0
+            p[seen] = (n[seen] + kind[seen] * p[seen]) / (total[seen] + kind[seen])
+        return float(-np.log2(p).sum() / len(keys))
+
+
+_Table = tuple[
+    NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]
+]
+
+
+def _keys(texts: Iterable[str]) -> NDArray[np.uint32]:
+    """For each byte the number whose base-256 digits are its three predecessors and itself."""
+    parts = [np.zeros(0, np.uint32)]
+    for text in texts:
+        padded = np.frombuffer(bytes(ORDER) + text.encode(), np.uint8).astype(np.uint32)
+        length = len(padded) - ORDER
+        parts.append(
+            sum(
+                (padded[i : i + length] << np.uint32(8 * (ORDER - i)) for i in range(ORDER + 1)),
+                np.zeros(length, np.uint32),
+            )
+        )
+    return np.concatenate(parts)
+
+
+def _count(grams: NDArray[np.uint32]) -> _Table:
+    """Distinct grams and their counts; their contexts, those' totals and numbers of followers."""
+    unique, counts = np.unique(grams, return_counts=True)
+    contexts, first, kinds = np.unique(
+        unique >> np.uint32(8), return_index=True, return_counts=True
+    )
+    return (
+        unique,
+        counts,
+        contexts,
+        np.add.reduceat(counts, first) if len(counts) else counts,
+        kinds,
+    )
+
+
+def _look_up(
+    known: NDArray[np.uint32], values: NDArray[np.int64], wanted: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """The value of each wanted key; 0 where it is unknown. `known` is sorted."""
+    if not len(known):
+        return np.zeros(len(wanted), np.int64)
+    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[place] == wanted, values[place], 0)
+
 
 logger = logging.getLogger(__name__)
 

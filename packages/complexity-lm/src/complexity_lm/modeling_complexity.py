@@ -9,27 +9,481 @@ A saved model folder carries a copy of this file and of the siblings it imports;
 those by their relative imports.
 """
 
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from inl_core import RMSNorm
-from inl_core.routing import RoutingPlan, make_routing_plan
+from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, ops
+from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
 
-from .attention_complexity import ComplexityAttention, DeepRotaryEmbedding
 from .configuration_complexity import DeepConfig
-from .layers_complexity import DeepDecoderLayer
-from .pretrained_complexity import DeepPreTrainedModel
+
+# Causal attention of the complexity language model, and its rotary angles.
+#
+# Shape suffixes: B batch · N new tokens · M all tokens seen · D hidden · H query heads · K key and
+# value heads · E head width.
+
+
+def eager_attention(
+    module: nn.Module,
+    q_BHNE: Tensor,
+    k_BKME: Tensor,
+    v_BKME: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: softmax(q·kᵀ·scaling + mask)·v, which also gives the weights.
+
+    Args:
+        module: The attention layer.
+        q_BHNE: Queries.
+        k_BKME: Keys; each serves H / K query heads.
+        v_BKME: Values.
+        attention_mask: Added to the scores, broadcastable to (B, H, N, M).
+        scaling: Factor of the scores.
+        dropout: Probability to drop a weight.
+        **kwargs: Settings of other backends.
+
+    Returns:
+        Output (B, N, H, E) and weights (B, H, N, M).
+    """
+    groups = q_BHNE.shape[1] // k_BKME.shape[1]
+    k_BHME = k_BKME.repeat_interleave(groups, dim=1)
+    v_BHME = v_BKME.repeat_interleave(groups, dim=1)
+    scores_BHNM = (q_BHNE @ k_BHME.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores_BHNM = scores_BHNM + attention_mask
+    dtype = torch.float64 if scores_BHNM.dtype == torch.float64 else torch.float32
+    weights_BHNM = scores_BHNM.softmax(dim=-1, dtype=dtype).to(q_BHNE.dtype)
+    weights_BHNM = F.dropout(weights_BHNM, dropout, module.training)
+    return (weights_BHNM @ v_BHME).transpose(1, 2).contiguous(), weights_BHNM
+
+
+class DeepRotaryEmbedding(nn.Module):
+    """Rotary angles of `config.rope_parameters`, of any type that transformers knows."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: DeepConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type: str = config.rope_parameters["rope_type"]  # pyright: ignore
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        start = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            start = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = start(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: DeepConfig, **kwargs: Any) -> tuple[Tensor, float]:
+        """Frequencies theta^(-2i/E) for i = 0 … E/2 - 1, and the scaling 1 of cosines and sines."""
+        assert config.head_dim is not None
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0  # pyright: ignore
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, N, E/2) in fp32 of positions (B, N), on the device of `x`."""
+        # fp64 keeps q·k a function of the offset alone at large positions; MPS has no fp64.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        angles = position_ids[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
+        scaling = self.attention_scaling
+        return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DeepRotaryEmbedding":
+        # `model.to(torch.bfloat16)` must move the frequencies but not round them: at position 1000
+        # a bf16 frequency is off by whole turns.
+        before = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            if getattr(self, name).dtype != exact.dtype:
+                setattr(self, name, exact.to(getattr(self, name).device))
+        return self
+
+
+class ComplexityAttention(nn.Module):
+    """Causal grouped-query attention; each query and key head is RMS-normalised, then rotated."""
+
+    def __init__(self, config: DeepConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        heads, kv_heads, head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        assert kv_heads is not None
+        assert head_dim is not None
+        assert config.layer_types is not None
+        # The names that transformers' attention backends read.
+        self.head_dim = head_dim
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = head_dim**-0.5
+        self.is_causal = True
+        slides = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if slides else None
+
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+        # `_init_weights` asks for this: it sees one module alone.
+        self.o_proj.writes_to_stream = True  # pyright: ignore[reportArgumentType]
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to this and the earlier tokens.
+
+        Args:
+            x_BND: Normalised hidden states.
+            position_embeddings: Cosines and sines, each (B, N, E/2).
+            attention_mask: What the mask function of the backend made; `None` where it needs none.
+            past_key_values: Cache that is read and extended.
+            **kwargs: Passed on to the backend.
+
+        Returns:
+            The output (B, N, D) and, from the eager backend, the weights (B, H, N, M).
+        """
+        q_BNHE = self.q_proj(x_BND).unflatten(-1, (-1, self.head_dim))
+        k_BNKE = self.k_proj(x_BND).unflatten(-1, (-1, self.head_dim))
+        v_BKNE = self.v_proj(x_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_BNHE, k_BNKE = ops.qk_norm_rope(
+            q_BNHE,
+            k_BNKE,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *position_embeddings,
+            eps=self.q_norm.eps,
+        )
+        q_BHNE, k_BKNE = q_BNHE.transpose(1, 2), k_BNKE.transpose(1, 2)
+        if past_key_values is not None:
+            k_BKNE, v_BKNE = past_key_values.update(k_BKNE, v_BKNE, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
+            eager_attention,
+        )
+        out_BNHE, weights_BHNM = attend(
+            self,
+            q_BHNE,
+            k_BKNE,
+            v_BKNE,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out_BNHE.flatten(-2)), weights_BHNM
+
+
+# One layer of the complexity language model: attention, MLP, and INL dynamics between them.
+#
+# Shape suffixes: B batch · N tokens · D hidden.
+
+
+class DeepMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        # `_init_weights` asks for this: it sees one module alone.
+        self.down_proj.writes_to_stream = True  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Transform each token of (B, N, D) by itself."""
+        return self.down_proj(ops.swiglu(self.gate_proj(x_BND), self.up_proj(x_BND)))
+
+
+def _build_mlp(config: DeepConfig) -> DeepMLP | TokenRoutedMLP:
+    if config.num_experts == 0:
+        return DeepMLP(config.hidden_size, config.intermediate_size)
+    assert config.expert_intermediate_size is not None
+    return TokenRoutedMLP(
+        config.hidden_size,
+        config.expert_intermediate_size,
+        config.num_experts,
+        config.shared_intermediate_size,
+    )
+
+
+@contextmanager
+def _own_random_stream() -> Iterator[None]:
+    """Random numbers drawn inside do not move those drawn outside.
+
+    So a model with dynamics and one without start from the same backbone. The stream inside begins
+    elsewhere too: a mere fork would repeat the numbers that the next matrix outside is made of.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def _build_dynamics(config: DeepConfig) -> INLDynamics | INLDynamicsLite:
+    coefficients: list[Any] = [
+        config.dynamics_alpha,
+        config.dynamics_beta,
+        config.dynamics_gate,
+        config.dynamics_dt,
+    ]
+    bounds: dict[str, Any] = {
+        "velocity_max": config.dynamics_velocity_max,
+        "mu_min": config.dynamics_mu_min,
+        "mu_max": config.dynamics_mu_max,
+    }
+    with _own_random_stream():
+        if config.dynamics_adaptive == "lite":
+            return INLDynamicsLite(config.hidden_size, *coefficients, **bounds)
+        return INLDynamics(
+            config.hidden_size,
+            *coefficients,
+            **bounds,
+            beta_max=config.dynamics_beta_max,
+            adaptive=config.dynamics_adaptive,
+            controller_hidden=config.dynamics_controller_hidden,
+        )
+
+
+class DeepDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP on a residual stream, with INL dynamics where the config places it.
+
+    ========  ====================================================================================
+    stream    h += attn(norm h);  h += mlp(norm h);  (h, v) = INL(h, v)
+    branch    a = attn(norm h);  (a, v) = INL(a, v);  h += a;  h += mlp(norm h)
+    force     (h, v) = INL(h, v, force = attn(norm h));  (h, v) = INL'(h, v, force = mlp(norm h))
+    force_mlp h += attn(norm h);  (h, v) = INL(h, v, force = mlp(norm h))
+    none      h += attn(norm h);  h += mlp(norm h)
+    ========  ====================================================================================
+    """
+
+    def __init__(self, config: DeepConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.placement = config.dynamics_placement
+        self.velocity_norm_eps = config.rms_norm_eps if config.dynamics_velocity_norm else None
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = ComplexityAttention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = _build_mlp(config)
+        if self.placement != "none":
+            self.dynamics = _build_dynamics(config)
+        if self.placement == "force":
+            self.dynamics_mlp = _build_dynamics(config)
+
+    def forward(
+        self,
+        h_BND: Tensor,
+        v_BND: Tensor | None = None,
+        plan: RoutingPlan | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer of depth.
+
+        Args:
+            h_BND: Hidden states ("position").
+            v_BND: Velocity from the layer below; `None` means zero.
+            plan: Which expert each token goes to; `None` with the dense MLP.
+            **kwargs: What `ComplexityAttention.forward` takes.
+
+        Returns:
+            The next hidden states and velocity; the velocity is `None` without dynamics.
+        """
+        branch_BND, _ = self.self_attn(self.input_layernorm(h_BND), **kwargs)
+        if self.placement == "force":
+            h_BND, v_BND = self._push(self.dynamics, h_BND, v_BND, branch_BND)
+        else:
+            if self.placement == "branch":
+                branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
+            h_BND = h_BND + branch_BND
+
+        x_BND = self.post_attention_layernorm(h_BND)
+        branch_BND = self.mlp(x_BND) if plan is None else self.mlp(x_BND, plan)
+        if self.placement in ("force", "force_mlp"):
+            dynamics = self.dynamics if self.placement == "force_mlp" else self.dynamics_mlp
+            return self._push(dynamics, h_BND, v_BND, branch_BND)
+        h_BND = h_BND + branch_BND
+        if self.placement == "stream":
+            h_BND, v_BND = self.dynamics(h_BND, v_BND)
+        return h_BND, v_BND
+
+    def _push(
+        self, dynamics: nn.Module, h_BND: Tensor, v_BND: Tensor | None, force_BND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if v_BND is not None and self.velocity_norm_eps is not None:
+            v_BND = ops.rms_norm(v_BND, None, self.velocity_norm_eps)
+        return dynamics(h_BND, v_BND, force=force_BND)
+
+
+def start_dynamics(module: INLDynamics | INLDynamicsLite) -> None:
+    """Give every parameter its exact start, except those that a checkpoint filled.
+
+    transformers marks the filled ones; `reset_parameters` writes through views, which have no mark.
+    """
+    filled = {
+        name: parameter.clone()
+        for name, parameter in module.named_parameters(recurse=False)
+        if getattr(parameter, "_is_hf_initialized", False)
+    }
+    with _own_random_stream():
+        module.reset_parameters()
+    for name, value in filled.items():
+        module.get_parameter(name).copy_(value)
+
+
+# What the complexity models share: the start of their weights, loading, the routing table.
+#
+# `DeepPreTrainedModel` is the base of `DeepModel` and `DeepForCausalLM`.
+
+
+class DeepPreTrainedModel(PreTrainedModel):
+    """What the complexity models share: the start of every weight, and what transformers asks."""
+
+    config: DeepConfig
+    config_class = DeepConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepDecoderLayer"]  # noqa: RUF012 — transformers' way to declare these
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DeepDecoderLayer,
+        "attentions": ComplexityAttention,
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start the weights of `module` that no checkpoint filled.
+
+        Matrices and the embedding are normal with `initializer_range`; those that write to the
+        residual stream are smaller by sqrt(2 · layers), as in GPT-2, so that the stream's variance
+        does not grow with depth. Dynamics start at exactly the coefficients of the config.
+        """
+        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, (INLDynamics, INLDynamicsLite)):
+            start_dynamics(module)
+        elif isinstance(module, TokenRoutedMLP):
+            for name, parameter in module.named_parameters(recurse=False):
+                is_down = name in ("down", "shared_down")
+                std = residual_std if is_down else self.config.initializer_range
+                nn.init.normal_(parameter, std=std)
+        elif isinstance(table := getattr(module, "routing_table", None), Tensor):
+            _start_routing_table(table, self.config)
+        elif getattr(module, "writes_to_stream", False):
+            nn.init.normal_(module.weight, std=residual_std)  # pyright: ignore[reportArgumentType]
+        else:
+            super()._init_weights(module)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "DeepPreTrainedModel", state_dict: Any, files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        """Load weights as transformers does; where shapes differ the error names them."""
+        info, offloaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, files, load_config, *args
+        )
+        if info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            name, found, wanted = min(info.mismatched_keys)
+            raise ValueError(
+                f"the checkpoint is of another shape: {name} is {tuple(found)} there and "
+                f"{tuple(wanted)} by the configuration, and {len(info.mismatched_keys) - 1} more; "
+                "use the config.json that was saved with it"
+            )
+        return info, offloaded
+
+    def balance_experts(self, counts: Tensor | Sequence[float]) -> None:
+        """Spread the token ids over the experts so that each gets its share of a corpus.
+
+        Made before training: it changes which expert a token goes to.
+
+        Args:
+            counts: How often each token id occurs in the corpus (V,).
+
+        Raises:
+            ValueError: The model has no experts, or `counts` are not those of its vocabulary.
+
+        Warns:
+            UserWarning: One id holds more than 1 / num_experts of the corpus; the message names it.
+        """
+        table = self.base_model.routing_table
+        if not isinstance(table, Tensor):
+            raise ValueError("balance_experts needs a model with experts, num_experts is 0")
+        size, experts = self.config.vocab_size, self.config.num_experts
+        table.copy_(build_routing_table(size, experts, "balanced", counts))
+        self.config.routing_scheme = "balanced"
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the size of the vocabulary, as in transformers; the routing table follows.
+
+        Ids that stay keep their expert; new ones go to id modulo `num_experts`.
+
+        Args:
+            *args: As in `PreTrainedModel.resize_token_embeddings`.
+            **kwargs: Likewise.
+
+        Returns:
+            The embedding.
+        """
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        table = self.base_model.routing_table
+        if isinstance(table, Tensor):
+            new = torch.arange(embedding.num_embeddings, device=table.device)
+            new = new % self.config.num_experts
+            new[: table.shape[0]] = table[: new.shape[0]]
+            self.base_model.routing_table = new
+        return embedding
+
+
+def _start_routing_table(table: Tensor, config: DeepConfig) -> None:
+    """Fill the table of a new model; one that a checkpoint filled stays."""
+    if getattr(table, "_is_hf_initialized", False):
+        return
+    if config.routing_scheme == "balanced":
+        raise ValueError(
+            "a balanced routing table needs the token counts of a corpus: make the model with "
+            "routing_scheme='modulo', then call model.balance_experts(counts)"
+        )
+    table.copy_(build_routing_table(config.vocab_size, config.num_experts))
+
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -337,6 +791,10 @@ __all__ = [
     "ComplexityAttention",
     "DeepDecoderLayer",
     "DeepForCausalLM",
+    "DeepMLP",
     "DeepModel",
     "DeepPreTrainedModel",
+    "DeepRotaryEmbedding",
+    "eager_attention",
+    "start_dynamics",
 ]

@@ -6,11 +6,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -20,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from complexity_lm.config import TrainConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.data import (
+    BlockStream,
     Corpus,
     collate,
     count_tokens,
@@ -30,22 +35,87 @@ from complexity_lm.data import (
 )
 from complexity_lm.loading import load, versions, weights_hash
 from complexity_lm.modeling_complexity import DeepForCausalLM
-from complexity_lm.monitor import DynamicsMonitor
-from complexity_lm.plots import plot_loss
-from complexity_lm.run_folder import claimed_folder
 from complexity_lm.scoring import score_report, score_texts
-from complexity_lm.stream import BlockStream
-from complexity_lm.tokenizer import (
-    check_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-)
-from complexity_lm.trainer import LMTrainer, training_arguments
-from inl_core.run.checkpoints import step_of
+from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash, train_tokenizer
+from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
+from inl_core.run.checkpoints import checkpoint_to_resume, run_lock, step_of
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside, folder_aside
-from inl_core.run.workers import report_dead_workers
+from inl_core.run.files import file_aside, folder_aside, recover
+from inl_core.run.workers import on_main, report_dead_workers
+
+# The folder of a run: one run at a time writes in it, and where that run goes on from.
+
+STATE_FILE = "trainer_state.json"
+"""What Trainer writes into every checkpoint."""
+
+
+@contextmanager
+def claimed_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
+    """Hold a run's folder for this run, cleared of what a killed one left half-written.
+
+    Args:
+        out: The folder; made if it is not there.
+        resume: auto, none, or a checkpoint folder.
+        processes: Of the run; the main one holds the folder.
+
+    Yields:
+        The checkpoint to go on from, its checksums compared; None for a fresh start.
+
+    Raises:
+        UserError: Another run writes there, the folder is not free, there is no such checkpoint, or
+            it is damaged.
+    """
+    with ExitStack() as held:
+
+        def claim() -> Path | None:
+            if resume not in ("auto", "none") and not (Path(resume) / STATE_FILE).is_file():
+                raise UserError(
+                    f"--resume {resume} is no checkpoint folder (no {STATE_FILE} in it)"
+                )
+            held.enter_context(run_lock(out))
+            for folder in (out, out / "checkpoints"):
+                recover(folder)
+            return checkpoint_to_resume(out, resume, STATE_FILE)
+
+        yield on_main(claim, processes.is_main_process, processes.num_processes)
+
+
+# Pictures of numbers: the loss curve.
+
+matplotlib.use("Agg")  # no screen is needed or wanted
+
+
+def plot_loss(log: Path, heldout: Path, target: Path) -> None:
+    """Draw the training loss over steps with its running mean, and the held-out loss.
+
+    Args:
+        log: A run's `train_log.csv`.
+        heldout: Its `heldout_log.csv`; may have no rows.
+        target: The PNG to write (aside, then renamed).
+    """
+    steps, losses = _columns(log, "loss")
+    window = max(1, len(steps) // 50)
+    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+    at, held = _columns(heldout, "loss")
+    if len(at):
+        axes.plot(at, held, "o-", color="C1", markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="nats a token", ylim=(0.9 * min([*smooth, *held]), None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with file_aside(target) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _columns(path: Path, value: str) -> tuple[np.ndarray, np.ndarray]:
+    with path.open(newline="") as file:
+        rows = [(int(row["step"]), float(row[value])) for row in csv.DictReader(file)]
+    steps, values = np.array(rows).reshape(-1, 2).T
+    return steps, values
+
 
 logger = logging.getLogger(__name__)
 

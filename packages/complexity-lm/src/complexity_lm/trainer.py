@@ -11,11 +11,14 @@ that nothing reads, is removed. `SHA256SUMS` lists them all; it is compared befo
 import math
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -23,18 +26,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from complexity_lm.checkpoints import check_dynamics, check_shapes
 from complexity_lm.config import TrainConfig
-from complexity_lm.data import BlockOrder, collate
-from complexity_lm.loading import write_training_file
+from complexity_lm.data import BlockOrder, BlockStream, collate
+from complexity_lm.loading import check_dynamics, check_shapes, write_training_file
 from complexity_lm.parameters import decay_parameter_names
-from complexity_lm.stream import BlockStream
-from complexity_lm.train_log import StepLog
+from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.checkpoints import (
     drop_old_checkpoints,
     folder_of_step,
@@ -44,6 +46,109 @@ from inl_core.run.checkpoints import (
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from inl_core.run.files import folder_aside
+
+# The curve of a run's steps: gathered on the device, written in batches.
+
+
+class StepLog:
+    """Loss and gradient norm of every step, kept on the device until a flush writes them out.
+
+    Asking for each loss at once would make the device wait for the host at every step.
+
+    Args:
+        path: The CSV, a row a step.
+        accelerator: Averages the losses of the processes.
+        start_step: The step that the run starts behind.
+    """
+
+    fields = ("step", "loss", "grad_norm", "lr")
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.file = CsvLog(path, self.fields, start_step) if accelerator.is_main_process else None
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss, grad_norm, lr))
+
+    def flush(self) -> list[tuple[int, float, float, float]]:
+        """Write what was added and return it, losses averaged over the processes.
+
+        Rows from the first that is not finite on are returned but not written.
+        """
+        if not self.pending:
+            return []
+        numbers = torch.stack(
+            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.pending]
+        ).double()
+        means: Any = self.accelerator.reduce(numbers, "mean")
+        rows = [
+            (step, loss, norm, lr)
+            for (step, _, _, lr), (loss, norm) in zip(self.pending, means.tolist(), strict=True)
+        ]
+        self.pending.clear()
+        finite = means.isfinite().all(dim=1).tolist()
+        if self.file:
+            self.file.write(rows[: finite.index(False)] if False in finite else rows)
+        return rows
+
+
+# Watching the dynamics during training: a fixed text, seen through the model every n steps.
+
+
+class DynamicsMonitor(TrainerCallback):
+    """Every `every` steps: a row a layer into a CSV, and the same numbers to the tracker.
+
+    Args:
+        path: The CSV; columns are step, layer and inl_core's `DYNAMICS_COLUMNS`.
+        probe: Token ids (B, N), the same at every look.
+        every: Steps between looks.
+        start_step: The step that a resumed run starts behind.
+        log: Sends numbers to the tracker.
+        autocast: Makes the context of the training's forward.
+        is_main: Whether this process writes; all of them run the forward, which may be sharded.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        probe: Tensor,
+        every: int,
+        start_step: int,
+        log: Callable[[dict[str, float]], None],
+        autocast: Callable[[], AbstractContextManager],
+        is_main: bool,
+    ) -> None:
+        self.probe, self.every, self.log, self.autocast = probe, every, log, autocast
+        fields = ("step", "layer", *DYNAMICS_COLUMNS)
+        self.file = CsvLog(path, fields, start_step) if is_main else None
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look, if it is time."""
+        if state.global_step % self.every:
+            return
+        model = kwargs["model"]
+        with self.autocast():
+            probe = {"input_ids": self.probe.to(model.device), "use_cache": False}
+            found = read_dynamics(model, probe)
+        if self.file and found:
+            self.file.write(
+                [state.global_step, name, *(stats[key] for key in DYNAMICS_COLUMNS)]
+                for name, stats in found.items()
+            )
+            self.log(
+                {
+                    f"dynamics/{name}/{key}": value
+                    for name, stats in found.items()
+                    for key, value in stats.items()
+                }
+            )
 
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
