@@ -13,9 +13,9 @@ if TYPE_CHECKING:
         DYNAMICS_STATS,
         INLDynamics,
         INLDynamicsLite,
+        branch_epilogue,
         collect_dynamics_stats,
     )
-    from inl_core.epilogue import branch_epilogue
     from inl_core.norms import ModulatedRMSNorm, RMSNorm
     from inl_core.reference import bounded_clamp
     from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
@@ -45,7 +45,7 @@ _HOMES = {
     "INLDynamics": "dynamics",
     "INLDynamicsLite": "dynamics",
     "collect_dynamics_stats": "dynamics",
-    "branch_epilogue": "epilogue",
+    "branch_epilogue": "dynamics",
     "ModulatedRMSNorm": "norms",
     "RMSNorm": "norms",
     "bounded_clamp": "reference",

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inl_core.dynamics import (
-    DYNAMICS_STATS,
-    INLDynamics,
-    INLDynamicsLite,
-    collect_dynamics_stats,
-)
+from inl_core.dynamics import DYNAMICS_STATS, INLDynamics, INLDynamicsLite, collect_dynamics_stats
 from inl_core.stability import spectral_radius
 
 __all__ = ["DYNAMICS_COLUMNS", "dynamics_modules", "read_dynamics", "run_watched"]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
 
@@ -227,8 +227,8 @@ def add_rms_norm(
         ValueError: If a dtype, a device or a shape does not fit.
     """
     _common.check_inputs("add_rms_norm", x, residual, weight)
-    _shapes.check_rows("add_rms_norm", x, ("residual", residual))
-    _shapes.check_weight("add_rms_norm", "weight", weight, x.shape[-1])
+    _common.check_rows("add_rms_norm", x, ("residual", residual))
+    _common.check_weight("add_rms_norm", "weight", weight, x.shape[-1])
     return add_rms_norm_fwd(x, residual, weight, eps)
 
 

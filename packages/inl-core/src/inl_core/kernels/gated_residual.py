@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks, sum_parts
 
@@ -141,8 +141,8 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         ValueError: If a dtype, a device or a shape does not fit.
     """
     _common.check_inputs("gated_residual", residual, x, gate)
-    _shapes.check_rows("gated_residual", residual, ("x", x))
-    gate = _shapes.per_sample("gated_residual", "gate", gate, residual)
+    _common.check_rows("gated_residual", residual, ("x", x))
+    gate = _common.per_sample("gated_residual", "gate", gate, residual)
     return gated_residual_fwd(residual, x, gate)
 
 

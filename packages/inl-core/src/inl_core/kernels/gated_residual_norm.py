@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.modulated_rms_norm import (
     modulation,
@@ -261,10 +261,10 @@ def gated_residual_norm(
     """
     op = "gated_residual_norm"
     _common.check_inputs(op, residual, x, gate, shift, scale, weight)
-    _shapes.check_rows(op, residual, ("x", x))
-    _shapes.check_weight(op, "weight", weight, x.shape[-1])
+    _common.check_rows(op, residual, ("x", x))
+    _common.check_weight(op, "weight", weight, x.shape[-1])
     gate, shift, scale = (
-        _shapes.per_sample(op, name, value, residual)
+        _common.per_sample(op, name, value, residual)
         for name, value in (("gate", gate), ("shift", shift), ("scale", scale))
     )
     if not gate.shape == shift.shape == scale.shape:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
 
@@ -230,10 +230,10 @@ def modulated_rms_norm(
     """
     op = "modulated_rms_norm"
     _common.check_inputs(op, x, shift, scale, weight)
-    _shapes.check_rows(op, x)
-    _shapes.check_weight(op, "weight", weight, x.shape[-1])
-    shift = _shapes.per_sample(op, "shift", shift, x)
-    scale = _shapes.per_sample(op, "scale", scale, x)
+    _common.check_rows(op, x)
+    _common.check_weight(op, "weight", weight, x.shape[-1])
+    shift = _common.per_sample(op, "shift", shift, x)
+    scale = _common.per_sample(op, "scale", scale, x)
     if shift.shape != scale.shape:
         raise ValueError(
             f"{op}: shift and scale must have one shape, "

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR
 
@@ -372,8 +372,8 @@ def qk_norm_rope(
         )
     batch, tokens, _, width = q.shape
     _common.check_width(OP, width)
-    _shapes.check_weight(OP, "q_weight", q_weight, width)
-    _shapes.check_weight(OP, "k_weight", k_weight, width)
+    _common.check_weight(OP, "q_weight", q_weight, width)
+    _common.check_weight(OP, "k_weight", k_weight, width)
     allowed = [(tokens, width // 2), (1, tokens, width // 2), (batch, tokens, width // 2)]
     if width % 2 or cos.shape != sin.shape or tuple(cos.shape) not in allowed:
         raise ValueError(

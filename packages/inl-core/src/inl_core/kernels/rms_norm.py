@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels import _common, _shapes
+from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 
 __all__ = ["AOT", "rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
@@ -179,8 +179,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         ValueError: If a dtype, a device or a shape does not fit.
     """
     _common.check_inputs("rms_norm", x, weight)
-    _shapes.check_rows("rms_norm", x)
-    _shapes.check_weight("rms_norm", "weight", weight, x.shape[-1])
+    _common.check_rows("rms_norm", x)
+    _common.check_weight("rms_norm", "weight", weight, x.shape[-1])
     return rms_norm_fwd(x, weight, eps)
 
 

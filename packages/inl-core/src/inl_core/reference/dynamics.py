@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inl_core.reference.bounds import bounded_clamp
+from inl_core.reference.bounds import bounded_clamp, cast, compute_dtype
 from inl_core.reference.layers import normalise, per_sample
-from inl_core.reference.precision import cast, compute_dtype
 
 
 def inl_coefficients(

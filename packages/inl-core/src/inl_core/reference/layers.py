@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inl_core.reference.precision import compute_dtype
+from inl_core.reference.bounds import compute_dtype
 
 
 def normalise(x_wide: Tensor, weight: Tensor | None, eps: float) -> Tensor:
