@@ -213,7 +213,7 @@ def test_the_command(capsys):
 
 
 def test_the_page_shows_what_the_command_prints(capsys):
-    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text()
     shown = re.findall(r"```sh\n(complexity-dit plan [^`]*)```\n\n```\n([^`]*)```", page)
     assert len(shown) == 3
     for command, output in shown:

@@ -46,7 +46,7 @@ def evaluations(pipe, monkeypatch) -> Counter:
 def play(pipe, monkeypatch):
     """Runs a scenario, which is given a function that opens pages, beside a server."""
     pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
     import uvicorn
     from gallery_client import Page
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STORIES = [f"{'word ' * (i % 7 + 3)}and again {i}.\n" * 20 for i in range(40)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inl_core import INLDynamics, INLDynamicsLite, integrators, stability
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 48, "dynamics_controller_hidden": 8}
 
 

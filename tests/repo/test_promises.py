@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.faults.test_disk" name="test_a[dit]"><properties>
 <property name="injected" value="12" /></properties></testcase>
 <testcase classname="tests.faults.test_disk" name="test_a[lm]" />
-<testcase classname="tests.dit.test_kill" name="test_b"><failure message="no" /></testcase>
-<testcase classname="tests.dit.test_kill" name="test_c"><skipped message="no" /></testcase>
+<testcase classname="tests.dit.training.test_kill" name="test_b"><failure message="no" /></testcase>
+<testcase classname="tests.dit.training.test_kill" name="test_c"><skipped message="no" /></testcase>
 </testsuite></testsuites>"""
 SECTIONS = {
     "faults/test_disk.py::test_a": "Full and failing disks",
-    "dit/test_kill.py::test_b": "Crash and power loss",
-    "dit/test_kill.py::test_c": "Crash and power loss",
+    "dit/training/test_kill.py::test_b": "Crash and power loss",
+    "dit/training/test_kill.py::test_c": "Crash and power loss",
 }
 
 
@@ -49,7 +49,7 @@ def test_what_a_test_notes_is_counted_and_failures_are_named(tmp_path):
     assert found["Full and failing disks", "injected"] == 12 + 1
     assert found["Full and failing disks", "tests"] == 2
     assert found["Crash and power loss", "skipped"] == 1
-    assert wrong == ["dit/test_kill.py::test_b"]
+    assert wrong == ["dit/training/test_kill.py::test_b"]
 
 
 def test_totals_are_of_the_last_runs():

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from inl_core.kernels import aot
 from inl_core.kernels._common import aot_spec
 
-TABLE = Path(__file__).parents[3] / "benchmarks" / "kernels.md"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "kernels.md"
 
 
 def assert_no_spills(spec: aot.AotSpec, arch: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "packages").glob("*/README.md"))),
