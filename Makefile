@@ -59,17 +59,17 @@ docs: venv ## build the documentation strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 kernels: venv ## compile every Triton kernel, no GPU needed; table to benchmarks/kernels.md
-	$(BIN)/python benchmarks/kernel_resources.py
+	$(BIN)/python -m benchmarks.speed.kernel_resources
 
 bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to its README
-	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results.csv
-	$(BIN)/python benchmarks/bench_tax.py --out benchmarks/results.csv
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.speed.bench_ops --out benchmarks/results.csv
+	$(BIN)/python -m benchmarks.speed.bench_tax --out benchmarks/results.csv
+	$(BIN)/python -m benchmarks.pages.tables
 
 # No venv: the machine with the GPU may have a bare python3 with torch and triton, and no network.
 gpu: export PYTHONPATH := packages/inl-core/src:$(PYTHONPATH)
 gpu: ## on a GPU: kernels against the definition, their speed, compiled training steps
-	@for part in $(PART); do $(PYTHON) benchmarks/gpu.py $$part || exit $$?; done
+	@for part in $(PART); do $(PYTHON) -m benchmarks.speed.gpu $$part || exit $$?; done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist site packages/*/build packages/*/dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,5 @@
 """Fixtures of the image model that tests of its benchmarks share."""
 
-from dit.conftest import pipe, small_run
+from dit.conftest import command, folders, own_cache, pipe, small_run, weights_cache
 
-__all__ = ["pipe", "small_run"]
+__all__ = ["command", "folders", "own_cache", "pipe", "small_run", "weights_cache"]

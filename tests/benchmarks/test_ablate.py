@@ -24,12 +24,11 @@ STORIES = [f"{'word ' * (i % 7 + 3)}and again {i}.\n" * 20 for i in range(40)]
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
 
 
 def real_study(name: str) -> Any:
-    from ablation_study import read_study
+    from benchmarks.study.ablation_study import read_study
 
     return read_study(ROOT / f"configs/ablations/{name}.yaml")
 
@@ -40,8 +39,8 @@ def real_study(name: str) -> Any:
 @pytest.mark.parametrize("package", ["lm", "dit"])
 def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
     """The column "equal parameters" is never empty for want of a baseline."""
-    from ablation_labs import LABS
-    from ablation_report import NEAR
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.ablation_report import NEAR
 
     sizes = {True: {}, False: {}}
     study = real_study(package)
@@ -49,7 +48,7 @@ def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
         config = study.config(LABS[package], network, 0, "unused", {})
         with torch.device("meta"):
             if package == "lm":
-                from variants_lm import VariedConfig, VariedForCausalLM
+                from benchmarks.study.variants_lm import VariedConfig, VariedForCausalLM
 
                 settings = config.model.overrides | {
                     "vocab_size": config.tokenizer.vocab_size,
@@ -58,7 +57,7 @@ def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
                 }
                 model = VariedForCausalLM(VariedConfig(**settings, swap=network.swap))
             else:
-                from variants_dit import varied_dit
+                from benchmarks.study.variants_dit import varied_dit
 
                 model = varied_dit(network.swap).from_size(
                     config.model.size,
@@ -77,7 +76,7 @@ def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
 
 
 def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line() -> None:
-    from ablation_labs import LABS
+    from benchmarks.study.ablation_labs import LABS
 
     study = real_study("lm")
     longer = next(n for n in study.networks.values() if n.longer == 1.3)
@@ -91,8 +90,8 @@ def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line() -> Non
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ablation_labs import LABS
-    from ablation_study import read_study
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.ablation_study import read_study
 
     path = tmp_path / "study.yaml"
     path.write_text("package: lm\nrun: {}\n")
@@ -114,7 +113,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_trend_is_no_variance_and_noise_is() -> None:
-    from ablation_curves import curve_metrics
+    from benchmarks.study.ablation_curves import curve_metrics
 
     steps = np.arange(400.0)
     falling = 5 - 0.01 * steps + 1e-5 * steps**2
@@ -130,7 +129,7 @@ def test_a_trend_is_no_variance_and_noise_is() -> None:
 def test_the_way_through_depth_is_that_of_the_tokens() -> None:
     """One token goes (1, 0), (1, 1), (1, 2), (3, 2): a right angle; the other stays."""
     import torch
-    from ablation_labs import path_metrics, states_by_depth
+    from benchmarks.study.ablation_labs import path_metrics, states_by_depth
 
     class Moves(torch.nn.Module):
         def __init__(self, by: list[float]) -> None:
@@ -157,7 +156,7 @@ def test_the_way_through_depth_is_that_of_the_tokens() -> None:
 
 
 def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
-    from ablation_curves import spikes
+    from benchmarks.study.ablation_curves import spikes
 
     from complexity_dit.config import OptimConfig
     from complexity_dit.training.optimizer import SpikeGuard
@@ -191,7 +190,7 @@ def tiny(tmp_path: Path) -> list[str]:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    import ablate
+    from benchmarks.study import ablate
 
     monkeypatch.setattr("sys.argv", ["ablate.py", *map(str, arguments)])
     ablate.main()
@@ -200,8 +199,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_cells_are_run_once_go_on_and_leave_rows(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ablation_labs
-    import results
+    from benchmarks.common import results
+    from benchmarks.study import ablation_labs
 
     from complexity_lm.trainer import LMTrainer
 
@@ -252,7 +251,7 @@ def test_cells_are_run_once_go_on_and_leave_rows(
 def test_processes_make_the_same_cells(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import results
+    from benchmarks.common import results
 
     study = ROOT / "configs/ablations/lm.yaml"
     common = ("--only", "none", "branch, both", "--override", *tiny)
@@ -272,8 +271,8 @@ def test_processes_make_the_same_cells(
 def test_a_run_that_diverges_is_a_result(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ablation_labs
-    import results
+    from benchmarks.common import results
+    from benchmarks.study import ablation_labs
 
     lab, rows = ablation_labs.LABS["lm"], tmp_path / "rows.csv"
     messages = iter(["step 7: loss nan, gradient norm nan; training stopped", "no such file"])
@@ -298,8 +297,8 @@ def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The held-out loss is that of the varied network: its saved folder alone would not know."""
-    import ablation_labs
-    import results
+    from benchmarks.common import results
+    from benchmarks.study import ablation_labs
 
     rows = tmp_path / "rows.csv"
     study = ROOT / "configs/ablations/dit.yaml"
@@ -320,7 +319,7 @@ def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
     cell = json.loads(next(tmp_path.glob("out/*/seed-0/cell.json")).read_text())
     assert len(cell["profile"]["activation_rms"]) == len(cell["profile"]["dynamics"]) == 2
 
-    from ablation_study import read_study
+    from benchmarks.study.ablation_study import read_study
 
     overrides = {k: yaml.safe_load(v) for k, v in (item.split("=") for item in small)}
     whole = read_study(study)
@@ -337,7 +336,7 @@ def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
 def test_step_times_are_measured_in_turn(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import results
+    from benchmarks.common import results
 
     study, rows = ROOT / "configs/ablations/lm.yaml", tmp_path / "rows.csv"
     time = ("time", study, "--rounds", 1, "--rows", rows)

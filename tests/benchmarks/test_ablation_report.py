@@ -15,19 +15,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
 
 
 def real_study(name: str) -> Any:
-    from ablation_study import read_study
+    from benchmarks.study.ablation_study import read_study
 
     return read_study(ROOT / f"configs/ablations/{name}.yaml")
 
 
 def test_the_interval_is_students() -> None:
     """1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.303."""
-    from ablation_report import interval
+    from benchmarks.study.ablation_report import interval
 
     middle, half = interval([1.0, 2.0, 3.0])
     assert middle == 2.0
@@ -36,7 +35,7 @@ def test_the_interval_is_students() -> None:
 
 
 def row(case: str, shape: str, metric: str, value: float) -> dict[str, str]:
-    import results
+    from benchmarks.common import results
 
     known = {"bench": "ablate_lm", "case": case, "shape": shape, "metric": metric}
     about = {"command": "c", "hardware": "h", "commit": "1234567", "date": "2026-01-01"}
@@ -44,8 +43,8 @@ def row(case: str, shape: str, metric: str, value: float) -> dict[str, str]:
 
 
 def rows_of(study: Any, losses: dict[str, list[float]], ratios: dict[str, float]) -> list:
-    from ablation_labs import LABS
-    from ablation_study import shape_of
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.ablation_study import shape_of
 
     rows = []
     for name, found in losses.items():
@@ -70,7 +69,7 @@ LOSSES = {
 
 
 def test_comparisons_are_paired_and_fair() -> None:
-    from ablation_report import Results
+    from benchmarks.study.ablation_report import Results
 
     study = real_study("lm")
     ratios = {"branch": math.sqrt(1.3), "stream": 1.8}
@@ -85,7 +84,7 @@ def test_comparisons_are_paired_and_fair() -> None:
 
 
 def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import ablation_report
+    from benchmarks.study import ablation_report
 
     study = real_study("lm")
     rows = rows_of(study, LOSSES, {"branch": 1.1, "stream": 1.2})
@@ -119,9 +118,9 @@ def test_the_page_has_a_table_of_every_command_and_corpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the folder of the data: a cell knows the name of its corpus only."""
-    from ablation_labs import LABS
-    from ablation_report import of_all_commands
-    from ablation_study import shape_of
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.ablation_report import of_all_commands
+    from benchmarks.study.ablation_study import shape_of
 
     monkeypatch.delenv("COMPLEXITY_DATA")
     study = real_study("lm")

@@ -15,8 +15,7 @@ OPTIONS = argparse.Namespace(
 
 @pytest.fixture(autouse=True)
 def bench(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_dit
+    from benchmarks.speed import bench_dit
 
     return bench_dit
 

@@ -14,16 +14,10 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
+        [sys.executable, "-m", f"benchmarks.{script}", *arguments],
         env=clean | environment,
         cwd=ROOT,
         capture_output=True,
@@ -40,7 +34,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_bench_ops_writes_a_row_a_number(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     done = run(
-        "bench_ops.py", "--device", "cpu", "--quick", "--seconds", "0.001", "--dtype", "float32",
+        "speed.bench_ops", "--device", "cpu", "--quick", "--seconds", "0.001", "--dtype", "float32",
         "--backends", "eager", "F.rms_norm", "dense", "grouped_mm", "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -62,9 +56,9 @@ def test_bench_ops_writes_a_row_a_number(tmp_path: Path) -> None:
     assert share == pytest.approx(gbs / copy, rel=1e-4)
 
 
-def test_every_operation_with_a_kernel_has_a_case(scripts: None) -> None:
-    import op_cases
+def test_every_operation_with_a_kernel_has_a_case() -> None:
     import torch
+    from benchmarks.speed import op_cases
 
     from inl_core import ops
 
@@ -72,10 +66,10 @@ def test_every_operation_with_a_kernel_has_a_case(scripts: None) -> None:
     assert found | {"routed_mlp"} == set(ops._SWITCHED)
 
 
-def test_auto_follows_the_committed_rows(scripts: None) -> None:
+def test_auto_follows_the_committed_rows() -> None:
     """Compiling for a GPU it leaves to the compiler what the last run there shows it ahead in."""
-    import ops_table
-    import results
+    from benchmarks.common import results
+    from benchmarks.pages import ops_table
 
     from inl_core import ops
 
@@ -88,8 +82,8 @@ def test_auto_follows_the_committed_rows(scripts: None) -> None:
     assert all(line["eager"] > line["Triton"] for line in whole.values())
 
 
-def test_the_table_of_operations_puts_implementations_side_by_side(scripts: None) -> None:
-    import ops_table
+def test_the_table_of_operations_puts_implementations_side_by_side() -> None:
+    from benchmarks.pages import ops_table
 
     def row(case: str, backend: str, value: str, metric: str = "time") -> dict[str, str]:
         about = {"bench": "ops", "shape": "8x4", "dtype": "float32", "hardware": "g"}
@@ -122,7 +116,7 @@ def test_the_table_of_operations_puts_implementations_side_by_side(scripts: None
 def test_bench_tax_compares_with_none_and_with_dense(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     done = run(
-        "bench_tax.py", "--eager", "--depth", "2", "--batch_size", "1", "--side", "2",
+        "speed.bench_tax", "--eager", "--depth", "2", "--batch_size", "1", "--side", "2",
         "--rounds", "1", "--kinds", "lite", "token", "--routing", "64", "32", "64", "4",
         "--device", "cpu", "--out", str(out),
     )  # fmt: skip
@@ -136,8 +130,8 @@ def test_bench_tax_compares_with_none_and_with_dense(tmp_path: Path) -> None:
     assert found["mlp mask loop", "ratio"] > 0
 
 
-def test_bench_placements_compares_each_default_with_none(scripts: None, tmp_path: Path) -> None:
-    import bench_placements
+def test_bench_placements_compares_each_default_with_none(tmp_path: Path) -> None:
+    from benchmarks.speed import bench_placements
 
     from complexity_dit.config import ModelConfig
     from complexity_lm import DeepConfig
@@ -148,7 +142,7 @@ def test_bench_placements_compares_each_default_with_none(scripts: None, tmp_pat
         assert default == {field: getattr(config, field) for field in default}, "the default first"
     out = tmp_path / "rows.csv"
     done = run(
-        "bench_placements.py", "--eager", "--rounds", "1", "--images", "1", "--texts", "1",
+        "speed.bench_placements", "--eager", "--rounds", "1", "--images", "1", "--texts", "1",
         "--context", "8", "--device", "cpu", "--rows", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -159,9 +153,9 @@ def test_bench_placements_compares_each_default_with_none(scripts: None, tmp_pat
     assert found["dit none, eager", "memory ratio"] == 1
 
 
-def test_the_peak_of_a_call_is_what_it_holds_for_a_while(scripts: None) -> None:
-    import memory
+def test_the_peak_of_a_call_is_what_it_holds_for_a_while() -> None:
     import torch
+    from benchmarks.common import memory
 
     def held() -> None:
         torch.ones(16 * memory.MIB)  # 64 MiB, touched and given back
@@ -171,9 +165,9 @@ def test_the_peak_of_a_call_is_what_it_holds_for_a_while(scripts: None) -> None:
     assert memory.peak_of(lambda: None, "cpu") < 10
 
 
-def test_the_routed_mlp_and_the_mask_loop_compute_the_same(scripts: None) -> None:
-    import bench_tax
+def test_the_routed_mlp_and_the_mask_loop_compute_the_same() -> None:
     import torch
+    from benchmarks.speed import bench_tax
 
     from inl_core import make_routing_plan
 
@@ -184,10 +178,10 @@ def test_the_routed_mlp_and_the_mask_loop_compute_the_same(scripts: None) -> Non
     torch.testing.assert_close(routed(x), loop(x))
 
 
-def test_dynamics_change_nothing_else_in_the_stack(scripts: None) -> None:
+def test_dynamics_change_nothing_else_in_the_stack() -> None:
     """The backbones are equal, so that the tax is that of the dynamics alone."""
-    import blocks
     import torch
+    from benchmarks.common import blocks
 
     plain = blocks.Stack(16, 2, 2, "none", 2, compiled=False).state_dict()
     for kind in blocks.KINDS[1:]:
@@ -196,9 +190,9 @@ def test_dynamics_change_nothing_else_in_the_stack(scripts: None) -> None:
         assert len(state) > len(plain)
 
 
-def test_medians_of_paired_rounds(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_medians_of_paired_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round in which everything is slow does not move the ratio."""
-    import timing
+    from benchmarks.common import timing
 
     durations = iter([1.0, 2.0, 10.0, 20.0, 1.0, 2.0])
     now = [0.0]
@@ -212,7 +206,7 @@ def test_medians_of_paired_rounds(scripts: None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = run("gpu.py", "ops", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    done = run("speed.gpu", "ops", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "sees no GPU; nothing was measured" in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -222,16 +216,15 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["tests", "ops", "models"])
 def test_every_part_of_make_gpu_runs_on_a_cpu(part: str, tmp_path: Path) -> None:
-    done = run("gpu.py", part, "--device", "cpu", "--quick", OUT=str(tmp_path))
+    done = run("speed.gpu", part, "--device", "cpu", "--quick", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(tmp_path / f"{part}.csv")
 
 
-def test_a_wrong_kernel_is_seen(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device checks fail on the originals' norm gradient and on a result that is NaN."""
-    import device_checks
-    import op_cases
     import torch
+    from benchmarks.speed import device_checks, op_cases
 
     from inl_core import reference
 
@@ -258,8 +251,8 @@ def test_a_wrong_kernel_is_seen(scripts: None, monkeypatch: pytest.MonkeyPatch) 
     assert device_checks.as_good_as_eager(case, stores=1) < 1
 
 
-def test_rows_with_other_columns_are_refused(scripts: None, tmp_path: Path) -> None:
-    import results
+def test_rows_with_other_columns_are_refused(tmp_path: Path) -> None:
+    from benchmarks.common import results
 
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
@@ -269,9 +262,9 @@ def test_rows_with_other_columns_are_refused(scripts: None, tmp_path: Path) -> N
 
 
 def test_a_copy_without_history_takes_its_commit_from_the_variable(
-    scripts: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import results
+    from benchmarks.common import results
 
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError
@@ -283,9 +276,9 @@ def test_a_copy_without_history_takes_its_commit_from_the_variable(
     assert results.commit() == "none"
 
 
-def test_tables_come_from_the_last_run_alone(scripts: None) -> None:
-    import results
-    import tables
+def test_tables_come_from_the_last_run_alone() -> None:
+    from benchmarks.common import results
+    from benchmarks.pages import tables
 
     blank = dict.fromkeys(results.FIELDS, "")
     old, new, other = (
@@ -302,9 +295,9 @@ def test_tables_come_from_the_last_run_alone(scripts: None) -> None:
     assert tables.rewritten(done, [old, new, other]) == done
 
 
-def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) -> None:
-    import dynamics_page
-    import results
+def test_the_page_of_the_dynamics_has_every_part_with_its_rows() -> None:
+    from benchmarks.common import results
+    from benchmarks.pages import dynamics_page
 
     page = dynamics_page.PAGE.read_text()
     found = [match[1] for match in dynamics_page.MARKED.findall(page)]
@@ -326,8 +319,8 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows(scripts: None) ->
     assert dynamics_page.rewritten(done, rows) == done
 
 
-def test_the_cost_of_the_dynamics_by_machine_and_stack(scripts: None) -> None:
-    import dynamics_page
+def test_the_cost_of_the_dynamics_by_machine_and_stack() -> None:
+    from benchmarks.pages import dynamics_page
 
     def row(backend: str, metric: str, value: str) -> dict[str, str]:
         about = {"case": "stack compiled lite", "shape": "B/2 12x768 8x8^2", "dtype": "bfloat16"}
@@ -339,8 +332,8 @@ def test_the_cost_of_the_dynamics_by_machine_and_stack(scripts: None) -> None:
     assert dynamics_page.cost([]) == []
 
 
-def test_the_cost_of_placements_beside_none(scripts: None) -> None:
-    import dynamics_page
+def test_the_cost_of_placements_beside_none() -> None:
+    from benchmarks.pages import dynamics_page
 
     def row(case: str, metric: str, value: str) -> dict[str, str]:
         return {"hardware": "G", "case": case, "shape": "tiny", "metric": metric, "value": value}
@@ -355,14 +348,14 @@ def test_the_cost_of_placements_beside_none(scripts: None) -> None:
 
 
 def test_the_tables_are_up_to_date() -> None:
-    done = run("tables.py", "--check")
+    done = run("pages.tables", "--check")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
 def test_bench_eval_puts_three_programs_beside_each_other(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
-    done = run("bench_eval.py", "--n", "40", "--width", "24", "--rows", str(out))
+    done = run("speed.bench_eval", "--n", "40", "--width", "24", "--rows", str(out))
     assert done.returncode == 0, done.stderr
     values: dict[str, dict[str, float]] = {}
     for row in rows(out):

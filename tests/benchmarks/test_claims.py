@@ -21,19 +21,18 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture
 def measures() -> ModuleType:
-    import claims_measures
+    from benchmarks.study import claims_measures
 
     return claims_measures
 
 
 @pytest.fixture
 def claims() -> ModuleType:
-    import claims_dit
+    from benchmarks.study import claims_dit
 
     return claims_dit
 
@@ -169,7 +168,7 @@ def results(folder: Path, values: list[float], **settings: Any) -> Path:
 def test_fid_is_read_from_the_last_results_of_a_folder(
     claims: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import results as result_file
+    from benchmarks.common import results as result_file
 
     values = [200.0, 50, 40, 30, 20, 11]
     one, two = results(tmp_path / "a", values), results(tmp_path / "b", values, seed=1)
@@ -204,9 +203,8 @@ def test_all_measures_of_a_trained_run(
     claims: ModuleType, small_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     weights_cache: None,
 ) -> None:  # fmt: skip
-    import claims_measures
-    import claims_report
-    import results as result_file
+    from benchmarks.common import results as result_file
+    from benchmarks.study import claims_measures, claims_report
 
     from complexity_dit.training.train import train
 
@@ -238,8 +236,8 @@ def test_all_measures_of_a_trained_run(
 
 
 def test_the_page_pairs_by_seed() -> None:
-    import claims_report
-    import results as result_file
+    from benchmarks.common import results as result_file
+    from benchmarks.study import claims_report
 
     about = dict.fromkeys(result_file.FIELDS, "") | {"command": "c", "metric": "length over chord"}
     values = {"none": {0: 1.5, 1: 2.5, 2: 9.0}, "branch": {0: 1.0, 1: 2.0}}

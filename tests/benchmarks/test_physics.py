@@ -14,24 +14,21 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def systems(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import physics_systems
+    from benchmarks.theory import physics_systems
 
     return physics_systems
 
 
 @pytest.fixture
 def physics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import physics
+    from benchmarks.theory import physics
 
     return physics
 
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import physics_report
+    from benchmarks.theory import physics_report
 
     return physics_report
 
@@ -125,7 +122,7 @@ def test_the_table_compares_each_placement_with_its_own_plain_network(physics: M
 
 def result_rows(bench: str, values: dict[tuple[str, str, str], float]) -> list[dict[str, str]]:
     """Rows by (case, shape, metric)."""
-    import results
+    from benchmarks.common import results
 
     about = {"bench": bench, "command": "c", "commit": "1234567", "unit": ""}
     return [
@@ -167,8 +164,7 @@ def test_the_closed_loop_is_told_by_medians_over_seeds(report: ModuleType) -> No
 
 @pytest.fixture
 def closed_loop(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import closed_loop
+    from benchmarks.theory import closed_loop
 
     return closed_loop
 

@@ -26,12 +26,11 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_changes_what_it_names_and_nothing_else(row: str) -> None:
-    import recipe
+    from benchmarks.recipe import recipe
 
     assert list(recipe.ROWS) == ROWS
     plain = recipe.row_config("flow-none", "out", 3200, 1, {})
@@ -48,14 +47,14 @@ def test_a_row_changes_what_it_names_and_nothing_else(row: str) -> None:
 
 
 def test_a_field_that_does_not_exist_is_named() -> None:
-    import recipe
+    from benchmarks.recipe import recipe
 
     with pytest.raises(ValueError, match="OptimConfig has no field 'rate'"):
         recipe.with_fields(TrainConfig(), {"optim.rate": 1.0})
 
 
 def test_the_dit_starts_at_zero_and_never_drops_a_label() -> None:
-    import diffusers_dit
+    from benchmarks.common import diffusers_dit
 
     torch.manual_seed(0)
     model = diffusers_dit.DiffusersDiT(8, 2, 3, 32, 2, 2, ["style"], [3]).train()
@@ -73,7 +72,7 @@ def test_the_dit_starts_at_zero_and_never_drops_a_label() -> None:
 
 
 def test_the_dit_trains_resumes_and_paints_in_our_loop(small_run: TrainConfig) -> None:
-    from diffusers_dit import DiffusersDiT, build_diffusers_dit
+    from benchmarks.common.diffusers_dit import DiffusersDiT, build_diffusers_dit
 
     from complexity_dit.pipelines.sampling import load_pipeline
     from complexity_dit.training.train import train
@@ -103,7 +102,7 @@ def test_the_dit_trains_resumes_and_paints_in_our_loop(small_run: TrainConfig) -
 def test_a_killed_session_counts_up_to_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipe
+    from benchmarks.recipe import recipe
 
     now = [100.0]
     monkeypatch.setattr(recipe.time, "time", lambda: now[0])
@@ -128,8 +127,8 @@ def test_a_killed_session_counts_up_to_its_last_checkpoint(
 
 
 def test_runs_of_a_series_stand_in_one_table() -> None:
-    import results
-    import tables
+    from benchmarks.common import results
+    from benchmarks.pages import tables
 
     blank = dict.fromkeys(results.FIELDS, "")
     rows = [
@@ -145,8 +144,8 @@ def test_runs_of_a_series_stand_in_one_table() -> None:
 
 
 def test_the_page_says_how_far_the_goal_is_and_what_is_missing() -> None:
-    import recipe
-    import recipe_page
+    from benchmarks.pages import recipe_page
+    from benchmarks.recipe import recipe
 
     def row(case: str, seed: int, images: int, **metrics: float) -> list[dict[str, str]]:
         about = {"bench": "recipe", "case": case, "shape": f"seed {seed}", "hardware": "A",
@@ -185,9 +184,8 @@ def test_a_row_and_the_sampler_table_run_and_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both programs end to end on a tiny run; what is there already is not made again."""
-    import recipe
-    import results
-    import sampler_table
+    from benchmarks.common import results
+    from benchmarks.recipe import recipe, sampler_table
 
     def rows(bench: str) -> dict[tuple[str, str], str]:
         found = [r for r in results.read_rows(tmp_path / "rows.csv") if r["bench"] == bench]
@@ -233,8 +231,8 @@ def test_a_row_and_the_sampler_table_run_and_go_on(
 def test_the_floor_is_the_training_paintings_with_and_without_the_autoencoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipe_floor
-    import results
+    from benchmarks.common import results
+    from benchmarks.recipe import recipe_floor
 
     from complexity_dit.config import DataConfig
     from complexity_dit.models.autoencoder import TinyAutoencoder

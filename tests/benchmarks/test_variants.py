@@ -24,13 +24,12 @@ SIZES = {"hidden_size": 48, "dynamics_controller_hidden": 8}
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("COMPLEXITY_DATA", "unused")
 
 
 @pytest.fixture
 def variants() -> ModuleType:
-    import variants
+    from benchmarks.study import variants
 
     return variants
 
@@ -144,14 +143,14 @@ def test_lite_has_nothing_to_exchange(variants: ModuleType) -> None:
 
 
 def study(name: str) -> Any:
-    from ablation_study import read_study
+    from benchmarks.study.ablation_study import read_study
 
     return read_study(ROOT / f"configs/ablations/{name}.yaml")
 
 
 def lm_network(network: Any) -> nn.Module:
-    from ablation_labs import LABS
-    from variants_lm import VariedConfig, VariedForCausalLM
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.variants_lm import VariedConfig, VariedForCausalLM
 
     config = study("lm").config(LABS["lm"], network, 0, "unused", {})
     inner = config.model.overrides["intermediate_size"] // 8
@@ -173,8 +172,8 @@ def lm_loss(model: nn.Module) -> Tensor:
 
 
 def dit_network(network: Any) -> nn.Module:
-    from ablation_labs import LABS
-    from variants_dit import varied_dit
+    from benchmarks.study.ablation_labs import LABS
+    from benchmarks.study.variants_dit import varied_dit
 
     config = study("dit").config(LABS["dit"], network, 0, "unused", {})
     torch.manual_seed(0)
@@ -209,7 +208,6 @@ def trained(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any
     """Every network of a study at its start and after a few steps: parameters and losses."""
     package = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
         patch.setenv("COMPLEXITY_DATA", "unused")
         build, loss_of = PACKAGES[package]
         found = {}
@@ -263,8 +261,8 @@ def test_no_two_variants_are_the_same_network(trained: tuple[str, dict[str, Any]
 
 
 def test_swaps_refuse_another_placement() -> None:
-    from variants_dit import varied_dit
-    from variants_lm import LM_SWAPS
+    from benchmarks.study.variants_dit import varied_dit
+    from benchmarks.study.variants_lm import LM_SWAPS
 
     network = study("lm").networks["branch"]
     model = lm_network(network)
@@ -279,7 +277,7 @@ def test_swaps_refuse_another_placement() -> None:
 @pytest.mark.parametrize("swap", ["plain-attention", "plain-mlp"])
 def test_force_on_one_sub_layer_leaves_the_other_plain(swap: str) -> None:
     """With a force that is the plain residual too (alpha = beta = 0), the network is `none`."""
-    from ablation_study import Network
+    from benchmarks.study.ablation_study import Network
 
     plain = lm_network(Network("none", {"model.dynamics_placement": "none"})).eval()
     fields = {"model.dynamics_placement": "force", "model.dynamics_adaptive": "lite"}
@@ -291,7 +289,7 @@ def test_force_on_one_sub_layer_leaves_the_other_plain(swap: str) -> None:
 
 def test_force_mlp_of_the_packages_is_the_variant_that_found_it() -> None:
     """`force` with plain attention: the same network, one dynamics module a layer fewer."""
-    from ablation_study import Network
+    from benchmarks.study.ablation_study import Network
 
     channel = {"model.dynamics_adaptive": "channel"}
     for build, loss_of in PACKAGES.values():
@@ -306,7 +304,7 @@ def test_force_mlp_of_the_packages_is_the_variant_that_found_it() -> None:
 
 
 def test_momentum_across_layers_without_memory_is_the_plain_network() -> None:
-    from ablation_study import Network
+    from benchmarks.study.ablation_study import Network
 
     exact = {"alpha": 0.0, "beta": 0.0, "gate": 1.0, "dt": 1.0, "velocity_max": None}
     fields = {"model.dynamics_placement": "stream", "model.dynamics_adaptive": "lite"}

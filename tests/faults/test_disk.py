@@ -46,14 +46,14 @@ def test_an_error_at_any_operation_leaves_the_old_or_the_new(
             return OSError(number, "injected") if left < 0 else None  # and all after it
 
         try:
-            with failing(rule), files.folder_aside(target) as aside:
+            with failing(rule), files.atomic_folder(target) as aside:
                 fill(aside, "new")
                 checkpoints.write_sums(aside)
             done = True
         except OSError:
             done = False
         finished = left >= 0
-        files.recover(folder)
+        files.remove_partial_writes(folder)
         assert {p.name for p in folder.iterdir()} <= {"thing"}, failed
         found = contents(target) if target.exists() else None
         if found and "SHA256SUMS" in found:
@@ -137,7 +137,7 @@ def test_results_outlive_a_full_disk(package, tmp_path):
     with (
         small_files(100),
         pytest.raises(OSError, match="too large"),
-        files.file_aside(result) as aside,
+        files.atomic_file(result) as aside,
     ):
         aside.write_text("x" * 1000)
     assert result.read_text() == "before"

@@ -15,8 +15,8 @@ from support.processes import ENVIRONMENT
 HOLDER = """
 import sys
 from pathlib import Path
-from inl_core.run.checkpoints import run_lock
-with run_lock(Path(sys.argv[1])):
+from inl_core.run.checkpoints import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

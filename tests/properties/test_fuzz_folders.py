@@ -237,14 +237,14 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     from accelerate import Accelerator
 
     from complexity_dit.distributed import Processes
-    from complexity_dit.training.state import PipelineParts, build_state
+    from complexity_dit.training.state import SavedPipeline, build_state
 
     pipe = small_pipeline()
     config = TrainConfig(steps=4)
     run = build_state(pipe.transformer, config)
     sum(p.sum() for p in pipe.transformer.parameters()).backward()
     run.optimizer.step()
-    parts = PipelineParts(pipe.scheduler, pipe.id2label, asdict(config.data))
+    parts = SavedPipeline(pipe.scheduler, pipe.id2label, asdict(config.data))
     checkpoint = run.save(
         folder / "checkpoints", parts, asdict(config), Processes(Accelerator(cpu=True))
     )

@@ -21,7 +21,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data.dataset import in_split, read_labels
 from complexity_dit.labels import resolve_label
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines.pipeline import in_chunks
+from complexity_dit.pipelines.pipeline import run_in_fixed_batches
 from complexity_dit.training.batches import random_batch_indices
 from inl_core import build_routing_table, make_routing_plan
 from inl_core.run import json_files as bounded
@@ -185,11 +185,11 @@ def test_chunks_give_every_row_once_wherever_a_batch_is_cut(count, chunk, offset
         sizes.append(len(x))
         return 2 * x
 
-    assert torch.equal(in_chunks(network, chunk, offset, rows), 2 * rows)
+    assert torch.equal(run_in_fixed_batches(network, chunk, offset, rows), 2 * rows)
     assert set(sizes) == {chunk}
     cut = min(cut, count)
     parts = [(rows[:cut], offset), (rows[cut:], offset + cut)]
-    again = [in_chunks(network, chunk, at, part) for part, at in parts if len(part)]
+    again = [run_in_fixed_batches(network, chunk, at, part) for part, at in parts if len(part)]
     assert torch.equal(torch.cat(again), 2 * rows)
 
 

@@ -10,7 +10,7 @@ PAGES = {"checklist": 40, "promises": 6}
 """At least so many rows."""
 NAMED = re.compile(r"`(\S+\.py)::(test_\w+)`")
 GENERATED = re.compile(r"<!-- promises: .*?<!-- end -->", re.DOTALL)
-"""Tables that `benchmarks/tables.py` writes: numbers, not promises."""
+"""Tables that `benchmarks/pages/tables.py` writes: numbers, not promises."""
 HEAD = re.compile(r"^(\|.*\|)\n\|[-|: ]+\|$", re.MULTILINE)
 
 

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.faults.test_disk" name="test_a[dit]"><properties>
@@ -20,21 +18,16 @@ SECTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def row(bench, case, metric, value, commit="c"):
-    import results
+    from benchmarks.common import results
 
     told = {"bench": bench, "case": case, "metric": metric, "value": str(value), "commit": commit}
     return dict.fromkeys(results.FIELDS, "") | told
 
 
 def test_every_section_has_tests_to_run():
-    from promise_counts import named_tests
-    from promises_page import FAULTS, INPUTS, PAGE
+    from benchmarks.robustness.promise_counts import named_tests
+    from benchmarks.robustness.promises_page import FAULTS, INPUTS, PAGE
 
     found = named_tests(PAGE.read_text())
     assert {*found.values()} == {*FAULTS, *INPUTS}
@@ -42,7 +35,7 @@ def test_every_section_has_tests_to_run():
 
 
 def test_what_a_test_notes_is_counted_and_failures_are_named(tmp_path):
-    from promise_counts import counts
+    from benchmarks.robustness.promise_counts import counts
 
     (tmp_path / "report.xml").write_text(REPORT)
     found, wrong = counts(tmp_path / "report.xml", SECTIONS)
@@ -53,7 +46,7 @@ def test_what_a_test_notes_is_counted_and_failures_are_named(tmp_path):
 
 
 def test_totals_are_of_the_last_runs():
-    import promises_page
+    from benchmarks.robustness import promises_page
 
     rows = [
         row("promises", "Damaged files", "injected", 1000, "old"),

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from inl_core.run import files
-from inl_core.run.files import file_aside, folder_aside, recover, remove_folder
+from inl_core.run.files import atomic_file, atomic_folder, remove_folder, remove_partial_writes
 
 # One child for each file-system operation of the writer: it is killed right before that one.
 KILLED_EVERYWHERE = """
@@ -31,10 +31,10 @@ def write(target):
     if work == "remove":
         return files.remove_folder(target)
     if work == "file":
-        with files.file_aside(target / "a") as aside:
+        with files.atomic_file(target / "a") as aside:
             aside.write_text("new")
         return
-    with files.folder_aside(target) as aside:
+    with files.atomic_folder(target) as aside:
         fill(aside, "new")
 
 def whole(text):
@@ -64,8 +64,8 @@ while True:
         write(target)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    files.recover(folder)
-    files.recover(target) if target.is_dir() else None
+    files.remove_partial_writes(folder)
+    files.remove_partial_writes(target) if target.is_dir() else None
     assert {p.name for p in folder.iterdir()} <= {"thing"}, (kills, list(folder.iterdir()))
     found = contents(target) if target.exists() else None
     fine = {
@@ -94,9 +94,9 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, record_property, wo
 
 
 def test_an_error_leaves_the_old_one_and_nothing_beside_it(tmp_path):
-    with folder_aside(tmp_path / "thing") as folder:
+    with atomic_folder(tmp_path / "thing") as folder:
         (folder / "a").write_text("first")
-    for aside in (folder_aside(tmp_path / "thing"), file_aside(tmp_path / "thing" / "a")):
+    for aside in (atomic_folder(tmp_path / "thing"), atomic_file(tmp_path / "thing" / "a")):
         path = aside.__enter__()
         (path / "a" if path.is_dir() else path).write_text("second")
         assert not aside.__exit__(RuntimeError, RuntimeError(), None)
@@ -111,5 +111,5 @@ def test_recover_leaves_what_is_not_scratch(tmp_path):
     (tmp_path / ".curve.csv.partial.x1.csv").write_text("scratch")
     (tmp_path / "gone").mkdir()
     remove_folder(tmp_path / "gone")
-    recover(tmp_path)
+    remove_partial_writes(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {".lock", ".hidden", "mine.partial"}

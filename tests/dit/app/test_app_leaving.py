@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -46,9 +45,8 @@ def evaluations(pipe, monkeypatch) -> Counter:
 def play(pipe, monkeypatch):
     """Runs a scenario, which is given a function that opens pages, beside a server."""
     pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
     import uvicorn
-    from gallery_client import Page
+    from benchmarks.robustness.gallery_client import Page
 
     from complexity_dit.app.server import build_server
 

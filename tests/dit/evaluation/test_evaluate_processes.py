@@ -16,7 +16,7 @@ from complexity_dit.evaluation import features as features_module
 from complexity_dit.evaluation.distances import fid_from_features
 from complexity_dit.evaluation.features import FEATURE_CHUNK, set_features
 from complexity_dit.evaluation.networks import load_random_features
-from complexity_dit.evaluation.samples import painted_images
+from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from support.processes import torchrun
 
@@ -59,7 +59,7 @@ def test_features_of_samples_do_not_depend_on_batch_and_processes(
         for batch, world in ((64, 1), (1, 3), (7, 2)):
             whole[:] = np.nan
             sampling = SampleConfig(num_inference_steps=1, batch_size=batch)
-            images = painted_images(pipe, labels, sampling)
+            images = generated_images(pipe, labels, sampling)
             for index in range(world):
                 state = SimpleNamespace(process_index=index, num_processes=world)
                 patch.setattr(parallel_evaluation, "process_state", lambda state=state: state)

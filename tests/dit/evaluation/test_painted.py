@@ -12,7 +12,7 @@ from PIL import Image
 import complexity_dit.pipelines.sampling
 from complexity_dit.config import SampleConfig
 from complexity_dit.evaluation.features import FEATURE_CHUNK
-from complexity_dit.evaluation.samples import painted_images
+from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
@@ -43,12 +43,12 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_kept_images_are_reused_and_are_the_same_bits(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
 ) -> None:
-    free = painted_images(pipe, labels, SAMPLING).read(range(N))
+    free = generated_images(pipe, labels, SAMPLING).read(range(N))
     painted.clear()
-    kept = painted_images(pipe, labels, SAMPLING, tmp_path / "kept")
+    kept = generated_images(pipe, labels, SAMPLING, tmp_path / "kept")
     np.testing.assert_array_equal(kept.read([0, 1, 2, 3]), free[:4])
     # Stopped here, and started again with another batch size: that is no other setting.
-    again = painted_images(pipe, labels, replace(SAMPLING, batch_size=3), tmp_path / "kept")
+    again = generated_images(pipe, labels, replace(SAMPLING, batch_size=3), tmp_path / "kept")
     np.testing.assert_array_equal(again.read(range(N)), free)
     assert painted == list(range(N))
     np.testing.assert_array_equal(again.read([7, 2]), free[[7, 2]])
@@ -60,10 +60,10 @@ def test_what_a_killed_run_was_writing_is_cleared_and_not_counted(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, caplog
 ) -> None:
     folder = tmp_path / "kept"
-    painted_images(pipe, labels, SAMPLING, folder).read([0, 1])
+    generated_images(pipe, labels, SAMPLING, folder).read([0, 1])
     (folder / ".000002.png.partial.ab12.png").write_bytes(b"half")
     with caplog.at_level("INFO"):
-        painted_images(pipe, labels, SAMPLING, folder)
+        generated_images(pipe, labels, SAMPLING, folder)
     assert "keeps 2 images" in caplog.text
     assert {p.name for p in folder.iterdir()} == {"000000.png", "000001.png", "settings.json"}
 
@@ -71,7 +71,7 @@ def test_what_a_killed_run_was_writing_is_cleared_and_not_counted(
 def test_a_changed_file_is_painted_again(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int], caplog
 ) -> None:
-    images = painted_images(pipe, labels, SAMPLING, tmp_path)
+    images = generated_images(pipe, labels, SAMPLING, tmp_path)
     first = images.read(range(N))
     painted.clear()
     broken = tmp_path / "000002.png"
@@ -86,21 +86,21 @@ def test_a_changed_file_is_painted_again(
 def test_other_settings_are_refused_by_name(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
 ) -> None:
-    painted_images(pipe, labels, SAMPLING, tmp_path).read([0])
+    generated_images(pipe, labels, SAMPLING, tmp_path).read([0])
     other = replace(SAMPLING, guidance_scale=3.0, seed=5)
     with pytest.raises(UserError, match=r"sample\.guidance_scale, sample\.seed"):
-        painted_images(pipe, labels, other, tmp_path)
+        generated_images(pipe, labels, other, tmp_path)
     with torch.no_grad():
         next(pipe.transformer.parameters()).view(-1)[0] += 1
     with pytest.raises(UserError, match="pipeline_sha256"):
-        painted_images(pipe, labels, SAMPLING, tmp_path)
+        generated_images(pipe, labels, SAMPLING, tmp_path)
     painted.clear()
-    painted_images(pipe, labels, SAMPLING, tmp_path, overwrite=True).read([0])
+    generated_images(pipe, labels, SAMPLING, tmp_path, overwrite=True).read([0])
     assert painted == [0]
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "cat.png").touch()
     with pytest.raises(UserError, match="is not empty"):
-        painted_images(pipe, labels, SAMPLING, tmp_path / "foreign")
+        generated_images(pipe, labels, SAMPLING, tmp_path / "foreign")
 
 
 def test_images_led_by_a_guide_belong_to_the_guides_weights(
@@ -108,22 +108,22 @@ def test_images_led_by_a_guide_belong_to_the_guides_weights(
 ) -> None:
     pipe.save_pretrained(tmp_path / "guide")
     led = replace(SAMPLING, guidance_scale=2.0, autoguidance=str(tmp_path / "guide"))
-    kept = painted_images(pipe, labels, led, tmp_path / "kept")
+    kept = generated_images(pipe, labels, led, tmp_path / "kept")
     weights = copy.deepcopy(pipe.transformer.state_dict())
     with torch.no_grad():
         next(pipe.transformer.parameters()).view(-1)[0] += 1
     pipe.save_pretrained(tmp_path / "guide")
     pipe.transformer.load_state_dict(weights)
-    assert painted_images(pipe, labels, led).fingerprint != kept.fingerprint
+    assert generated_images(pipe, labels, led).fingerprint != kept.fingerprint
     with pytest.raises(UserError, match=r"\(autoguidance_sha256\)"):
-        painted_images(pipe, labels, led, tmp_path / "kept")
+        generated_images(pipe, labels, led, tmp_path / "kept")
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 16), (7, 16), (64, 16), (40, 12)])
 def test_blocks_hold_whole_calls_of_painter_and_feature_network(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, batch: int, chunk: int
 ) -> None:
-    block = painted_images(pipe, labels, SampleConfig(batch_size=batch, chunk_size=chunk)).block
+    block = generated_images(pipe, labels, SampleConfig(batch_size=batch, chunk_size=chunk)).block
     assert block % chunk == block % FEATURE_CHUNK == 0
     assert batch <= block < batch + 2 * max(block // 2, 96)
 
@@ -134,5 +134,5 @@ def test_pictures_that_are_not_finite_are_refused(
     with torch.no_grad():
         pipe.transformer.proj_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="sample 0 holds values that are not finite"):
-        painted_images(pipe, labels, SAMPLING, tmp_path).read([0, 1])
+        generated_images(pipe, labels, SAMPLING, tmp_path).read([0, 1])
     assert not list(tmp_path.glob("*.png"))

@@ -20,7 +20,7 @@ from complexity_dit.config import DataConfig, LoraOptions, ObjectiveConfig, Opti
 from complexity_dit.data.encode import encode
 from complexity_dit.data.latents import load_training_data
 from complexity_dit.pipelines.image_to_image import read_pictures
-from complexity_dit.pipelines.pipeline import Chunks, ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training.network import adapt
 from complexity_dit.training.train import train
@@ -313,7 +313,7 @@ def test_latents_are_scaled_as_the_base_saw_them(pipe, paintings, tmp_path):
     _, parts, data = adapt(config, load_training_data(config.data))
     with torch.no_grad():
         latents = base._encode(read_pictures(Image.open(paintings / "0.png"), None, None),
-                               Chunks(None, 0))  # fmt: skip
+                               NetworkBatches(None, 0))  # fmt: skip
     found = data.clean(range(6), torch.zeros(6, dtype=torch.bool))
     assert min(float((x - latents[0]).abs().max()) for x in found) < 2e-3  # half precision
     assert parts.latent_space.mean == mean

@@ -16,7 +16,7 @@ from inl_core.run.checkpoints import (
     all_checkpoints,
     drop_old_checkpoints,
     latest_checkpoint,
-    run_lock,
+    lock_folder,
 )
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import RunStopped, UserError
@@ -105,7 +105,7 @@ def test_two_runs_in_one_folder(small_run, tmp_path):
         assert [p.name for p in run.iterdir()] == [LOCK_FILE]
         other.kill()
     # Its lock died with it; the file that it left is no obstacle.
-    with run_lock(run):
+    with lock_folder(run):
         assert subprocess.run(command, capture_output=True).stderr == b"busy\n"
         # Last, because a process that opens and closes the file gives its own lock up.
         assert f"process {os.getpid()} on " in (run / LOCK_FILE).read_text()

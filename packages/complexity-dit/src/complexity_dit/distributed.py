@@ -58,7 +58,7 @@ def process_state() -> "PartialState | None":
     return state if state.num_processes > 1 else None
 
 
-def dead_workers_reported() -> AbstractContextManager[None]:
+def report_dead_evaluation_workers() -> AbstractContextManager[None]:
     """Translate errors about processes of the evaluation that died."""
     return report_dead_workers("start the same command again")
 

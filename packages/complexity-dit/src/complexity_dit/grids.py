@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 
 def save_grid(
@@ -74,5 +74,5 @@ def _shortened(text: str, width: int, font: Any) -> str:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG; no half-written file ever has the final name."""
-    with file_aside(path) as aside:
+    with atomic_file(path) as aside:
         image.save(aside, format="PNG")

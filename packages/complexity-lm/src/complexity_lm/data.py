@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from complexity_lm.hub import first_line
 from complexity_lm.sources import is_streamed, read_documents, stream_documents
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
 
 # Blocks of a streamed source that go on exactly where an earlier run stopped.
@@ -88,7 +88,7 @@ class BlockStream(IterableDataset):
     def save(self, folder: Path, consumed: int) -> None:
         """Write the position after `consumed` blocks into a checkpoint folder."""
         count, state = max((note for note in self.notes if note[0] <= consumed), key=lambda n: n[0])
-        with file_aside(folder / POSITION_FILE) as aside:
+        with atomic_file(folder / POSITION_FILE) as aside:
             aside.write_text(json.dumps({"consumed": consumed, "noted": count, "state": state}))
 
     def load(self, folder: Path) -> None:

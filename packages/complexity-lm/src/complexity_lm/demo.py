@@ -11,7 +11,7 @@ from complexity_lm.generate import GenerateConfig, generate
 from complexity_lm.loading import Loaded, load
 from complexity_lm.tokenizer import TokenizerConfig
 from complexity_lm.train import train
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 LINES = 30
 """Lines of Python in `samples.txt`."""
@@ -60,7 +60,7 @@ def demo(out: str) -> None:
     model = train(config)
     loaded = load(str(model))
     samples = python_lines(loaded)
-    with file_aside(folder / "samples.txt") as aside:
+    with atomic_file(folder / "samples.txt") as aside:
         aside.write_text(samples)
 
     corpus = load_corpus(config.data)
@@ -71,7 +71,7 @@ def demo(out: str) -> None:
     result["metrics"][f"order{ORDER}_bits_per_byte"] = ByteModel(
         corpus.train["text"]
     ).bits_per_byte(heldout)
-    with file_aside(folder / "result.json") as aside:
+    with atomic_file(folder / "result.json") as aside:
         aside.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"""{samples}

@@ -15,7 +15,7 @@ from complexity_lm.data import DataConfig, Split, load_split
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 # lm-eval tasks on a model of ours, through its `HFLM`.
 
@@ -319,7 +319,7 @@ def evaluate(
         "weights_sha256": weights_hash(loaded.model),
     }
     if result_path:
-        with file_aside(result_path) as aside:
+        with atomic_file(result_path) as aside:
             aside.write_text(json.dumps(result, indent=2, default=str) + "\n")
     if not config.quiet:
         print(table(result))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from complexity_lm.data import DataConfig, load_split
 from complexity_lm.hub import first_line, is_local, require_hub
 from inl_core.run.errors import UserError
-from inl_core.run.files import folder_aside
+from inl_core.run.files import atomic_folder
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands in front of every document, and ends a generated one."""
@@ -98,7 +98,7 @@ def make_tokenizer(
         raise UserError(f"{folder} exists; choose another --out")
     texts = load_split(replace(data or DataConfig(), source=source), "train")["text"]
     tokenizer = train_tokenizer(texts, vocab_size)
-    with folder_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         tokenizer.save_pretrained(aside)
     return f"a tokenizer of {len(tokenizer)} ids, from {len(texts)} documents, is in {folder}"
 

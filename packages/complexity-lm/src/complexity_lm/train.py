@@ -38,9 +38,9 @@ from complexity_lm.modeling_complexity import DeepForCausalLM
 from complexity_lm.scoring import score_report, score_texts
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash, train_tokenizer
 from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
-from inl_core.run.checkpoints import checkpoint_to_resume, run_lock, step_of
+from inl_core.run.checkpoints import checkpoint_to_resume, lock_folder, step_of
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside, folder_aside, recover
+from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
 from inl_core.run.workers import on_main, report_dead_workers
 
 # The folder of a run: one run at a time writes in it, and where that run goes on from.
@@ -50,7 +50,7 @@ STATE_FILE = "trainer_state.json"
 
 
 @contextmanager
-def claimed_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
+def open_run_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
     """Hold a run's folder for this run, cleared of what a killed one left half-written.
 
     Args:
@@ -72,9 +72,9 @@ def claimed_folder(out: Path, resume: str, processes: PartialState) -> Iterator[
                 raise UserError(
                     f"--resume {resume} is no checkpoint folder (no {STATE_FILE} in it)"
                 )
-            held.enter_context(run_lock(out))
+            held.enter_context(lock_folder(out))
             for folder in (out, out / "checkpoints"):
-                recover(folder)
+                remove_partial_writes(folder)
             return checkpoint_to_resume(out, resume, STATE_FILE)
 
         yield on_main(claim, processes.is_main_process, processes.num_processes)
@@ -105,7 +105,7 @@ def plot_loss(log: Path, heldout: Path, target: Path) -> None:
     axes.set(xlabel="step", ylabel="nats a token", ylim=(0.9 * min([*smooth, *held]), None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with file_aside(target) as aside:
+    with atomic_file(target) as aside:
         figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
 
@@ -146,7 +146,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
     try:
         with (
             report_dead_workers(),
-            claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
+            open_run_folder(Path(config.out), config.resume, processes) as checkpoint,
         ):
             return _train(config, build or build_model, processes, checkpoint)
     finally:
@@ -185,7 +185,7 @@ def _train(
         probe = pack(tokens, config.data.context) if heldout_blocks is None else heldout_blocks
         trainer.add_callback(_monitor(config, trainer, probe, start_step))
     if processes.is_main_process:
-        with file_aside(out / "config.yaml") as aside:
+        with atomic_file(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -244,7 +244,7 @@ def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedToke
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     if not folder.is_dir():
         made = given or train_tokenizer(corpus.sample["text"], config.tokenizer.vocab_size)
-        with folder_aside(folder) as aside:
+        with atomic_folder(folder) as aside:
             made.save_pretrained(aside)
     tokenizer = load_tokenizer(folder)
     if given is not None and tokenizer_hash(given) != tokenizer_hash(tokenizer):
@@ -309,5 +309,5 @@ def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
         "versions": versions(),
         "weights_sha256": weights_hash(loaded.model),
     }
-    with file_aside(Path(config.out) / "result.json") as aside:
+    with atomic_file(Path(config.out) / "result.json") as aside:
         aside.write_text(json.dumps(result, indent=2) + "\n")

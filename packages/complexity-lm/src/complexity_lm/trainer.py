@@ -45,7 +45,7 @@ from inl_core.run.checkpoints import (
 )
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
-from inl_core.run.files import folder_aside
+from inl_core.run.files import atomic_folder
 
 # The curve of a run's steps: gathered on the device, written in batches.
 
@@ -384,7 +384,7 @@ class LMTrainer(Trainer):
 
 def _move(written: Path, target: Path) -> None:
     """Give what Trainer has written its final name, whole or not at all."""
-    with folder_aside(target) as folder:
+    with atomic_folder(target) as folder:
         for path in written.iterdir():
             path.replace(folder / path.name)
 

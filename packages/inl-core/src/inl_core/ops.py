@@ -77,9 +77,9 @@ COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
         "swiglu",
     }
 )
-"""Operations that "auto" leaves to the compiler where it compiles for a GPU: the committed rows of
-`benchmarks/bench_ops.py` show its definition ahead of the kernel, forward and backward together. A
-test compares this set with the rows."""
+"""Operations that "auto" leaves to the compiler where it compiles for a GPU: in the committed rows
+of `benchmarks.speed.bench_ops` their definition is faster than the kernel, forward and backward
+together. A test compares this set with the rows."""
 
 
 def _checked(name: str, origin: str) -> Backend:

@@ -28,7 +28,7 @@ from torch import Tensor
 from complexity_dit.config import Limits
 from complexity_dit.data.sources import bombs_refused
 from complexity_dit.grids import draw_grid
-from complexity_dit.pipelines.pipeline import Chunks, ComplexityDiTPipeline
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import pipeline_hash
 from complexity_dit.pipelines.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
@@ -270,7 +270,7 @@ class Gallery:
                 time.monotonic() - last_look >= PREVIEW_SECONDS and step + 1 < running.num_timesteps
             ):
                 x = tensors["latents"]
-                chunks = Chunks(settings.chunk_size, 0)
+                chunks = NetworkBatches(settings.chunk_size, 0)
                 pixels = running._decode(x.to(running.transformer.dtype), chunks)
                 images = running.image_processor.postprocess(pixels, output_type="np")
                 show(Frame(min(done, steps - 1), steps, _to_uint8(np.nan_to_num(images))))

@@ -21,7 +21,7 @@ from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DM
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
-from inl_core.run.files import folder_aside
+from inl_core.run.files import atomic_folder
 
 # Parts without a counterpart: what a key contains, and why. The first that fits speaks.
 _LEFT_OUT: tuple[tuple[str, str], ...] = (
@@ -105,7 +105,7 @@ def convert(
         raise UserError(f"{out} exists; choose another --out")
     conversion = from_state_dict(tensors, num_attention_heads)
     scheduler = build_scheduler(ObjectiveConfig(prediction_type="epsilon"))
-    with folder_aside(out) as folder:
+    with atomic_folder(out) as folder:
         ComplexityDiTPipeline(conversion.network, scheduler).save_pretrained(folder)
     return conversion
 

@@ -16,7 +16,7 @@ from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline
 from complexity_dit.training.train import train
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 NUM_EVALUATED = 256
 """Images of each side of the demo's FID: few, so that two cores need minutes and not an hour."""
@@ -84,5 +84,5 @@ def plot_loss(log: Path, target: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0.9 * smooth.min(), 1.1 * smooth.max()))
     axes.grid(alpha=0.3)
     axes.legend()
-    with file_aside(target) as aside:
+    with atomic_file(target) as aside:
         figure.savefig(aside, format="png", dpi=120)

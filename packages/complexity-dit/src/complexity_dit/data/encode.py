@@ -30,7 +30,7 @@ from complexity_dit.data.latents import (
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.vae import Vae, load_vae, posterior, scale_factor
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,10 @@ def _write_parts(
                 flat = pa.array(values.reshape(-1))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
             table = pa.table(columns).cast(features.arrow_schema)
-            with file_aside(path) as aside, ArrowWriter(path=str(aside), features=features) as file:
+            with (
+                atomic_file(path) as aside,
+                ArrowWriter(path=str(aside), features=features) as file,
+            ):
                 file.write_table(table)
                 file.finalize()
 
@@ -294,5 +297,5 @@ def _read_if_there(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with file_aside(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

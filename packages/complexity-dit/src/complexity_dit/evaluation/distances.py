@@ -655,7 +655,7 @@ MIN_PART = 8
 """Images in the smallest part of a curve."""
 
 
-class Curve(NamedTuple):
+class FidCurve(NamedTuple):
     """Distance over n and its continuation to infinite n.
 
     Attributes:
@@ -676,14 +676,16 @@ class Curve(NamedTuple):
     curvature: float
 
 
-class Spread(NamedTuple):
+class BootstrapError(NamedTuple):
     """Standard error of a distance at its n, from resampled images."""
 
     stderr: float
     rounds: int
 
 
-def bootstrap(features1: Array, features2: Array, rounds: int = 20, seed: int = 0) -> Spread:
+def bootstrap(
+    features1: Array, features2: Array, rounds: int = 20, seed: int = 0
+) -> BootstrapError:
     """Standard error of the Frechet distance when both sets are drawn again with replacement.
 
     The resampled distances lie above the distance itself (a resample has fewer different images,
@@ -696,7 +698,7 @@ def bootstrap(features1: Array, features2: Array, rounds: int = 20, seed: int = 
         seed: Seed of the draws.
 
     Returns:
-        `Spread`.
+        `BootstrapError`.
 
     Raises:
         UserError: Fewer than 2 rounds, or features as in `fid_from_features`.
@@ -709,7 +711,7 @@ def bootstrap(features1: Array, features2: Array, rounds: int = 20, seed: int = 
     for _ in range(rounds):
         (a, counts_a), (b, counts_b) = _resample(x1, rng), _resample(x2, rng)
         values.append(distance_of_sets(a, b, counts_a, counts_b))
-    return Spread(float(np.std(values, ddof=1)), rounds)
+    return BootstrapError(float(np.std(values, ddof=1)), rounds)
 
 
 def fid_curve(
@@ -720,7 +722,7 @@ def fid_curve(
     repeats: int = 2,
     seed: int = 0,
     distance: Callable[[Array, Array], float] = distance_of_sets,
-) -> Curve:
+) -> FidCurve:
     """The distance at n, n/2, n/4, ... and its continuation to infinite n.
 
     Both sets are shuffled and cut into k disjoint parts; the point at n / k is the mean over the
@@ -740,7 +742,7 @@ def fid_curve(
         distance: Of two sets of features.
 
     Returns:
-        `Curve`.
+        `FidCurve`.
 
     Raises:
         UserError: Fewer than 3 points are left, or features as in `fid_from_features`.
@@ -769,7 +771,7 @@ def fid_curve(
     curvature = float(parabola.mean()) - infinity
     shuffled = float(line.std(ddof=1)) / np.sqrt(repeats) if repeats > 1 else 0.0
     half = float(np.sqrt(NORMAL_95**2 * (stderr**2 + shuffled**2) + (2 * curvature) ** 2))
-    return Curve(
+    return FidCurve(
         sizes, points.mean(0).tolist(), infinity, infinity - half, infinity + half, curvature
     )
 

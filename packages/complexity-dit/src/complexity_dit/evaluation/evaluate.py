@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from complexity_dit.config import DataConfig, EvalConfig
 from complexity_dit.distributed import (
-    dead_workers_reported,
     is_main,
     main_first,
     on_main,
     pick_device,
+    report_dead_evaluation_workers,
 )
 from complexity_dit.evaluation.breakdown import (
     SHRUNK_FILTER,
@@ -55,21 +55,21 @@ from complexity_dit.evaluation.image_sets import (
     KeptStatistics,
     Reference,
     array_images,
-    labels_to_ask,
+    labels_for_samples,
+    labels_in_reference_ids,
     open_reference,
     open_target,
-    own_labels,
     trained_on,
     write_statistics,
 )
 from complexity_dit.evaluation.networks import FeatureExtractor, load_extractor
 from complexity_dit.evaluation.report import format_result
-from complexity_dit.evaluation.samples import painted_images
+from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import scheduler_settings
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 if TYPE_CHECKING:
     from complexity_dit.config import SampleConfig
@@ -288,7 +288,7 @@ def _inception_score(
 
 
 @dataclass
-class Sides:
+class EvaluationFeatures:
     """All features an evaluation needs, with the sets they are of; the same on every process."""
 
     generated: ImageSet
@@ -307,7 +307,7 @@ class Sides:
     vae: str = ""
 
 
-def check_wishes(config: EvalConfig, ref: Reference, reference: str, folder: Path | None) -> None:
+def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Path | None) -> None:
     """Say before any work what cannot be had."""
     if config.floors and ref.images is None:
         raise UserError(f"floors need images, and {reference} holds statistics; set floors false")
@@ -328,7 +328,7 @@ def collect(
     extractor: FeatureExtractor,
     config: EvalConfig,
     pipe: "ComplexityDiTPipeline | None",
-) -> Sides:
+) -> EvaluationFeatures:
     """Run the feature network over every set that is asked for; all processes take part."""
 
     def of(images: ImageSet, numbers: NDArray[np.int64], *transform: Any) -> Features:
@@ -337,7 +337,7 @@ def collect(
     # Samples and given folders change from run to run: their features are not kept.
     kept = config.cache and generated.lasting
     fake = set_features(generated, picked, extractor, kept)
-    sides = Sides(generated, picked, fake, ref, rows)
+    sides = EvaluationFeatures(generated, picked, fake, ref, rows)
     if ref.images is None:
         return sides
     sides.true = of(ref.images, rows)
@@ -403,7 +403,7 @@ def evaluate(
     """
     config = config or EvalConfig()
     config.check()
-    with dead_workers_reported():
+    with report_dead_evaluation_workers():
         folder = Path(out) if out is not None else None
         return _evaluate(target, reference, folder, config, sample, data)
 
@@ -428,7 +428,7 @@ def _evaluate(
         size = (sample.height or side, sample.width or side) if sample else (side, side)
         n = config.num_images
     ref = open_reference(str(reference), size, data)
-    check_wishes(config, ref, str(reference), folder)
+    check_request(config, ref, str(reference), folder)
     extractor = main_first(
         lambda: load_extractor(
             *(config.weights, config.resize, config.dtype, device),
@@ -461,9 +461,9 @@ def _evaluate(
         pipe, sample, picked = subject, sample or SampleConfig(), np.arange(n)
         settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
         keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
-        labels, asked = labels_to_ask(pipe, n, ref.images, rows)
+        labels, asked = labels_for_samples(pipe, n, ref.images, rows)
         names = ref.images.label_names if ref.images else {}
-        generated = painted_images(pipe, labels, sample, keep, config.overwrite, asked, names)
+        generated = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
     sides = collect(generated, picked, ref, rows, extractor, config, pipe)
 
     def finish() -> dict[str, Any]:
@@ -527,7 +527,10 @@ def evaluate_images(
 
 
 def _measure_all(
-    sides: Sides, extractor: FeatureExtractor, config: EvalConfig, settings: dict[str, Any]
+    sides: EvaluationFeatures,
+    extractor: FeatureExtractor,
+    config: EvalConfig,
+    settings: dict[str, Any],
 ) -> tuple[dict[str, Any], Memorisation | None]:
     """The result as JSON, and the nearest training images where they were looked for."""
     per_label: dict[str, Any] = {}
@@ -569,7 +572,7 @@ def _measure_all(
 
 
 def _labels(
-    sides: Sides,
+    sides: EvaluationFeatures,
     x: Features,
     y: Features,
     found: Measurement,
@@ -582,7 +585,7 @@ def _labels(
         return {}
     names = ref.label_names[name]
     real_ids = ref.column(name)[sides.rows]
-    asked = own_labels(sides.generated, name, names)
+    asked = labels_in_reference_ids(sides.generated, name, names)
     if asked is None:
         return {}
     asked = asked[sides.picked]
@@ -605,7 +608,7 @@ def _labels(
 
 
 def _floors(
-    sides: Sides,
+    sides: EvaluationFeatures,
     y: Features,
     found: Measurement,
     extractor: FeatureExtractor,
@@ -629,7 +632,7 @@ def _floors(
         settings["vae"] = sides.vae
 
 
-def _described(copies: Memorisation, sides: Sides) -> dict[str, Any]:
+def _described(copies: Memorisation, sides: EvaluationFeatures) -> dict[str, Any]:
     """The summary with training images by their number in the split, not in the search."""
     summary = copies.summary()
     for pair in summary["closest_pairs"]:
@@ -641,7 +644,7 @@ def _described(copies: Memorisation, sides: Sides) -> dict[str, Any]:
 def _write(
     folder: Path,
     result: dict[str, Any],
-    sides: Sides,
+    sides: EvaluationFeatures,
     copies: Memorisation | None,
     extractor: FeatureExtractor,
     config: EvalConfig,
@@ -662,7 +665,7 @@ def _write(
             *(sides.train, result["memorisation"].get("closest_pairs", [])),
         )
         write_report(folder / "report.html", result, pictures, copies)
-    with file_aside(folder / "result.json") as scratch:
+    with atomic_file(folder / "result.json") as scratch:
         scratch.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 

@@ -17,7 +17,7 @@ from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.evaluation.networks import FeatureExtractor, cache_dir
 from complexity_dit.hashing import array_hash
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def set_features(
     features = gather_rows(part, own, len(rows))
     if cache and is_main():
         try:
-            with file_aside(path) as scratch:
+            with atomic_file(path) as scratch:
                 np.savez(scratch, features=features, key=np.array(key))
         except OSError as error:
             logger.warning("features could not be kept for the next evaluation (%s)", error)

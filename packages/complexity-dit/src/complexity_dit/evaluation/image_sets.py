@@ -20,7 +20,7 @@ from complexity_dit.data.sources import bombs_refused
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Float64, Statistics
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import filled, read_json_object
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def write_statistics(path: Path, kept: KeptStatistics) -> None:
     arrays: dict[str, Any] = dict(kept.statistics._asdict())
     if kept.spatial:
         arrays |= {"mu_s": kept.spatial.mu, "sigma_s": kept.spatial.sigma}
-    with file_aside(path) as aside, aside.open("wb") as file:
+    with atomic_file(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays, **kept.identity, fingerprint=kept.fingerprint)
 
 
@@ -457,7 +457,7 @@ def trained_on(target: object) -> "DataConfig | None":
         raise UserError(f"{Path(target) / DATA_FILE} is no DataConfig: {error}") from error
 
 
-def labels_to_ask(
+def labels_for_samples(
     pipe: "ComplexityDiTPipeline", n: int, real: ImageSet | None, rows: NDArray[np.int64]
 ) -> tuple[torch.Tensor, dict[str, NDArray[np.int64]]]:
     """The label rows of n samples in the pipeline's ids: those of the real images drawn.
@@ -487,7 +487,9 @@ def labels_to_ask(
     return labels, asked
 
 
-def own_labels(subject: ImageSet, field: str | None, names: list[str]) -> NDArray[np.int64] | None:
+def labels_in_reference_ids(
+    subject: ImageSet, field: str | None, names: list[str]
+) -> NDArray[np.int64] | None:
     """A field's ids of a set's images as a reference with these names has them; None without."""
     if field is None or field not in subject.label_names:
         return None

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from complexity_dit.config import Dtype, Resize
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
 
 __all__ = [
@@ -688,7 +688,7 @@ def _download() -> FoundWeights | None:
     path = cache_dir() / HUB_FILE_NAMES[0]
     try:
         with (
-            file_aside(path) as scratch,
+            atomic_file(path) as scratch,
             urllib.request.urlopen(DOWNLOAD_URL, timeout=DOWNLOAD_TIMEOUT_S) as reply,
             scratch.open("wb") as file,
             tqdm(
@@ -769,7 +769,7 @@ def _load_state(path: Path) -> tuple[dict[str, Tensor], str]:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     state = fold_state_dict(raw, naming)
     try:
-        with file_aside(converted) as scratch:
+        with atomic_file(converted) as scratch:
             metadata = {
                 "format": CONVERTED_FORMAT,
                 "source_sha256": sha256,

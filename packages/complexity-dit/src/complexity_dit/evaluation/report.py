@@ -20,7 +20,7 @@ from PIL import Image
 from complexity_dit.evaluation.breakdown import Memorisation
 from complexity_dit.evaluation.image_sets import ImageSet
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
 # The charts of a report, as SVG text to put into a page.
@@ -347,7 +347,7 @@ def write_report(
         pictures: What to show.
         copies: Nearest training images, where they were looked for.
     """
-    with file_aside(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(render(result, pictures, copies), encoding="utf-8")
 
 

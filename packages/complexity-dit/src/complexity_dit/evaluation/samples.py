@@ -25,7 +25,7 @@ from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.hashing import array_hash, module_hash
 from complexity_dit.pipelines.sampling import pipeline_hash, scheduler_settings
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside, recover
+from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.json_files import read_json_object
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ SETTINGS_FILE = "settings.json"
 CHECK = "complexity-dit-check"
 
 
-def painted_images(
+def generated_images(
     pipe: "ComplexityDiTPipeline",
     labels: Tensor,
     config: "SampleConfig",
@@ -128,7 +128,7 @@ def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
     if path.is_file():
-        recover(folder)  # of a run that was killed while it wrote a picture
+        remove_partial_writes(folder)  # of a run that was killed while it wrote a picture
         try:
             kept = read_json_object(path)
         except ValueError:
@@ -147,7 +147,7 @@ def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
             image.unlink()
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and has no {SETTINGS_FILE}; choose another --out")
-    with file_aside(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -158,7 +158,7 @@ def _check(image: NDArray[np.uint8], number: int, key: str) -> str:
 def _keep(path: Path, image: NDArray[np.uint8], number: int, key: str) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text(CHECK, _check(image, number, key))
-    with file_aside(path) as aside:
+    with atomic_file(path) as aside:
         Image.fromarray(image).save(aside, format="PNG", pnginfo=about)
 
 

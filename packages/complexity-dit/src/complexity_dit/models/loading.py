@@ -17,7 +17,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
 
 # Metadata of safetensors files that are written already: the header alone is replaced.
@@ -33,7 +33,7 @@ def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         path: The file.
         metadata: What to add, or to replace.
     """
-    with path.open("rb") as old, file_aside(path) as aside, aside.open("wb") as new:
+    with path.open("rb") as old, atomic_file(path) as aside, aside.open("wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         known = header.pop("__metadata__", {}) | metadata
         text = json.dumps({"__metadata__": dict(sorted(known.items()))} | header).encode()

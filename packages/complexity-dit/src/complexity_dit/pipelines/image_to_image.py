@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import (
-    Chunks,
     ComplexityDiTPipeline,
     ComplexityDiTPipelineBase,
     Generators,
     Guidance,
     LabelValue,
+    NetworkBatches,
     StepCallback,
 )
 from complexity_dit.pipelines.schedulers import begin_at, network_times, noised, set_steps
@@ -277,7 +277,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipelineBase):
         condition = self._condition(class_labels, label_embeds, labels)
         guidance = Guidance(guidance_scale, guidance_interval, guide)
         guidance.check(self.transformer, condition)
-        chunks, device = Chunks(chunk_size, chunk_offset), self._execution_device
+        chunks, device = NetworkBatches(chunk_size, chunk_offset), self._execution_device
 
         count = max(len(condition), len(pixels)) * num_images_per_prompt
         condition = for_every_picture(
@@ -374,7 +374,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipelineBase):
         condition = self._condition(class_labels, label_embeds, labels)
         guidance = Guidance(guidance_scale, guidance_interval, guide)
         guidance.check(self.transformer, condition)
-        chunks, device = Chunks(chunk_size, chunk_offset), self._execution_device
+        chunks, device = NetworkBatches(chunk_size, chunk_offset), self._execution_device
 
         count = max(len(condition), len(pixels)) * num_images_per_prompt
         condition = for_every_picture(

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import one_line
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
@@ -63,7 +63,7 @@ def write_card(
     """
     card = folder / CARD_FILE
     if grid is not None:
-        with file_aside(folder / GRID_FILE) as aside:
+        with atomic_file(folder / GRID_FILE) as aside:
             if isinstance(grid, Path):
                 with Image.open(grid) as picture:
                     picture.save(aside, format="PNG")
@@ -87,7 +87,7 @@ def write_card(
         parts += [_use(name, known), _labels(known), _made(folder, index)]
     parts += [_data(data), _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK]
     text = "\n\n".join(part for part in parts if part)
-    with file_aside(card) as aside:
+    with atomic_file(card) as aside:
         aside.write_text(f"---\n{_front(name, data, about, result)}\n---\n\n{text}\n")
     return card
 

@@ -231,7 +231,7 @@ class LoraMixin(LoraBaseMixin):
 # Networks run on a fixed number of rows, so that bits do not depend on the batch.
 
 
-def in_chunks(
+def run_in_fixed_batches(
     network: Callable[..., Tensor], chunk_size: int | None, offset: int, *rows: Tensor
 ) -> Tensor:
     """Run a network over rows, `chunk_size` at a time, padded so that every call has that many.
@@ -294,14 +294,14 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class NetworkBatches:
     """Rows of one network call, and the place of the first picture among them."""
 
     size: int | None
     offset: int
 
     def run(self, network: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        return in_chunks(network, self.size, self.offset, *rows)
+        return run_in_fixed_batches(network, self.size, self.offset, *rows)
 
 
 class DenoisingMixin:
@@ -336,7 +336,7 @@ class DenoisingMixin:
         timesteps: Tensor,
         times: Tensor,
         guidance: Guidance,
-        chunks: Chunks,
+        chunks: NetworkBatches,
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
         after_step: Callable[[int, Tensor], Tensor] | None = None,
@@ -380,7 +380,12 @@ class DenoisingMixin:
         return x
 
     def _predict(
-        self, x: Tensor, t: Tensor, condition: Tensor, guidance: Guidance | None, chunks: Chunks
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        guidance: Guidance | None,
+        chunks: NetworkBatches,
     ) -> Tensor:
         """The transformer's prediction, led away from a weaker one if there is guidance."""
 
@@ -487,7 +492,7 @@ class ComplexityDiTPipelineBase(
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        own_labels = read_id2label(id2label, transformer)
+        labels_in_reference_ids = read_id2label(id2label, transformer)
         channels = transformer.config.in_channels
         statistics = {len(values) for values in (latents_mean, latents_std) if values is not None}
         both = (latents_mean is None) == (latents_std is None)
@@ -497,7 +502,7 @@ class ComplexityDiTPipelineBase(
                 f"the {channels} channels, not {latents_mean} and {latents_std}"
             )
         self.register_to_config(
-            id2label=own_labels, latents_mean=latents_mean, latents_std=latents_std
+            id2label=labels_in_reference_ids, latents_mean=latents_mean, latents_std=latents_std
         )
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -540,7 +545,7 @@ class ComplexityDiTPipelineBase(
             return self._starting_from_noise(noise)
         return noised(self.scheduler, clean, noise, first)
 
-    def _encode(self, pixels: Tensor, chunks: Chunks) -> Tensor:
+    def _encode(self, pixels: Tensor, chunks: NetworkBatches) -> Tensor:
         """Pixels in [-1, 1] to what the transformer works on; the identity without a VAE.
 
         The mean of the VAE's posterior: no noise but the one that is asked for.
@@ -552,7 +557,7 @@ class ComplexityDiTPipelineBase(
         mean, std = self._latent_scale(latents)
         return (latents - mean) / std
 
-    def _decode(self, latents: Tensor, chunks: Chunks) -> Tensor:
+    def _decode(self, latents: Tensor, chunks: NetworkBatches) -> Tensor:
         """Latents to pixels in [-1, 1]; the identity without a VAE."""
         if self.vae is None:
             return latents
@@ -577,7 +582,7 @@ class ComplexityDiTPipelineBase(
         return getattr(config, "shift_factor", None) or 0.0, 1 / config.scaling_factor
 
     def _finish(
-        self, x: Tensor, output_type: str, return_dict: bool, chunks: Chunks
+        self, x: Tensor, output_type: str, return_dict: bool, chunks: NetworkBatches
     ) -> ImagePipelineOutput | tuple:
         """Decode into what the user asked for, and let offloaded models go."""
         pixels = x if output_type == "latent" else self._decode(x, chunks)
@@ -662,7 +667,7 @@ class ComplexityDiTPipeline(ComplexityDiTPipelineBase):
         condition = self._condition(class_labels, label_embeds, labels)
         guidance = Guidance(guidance_scale, guidance_interval, guide)
         guidance.check(self.transformer, condition)
-        chunks, device = Chunks(chunk_size, chunk_offset), self._execution_device
+        chunks, device = NetworkBatches(chunk_size, chunk_offset), self._execution_device
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0).to(device)
 
         noise = self._noise(len(condition), height, width, generator, latents)

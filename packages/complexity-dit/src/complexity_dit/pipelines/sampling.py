@@ -24,7 +24,7 @@ from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from inl_core.run.checkpoints import refuse_damage_in_use
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
 
@@ -208,7 +208,7 @@ def sample(
         save_grid(images, columns, _row_captions(pipe, rows, columns), target)
     elif target.suffix == ".npz":
         images = np.concatenate([batch for _, batch in batches])
-        with file_aside(target) as aside, aside.open("wb") as file:
+        with atomic_file(target) as aside, aside.open("wb") as file:
             np.savez(file, arr_0=images)
     else:
         for indices, batch in batches:

@@ -29,7 +29,7 @@ from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples
 from complexity_dit.training.batches import StepBatches
-from complexity_dit.training.state import PipelineParts, TrainState, whole
+from complexity_dit.training.state import SavedPipeline, TrainState, whole
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.csv_log import CsvLog
@@ -165,7 +165,7 @@ class TrainLog:
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS, GRID_ROWS = 4, 12
-PROBE_IMAGES = 8
+PROBE_SIZE = 8
 
 
 class Look(Protocol):
@@ -182,10 +182,10 @@ class Look(Protocol):
         ...
 
 
-def build_looks(
+def build_callbacks(
     config: TrainConfig,
     data: TrainingData,
-    parts: PipelineParts,
+    parts: SavedPipeline,
     accelerator: Accelerator,
     processes: Processes,
     start_step: int,
@@ -215,7 +215,7 @@ class SampleGrids:
     def __init__(
         self,
         config: TrainConfig,
-        parts: PipelineParts,
+        parts: SavedPipeline,
         accelerator: Accelerator,
         processes: Processes,
     ) -> None:
@@ -254,7 +254,7 @@ class Evaluation:
     def __init__(
         self,
         config: TrainConfig,
-        parts: PipelineParts,
+        parts: SavedPipeline,
         accelerator: Accelerator,
         processes: Processes,
         start_step: int,
@@ -323,7 +323,7 @@ class DynamicsMonitor:
     ) -> None:
         self.every, self.accelerator, self.processes = config.dynamics_every, accelerator, processes
         first = StepBatches(data, config, 0, 1)[0]
-        self.probe = [first[name][:PROBE_IMAGES] for name in ("x", "timestep", "labels")]
+        self.probe = [first[name][:PROBE_SIZE] for name in ("x", "timestep", "labels")]
         self.file = None
         if processes.is_main:
             self.file = CsvLog(Path(config.out) / "dynamics.csv", self.fields, start_step)

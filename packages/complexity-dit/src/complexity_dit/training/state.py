@@ -42,7 +42,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.optimizer import SpikeGuard, build_guard, build_optimizer
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
-from inl_core.run.files import folder_aside
+from inl_core.run.files import atomic_folder
 from inl_core.run.json_files import fits, read_json_object
 
 # Tensors that are sharded over the processes of a run (FSDP2), and whole ones to save or load.
@@ -53,7 +53,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, equal in all processes, sharded as `like` is (or whole, if that is whole)."""
     if not isinstance(like, DTensor):
         return tensor
@@ -141,7 +141,7 @@ _AVERAGE = "ema.safetensors"
 
 
 @dataclass
-class PipelineParts:
+class SavedPipeline:
     """What a saved pipeline has beside its network.
 
     Attributes:
@@ -172,11 +172,11 @@ class PipelineParts:
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
         self.around(network).save_pretrained(folder)  # whose card reads the data
 
-    def save_average(self, network: ModelMixin, checkpoint: Path) -> None:
+    def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
         """Write the averaged weights of a checkpoint, ready to sample from."""
         self.save(network, checkpoint / self.folder_name)
 
-    def load_average(
+    def load_ema(
         self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Averaged weights by the network's own names.
@@ -203,7 +203,7 @@ class PipelineParts:
 
 
 @dataclass
-class AdapterParts(PipelineParts):
+class AdapterParts(SavedPipeline):
     """What a saved adapter has beside its matrices.
 
     Attributes:
@@ -232,13 +232,13 @@ class AdapterParts(PipelineParts):
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
         write_card(folder)
 
-    def save_average(self, network: ModelMixin, checkpoint: Path) -> None:
+    def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
         """As for a pipeline, and the averaged parameters by name, for an exact resume."""
-        super().save_average(network, checkpoint)
+        super().save_ema(network, checkpoint)
         trained = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
         save_file({n: p.contiguous() for n, p in trained.items()}, checkpoint / _AVERAGE)
 
-    def load_average(
+    def load_ema(
         self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         about = json.loads((checkpoint / self.folder_name / ADAPTER_FILE).read_text())
@@ -283,7 +283,7 @@ class TrainState:
     guard: SpikeGuard | None = None
     step: int = 0
 
-    def average_from_here(self) -> None:
+    def reset_ema(self) -> None:
         """Start the average at the weights, placed and sharded as they are now."""
         self.ema.shadow_params = [p.detach().clone() for p in self.trained()]
 
@@ -301,7 +301,7 @@ class TrainState:
         return copy.eval()
 
     def save(
-        self, checkpoints: Path, parts: PipelineParts, config: dict[str, Any], processes: Processes
+        self, checkpoints: Path, parts: SavedPipeline, config: dict[str, Any], processes: Processes
     ) -> Path:
         """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
@@ -325,8 +325,8 @@ class TrainState:
 
         def write() -> None:
             try:
-                with folder_aside(target) as folder:
-                    parts.save_average(average, folder)
+                with atomic_folder(target) as folder:
+                    parts.save_ema(average, folder)
                     save_file(weights, folder / "model.safetensors")
                     save_file(moments, folder / "optimizer.safetensors")
                     (folder / STATE_FILE).write_text(json.dumps(meta, indent=1) + "\n")
@@ -343,7 +343,7 @@ class TrainState:
         return target
 
     def load(
-        self, checkpoint: Path, parts: PipelineParts, label_names: Mapping[str, Sequence[str]]
+        self, checkpoint: Path, parts: SavedPipeline, label_names: Mapping[str, Sequence[str]]
     ) -> dict[str, Any]:
         """Continue exactly where `checkpoint` was written, with any number of processes.
 
@@ -363,7 +363,7 @@ class TrainState:
             meta = read_json_object(checkpoint / STATE_FILE)
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-            shadow = parts.load_average(checkpoint, label_names, self.model.config)
+            shadow = parts.load_ema(checkpoint, label_names, self.model.config)
         except UserError:
             raise
         except (
@@ -400,7 +400,7 @@ class TrainState:
         self.ema.load_state_dict(meta["ema"])
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in zip(names, self.ema.shadow_params, strict=True):
-            parameter.copy_(shared_out(shadow[name], parameter))
+            parameter.copy_(shard_like(shadow[name], parameter))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         saved = _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
         self._load_optimizer(saved, checkpoint)
@@ -444,7 +444,7 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(shared_out(weights[name], parameter))
+                parameter.copy_(shard_like(weights[name], parameter))
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -466,7 +466,7 @@ def _unflatten_optimizer(
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
-            value = shared_out(value, parameter)
+            value = shard_like(value, parameter)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
 
@@ -504,5 +504,5 @@ def prepared_state(
     if config.compile == "regional":
         network.compile_repeated_blocks(fullgraph=True)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
-    state.average_from_here()
+    state.reset_ema()
     return state, model

@@ -25,19 +25,19 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data.latents import load_training_data, open_latent_space
 from complexity_dit.distributed import Processes
 from complexity_dit.training.batches import StepBatches, step_loader
-from complexity_dit.training.callbacks import Look, NoiseLevels, TrainLog, build_looks
+from complexity_dit.training.callbacks import Look, NoiseLevels, TrainLog, build_callbacks
 from complexity_dit.training.network import adapt, build_model, start_from
 from complexity_dit.training.objective import build_scheduler, training_loss
 from complexity_dit.training.state import (
     STATE_FILE,
-    PipelineParts,
+    SavedPipeline,
     TrainState,
     prepared_state,
     whole,
 )
-from inl_core.run.checkpoints import checkpoint_to_resume, drop_old_checkpoints, run_lock
+from inl_core.run.checkpoints import checkpoint_to_resume, drop_old_checkpoints, lock_folder
 from inl_core.run.errors import RunStopped, UserError
-from inl_core.run.files import file_aside, folder_aside, recover
+from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
 from inl_core.run.workers import report_dead_workers
 
 # One optimizer step: forward and backward in parts, clip, update, average.
@@ -223,7 +223,7 @@ class StopRequest:
 
 
 @contextmanager
-def claimed_folder(out: Path, resume: str, processes: Processes) -> Iterator[Path | None]:
+def open_run_folder(out: Path, resume: str, processes: Processes) -> Iterator[Path | None]:
     """Hold a run's folder for this run, cleared of what a killed one left half-written.
 
     Args:
@@ -245,9 +245,9 @@ def claimed_folder(out: Path, resume: str, processes: Processes) -> Iterator[Pat
                 raise UserError(
                     f"--resume {resume} is no checkpoint folder (no {STATE_FILE} in it)"
                 )
-            held.enter_context(run_lock(out))
+            held.enter_context(lock_folder(out))
             for folder in (out, out / "checkpoints", out / "samples"):
-                recover(folder)
+                remove_partial_writes(folder)
             return checkpoint_to_resume(out, resume, STATE_FILE)
 
         yield processes.on_main(claim)
@@ -288,7 +288,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     try:
         with (
             report_dead_workers(),
-            claimed_folder(Path(config.out), config.resume, processes) as checkpoint,
+            open_run_folder(Path(config.out), config.resume, processes) as checkpoint,
         ):
             return _train(config, build, accelerator, processes, checkpoint)
     finally:
@@ -309,7 +309,7 @@ def _train(
         network, parts, data = adapt(config, data)
     else:
         space = open_latent_space(config.data)
-        parts = PipelineParts(
+        parts = SavedPipeline(
             build_scheduler(config.objective),
             {field: dict(enumerate(names)) for field, names in data.label_names.items()},
             space.data if space else settings["data"],
@@ -324,7 +324,7 @@ def _train(
         saved = state.load(checkpoint, parts, data.label_names)
         _report_resume(saved, config, checkpoint, processes.count)
     if processes.is_main:
-        with file_aside(out / "config.yaml") as aside:
+        with atomic_file(out / "config.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings))
     start_tracker(config.report_to, accelerator, out, settings, state.step)
     if config.gradient_checkpointing:
@@ -334,7 +334,7 @@ def _train(
     skipped = state.guard.skipped if state.guard else 0
     log = TrainLog(out, state.step, accelerator, skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
-    looks = build_looks(config, data, parts, accelerator, processes, state.step)
+    looks = build_callbacks(config, data, parts, accelerator, processes, state.step)
     if state.step:
         _look(looks, state, processes)  # a kill may have come between a checkpoint and its looks
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
@@ -366,7 +366,7 @@ def _train(
         averaged = state.network("ema")
 
         def save_final() -> None:
-            with folder_aside(out / parts.folder_name) as folder:
+            with atomic_folder(out / parts.folder_name) as folder:
                 parts.save(averaged, folder)
 
         processes.on_main(save_final)

@@ -224,7 +224,7 @@ def aot_spec(
         num_warps: As at the launch.
 
     Returns:
-        The specification that `inl_core.kernels.aot.compile_report` takes.
+        The specification that `benchmarks.speed.kernel_aot.compile_report` takes.
 
     Raises:
         ValueError: If an argument of the kernel is in neither mapping, or one in them is unknown.

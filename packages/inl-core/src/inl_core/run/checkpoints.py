@@ -105,7 +105,7 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder against other processes, also on other hosts where the file system can.
 
     The lock is the operating system's, on the file `.lock`: it ends with the process, however that

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import file_aside
+from inl_core.run.files import atomic_file
 
 
 class CsvLog:
@@ -26,7 +26,7 @@ class CsvLog:
             # A kill may have cut the last line short, and "1" of "120" is a step too.
             rows = [row for row in _whole_rows(path, fields) if int(row["step"]) <= start_step]
         self.steps = {int(row["step"]) for row in rows}
-        with file_aside(path) as aside, aside.open("w", newline="") as file:
+        with atomic_file(path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(rows)

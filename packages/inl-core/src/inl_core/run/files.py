@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent, also after a kill -9 or a power loss.
 
-Everything is written under a scratch name beside its final one, flushed to disk and renamed. The
-scratch names all begin with a dot, so that `recover` can tell after a kill what is left of whom:
+Everything is written under a scratch name in the same folder, flushed to disk and renamed. Scratch
+names begin with a dot; `remove_partial_writes` clears them after a kill:
 
     .NAME.partial[...]   being written: worth nothing
     .NAME.old            whole, moved out of the way of a new NAME that is whole too
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 @contextmanager
-def file_aside(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside `target` that becomes `target` when the block ends well.
 
     Readers see the old file or the whole new one; an error leaves the old one as it was. The
@@ -39,12 +39,13 @@ def file_aside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_aside(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `target` when the block ends well.
 
     On an error the scratch folder is removed and `target` is as it was. A folder cannot be replaced
     in one step as a file can: a kill between the two renames leaves the old one whole as
-    `.NAME.old`, and `recover`, or the next call for the same target, gives it its name back.
+    `.NAME.old`, and `remove_partial_writes`, or the next call for the same target, gives it its
+    name back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (
@@ -81,7 +82,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
-def recover(folder: Path) -> None:
+def remove_partial_writes(folder: Path) -> None:
     """Clear what killed writers left in a folder that nobody else is writing in."""
     for old in folder.glob(".*.old"):
         _put_back(old, old.with_name(old.name.removeprefix(".").removesuffix(".old")))

@@ -1,0 +1,260 @@
+"""The recipe table: one row trains a small model on real paintings and measures what it paints.
+
+    python -m benchmarks.recipe.recipe flow-none --latents CACHE --out DIR
+    python -m benchmarks.recipe.recipe --list
+
+A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
+with epsilon; `flow-none` is ours with plain flow matching and without dynamics; the rows after it
+add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of `FIVE`, `three`
+those of `THREE`. A row is trained, then paints without guidance, and FID and KID compare that with
+held-out paintings, whose labels are asked for. The pipeline stays in `--out/run/pipeline`. A row
+that was stopped goes on where it was when the command is given again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.common.diffusers_dit import build_diffusers_dit
+from benchmarks.common.fields import overridden, override_flag, with_fields
+from benchmarks.common.painting import painting
+from benchmarks.common.results import append_rows, commit, dtype_of
+
+from complexity_dit.config import DATA_FILE, EvalConfig, TrainConfig
+from complexity_dit.evaluation.evaluate import evaluate
+from complexity_dit.models.tokens import kept_count
+from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.training.network import build_model
+from complexity_dit.training.plan import token_count, training_flops
+from complexity_dit.training.train import train
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
+
+# What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
+BASE = {
+    "batch_size": 32,
+    "checkpoint_every": 500,
+    "data.resolution": 128,
+    "data.label_fields": ["style"],
+    "data.holdout": 0.2,  # 2,113 of the shared paintings: enough for FID at n = 2,048
+    "data.flip": False,
+    "model.size": "tiny",
+    "model.patch_size": 2,
+    "model.dynamics_placement": "none",
+    "optim.lr": 2e-3,
+    "optim.warmup_steps": 300,
+    "optim.schedule": "cosine",
+    "ema.decay": 0.999,
+    # Plain flow matching: uniform times, the network writes the velocity, labels always given.
+    "objective.network_output": "target",
+    "objective.time_sampling": "uniform",
+    "objective.shift": 1.0,
+    "objective.sampling_shift": 1.0,
+    "objective.label_dropout": 0.0,
+}
+
+DYNAMICS = {"model.dynamics_placement": "branch", "model.dynamics_adaptive": "channel"}
+
+# One thing each, on top of BASE.
+KNOBS = {
+    "flip": {"data.flip": True},
+    "logit-normal": {"objective.time_sampling": "logit_normal"},
+    "time-shift": {"objective.shift": 2.0, "objective.sampling_shift": 2.0},
+    "writes-sample": {"objective.network_output": "sample"},
+    "label-dropout": {"objective.label_dropout": 0.1},
+    "direction-loss": {
+        "objective.direction_weight": 0.5,
+        "objective.direction_over": "channels",
+    },
+    "token-dropping": {"model.token_drop_rate": 0.5},
+    "value-residual": {"model.value_residual": True},
+    "balanced-labels": {"data.balanced_labels": "style"},
+    "timestep-routing": {"model.routing": "timestep", "model.num_experts": 4},
+    "muon": {"optim.name": "muon"},
+    "dynamics": DYNAMICS,
+}
+
+# The full recipe that the rows named `full` and `full-none` have, chosen before there were rows:
+# without Muon, which takes a CPU without bf16 units seven times as long as the rest of a step.
+SEVEN = (
+    "flip", "logit-normal", "writes-sample", "label-dropout", "direction-loss", "token-dropping",
+    "value-residual",
+)  # fmt: skip
+
+# Without the two whose own rows were worse than `flow-none`, before the other five had rows.
+FIVE = tuple(knob for knob in SEVEN if knob not in ("writes-sample", "direction-loss"))
+
+
+# Those whose own row is better than `flow-none` by more than two seeds of one row differ.
+THREE = ("logit-normal", "time-shift", "muon")
+
+
+def _together(*names):
+    return {field: value for name in names for field, value in KNOBS[name].items()}
+
+
+ROWS = {
+    "diffusers-dit": {"objective.prediction_type": "epsilon"},
+    "flow-none": {},
+    **KNOBS,
+    "full-none": _together(*SEVEN),
+    "full": _together(*SEVEN, "dynamics"),
+    "five-none": _together(*FIVE),
+    "five": _together(*FIVE, "dynamics"),
+    "five-muon": _together(*FIVE, "muon", "dynamics"),
+    "three-none": _together(*THREE),
+    "three": _together(*THREE, "dynamics"),
+}
+
+BUILD = {"diffusers-dit": build_diffusers_dit}
+
+
+def row_config(row, out, images, seed, overrides):
+    """The whole run of a row: `images` training images in steps of one batch."""
+    config = with_fields(TrainConfig(), BASE | ROWS[row] | overrides)
+    return replace(
+        config, out=str(out), seed=seed, steps=images // config.batch_size, resume="auto"
+    )
+
+
+class Sessions:
+    """Training seconds over restarts: of a session that was killed, up to its last checkpoint."""
+
+    def __init__(self, path, run):
+        self.path, self.checkpoints = path, run / "checkpoints"
+        self.done = json.loads(path.read_text()) if path.exists() else []
+
+    def begin(self):
+        kept = latest_checkpoint(self.checkpoints)
+        if self.done and "seconds" not in self.done[-1]:
+            # What it did after its last checkpoint is done again; its first checkpoint may not be.
+            started = self.done.pop()["started"]
+            wrote = (kept / "state.json").stat().st_mtime if kept else 0
+            if wrote > started:
+                self.done.append({"started": started, "seconds": wrote - started})
+        self.done.append({"started": time.time()})
+        self._write()
+
+    def end(self):
+        self.done[-1]["seconds"] = time.time() - self.done[-1]["started"]
+        self._write()
+
+    def seconds(self):
+        return sum(session["seconds"] for session in self.done)
+
+    def _write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.done, indent=1) + "\n")
+
+
+def trained(row, config, sessions):
+    """The pipeline folder of a row and the seconds its training took; trains what is missing."""
+    pipeline = Path(config.out) / "pipeline"
+    if not pipeline.exists():
+        sessions.begin()
+        train(config, BUILD.get(row, build_model))
+        sessions.end()
+    return pipeline, sessions.seconds()
+
+
+def used_tflops(config, network, speed):
+    """TFLOP/s of training at `speed` images/s.
+
+    Matrix products alone count, once forward and twice backward, those of dropped tokens not.
+    """
+    rate = config.model.token_drop_rate
+    kept = kept_count(token_count(network), rate) if rate else None
+    return speed * training_flops(network, kept) / 1e12
+
+
+def utilisation(config, network, peak_tflops):
+    """Rows of the speed between the last two checkpoints, and the share of a peak it uses."""
+    *_, before, last = all_checkpoints(Path(config.out) / "checkpoints")
+    wrote = [(folder / "state.json").stat().st_mtime for folder in (before, last)]
+    speed = (step_of(last) - step_of(before)) * config.batch_size / (wrote[1] - wrote[0])
+    done = used_tflops(config, network, speed)
+    return {
+        "speed between the last checkpoints": (speed, "images/s"),
+        "model FLOPs": (done, "TFLOP/s"),
+        "utilisation": (done / peak_tflops, f"of {peak_tflops:g} TFLOP/s"),
+    }
+
+
+def main():
+    """Train, measure and print one row and, if asked, add it to the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="one of --list")
+    parser.add_argument("--list", action="store_true", help="print the rows and what they change")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--latents", help="cache written by complexity-dit encode")
+    source.add_argument("--source", help="a source of pictures, trained on in pixels")
+    parser.add_argument("--reference", help="other pictures than those it was trained on")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--images", type=int, default=100_000, help="training images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluations", type=int, default=20, help="of the network, a picture")
+    parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
+    parser.add_argument("--weights", default="auto", help="of the feature network")
+    parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--peak_tflops", type=float, help="of the device: adds its utilisation")
+    parser.add_argument("--rows", help="CSV to add the rows to")
+    options = parser.parse_args()
+    if options.list:
+        for row, changes in ROWS.items():
+            print(f"{row:18} {', '.join(f'{k}={v}' for k, v in changes.items())}")
+        return
+    if options.row is None or options.out is None or not (options.latents or options.source):
+        parser.error("ROW, --out and one of --latents and --source are needed")
+
+    started_from = commit()
+    overrides = overridden(options.override)
+    overrides["data.source"] = options.source or f"latents:{options.latents}"
+    config = row_config(options.row, options.out / "run", options.images, options.seed, overrides)
+    sessions = Sessions(options.out / "sessions.json", Path(config.out))
+    pipeline, seconds = trained(options.row, config, sessions)
+    pipe = load_pipeline(str(pipeline))
+    out = options.out / f"evaluation-{options.evaluations}"
+    fresh = not (out / "result.json").exists()
+    if fresh:
+        evaluate(
+            pipeline,
+            options.reference or json.loads((pipeline / DATA_FILE).read_text())["source"],
+            out,
+            EvalConfig.brief(num_images=options.num_images, weights=options.weights),
+            painting(num_inference_steps=options.evaluations, guidance_scale=1.0),
+        )
+    result = json.loads((out / "result.json").read_text())
+    values = {
+        "images": (config.steps * config.batch_size, ""),
+        "training": (seconds, "s"),
+        "speed": (config.steps * config.batch_size / seconds, "images/s"),
+        "parameters": (sum(p.numel() for p in pipe.transformer.parameters()), ""),
+        "evaluations": (result["settings"]["network_evaluations"], ""),
+        "n": (result["n_generated"], ""),
+        **{name: (value, "") for name, value in result["metrics"].items()},
+    }
+    if options.peak_tflops:
+        values |= utilisation(config, pipe.transformer.config, options.peak_tflops)
+    print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
+    if options.rows and fresh:
+        command = (
+            f"python -m benchmarks.recipe.recipe ROW --images {options.images} --evaluations "
+            f"{options.evaluations} --num_images {options.num_images}"
+            + override_flag(options.override)
+        )
+        about = {"case": options.row, "shape": f"seed {options.seed}"}
+        about["dtype"] = dtype_of(config.mixed_precision)
+        append_rows(
+            options.rows,
+            "recipe",
+            [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()],
+            command=command,
+            commit=started_from,
+        )
+
+
+if __name__ == "__main__":
+    main()

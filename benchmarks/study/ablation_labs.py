@@ -1,0 +1,263 @@
+"""How a cell of a study is trained and measured: `LM` and `DiT`, with the same methods.
+
+Numbers come from what the trainers leave (train_log.csv, dynamics.csv, result.json) wherever it is
+there. Measured here on the finished network are the activations behind every layer, their size and
+their way through depth, and, for the image model, the held-out loss.
+"""
+
+import csv
+import importlib
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from benchmarks.common.timing import DEVICE
+from benchmarks.study.ablation_curves import curve_metrics, read_curve
+from benchmarks.study.claims_measures import total_curvature
+
+HELDOUT_SEED = 10_007
+"""Of the pictures, times and noise that held-out losses of the image model are measured with."""
+HELDOUT_DRAWS = 4096
+STATS = ("alpha_mean", "beta_mean", "gate_mean", "velocity_rms", "spectral_radius")
+CLIPS = ("mu_clip_fraction", "beta_clip_fraction", "velocity_clip_fraction")
+
+
+class Lab:
+    """What both packages share.
+
+    Attributes:
+        bench: The rows' bench.
+        unit: Of a loss.
+    """
+
+    bench = unit = package = ""
+
+    def blank(self):
+        """A config with the defaults of the package."""
+        return importlib.import_module(f"{self.package}.config").TrainConfig()
+
+    def metrics(self, config, swap):
+        """Numbers of a finished cell, {name: (value, unit)}, and its profile over depth."""
+        curve = read_curve(Path(config.out) / "train_log.csv")
+        found = curve_metrics(*curve, config.optim.warmup_steps, self.unit)
+        network, layers, probe, measured = self.finished(config, swap)
+        probe = send_to_device(probe, DEVICE)
+        states = states_by_depth(layers, lambda: network(**probe))
+        found = measured | {"parameters": (count(network), "")} | found | path_metrics(states)
+        profile = {"activation_rms": [float(x.square().mean().sqrt()) for x in states]}
+        looks = read_last_look(Path(config.out) / "dynamics.csv")
+        if looks:
+            profile["dynamics"] = looks
+            for clip in CLIPS:
+                name = clip.replace("_", " ").replace("fraction", "share, largest of a layer")
+                found[name] = (max(look[clip] for look in looks), "")
+        return found, profile
+
+
+class LM(Lab):
+    bench, unit, package = "ablate_lm", "nats", "complexity_lm"
+
+    def train(self, config, swap):
+        from benchmarks.study.variants_lm import varied_build
+        from transformers.utils import logging as transformers_logging
+
+        from complexity_lm.train import train
+
+        transformers_logging.set_verbosity_error()
+        train(config, varied_build(swap))
+
+    def finished(self, config, swap):
+        from complexity_lm.data import collate, load_split, pack, tokenize
+        from complexity_lm.loading import load
+
+        metrics = json.loads((Path(config.out) / "result.json").read_text())["metrics"]
+        measured = {
+            "held-out loss": (metrics["loss"], self.unit),
+            "held-out bits per byte": (metrics["bits_per_byte"], "bits"),
+        }
+        loaded = load(config.out)
+        heldout = load_split(config.data, "heldout")
+        some = tokenize(heldout.take(min(16, len(heldout))), loaded.tokenizer)
+        blocks = pack(some, config.data.context, "held-out")
+        probe = collate([blocks[i] for i in range(min(4, len(blocks)))])
+        inputs = {"input_ids": probe["input_ids"], "use_cache": False}
+        model = loaded.model.to(DEVICE)
+        return model, model.model.layers, inputs, measured
+
+    def step(self, config, swap):
+        """A call that makes one training step on random ids, and how many parameters it trains."""
+        from benchmarks.study.variants_lm import varied_build
+
+        from complexity_lm.data import load_corpus
+        from complexity_lm.tokenizer import train_tokenizer
+
+        texts = load_corpus(config.data).sample["text"]
+        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+        model = varied_build(swap)(config, tokenizer, None)
+        ids = torch.randint(len(tokenizer), (config.batch_size, config.data.context))
+        return stepper(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+class DiT(Lab):
+    bench, unit, package = "ablate_dit", "", "complexity_dit"
+
+    def train(self, config, swap):
+        from benchmarks.study.variants_dit import varied_build
+
+        from complexity_dit.training.train import train
+
+        train(config, varied_build(swap))
+
+    def network(self, config, swap):
+        """The average of the weights that a finished run keeps."""
+        from benchmarks.study.variants_dit import varied_dit
+
+        folder = Path(config.out) / "pipeline/transformer"
+        return varied_dit(swap).from_pretrained(folder).eval().to(DEVICE)
+
+    def finished(self, config, swap):
+        batches = heldout_batches(config)
+        network = self.network(config, swap)
+        batch = batches[0]
+        probe = {
+            "hidden_states": batch["x"],
+            "timestep": batch["timestep"],
+            "class_labels": batch["labels"],
+        }
+        loss = heldout_loss(network, batches, config)
+        return network, network.blocks, probe, {"held-out loss": (loss, self.unit)}
+
+    def fid(self, config, swap, num_images, evaluations, weights, out):
+        """FID and KID of a finished cell as in `recipe.py`, {name: (value, unit)}."""
+        from benchmarks.common.painting import painting
+
+        from complexity_dit.config import EvalConfig
+        from complexity_dit.evaluation.evaluate import evaluate
+        from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+
+        folder = Path(config.out) / "pipeline"
+        pipe = ComplexityDiTPipeline.from_pretrained(folder, transformer=self.network(config, swap))
+        result = evaluate(
+            pipe,
+            config.data.source,
+            out,
+            EvalConfig(
+                num_images=num_images, weights=weights, measures=["fid", "kid"], bootstrap=0,
+                curve=False, report=False, quiet=True,
+            ),
+            painting(num_inference_steps=evaluations, guidance_scale=1.0),
+            config.data,
+        )  # fmt: skip
+        about = f"n {result['n_generated']}, {evaluations} evaluations"
+        return {f"{name} ({about})": (value, "") for name, value in result["metrics"].items()}
+
+    def step(self, config, swap):
+        from benchmarks.study.variants_dit import varied_build
+
+        from complexity_dit.data.latents import load_training_data
+
+        data = load_training_data(config.data)
+        model = varied_build(swap)(config, data)
+        shape = (config.batch_size, data.channels, data.sample_size, data.sample_size)
+        x, timestep = torch.randn(shape), 1000 * torch.rand(config.batch_size)
+        labels = torch.zeros(config.batch_size, len(data.label_names), dtype=torch.int64)
+        return stepper(
+            model, lambda: model(x, timestep, labels, return_dict=False)[0].square().mean()
+        )
+
+
+LABS = {"lm": LM(), "dit": DiT()}
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def stepper(model, loss):
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step():
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, count(model)
+
+
+def heldout_batches(config):
+    """Held-out pictures with their noise and times, the same for every network of a study."""
+    from complexity_dit.data.latents import load_training_data
+    from complexity_dit.training.batches import StepBatches
+
+    fixed = replace(
+        config,
+        seed=HELDOUT_SEED,
+        steps=-(-HELDOUT_DRAWS // config.batch_size),
+        model=replace(config.model, token_drop_rate=0.0),
+        objective=replace(config.objective, label_dropout=0.0),
+    )
+    return StepBatches(load_training_data(config.data, "heldout"), fixed, 0, 1)
+
+
+@torch.no_grad()
+def heldout_loss(network, batches, config):
+    """Mean training loss over the batches, without dropped labels or tokens."""
+    from complexity_dit.training.objective import training_loss
+
+    losses = []
+    for step in range(len(batches)):
+        batch = send_to_device(batches[step], DEVICE)
+        prediction = network(batch["x"], batch["timestep"], batch["labels"], return_dict=False)[0]
+        losses.append(float(training_loss(prediction, batch["target"], config.objective)))
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def states_by_depth(layers, forward):
+    """What leaves each layer, from the first to the last: (tokens, D) each."""
+    states = []
+    with _hooks(layers, lambda *seen: states.append(seen[2][0].flatten(0, -2).cpu())):
+        forward()
+    return states
+
+
+def path_metrics(states):
+    """How a token moves through depth, {name: (value, unit)}, means over tokens.
+
+    turning over depth: total curvature of the polygon of its states (`claims_measures`). largest
+    jump of a layer: |h' - h| / |h|, at the layer where its mean is largest.
+    """
+    path = torch.stack(states)
+    jumps = path.diff(dim=0).norm(dim=-1) / path[:-1].norm(dim=-1)
+    return {
+        "turning over depth": (float(total_curvature(path).mean()), "rad"),
+        "largest jump of a layer": (float(jumps.mean(1).max()), ""),
+    }
+
+
+@contextmanager
+def _hooks(layers, look):
+    handles = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def read_last_look(path):
+    """The last look of a `dynamics.csv`, a dictionary a module; none without dynamics."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    return [
+        {"layer": row["layer"]} | {name: float(row[name]) for name in (*STATS, *CLIPS)}
+        for row in last
+    ]

@@ -1,0 +1,334 @@
+"""The report of a study: means, spreads, and paired differences with their intervals.
+
+Networks of one seed start from the same weights where they have the same ones and see the same
+batches, so differences are taken seed by seed. The interval is Student's: mean ± t(0.975, n - 1) ·
+s / sqrt(n) over the n seeds that both have, which supposes that differences are normal over seeds;
+of one seed there is none. No correction for the number of comparisons is made: of twenty variants
+without any effect one is expected to have an interval that excludes 0.
+"""
+
+import csv
+import itertools
+import json
+import math
+import re
+import shlex
+import statistics
+
+import numpy as np
+from benchmarks.common.fields import overridden
+from benchmarks.common.results import made_by
+from benchmarks.study.ablation_labs import LABS
+from benchmarks.study.ablation_study import BASELINE, shape_of
+from scipy import stats
+
+LEVEL = 0.95
+HELDOUT = "held-out loss"
+PAINTED = ("fid", "fd_random", "kid_mean")
+# Tolerated gap in size between a variant and the plain network it is compared with.
+NEAR = {"lm": 0.005, "dit": 0.021}
+CURVE = (
+    "final training loss", "mean training loss", "detrended loss variance",
+    "gradient norm, median", "gradient norm, 0.99", "gradient spikes",
+    "turning over depth", "largest jump of a layer",
+)  # fmt: skip
+
+
+DRAWN = (
+    BASELINE, "branch", "stream", "force", "force, MLP only", "force, MLP only, channel",
+    "force, across layers only", "force, across blocks only",
+)  # fmt: skip
+"""Whose way through depth is drawn: thirty lines are no figure. The CSV beside it has them all."""
+
+
+def interval(differences):
+    """Mean and half width of the t-interval; no width with one."""
+    middle = statistics.fmean(differences)
+    if len(differences) < 2:
+        return middle, None
+    quantile = stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1)
+    return middle, quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def shown(differences):
+    if not differences:
+        return ""
+    middle, half = interval(differences)
+    if half is None:
+        return f"{middle:+.4f}"
+    return f"{middle:+.4f} [{middle - half:+.4f}, {middle + half:+.4f}]"
+
+
+class Results:
+    """Rows of a study, as far as they belong to its present settings.
+
+    Attributes:
+        values: {network: {metric: {seed: value}}}.
+        ratio: Step time over the baseline's, by network.
+        rows: They themselves. Where they name several machines, seeds of a network may come from
+            one and the plain ones from another.
+        cells: Names and shapes of the runs.
+    """
+
+    def __init__(self, study, rows, overrides):
+        self.study, lab = study, LABS[study.package]
+        rows = [row for row in rows if row["bench"] == lab.bench]
+        self.values, self.ratio, self.rows, self.cells = {}, {}, [], set()
+        shapes, seeds = (
+            {},
+            {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
+        )
+        for name, network in study.networks.items():
+            for seed in seeds:
+                config = study.config(lab, network, seed, "", overrides)
+                shapes[name, shape_of(config, network)] = seed
+        for row in rows:
+            if row["metric"] == "step ratio":
+                self.ratio[row["case"]] = float(row["value"])
+            seed = shapes.get((row["case"], row["shape"]))
+            if seed is not None:
+                metrics = self.values.setdefault(row["case"], {})
+                metrics.setdefault(row["metric"], {})[seed] = float(row["value"])
+                self.rows.append(row)
+                self.cells.add((row["case"], row["shape"]))
+
+    def of(self, name, metric):
+        """{seed: value}; empty if there is none."""
+        return self.values.get(name, {}).get(metric, {})
+
+    def size(self, name):
+        return next(iter(self.of(name, "parameters").values()), None)
+
+    def plain_of_equal_size(self, name):
+        """The plain network of the study's steps that is nearest in size, if it is near enough."""
+        wanted = self.size(name)
+        plain = [n.name for n in self.study.networks.values() if n.plain and n.longer == 1.0]
+        gaps = {other: abs(self.size(other) / wanted - 1) for other in plain if self.size(other)}
+        nearest = min(gaps, key=gaps.get, default=None)
+        return nearest if nearest and gaps[nearest] <= NEAR[self.study.package] else None
+
+    def plain_of_equal_time(self, name, seed):
+        """Held-out loss of the plain network in the time of a variant, or None beyond the runs."""
+        ratio = self.ratio.get(name)
+        points = sorted(
+            (network.longer, self.of(network.name, HELDOUT)[seed])
+            for network in self.study.networks.values()
+            if network.plain
+            and network.fields == self.study.networks[BASELINE].fields
+            and seed in self.of(network.name, HELDOUT)
+        )
+        if ratio is None or not points or points[0][0] != 1.0 or ratio > points[-1][0]:
+            return None
+        factors, losses = zip(*points, strict=True)
+        # A variant measured as a little quicker than the plain network gets no less than its steps.
+        return float(np.interp(math.log(max(ratio, 1.0)), np.log(factors), losses))
+
+    def differences(self, name, metric, other):
+        """Over the seeds that both have: the variant's value less the other's."""
+        mine, theirs = self.of(name, metric), self.of(other, metric) if other else {}
+        return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+    def differences_at_equal_time(self, name):
+        pairs = [(v, self.plain_of_equal_time(name, s)) for s, v in self.of(name, HELDOUT).items()]
+        return [mine - plain for mine, plain in pairs if plain is not None]
+
+
+def spread(values):
+    if not values:
+        return ""
+    middle = statistics.fmean(values)
+    return f"{middle:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def main_table(results):
+    lines = [
+        f"| network | seeds | parameters [x {BASELINE}] | step [x {BASELINE}] | {HELDOUT} "
+        f"| − {BASELINE} | − equal parameters | − equal time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = results.size(BASELINE)
+    for name, network in results.study.networks.items():
+        losses = list(results.of(name, HELDOUT).values())
+        ended = results.of(name, "diverged")
+        if not losses and not ended:
+            continue
+        cells = [name, str(len(losses) + len(ended))]
+        cells.append(f"{results.size(name) / base:.3f}" if losses else "")
+        ratio = results.ratio.get(name)
+        cells.append(f"{ratio:.3f}" if ratio and network.longer == 1.0 else "")
+        cells.append(spread(losses) + (f" ({len(ended)} diverged)" if ended else ""))
+        apart = name != BASELINE
+        cells.append(shown(results.differences(name, HELDOUT, BASELINE)) if apart else "")
+        if network.plain or not losses:
+            cells += ["", ""]
+        else:
+            same = results.plain_of_equal_size(name)
+            cells.append(shown(results.differences(name, HELDOUT, same)))
+            cells.append(shown(results.differences_at_equal_time(name)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def curve_table(results):
+    """Of training curves and the way through depth: means, and differences to the baseline."""
+    named = [m for m in CURVE if any(results.of(n, m) for n in results.study.networks)]
+    extra = sorted({m for v in results.values.values() for m in v if m.startswith(PAINTED)})
+    lines = [
+        "| network | " + " | ".join([*named, *extra]) + " |",
+        "|---|" + "---:|" * len(named + extra),
+    ]
+    for name in results.study.networks:
+        if not results.of(name, HELDOUT):
+            continue
+        cells = []
+        for metric in named + extra:
+            found = list(results.of(name, metric).values())
+            mean = f"{statistics.fmean(found):.4g}" if found else ""
+            apart = results.differences(name, metric, BASELINE) if name != BASELINE else []
+            cells.append(mean + (f" ({shown(apart)})" if apart else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def text(results):
+    """Both tables and where they come from, Markdown."""
+    corpus = results.rows[-1]["shape"].partition(",")[0]
+    about = (
+        f"{made_by(results.rows)} Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of the "
+        "differences paired by seed."
+    )
+    return "\n".join([*main_table(results), "", *curve_table(results), "", about])
+
+
+def of_all_commands(study, rows):
+    """The tables of every `ablate.py run` that the result file knows, Markdown.
+
+    Rows are grouped by command and corpus: what a command overrides is part of a cell's settings,
+    and two corpora have no losses in common. Rows whose settings the study has no longer are named.
+    """
+    of = [row for row in rows if row["bench"] == LABS[study.package].bench]
+    groups = {}
+    for row in of:
+        if row["metric"] not in ("step", "step ratio"):
+            corpus = row["shape"].partition(",")[0]
+            groups.setdefault((row["command"], corpus), set()).add((row["case"], row["shape"]))
+    parts = []
+    for (command, corpus), cells in groups.items():
+        # The corpus stands for its path, of which a cell's name has nothing else.
+        overrides = overrides_of(command) | {"data.source": corpus}
+        results = Results(study, of, overrides)
+        lost = len(cells) - len(results.cells & cells)
+        if results.of(BASELINE, HELDOUT):
+            parts.append(text(results))
+        else:
+            lost = len(cells)
+        if lost:
+            parts.append(
+                f"{lost} run{'s' * (lost > 1)} of `{command}` on {corpus} had settings that "
+                f"configs/ablations/{study.name}.yaml and the trainers' defaults do not have now, "
+                "or no plain network to be compared with: not shown."
+            )
+    return "\n\n".join(parts) or "No rows yet."
+
+
+def overrides_of(command):
+    """What a recorded command gave to `--override`."""
+    words = shlex.split(command)
+    if "--override" not in words:
+        return {}
+    given = words[words.index("--override") + 1 :]
+    return overridden(itertools.takewhile(lambda word: word[:2] != "--", given))
+
+
+def profiles(study, runs):
+    """Over depth, of all cells in a folder: rows of (network, seed, place, metric, value)."""
+    rows = []
+    for path in sorted(runs.glob("*/seed-*/cell.json")):
+        cell = json.loads(path.read_text())
+        seed = int(path.parent.name.removeprefix("seed-"))
+        if cell["case"] not in study.networks:
+            continue
+        for index, value in enumerate(cell["profile"].get("activation_rms", [])):
+            rows.append((cell["case"], seed, f"layer {index}", "activation rms", value))
+        for look in cell["profile"].get("dynamics", []):
+            rows += [
+                (cell["case"], seed, look["layer"], metric, value)
+                for metric, value in look.items()
+                if metric != "layer"
+            ]
+    return rows
+
+
+def write_profiles(study, runs, folder):
+    """`<study>-depth.csv`, and a figure of it: a panel a quantity, a line a network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = profiles(study, runs)
+    with (folder / f"{study.name}-depth.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("network", "seed", "place", "metric", "value"))
+        writer.writerows((*row[:-1], f"{row[-1]:.5g}") for row in rows)
+    shown_metrics = ("activation rms", "alpha_mean", "beta_mean", "gate_mean", "velocity_rms")
+    figure, axes = plt.subplots(1, 5, figsize=(17, 4.5), constrained_layout=True)
+    for axis, metric in zip(axes, shown_metrics, strict=True):
+        lines = {}
+        for name, seed, _, kind, value in rows:
+            if kind == metric and name in DRAWN:
+                lines.setdefault((name, seed), []).append(value)
+        for name in dict.fromkeys(name for name, _ in lines):
+            of_seeds = [line for (n, _), line in lines.items() if n == name]
+            axis.plot(np.mean(of_seeds, axis=0), color=f"C{DRAWN.index(name)}", label=name)
+        axis.set(title=metric.replace("_", " "), xlabel="module, in the order of depth")
+        if metric == "activation rms" and all(v > 0 for line in lines.values() for v in line):
+            axis.set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=7)
+    figure.savefig(folder / f"{study.name}-depth.png", dpi=100)
+
+
+def write_differences(results, folder):
+    """`<study>.png`: each variant's held-out loss less that of the plain network in equal time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {
+        name: differences
+        for name, network in results.study.networks.items()
+        if not network.plain and (differences := results.differences_at_equal_time(name))
+    }
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.28 * len(found)), constrained_layout=True)
+    for place, differences in enumerate(found.values()):
+        middle, half = interval(differences)
+        axis.plot(differences, [place] * len(differences), ".", color="0.6", markersize=4)
+        axis.errorbar(middle, place, xerr=half, fmt="o", color="tab:blue", markersize=4)
+    axis.axvline(0, color="0.7", linewidth=0.8)
+    axis.set_yticks(range(len(found)), list(found), fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{HELDOUT} less the plain network's in equal time (left is better)")
+    figure.savefig(folder / f"{results.study.name}.png", dpi=110)
+
+
+def report(study, rows, options, overrides):
+    """Print the tables; with `--into` put them into a page, figures into a folder beside it."""
+    results = Results(study, rows, overrides)
+    if not results.of(BASELINE, HELDOUT):
+        raise ValueError(f"no rows of {BASELINE} for this study as it is now: run it first")
+    tables = text(results)
+    print(tables)
+    if options.into is None:
+        return
+    page = options.into.read_text()
+    marks = re.compile(rf"(<!-- ablate: {study.name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if len(marks.findall(page)) != 1:
+        raise ValueError(f"{options.into} must have one `<!-- ablate: {study.name} -->` … end mark")
+    options.into.write_text(marks.sub(lambda m: f"{m[1]}\n{tables}\n\n{m[2]}", page))
+    folder = options.into.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    write_differences(results, folder)
+    if options.runs:
+        write_profiles(study, options.runs, folder)

@@ -1,0 +1,125 @@
+"""A study: a YAML file of named networks and what each changes in one run (`ablate.py`)."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from benchmarks.common.fields import with_fields
+
+BASELINE = "none"
+SECTIONS = ("package", "run", "plain", "longer", "variants")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One line of a study.
+
+    Attributes:
+        name: As it is called in rows and tables.
+        fields: Dotted fields of the config, with their values.
+        swap: What is exchanged in the network after it is built, see `variants`; None for nothing.
+        longer: Steps of the run over those of the study.
+        plain: Whether it is a network without dynamics, to compare with.
+    """
+
+    name: str
+    fields: dict
+    swap: str | None = None
+    longer: float = 1.0
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the file says.
+
+    Attributes:
+        name: The file's, without its ending.
+        package: lm or dit.
+        run: Fields of the config that all networks share.
+        networks: By name: the plain ones, the baseline first, then the variants.
+    """
+
+    name: str
+    package: str
+    run: dict
+    networks: dict
+
+    def config(self, lab, network, seed, out, overrides):
+        """The config of a cell; `overrides` are for all cells of a call and win."""
+        shared = flat(self.run) | network.fields | overrides
+        shared["steps"] = round(shared["steps"] * network.longer)
+        own = {"out": str(out), "seed": seed, "resume": "auto", "dynamics_every": shared["steps"]}
+        return with_fields(lab.blank(), {k: expanded(v) for k, v in (shared | own).items()})
+
+
+def read_study(path):
+    """The study of a file.
+
+    Raises:
+        ValueError: If a section is missing or unknown, or a name is there twice.
+    """
+    path = Path(path)
+    content = yaml.safe_load(path.read_text())
+    if set(content) != set(SECTIONS):
+        raise ValueError(f"{path} has the sections {sorted(content)}, expected {list(SECTIONS)}")
+    if content["package"] not in ("lm", "dit"):
+        raise ValueError(f"{path}: package {content['package']!r} must be lm or dit")
+    networks = [Network(name, flat(f), plain=True) for name, f in content["plain"].items()]
+    if not networks or networks[0].name != BASELINE:
+        raise ValueError(f"{path}: the first plain network must be called {BASELINE}")
+    networks += [
+        Network(f"{BASELINE}, {factor:g} x steps", networks[0].fields, longer=factor, plain=True)
+        for factor in content["longer"]
+    ]
+    for name, fields in content["variants"].items():
+        fields = dict(fields)
+        swap = fields.pop("swap", None)
+        networks.append(Network(name, flat(fields), swap))
+    by_name = {network.name: network for network in networks}
+    if len(by_name) < len(networks):
+        raise ValueError(f"{path}: a name is there twice")
+    return Study(path.stem, content["package"], content["run"], by_name)
+
+
+def flat(fields, prefix=""):
+    """Nested dictionaries as dotted fields."""
+    found = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def expanded(value):
+    """Text with environment variables in it, filled in.
+
+    Raises:
+        ValueError: For one that is not set.
+    """
+    if not isinstance(value, str):
+        return value
+    value = os.path.expandvars(value)
+    if unset := re.search(r"\$\{?\w+\}?", value):
+        raise ValueError(f"{value}: set the environment variable {unset[0]}, or use --override")
+    return value
+
+
+def shape_of(config, network):
+    """What identifies a cell in the result file beside its name: data, seed and a hash of the rest.
+
+    Folders of the machine are left out, and what has no effect on the numbers.
+    """
+    settings = asdict(config) | {"swap": network.swap}
+    for key in ("out", "resume", "seed", "checkpoint_every", "keep_last", "log_every"):
+        del settings[key]
+    source = settings["data"].pop("source")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    scheme, _, place = source.partition(":")
+    return f"{Path(place).stem or scheme}, seed {config.seed}, config {digest}"

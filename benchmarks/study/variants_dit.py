@@ -1,0 +1,116 @@
+"""The image model with dynamics in other places or of other kinds (`ablate.py`).
+
+A variant is a class: the training loop copies a network by its class and config. Its pipeline
+folders open with this class only (`varied_dit(swap).from_pretrained(folder / "transformer")`);
+without it they would be the plain network with the same weights.
+"""
+
+import copy
+from functools import cache
+
+import torch
+from benchmarks.study.variants import SWAPS
+
+from complexity_dit.models.transformer import ComplexityDiTBlock, ComplexityDiTTransformer2DModel
+from complexity_dit.training.network import build_model
+
+
+class _Branches(ComplexityDiTBlock):
+    """Placement `branch` where `on_attention` and `on_mlp` say, one velocity through both."""
+
+    on_attention, on_mlp = True, True
+
+    def forward(self, h_BND, v_BND, first_BNHE, c_BD, cos_NE, sin_NE, plan=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
+        normed_BND = self.norm1(h_BND, shift1, scale1)
+        branch_BND, values_BNHE = self.attn(normed_BND, cos_NE, sin_NE, first_BNHE)
+        if self.gives_values:
+            first_BNHE = values_BNHE
+        if self.on_attention:
+            branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
+        h_BND = h_BND + gate1[:, None] * branch_BND
+        branch_BND = self.mlp(self.norm2(h_BND, shift2, scale2))
+        if self.on_mlp:
+            dynamics = self.dynamics_mlp if self.on_attention else self.dynamics
+            branch_BND, v_BND = dynamics(branch_BND, v_BND)
+        return h_BND + gate2[:, None] * branch_BND, v_BND, first_BNHE
+
+
+class MLPBranch(_Branches):
+    on_attention = False
+
+
+class BothBranches(_Branches):
+    pass
+
+
+class AcrossBlocks(ComplexityDiTBlock):
+    """Momentum from block to block only: what the whole plain block adds is the force."""
+
+    def forward(self, h_BND, v_BND, first_BNHE, *inputs):
+        after_BND, _, first_BNHE = super().forward(h_BND, None, first_BNHE, *inputs)
+        h_BND, v_BND = self.dynamics(h_BND, v_BND, force=after_BND - h_BND)
+        return h_BND, v_BND, first_BNHE
+
+
+def _needs(model, placement):
+    if model.config.dynamics_placement != placement:
+        raise ValueError(
+            f"this swap is for placement {placement}, not {model.config.dynamics_placement}"
+        )
+
+
+def mlp_branch(model):
+    _needs(model, "branch")
+    for block in model.blocks:
+        block.__class__ = MLPBranch
+
+
+def both_branches(model):
+    _needs(model, "branch")
+    for block in model.blocks:
+        block.dynamics_mlp = copy.deepcopy(block.dynamics)
+        block.__class__ = BothBranches
+
+
+def across_blocks(model):
+    _needs(model, "stream")
+    for block in model.blocks:
+        block.placement = "none"  # inside; AcrossBlocks puts the dynamics round it
+        block.__class__ = AcrossBlocks
+
+
+DIT_SWAPS = {
+    **{name: lambda model, swap=swap: swap(model.blocks) for name, swap in SWAPS.items()},
+    "mlp-branch": mlp_branch,
+    "both-branches": both_branches,
+    "across-blocks": across_blocks,
+}
+
+
+@cache
+def varied_dit(swap):
+    """The class of networks with `swap` made in them; None is the product's own."""
+    if swap is None:
+        return ComplexityDiTTransformer2DModel
+    if swap not in DIT_SWAPS:
+        raise ValueError(f"unknown swap {swap!r}, choose from: {', '.join(DIT_SWAPS)}")
+
+    class VariedDiT(ComplexityDiTTransformer2DModel):
+        def _init_weights(self):
+            super()._init_weights()
+            DIT_SWAPS[swap](self)
+
+    return VariedDiT
+
+
+def varied_build(swap):
+    """What `train` builds with: the config's own network with `swap` made in it."""
+    kind = varied_dit(swap)
+
+    def build(config, data):
+        shape = dict(build_model(config, data).config)
+        torch.manual_seed(config.seed)  # the numbers that the plain network was drawn from
+        return kind.from_config(shape)
+
+    return build_model if swap is None else build

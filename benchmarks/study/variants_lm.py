@@ -1,0 +1,147 @@
+"""The language model with dynamics in other places or of other kinds (`ablate.py`).
+
+The name of the variant is a field of the config, so checkpoints and model folders bring their own
+network back, in programs that import this module.
+"""
+
+import copy
+
+import torch
+from benchmarks.study.variants import SWAPS
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from complexity_lm import DeepConfig, DeepForCausalLM
+from complexity_lm.modeling_complexity import DeepDecoderLayer
+from complexity_lm.train import build_model
+
+
+class MLPBranch(DeepDecoderLayer):
+    """Placement `branch` on the MLP instead of attention."""
+
+    def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
+        branch_BND, _ = self.self_attn(self.input_layernorm(h_BND), **kwargs)
+        h_BND = h_BND + branch_BND
+        branch_BND = self.mlp(self.post_attention_layernorm(h_BND))
+        branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
+        return h_BND + branch_BND, v_BND
+
+
+class BothBranches(DeepDecoderLayer):
+    """Placement `branch` on attention and on the MLP, one velocity through both."""
+
+    def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
+        branch_BND, _ = self.self_attn(self.input_layernorm(h_BND), **kwargs)
+        branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
+        h_BND = h_BND + branch_BND
+        branch_BND = self.mlp(self.post_attention_layernorm(h_BND))
+        branch_BND, v_BND = self.dynamics_mlp(branch_BND, v_BND)
+        return h_BND + branch_BND, v_BND
+
+
+class AcrossLayers(DeepDecoderLayer):
+    """Momentum from layer to layer only: what the whole plain layer adds is the force."""
+
+    def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
+        after_BND, _ = super().forward(h_BND, None, plan, **kwargs)
+        return self.dynamics(h_BND, v_BND, force=after_BND - h_BND)
+
+
+class LookAhead(DeepDecoderLayer):
+    """Our own: `force`, with attention and MLP reading where the velocity leads (Nesterov).
+
+    They see h + dt g α v with the initial coefficients: where inertia alone would take h.
+    """
+
+    def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
+        ahead_BND = self._ahead(self.dynamics, h_BND, v_BND)
+        branch_BND, _ = self.self_attn(self.input_layernorm(ahead_BND), **kwargs)
+        h_BND, v_BND = self._push(self.dynamics, h_BND, v_BND, branch_BND)
+        ahead_BND = self._ahead(self.dynamics_mlp, h_BND, v_BND)
+        branch_BND = self.mlp(self.post_attention_layernorm(ahead_BND))
+        return self._push(self.dynamics_mlp, h_BND, v_BND, branch_BND)
+
+    def _ahead(self, dynamics, h_BND, v_BND):
+        if v_BND is None:
+            return h_BND
+        return h_BND + dynamics.dt * dynamics.init_gate * dynamics.init_alpha * v_BND
+
+
+def _needs(layers, placement):
+    if layers[0].placement != placement:
+        raise ValueError(f"this swap is for placement {placement}, not {layers[0].placement}")
+
+
+def mlp_branch(model):
+    _needs(model.model.layers, "branch")
+    for layer in model.model.layers:
+        layer.__class__ = MLPBranch
+
+
+def both_branches(model):
+    _needs(model.model.layers, "branch")
+    for layer in model.model.layers:
+        layer.dynamics_mlp = copy.deepcopy(layer.dynamics)
+        layer.__class__ = BothBranches
+
+
+def across_layers(model):
+    _needs(model.model.layers, "stream")
+    for layer in model.model.layers:
+        layer.placement = "none"  # inside; AcrossLayers puts the dynamics round it
+        layer.__class__ = AcrossLayers
+
+
+def look_ahead(model):
+    _needs(model.model.layers, "force")
+    for layer in model.model.layers:
+        layer.__class__ = LookAhead
+
+
+LM_SWAPS = {
+    **{name: lambda model, swap=swap: swap(model.model.layers) for name, swap in SWAPS.items()},
+    "mlp-branch": mlp_branch,
+    "both-branches": both_branches,
+    "across-layers": across_layers,
+    "look-ahead": look_ahead,
+}
+
+
+@strict
+class VariedConfig(DeepConfig):
+    """`DeepConfig` with the name of what is exchanged, one of `LM_SWAPS`; None for nothing."""
+
+    model_type = "complexity-deep-varied"
+    swap: str | None = None
+
+
+class VariedForCausalLM(DeepForCausalLM):
+    """`DeepForCausalLM`, changed when it is built."""
+
+    config_class = VariedConfig
+    _auto_class = None  # its folder carries no code: it is for programs that import this module
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.swap is not None:
+            LM_SWAPS[config.swap](self)
+
+
+AutoConfig.register(VariedConfig.model_type, VariedConfig)
+AutoModelForCausalLM.register(VariedConfig, VariedForCausalLM)
+
+
+def varied_build(swap):
+    """What `complexity_lm.train` builds with: the config's own network with `swap` made in it."""
+    if swap is None:
+        return build_model
+    if swap not in LM_SWAPS:
+        raise ValueError(f"unknown swap {swap!r}, choose from: {', '.join(LM_SWAPS)}")
+
+    def build(config, tokenizer, tokens):
+        plain = build_model(config, tokenizer, tokens)
+        settings = plain.config.to_dict() | {"swap": swap, "model_type": VariedConfig.model_type}
+        torch.manual_seed(config.seed)  # the numbers that the plain network was drawn from
+        return VariedForCausalLM(VariedConfig.from_dict(settings)).to(plain.dtype)
+
+    return build
