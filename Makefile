@@ -13,7 +13,7 @@ OUT_LM = runs/demo-lm
 # parallel test processes: make test JOBS=4
 JOBS = 2
 
-# what `make gpu` does: make gpu PART=tests, ops or models; without PART all three
+# parts of `make gpu`: make gpu PART=tests, ops or models; all three by default
 PART = tests ops models
 
 # Offline tests and one OpenMP thread a process: more threads than idle cores make torch slower.
@@ -38,16 +38,16 @@ $(STAMP): constraints.txt $(PYPROJECTS)
 	@touch $@
 	@echo "$(VENV) is ready."
 
-demo: venv ## train a small model on the art set, paint with it, measure it
+demo: venv ## train a small model on the art set, sample from it, evaluate it
 	$(BIN)/complexity-dit demo --out $(OUT)
 
-demo-lm: venv ## train a small language model on the standard library, write Python, compare with gzip
+demo-lm: venv ## train a small language model on the standard library, generate, compare with gzip
 	$(BIN)/complexity-lm demo --out $(OUT_LM)
 
 test: venv lint ## lint, then every test that is not slow
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
-test-slow: venv ## the tests that take more than 20 s each (COMPLEXITY_FUZZ_SECONDS=300: fuzz in earnest)
+test-slow: venv ## the tests of more than 20 s each (COMPLEXITY_FUZZ_SECONDS=300 for a long fuzz)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 lint: venv ## ruff (rules and format) and pyright
@@ -61,14 +61,14 @@ docs: venv ## build the documentation strictly, into site/
 kernels: venv ## compile every Triton kernel, no GPU needed; table to benchmarks/kernels.md
 	$(BIN)/python -m benchmarks.speed.kernel_resources
 
-bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to its README
+bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to docs/results/tables
 	$(BIN)/python -m benchmarks.speed.bench_ops --out benchmarks/results.csv
 	$(BIN)/python -m benchmarks.speed.bench_tax --out benchmarks/results.csv
 	$(BIN)/python -m benchmarks.pages.tables
 
 # No venv: the machine with the GPU may have a bare python3 with torch and triton, and no network.
 gpu: export PYTHONPATH := packages/inl-core/src:$(PYTHONPATH)
-gpu: ## on a GPU: kernels against the definition, their speed, compiled training steps
+gpu: ## on a GPU: test kernels against the definition, measure them and compiled training steps
 	@for part in $(PART); do $(PYTHON) -m benchmarks.speed.gpu $$part || exit $$?; done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
