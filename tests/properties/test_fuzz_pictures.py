@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from complexity_dit.app import gallery as gallery_png
 from complexity_dit.app.gallery import Settings
-from complexity_dit.data import sources as images
+from complexity_dit.data import pictures as images
 from complexity_dit.evaluation import image_sets
 from complexity_dit.evaluation import image_sets as statistics_files
 from inl_core.run.errors import UserError

@@ -19,8 +19,8 @@ from PIL import Image
 from complexity_dit.config import DataConfig
 from complexity_dit.data import art, sources
 from complexity_dit.data import dataset as data
-from complexity_dit.data import sources as images
 from complexity_dit.data.dataset import PaintingDataset, load_data
+from complexity_dit.data.pictures import square_pixels
 from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
@@ -86,7 +86,7 @@ def test_a_folder_with_metadata(folder: Path) -> None:
     item = dataset[5]
     assert item["pixel_values"].dtype == torch.uint8
     assert item["pixel_values"].shape == (3, 8, 8)
-    expected = images.square_pixels((folder / "05.png").read_bytes(), 8)
+    expected = square_pixels((folder / "05.png").read_bytes(), 8)
     assert np.array_equal(item["pixel_values"].numpy(), expected)
     assert torch.equal(item["labels"], dataset.labels[5])
     assert torch.equal(dataset.pixels([5, 3])[0], item["pixel_values"])
@@ -132,7 +132,7 @@ def test_train_and_test_folders_are_put_together(
         dataset = load(tmp_path / "set")
     assert len(dataset) == 3
     assert dataset.label_names == {"label": ["a", "b"]}
-    assert "test, train are put together" in caplog.text
+    assert "joining its splits test, train" in caplog.text
 
 
 def test_pictures_inside_a_zip(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_hub_dataset_keeps_its_class_labels_and_joins_its_splits(
     assert len(dataset) == 9
     assert dataset.label_names == {"artist": ["z", "a", "m"], "genre": ["landscape", "portrait"]}
     assert dataset.labels[:3].tolist() == [[0, -1], [1, 1], [2, 1]]
-    assert "train (6), test (3) are put together" in caplog.text
+    assert "joining its splits train (6), test (3)" in caplog.text
 
 
 def test_the_art_set_splits_alike_at_every_resolution() -> None:
@@ -201,7 +201,7 @@ def test_a_second_load_decodes_nothing(
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(sources, "_prepare_row", refuse)
-    monkeypatch.setattr(sources, "_paint_row", refuse)
+    monkeypatch.setattr(sources, "_draw_row", refuse)
     again = load_data(config, "train")
     assert torch.equal(first.pixels(range(len(first))), again.pixels(range(len(again))))
     assert first.fingerprint == again.fingerprint
@@ -291,12 +291,12 @@ def bad_files(root: Path) -> dict[str, str]:
     """Four bad files in place of good ones; names with the reason that must be given."""
     whole = encoded(picture(1, 64, 64), "JPEG")
     (root / "01.png").write_bytes(whole[: len(whole) // 2])
-    (root / "02.png").write_bytes(b"this is no image")
+    (root / "02.png").write_bytes(b"not an image")
     picture(2, width=40, height=7).save(root / "03.png")
     (root / "04.png").unlink()
     return {
         "01.png": "truncated",
-        "02.png": "is no image",
+        "02.png": "is not an image",
         "03.png": "40×7 pixels, smaller than the crop of 8×8",
         "04.png": "is not there",
     }
@@ -373,7 +373,9 @@ def test_folders_without_a_usable_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images in"):
         load(tmp_path)
     (tmp_path / "a.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"none of the 1 images of .*a\.png \(row 0\): is no image"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 images of .*a\.png \(row 0\): is not an image"
+    ):
         load(tmp_path)
 
 

@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from complexity_dit.config import DataConfig
-from complexity_dit.data import sources as images_module
 from complexity_dit.data.dataset import load_data
-from complexity_dit.data.sources import square_pixels
+from complexity_dit.data.pictures import bombs_refused, square_pixels
 from complexity_dit.evaluation import image_sets as statistics_files
 from complexity_dit.evaluation.image_sets import folder_images, npz_images, read_statistics
 from complexity_dit.models.autoencoder import TinyAutoencoder
@@ -230,12 +229,12 @@ def test_an_empty_file_and_an_animation_are_named(tmp_path):
     (tmp_path / "set" / "0001.png").unlink()
     with pytest.raises(UserError, match=r"0001\.gif is an animation of 2 frames"):
         folder_images(tmp_path / "set").read([0, 1])
-    with pytest.raises(UserError, match="is no image"):
+    with pytest.raises(UserError, match="is not an image"):
         square_pixels(b"", 8)
 
 
 def test_the_largest_picture_of_a_training_is_bounded():
-    with pytest.raises(Image.DecompressionBombWarning), images_module.bombs_refused():
+    with pytest.raises(Image.DecompressionBombWarning), bombs_refused():
         Image.open(io.BytesIO(_ninety_megapixels()))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.data import sources as images
+from complexity_dit.data.pictures import square_pixels
 from inl_core.run.errors import UserError
 
 
@@ -55,7 +55,7 @@ def palette_with_hole() -> bytes:
     ],
 )
 def test_every_mode_becomes_rgb(file: bytes, expected: tuple[int, int, int]) -> None:
-    pixels = images.square_pixels(file, 4)
+    pixels = square_pixels(file, 4)
     assert pixels.dtype == np.uint8
     assert pixels.shape == (3, 4, 4)
     assert {tuple(p) for p in pixels.reshape(3, -1).T.tolist()} == {expected}
@@ -64,7 +64,7 @@ def test_every_mode_becomes_rgb(file: bytes, expected: tuple[int, int, int]) -> 
 def test_the_centre_is_cropped_and_scaled_without_aliasing() -> None:
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = np.indices((64, 64)).sum(0)[..., None] % 2 * 255  # a fine checkerboard
-    pixels = images.square_pixels(encoded(Image.fromarray(wide)), 8)
+    pixels = square_pixels(encoded(Image.fromarray(wide)), 8)
     # The outermost columns also see, as they should, a little of the black beyond the crop.
     assert np.abs(pixels[:, :, 1:-1].astype(int) - 127).max() <= 3
 
@@ -74,15 +74,15 @@ def test_exif_rotation_is_applied() -> None:
     image.paste("white", (0, 0, 16, 8))  # the upper half
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise: the upper half becomes the right one
-    pixels = images.square_pixels(encoded(image, exif=exif), 4)
+    pixels = square_pixels(encoded(image, exif=exif), 4)
     assert (pixels[0] > 127).tolist() == [[False, False, True, True]] * 4
 
 
 def test_a_large_jpeg_shrunk_while_decoding_looks_the_same() -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 640)[:, None, None], (640, 640, 3))
     image = Image.fromarray(ramp.astype(np.uint8))
-    jpeg = images.square_pixels(encoded(image, "JPEG", quality=95), 16).astype(int)
-    png = images.square_pixels(encoded(image), 16).astype(int)
+    jpeg = square_pixels(encoded(image, "JPEG", quality=95), 16).astype(int)
+    png = square_pixels(encoded(image), 16).astype(int)
     assert np.abs(jpeg - png).max() <= 2
 
 
@@ -96,5 +96,5 @@ def test_damaged_bytes_give_a_picture_or_one_error(kind: str) -> None:
             broken[position] = rng.integers(0, 256)
         # Anything but a picture or a UserError fails the test.
         with contextlib.suppress(UserError):
-            pixels = images.square_pixels(bytes(broken[: rng.integers(1, len(broken) + 1)]), 8)
+            pixels = square_pixels(bytes(broken[: rng.integers(1, len(broken) + 1)]), 8)
             assert pixels.shape == (3, 8, 8)

@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from complexity_dit.config import Limits
-from complexity_dit.data.sources import bombs_refused
+from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.grids import draw_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import pipeline_hash

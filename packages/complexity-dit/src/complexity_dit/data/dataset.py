@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from complexity_dit.config import DataConfig
-from complexity_dit.data.sources import VERSION, read_rows
+from complexity_dit.data.pictures import VERSION
+from complexity_dit.data.sources import read_rows
 from complexity_dit.labels import MISSING, resolve_label
 from inl_core.run.errors import UserError
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
-from complexity_dit.data.sources import bombs_refused
+from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Float64, Statistics
 from inl_core.run.errors import UserError

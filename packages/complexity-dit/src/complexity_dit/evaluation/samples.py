@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from complexity_dit.data.sources import bombs_refused
+from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import on_main
 from complexity_dit.evaluation.features import FEATURE_CHUNK
 from complexity_dit.evaluation.image_sets import ImageSet
