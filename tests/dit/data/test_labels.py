@@ -51,7 +51,7 @@ def test_resolve_label(value: str | int | None, expected: int) -> None:
     ("value", "message"),
     [
         ("Impresionism", "style 'Impresionism' is not one of its 5 names; near: 'Impressionism'"),
-        ("zzz", "nothing is near; the names are 'Impressionism', 'Ukiyo_e'"),
+        ("zzz", "names; the names are 'Impressionism', 'Ukiyo_e'"),
         ("NAIVE art", "several names: 'Naive Art', 'naive_art'"),
         (5, "style 5 is not an id: style has 5 names, with ids 0 to 4"),
         (-1, "ids 0 to 4"),

@@ -1,4 +1,4 @@
-"""Label vocabularies: which columns of a dataset are labels, their names, ids, and look-up by name.
+"""Label vocabularies and the look-up of a label by name or id.
 
 A label field (style, genre, artist, …) is a list of names; the position of a name is its id, and
 -1 stands for a missing label everywhere.
@@ -12,26 +12,26 @@ from inl_core.run.errors import UserError
 MISSING = -1
 """Id of a missing label."""
 
-_SHOWN = 12
-_LONGEST_ID = 18  # digits; Python refuses to read thousands of them
+_MAX_LISTED = 12
+_MAX_DIGITS = 18  # of an id; Python refuses to parse numbers of thousands of digits
 
 
 def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> int:
     """Find the id of a label given by name or by id.
 
-    A name matches whatever its case, with spaces, underscores and hyphens alike; an exact match
-    comes first. Text that is no name but a whole number is read as an id.
+    An exact match comes first; then case is ignored, and spaces, underscores and hyphens are alike.
+    Text that matches no name and is a whole number is read as an id.
 
     Args:
         names: The names of the field, in id order.
         value: A name, an id in [0, len(names)), or None for "no label".
-        field: The name of the field, for the message.
+        field: The name of the field, for error messages.
 
     Returns:
         The id, or -1 for None.
 
     Raises:
-        UserError: No such name or id (near names are listed), or a name that fits several.
+        UserError: There is no such name or id (similar names are listed), or several names match.
     """
     if value is None:
         return MISSING
@@ -41,13 +41,13 @@ def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> 
         if value in names:
             return list(names).index(value)
         folded = [_fold(name) for name in names]
-        hits = [i for i, name in enumerate(folded) if name == _fold(value)]
-        if len(hits) == 1:
-            return hits[0]
-        if hits:
-            same = ", ".join(repr(names[i]) for i in hits)
-            raise UserError(f"{field} {value!r} fits several names: {same}; write one of them")
-        if not value.strip().isdecimal() or len(value) > _LONGEST_ID:
+        matches = [i for i, name in enumerate(folded) if name == _fold(value)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            listed = ", ".join(repr(names[i]) for i in matches)
+            raise UserError(f"{field} {value!r} matches several names: {listed}; write one of them")
+        if not value.strip().isdecimal() or len(value) > _MAX_DIGITS:
             raise UserError(
                 f"{field} {value!r} is not one of its {len(names)} names; "
                 f"{_suggest(names, folded, value)}"
@@ -62,12 +62,12 @@ def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> 
 
 
 def _suggest(names: Sequence[str], folded: Sequence[str], value: str) -> str:
-    near = difflib.get_close_matches(_fold(value), folded, n=5, cutoff=0.5)
-    if near:
-        hits = dict.fromkeys(i for text in near for i, name in enumerate(folded) if name == text)
-        return "near: " + ", ".join(repr(names[i]) for i in hits)
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return "nothing is near; the names are " + shown + (", …" if len(names) > _SHOWN else "")
+    similar = difflib.get_close_matches(_fold(value), folded, n=5, cutoff=0.5)
+    if similar:
+        ids = dict.fromkeys(i for text in similar for i, name in enumerate(folded) if name == text)
+        return "near: " + ", ".join(repr(names[i]) for i in ids)
+    listed = ", ".join(repr(name) for name in names[:_MAX_LISTED])
+    return "the names are " + listed + (", …" if len(names) > _MAX_LISTED else "")
 
 
 def _fold(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Seeds as pure functions of what they are for.
+"""Seeds as pure functions of their purpose.
 
 Every random number of a run comes from a generator seeded by (run seed, purpose, position). Nothing
 depends on how many numbers were drawn before, so a resumed run, another batch size or another world
@@ -11,7 +11,7 @@ import torch
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:
-    """A 63-bit seed for one purpose at one position.
+    """Derive a 63-bit seed for one purpose at one position.
 
     Args:
         seed: The run's seed.
@@ -23,5 +23,5 @@ def derive_seed(seed: int, purpose: str, *position: int) -> int:
 
 
 def generator_for(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`; CPU, so that every device sees the same numbers."""
+    """Seed a generator by `derive_seed`, on the CPU so that all devices get the same numbers."""
     return torch.Generator("cpu").manual_seed(derive_seed(seed, purpose, *position))

@@ -1,8 +1,8 @@
-"""From a source string to square pictures with label ids, split by the hash of each file's bytes.
+"""Square pictures with label ids, split by the hash of each file's bytes.
 
-A source is read once through ``datasets``: one cached ``map`` decodes, crops and hashes every
-image, so a second load only maps the cache file. Pillow does the decoding here, not ``datasets``,
-so that a broken file can be named.
+A source is read once through `datasets`: one cached `map` decodes, crops and hashes every image, so
+a second load only maps the cache file. Pillow decodes here, not `datasets`, so that a broken file
+can be named.
 """
 
 import hashlib
@@ -15,143 +15,51 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from complexity_dit.config import DataConfig
 from complexity_dit.data.pictures import VERSION
 from complexity_dit.data.sources import read_rows
-from complexity_dit.labels import MISSING, resolve_label
+from complexity_dit.labels import MISSING
 from inl_core.run.errors import UserError
-
-__all__ = ["DataConfig", "PaintingDataset", "load_data", "resolve_label"]
-
 
 MIN_IMAGES_PER_NAME = 2
 """A text column counts as categorical when its names repeat at least this often on average."""
 
-
-def read_labels(
-    rows: datasets.Dataset, fields: Sequence[str] | None
-) -> tuple[dict[str, list[str]], torch.Tensor]:
-    """Turn the label columns of a dataset into names and ids.
-
-    With ``fields=None`` the fields are, in column order, every ``ClassLabel`` column and every
-    text column that is categorical: it has two different names or more, and the labelled rows are
-    at least ``MIN_IMAGES_PER_NAME`` times as many as the names. So styles, genres and artists
-    are labels and titles, captions and URLs are not. A column of numbers is a label only when it
-    is asked for. Named fields are taken as they are, in the order given.
-
-    ``ClassLabel`` keeps its own names and order; the names of other columns are sorted (numbers
-    by value). None, NaN, -1 in a ``ClassLabel`` and text that is empty after stripping are missing.
-
-    Args:
-        rows: The whole data, both sides of the held-out split, so that ids agree between them.
-        fields: Column names, an empty list for no labels, or None for the rule above.
-
-    Returns:
-        Names by field, and the ids, int64 of shape (rows, fields), with -1 where missing.
-
-    Raises:
-        UserError: A named field is absent, given twice, or cannot be a label.
-    """
-    if fields is None:
-        chosen = [name for name in rows.column_names if _is_automatic(rows, name)]
-    else:
-        chosen = list(fields)
-    if len(set(chosen)) != len(chosen):
-        raise UserError(f"label_fields {chosen} names a field twice; name each one once")
-    label_names: dict[str, list[str]] = {}
-    columns: list[torch.Tensor] = []
-    for field in chosen:
-        if field not in rows.column_names:
-            raise UserError(
-                f"label field {field!r} is not in the data; its columns are "
-                f"{', '.join(rows.column_names)}: choose among them with --data.label_fields, or "
-                "set it to null for every column of names"
-            )
-        label_names[field], ids = _encode(rows, field)
-        columns.append(torch.tensor(ids, dtype=torch.int64))
-    empty = torch.empty((len(rows), 0), dtype=torch.int64)
-    return label_names, torch.stack(columns, dim=1) if columns else empty
-
-
-def _is_automatic(rows: datasets.Dataset, column: str) -> bool:
-    feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        return False
-    values = [value for value in _values(rows, column) if value is not None]
-    count = len(set(values))
-    return count >= 2 and len(values) >= MIN_IMAGES_PER_NAME * count
-
-
-def _encode(rows: datasets.Dataset, field: str) -> tuple[list[str], list[int]]:
-    feature = rows.features[field]
-    values = _values(rows, field)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names), [
-            MISSING if value is None or value < 0 else int(value) for value in values
-        ]
-    kinds = {type(value) for value in values if value is not None}
-    if not kinds <= {str} and not kinds <= {int} and not kinds <= {bool}:
-        raise UserError(
-            f"label field {field!r} holds {feature}, which has no names; a label is a ClassLabel, "
-            "text or whole numbers"
-        )
-    ordered: list[Any] = sorted({value for value in values if value is not None})
-    if not ordered:
-        raise UserError(f"label field {field!r} is empty in every row; leave it out")
-    ids = {value: i for i, value in enumerate(ordered)}
-    return [str(value) for value in ordered], [ids.get(value, MISSING) for value in values]
-
-
-def _values(rows: datasets.Dataset, column: str) -> list[Any]:
-    """One column with every spelling of "missing" turned into None."""
-    # The column alone, as Arrow: a row-wise read would pull the images in too.
-    values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    return [_clean(value) for value in values]
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.strip() or None
-    # A CSV column of whole numbers with gaps in it arrives as floats.
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return int(value) if value.is_integer() else value
-    return value
-
-
 SPLITS = ("train", "heldout", "all")
+
 RAM_LIMIT = 2 * 2**30
 """Bytes of pixels up to which a split is copied into memory; a larger one stays memory-mapped."""
 
-_LOGGED = 20
+_MAX_LOGGED = 20  # skipped images
 
 log = logging.getLogger(__name__)
 
 
-class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """One split of a source: square uint8 pictures with label ids. Made by ``load_data``.
+class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """One split of a source: square uint8 pictures with label ids. Made by `load_data`.
 
     Attributes:
-        label_names: Names in id order by field, over the whole data, so both splits agree.
+        label_names: Names in id order by field, over all splits, so that ids agree between them.
         labels: Ids, int64 of shape (N, F), -1 where missing; fields in the order of label_names.
         resolution: Side of the pictures in pixels.
-        channels: Channels of what the network sees, 3.
-        sample_size: Side of what the network sees in its own cells, here pixels.
-        samples_posterior: Whether ``clean`` takes noise, which only latents do.
+        channels: Channels of the network's input, 3.
+        sample_size: Side of the network's input in its own cells, here pixels.
+        samples_posterior: Whether `clean` takes noise, which only latents do.
         fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
             resolution, the split and the version of the preprocessing.
-        skipped: Images of this split that could not be used.
+        skipped: Number of images of this split that could not be used.
     """
+
+    channels = 3
+    samples_posterior = False
 
     def __init__(
         self,
         rows: datasets.Dataset,
         kept: Sequence[int],
-        labels: torch.Tensor,
+        labels: Tensor,
         label_names: dict[str, list[str]],
         resolution: int,
         split: str,
@@ -159,15 +67,13 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Take the prepared rows of a source and the indices of those that form the split."""
         self.label_names = label_names
-        self.labels = labels[torch.as_tensor(kept, dtype=torch.int64)]
-        self.resolution = resolution
-        self.channels, self.sample_size = 3, resolution
-        self.samples_posterior = False
+        self.resolution = self.sample_size = resolution
         self.skipped = skipped
         self._rows = rows
         self._kept = torch.as_tensor(kept, dtype=torch.int64)
+        self.labels = labels[self._kept]
         self.fingerprint = self._fingerprint(split)
-        self._pixels: torch.Tensor | None = None
+        self._pixels: Tensor | None = None
         if len(kept) * 3 * resolution**2 <= RAM_LIMIT:
             self._pixels = self._gather(self._kept)
 
@@ -175,45 +81,45 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Return the number of pictures."""
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return ``pixel_values`` (uint8, 3 × H × W, RGB) and ``labels`` (int64, F)."""
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return `pixel_values` (uint8, 3 × H × W, RGB) and `labels` (int64, F)."""
         return {"pixel_values": self.pixels([index])[0], "labels": self.labels[index]}
 
-    def pixels(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Return the pictures at ``indices`` as one uint8 tensor (n, 3, H, W)."""
+    def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return the pictures at `indices` as one uint8 tensor (n, 3, H, W)."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._pixels is not None:
             return self._pixels[chosen]
         return self._gather(self._kept[chosen])
 
     def sha256(self, index: int) -> str:
-        """The sha256 of a picture's file."""
+        """Return the sha256 of a picture's file."""
         return self._rows.data.column("sha256")[int(self._kept[index])].as_py()
 
     def name(self, index: int) -> str:
-        """Where a picture comes from, for messages."""
+        """Return where a picture comes from, for messages."""
         return self._rows.data.column("name")[int(self._kept[index])].as_py()
 
     def clean(
         self,
-        indices: Sequence[int] | torch.Tensor,
-        flips: torch.Tensor,
-        posterior_noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the pictures at ``indices`` as the network learns them.
+        indices: Sequence[int] | Tensor,
+        flips: Tensor,
+        posterior_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Return the pictures at `indices` as training targets.
 
         Args:
             indices: Which pictures, n of them.
             flips: bool (n,): which of them to mirror left to right.
-            posterior_noise: Latents only; pictures have no posterior.
+            posterior_noise: Ignored; only latents have a posterior.
 
         Returns:
             float32 (n, channels, sample_size, sample_size), here pixels in [-1, 1].
         """
         pixels = self.pixels(indices).float() / 127.5 - 1
-        return torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)
+        return torch.where(flips[:, None, None, None], F.horizontal_flip(pixels), pixels)
 
-    def _gather(self, positions: torch.Tensor) -> torch.Tensor:
+    def _gather(self, positions: Tensor) -> Tensor:
         column = self._rows.data.column("pixels")
         out = np.empty((len(positions), 3 * self.resolution**2), dtype=np.uint8)
         for row, position in zip(out, positions.tolist(), strict=True):
@@ -233,14 +139,13 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     """Read a source and return one split of it.
 
     A file is held out when the first 64 bits of its bytes' sha256, as a fraction of 2⁶⁴, are
-    below ``config.holdout``. For ``art`` the "file" is the RGB bytes of the picture drawn at
-    32 px, whatever the training resolution, so the split does not change with the resolution.
-    The splits that a folder or a hub dataset comes with are put together first.
+    below `config.holdout`. For `art` the "file" is the RGB bytes of the picture drawn at 32 px,
+    whatever the training resolution, so the split does not change with the resolution. The splits
+    that a folder or a hub dataset comes with are joined first.
 
-    An image is turned upright (EXIF), made RGB, and its largest centred square is scaled down to
-    ``config.resolution`` (see ``square_pixels``). One that cannot be decoded, is over Pillow's
-    limit of 89 megapixels, is missing, or is smaller than the resolution on either side is named
-    in a warning, skipped and counted, or stops the run with ``config.strict``.
+    Images are prepared by `square_pixels`. One that cannot be used (unreadable, missing, smaller
+    than the resolution, over Pillow's limit of 89 megapixels) is named in a warning, skipped and
+    counted, or stops the run with `config.strict`.
 
     Args:
         config: What to read.
@@ -257,52 +162,139 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     names, reasons, hashes = (
         rows.data.column(name).to_pylist() for name in ("name", "reason", "sha256")
     )
-    mine = [in_split(sha, config.holdout, split) for sha in hashes]
-    kept = [i for i, reason in enumerate(reasons) if mine[i] and not reason]
     bad = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if len(bad) == len(rows):
         raise UserError(f"none of the {len(rows)} images of {config.source} can be used; {bad[0]}")
     if bad and config.strict:
         raise UserError(f"{bad[0]} (strict=true stops here; strict=false skips such images)")
+    members = [i for i, sha256 in enumerate(hashes) if in_split(sha256, config.holdout, split)]
+    kept = [i for i in members if not reasons[i]]
     if not kept:
         raise UserError(
             f"split {split!r} of {config.source} is empty: holdout={config.holdout} of "
             f"{len(rows) - len(bad)} usable images leaves none; change holdout or add images"
         )
-    skipped = [f"{names[i]}: {reason}" for i, reason in enumerate(reasons) if mine[i] and reason]
-    for line in skipped[:_LOGGED]:
+    skipped = [f"{names[i]}: {reasons[i]}" for i in members if reasons[i]]
+    for line in skipped[:_MAX_LOGGED]:
         log.warning("skipped %s", line)
     if skipped:
-        log.warning("skipped %d of the %d images of %r", len(skipped), sum(mine), split)
+        log.warning("skipped %d of the %d images of %r", len(skipped), len(members), split)
     dataset = PaintingDataset(
         rows, kept, labels, label_names, config.resolution, split, len(skipped)
     )
     fields = ", ".join(f"{field} ({len(n)})" for field, n in label_names.items()) or "no labels"
-    took = time.perf_counter() - started
-    log.info("%s %s: %d images, %s, %.1f s", config.source, split, len(dataset), fields, took)
+    seconds = time.perf_counter() - started
+    log.info("%s %s: %d images, %s, %.1f s", config.source, split, len(dataset), fields, seconds)
     return dataset
 
 
-def in_split(sha: str, holdout: float, split: str) -> bool:
-    """Whether the file with this sha256 belongs to a split."""
-    heldout = int(sha[:16], 16) / 2**64 < holdout
+def in_split(sha256: str, holdout: float, split: str) -> bool:
+    """Return whether the file with this sha256 belongs to a split."""
+    heldout = int(sha256[:16], 16) / 2**64 < holdout
     return split == "all" or heldout == (split == "heldout")
 
 
 def _check(config: DataConfig, split: str) -> None:
     if split not in SPLITS:
         raise UserError(f"split {split!r} must be one of {', '.join(SPLITS)}")
-    if config.resolution < 1:
-        raise UserError(f"resolution {config.resolution} must be at least 1 pixel")
     if not 0 <= config.holdout < 1:
         raise UserError(f"holdout {config.holdout} must be at least 0 and below 1")
-    if config.num_images < 1:
-        raise UserError(f"num_images {config.num_images} must be at least 1")
-    if config.num_workers < 0:
-        raise UserError(f"num_workers {config.num_workers} must be 0 or more")
+    for name, least in (("resolution", 1), ("num_images", 1), ("num_workers", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} {getattr(config, name)} must be at least {least}")
     scheme, _, rest = config.source.partition(":")
     if config.source != "art" and (scheme not in ("imagefolder", "hub") or not rest):
         raise UserError(
             f"source {config.source!r} must be art, imagefolder:PATH or hub:NAME "
             "(for example hub:huggan/wikiart); latents:PATH is for training only"
         )
+
+
+def read_labels(
+    rows: datasets.Dataset, fields: Sequence[str] | None
+) -> tuple[dict[str, list[str]], Tensor]:
+    """Convert the label columns of a dataset into names and ids.
+
+    With `fields=None` the fields are, in column order, every `ClassLabel` column and every text
+    column that is categorical: it has at least two different names, and the labelled rows are at
+    least `MIN_IMAGES_PER_NAME` times as many as the names. So styles, genres and artists are labels
+    and titles, captions and URLs are not. A column of numbers is a label only when it is named.
+    Named fields are used as they are, in the order given.
+
+    `ClassLabel` keeps its own names and order; the names of other columns are sorted (numbers by
+    value). None, NaN, -1 in a `ClassLabel` and text that is empty after stripping are missing.
+
+    Args:
+        rows: All rows of the data, of every split, so that ids agree between splits.
+        fields: Column names, an empty list for no labels, or None for the rule above.
+
+    Returns:
+        Names by field, and the ids, int64 of shape (rows, fields), with -1 where missing.
+
+    Raises:
+        UserError: A named field is absent, given twice, or cannot be a label.
+    """
+    if fields is None:
+        fields = [name for name in rows.column_names if _is_categorical(rows, name)]
+    if len(set(fields)) != len(fields):
+        raise UserError(f"label_fields {list(fields)} names a field twice; name each one once")
+    label_names: dict[str, list[str]] = {}
+    ids = torch.empty((len(rows), len(fields)), dtype=torch.int64)
+    for i, field in enumerate(fields):
+        if field not in rows.column_names:
+            raise UserError(
+                f"label field {field!r} is not in the data; its columns are "
+                f"{', '.join(rows.column_names)}: choose among them with --data.label_fields, or "
+                "set it to null for every column of names"
+            )
+        label_names[field], column = _names_and_ids(rows, field)
+        ids[:, i] = torch.tensor(column, dtype=torch.int64)
+    return label_names, ids
+
+
+def _is_categorical(rows: datasets.Dataset, column: str) -> bool:
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        return False
+    values = [value for value in _values(rows, column) if value is not None]
+    count = len(set(values))
+    return count >= 2 and len(values) >= MIN_IMAGES_PER_NAME * count
+
+
+def _names_and_ids(rows: datasets.Dataset, field: str) -> tuple[list[str], list[int]]:
+    feature = rows.features[field]
+    values = _values(rows, field)
+    if isinstance(feature, datasets.ClassLabel):
+        ids = [MISSING if value is None or value < 0 else int(value) for value in values]
+        return list(feature.names), ids
+    present = [value for value in values if value is not None]
+    if {type(value) for value in present} not in (set(), {str}, {int}, {bool}):
+        raise UserError(
+            f"label field {field!r} holds {feature}, which has no names; a label is a ClassLabel, "
+            "text or whole numbers"
+        )
+    if not present:
+        raise UserError(f"label field {field!r} is empty in every row; leave it out")
+    names: list[Any] = sorted(set(present))
+    positions = {value: i for i, value in enumerate(names)}
+    return [str(name) for name in names], [positions.get(value, MISSING) for value in values]
+
+
+def _values(rows: datasets.Dataset, column: str) -> list[Any]:
+    """Return one column with every form of "missing" as None."""
+    # The column alone, as Arrow: a row-wise read would load the images too.
+    values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return [_normalised(value) for value in values]
+
+
+def _normalised(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip() or None
+    # A CSV column of whole numbers with gaps in it arrives as floats.
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return int(value) if value.is_integer() else value
+    return value
