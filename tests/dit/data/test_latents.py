@@ -238,9 +238,9 @@ def test_interrupted_encoding_goes_on_where_it_was(source, caches, tmp_path, mon
     monkeypatch.setattr(encode_module, "posterior", stops_in_the_second_part)
     with pytest.raises(KeyboardInterrupt):
         encode(source, tmp_path / "cache", batch_size=4, part_size=10)
-    with pytest.raises(UserError, match="half-written: 1 of 3 parts are there"):
+    with pytest.raises(UserError, match="incomplete: 1 of 3 parts are written"):
         load_training_data(as_latents(tmp_path / "cache"))
-    with pytest.raises(UserError, match="half-written"):
+    with pytest.raises(UserError, match="incomplete"):
         train(short_run(as_latents(tmp_path / "cache"), tmp_path / "run"))
     calls, last = [], None
     encode(source, tmp_path / "cache", batch_size=4, part_size=10)
@@ -311,7 +311,7 @@ def test_vae_that_moved_is_named(source, tiny, kl, paintings, tmp_path):
     moved = Path(shutil.copytree(tiny, tmp_path / "here"))
     cache = encode(pictures(paintings, str(moved)), tmp_path / "cache", part_size=10)
     moved.rename(tmp_path / "there")
-    with pytest.raises(UserError, match=r"here.*data.vae says where it is now"):
+    with pytest.raises(UserError, match=r"here.*set data.vae to where it is now"):
         open_latent_space(as_latents(cache))
     found = dataclasses.replace(as_latents(cache), vae=str(tmp_path / "there"))
     assert isinstance(open_latent_space(found).vae, TinyAutoencoder)
@@ -322,7 +322,7 @@ def test_vae_that_gives_nan_is_refused(source, tmp_path):
     with torch.no_grad():
         broken.encoder[-1].bias[2] = torch.inf
     broken.save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match=r"latents of .*png .* NaN, infinite"):
+    with pytest.raises(UserError, match=r"encodes .*png .* NaN, infinite"):
         encode(dataclasses.replace(source, vae=str(tmp_path / "vae")), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
@@ -375,14 +375,17 @@ def test_damaged_parts_are_named(source, copied, caches):
 def test_parts_that_are_not_as_the_cache_says(copied):
     good = json.loads((copied / "cache.json").read_text())
     statistics = good["statistics"] | {"mean": [0.0] * 2, "std": [1.0] * 2}
-    for other, said in (
+    for other, message in (
         ({"label_names": {"style": ["a"]}}, "no column 'label_style'"),
         ({"label_names": {"label": ["one"]}}, "label_label is outside of -1 to 0"),
         ({"has_std": True}, "no column 'latents_std'"),
-        ({"shape": [2, 1, 1], "statistics": statistics}, "'latents' holds no lists of 4 float16"),
+        (
+            {"shape": [2, 1, 1], "statistics": statistics},
+            "'latents' does not hold lists of 4 float16",
+        ),
     ):
         (copied / "cache.json").write_text(json.dumps(good | other))
-        with pytest.raises(UserError, match=f"is not of the cache that .*{said}"):
+        with pytest.raises(UserError, match=rf"does not match .*cache\.json: .*{message}"):
             load_training_data(as_latents(copied))
     # What `source` leaves out has its default.
     (copied / "cache.json").write_text(json.dumps(good | {"source": {}}))
@@ -394,7 +397,7 @@ def test_settings_that_do_not_fit_the_cache(copied, source, tmp_path):
     cases = [
         (dataclasses.replace(config, resolution=32), "resolution is 32, and .* with 16"),
         (dataclasses.replace(config, label_fields=["style"]), "label field 'style' is not in"),
-        (dataclasses.replace(config, source=f"latents:{tmp_path}/none"), "no folder of latents"),
+        (dataclasses.replace(config, source=f"latents:{tmp_path}/none"), "not a folder of latents"),
         (dataclasses.replace(config, source="art", vae="x"), "goes with source latents:PATH"),
     ]
     for case, message in cases:
@@ -428,7 +431,7 @@ def test_what_encode_refuses(source, tmp_path):
     cases = [
         (dataclasses.replace(source, vae=None), "new", "--vae is missing"),
         (dataclasses.replace(source, resolution=10), "new", "must be a multiple of 4"),
-        (source, "mine", "is no folder of latents"),
+        (source, "mine", "is not a folder of latents"),
     ]
     for config, out, message in cases:
         with pytest.raises(UserError, match=message):

@@ -1,7 +1,7 @@
-"""From pictures to cached latents: resumable, shared between processes, whole or absent.
+"""Encoding of pictures into cached latents, resumable and shared between processes.
 
-Training then reads what the VAE would compute again in every epoch. Latents are kept in fp16: for
-values of unit size its rounding is 60 dB below them, and a VAE reconstructs to about 30 dB.
+Training then reads what the VAE would compute again in every epoch. Latents are stored in fp16: its
+rounding is 60 dB below values of unit size, and a VAE reconstructs to about 30 dB.
 """
 
 import json
@@ -35,23 +35,21 @@ from inl_core.run.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
-_DECIDING = ("format", "images", "source_fingerprint", "resolution", "mirrored", "part_size", "vae")
-
 
 def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: int = 512) -> Path:
     """Encode every picture of a source, training and held-out, with `data.vae`.
 
-    An interrupted run goes on where it was when it is started again. Under `accelerate launch` or
-    `torchrun` each process encodes its share of the parts. Run again on a finished cache with
-    another `data.holdout`, it only takes the statistics anew.
+    An interrupted run continues where it stopped when it is started again. Under `accelerate
+    launch` or `torchrun` each process encodes its share of the parts. On a complete cache with
+    another `data.holdout`, only the statistics are computed again.
 
     Args:
         data: Which pictures, at what size, with which labels, by which VAE. `data.flip` false
-            leaves the mirror images out, at half the time and space; `data.holdout` says over
-            which pictures the statistics are taken (the training split).
+            leaves the mirror images out, at half the time and space; the statistics are those of
+            the training split, which `data.holdout` determines.
         out: Folder of the cache.
-        batch_size: Pictures in one call of the VAE.
-        part_size: Pictures in one file; an interrupted run loses at most one file's work.
+        batch_size: Pictures per call of the VAE.
+        part_size: Pictures per file; an interrupted run loses at most the work of one file.
 
     Returns:
         The folder.
@@ -68,7 +66,7 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
         )
     joined = torch.distributed.is_initialized()
-    # Without cpu=True accelerate takes a machine without a GPU for one process, silently.
+    # Without cpu=True accelerate silently ignores the other processes of a machine without a GPU.
     process = PartialState(cpu=not torch.accelerator.is_available())
     try:
         _encode(data, folder, batch_size, part_size, process)
@@ -82,31 +80,27 @@ def _encode(
     data: DataConfig, folder: Path, batch_size: int, part_size: int, process: PartialState
 ) -> None:
     vae = load_vae(str(data.vae))
-    _check_size(data, vae)
+    factor = scale_factor(vae)
+    if data.resolution % factor:
+        raise UserError(
+            f"resolution {data.resolution} must be a multiple of {factor}, the factor by which "
+            f"the latents of {data.vae} are smaller"
+        )
     with process.main_process_first():
         pictures = load_data(data, "all")
     plan = _plan(data, pictures, vae, part_size)
     with process.main_process_first():
         _begin(folder, plan)
-    done = _read_if_there(folder / CACHE_FILE)
-    if done is None:
+    complete = _read_if_present(folder / CACHE_FILE)
+    if complete is None:
         _write_parts(folder, plan, pictures, vae.to(process.device), batch_size, process)
         process.wait_for_everyone()
-    elif done["statistics"]["holdout"] == data.holdout:
+    elif complete["statistics"]["holdout"] == data.holdout:
         logger.info("%s is complete already", folder)
         return
     if process.is_main_process:
         _finish(folder, plan, data.holdout)
     process.wait_for_everyone()
-
-
-def _check_size(data: DataConfig, vae: Vae) -> None:
-    factor = scale_factor(vae)
-    if data.resolution % factor:
-        raise UserError(
-            f"resolution {data.resolution} must be a multiple of {factor}, how many times smaller "
-            f"the latents of {data.vae} are"
-        )
 
 
 def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int) -> dict[str, Any]:
@@ -139,21 +133,20 @@ def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int)
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or check that the folder's own is the same."""
-    known = _read_if_there(folder / PLAN_FILE)
-    if known is None:
+    """Write the plan, or check that the one in the folder is the same."""
+    existing = _read_if_present(folder / PLAN_FILE)
+    if existing is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is no folder of latents; choose another --out")
+            raise UserError(f"{folder} exists and is not a folder of latents; choose another --out")
         _write_json(folder / PLAN_FILE, plan)
         return
-    if known.get("format") == FORMAT and known["images"] != plan["images"]:
+    if existing.get("format") == FORMAT and existing["images"] != plan["images"]:
         raise UserError(
-            f"the source had {known['images']} usable images when {folder} was begun and has "
+            f"the source had {existing['images']} usable images when {folder} was begun and has "
             f"{plan['images']} now: bring the others back, or encode into a new folder"
         )
-    # Where the VAE lies does not matter, what it computes does.
-    ours, theirs = ({k: _identity(k, p.get(k)) for k in _DECIDING} for p in (plan, known))
-    changed = [f"{k} {theirs[k]} (now {ours[k]})" for k in _DECIDING if ours[k] != theirs[k]]
+    now, before = _identity(plan), _identity(existing)
+    changed = [f"{key} {before[key]} (now {now[key]})" for key in now if now[key] != before[key]]
     if changed:
         raise UserError(
             f"{folder} was begun with {'; '.join(changed)}: repeat that command, or choose "
@@ -161,8 +154,11 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def _identity(key: str, value: Any) -> Any:
-    return value["sha256"][:16] if key == "vae" and value else value
+def _identity(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be equal to continue a plan; a VAE counts by its weights, not its place."""
+    keys = ("format", "images", "source_fingerprint", "resolution", "mirrored", "part_size")
+    vae = plan.get("vae") or {"sha256": ""}
+    return {key: plan.get(key) for key in keys} | {"vae": vae["sha256"][:16]}
 
 
 def _write_parts(
@@ -175,12 +171,12 @@ def _write_parts(
 ) -> None:
     features = _features(plan)
     size, total = plan["part_size"], plan["images"]
-    mine = [
+    own = [
         part
         for part in range(process.process_index, number_of_parts(plan), process.num_processes)
         if not part_path(folder, part).exists()
     ]
-    shares = {part: range(part * size, min((part + 1) * size, total)) for part in mine}
+    shares = {part: range(part * size, min((part + 1) * size, total)) for part in own}
     with tqdm(
         total=sum(map(len, shares.values())),
         desc="encoding",
@@ -201,8 +197,8 @@ def _write_parts(
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
             table = pa.table(columns).cast(features.arrow_schema)
             with (
-                atomic_file(path) as aside,
-                ArrowWriter(path=str(aside), features=features) as file,
+                atomic_file(path) as scratch,
+                ArrowWriter(path=str(scratch), features=features) as file,
             ):
                 file.write_table(table)
                 file.finalize()
@@ -217,7 +213,7 @@ def _encode_rows(
     batch_size: int,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """Columns of latents, float16 (rows, sides, C, Y, X)."""
+    """Return `latents`, and `latents_std` of a posterior, as float16 (rows, sides, C, Y, X)."""
     batches: list[list[np.ndarray]] = []
     for start in range(rows.start, rows.stop, batch_size):
         indices = range(start, min(start + batch_size, rows.stop))
@@ -235,8 +231,8 @@ def _encode_rows(
             if not finite.all():
                 bad = pictures.name(indices[int(np.flatnonzero(~finite)[0])])
                 raise UserError(
-                    f"the VAE {plan['vae']['name']} gives latents of {bad} that are NaN, infinite "
-                    "or beyond fp16: its weights are damaged or made for another range"
+                    f"the VAE {plan['vae']['name']} encodes {bad} as numbers that are NaN, "
+                    "infinite or beyond fp16: its weights are damaged or made for another range"
                 )
         batches.append(columns)
         bar.update(len(indices))
@@ -257,7 +253,7 @@ def _features(plan: dict[str, Any]) -> datasets.Features:
 
 
 def _finish(folder: Path, plan: dict[str, Any], holdout: float) -> None:
-    """Take the statistics of the training split and declare the cache whole."""
+    """Compute the statistics of the training split and mark the cache as complete."""
     channels = plan["shape"][0]
     count, total, square = 0, np.zeros(channels), np.zeros(channels)
     for part in range(number_of_parts(plan)):
@@ -271,23 +267,23 @@ def _finish(folder: Path, plan: dict[str, Any], holdout: float) -> None:
         latents = columns["latents"]
         count += latents.size // channels
         total += latents.sum((0, 1, 3, 4))
-        # A posterior adds its own variance to that of its mean.
+        # The variance of a posterior adds to that of its mean.
         square += sum((x**2).sum((0, 1, 3, 4)) for x in columns.values())
     if not count:
         raise UserError(f"no training pictures among {plan['images']}: lower holdout {holdout}")
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
-    flat_channels = np.flatnonzero(~(std > 1e-6)).tolist()
-    if flat_channels:
+    constant = np.flatnonzero(~(std > 1e-6)).tolist()
+    if constant:
         raise UserError(
-            f"channels {flat_channels} of the latents are the same number everywhere: this VAE "
-            "makes nothing of these pictures"
+            f"channels {constant} of the latents are the same number everywhere: this VAE cannot "
+            "encode these pictures"
         )
     statistics = {"holdout": holdout, "mean": mean.tolist(), "std": std.tolist()}
     _write_json(folder / CACHE_FILE, plan | {"statistics": statistics})
 
 
-def _read_if_there(path: Path) -> dict[str, Any] | None:
+def _read_if_present(path: Path) -> dict[str, Any] | None:
     try:
         return read_json_object(path)
     except FileNotFoundError:
@@ -297,5 +293,5 @@ def _read_if_there(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

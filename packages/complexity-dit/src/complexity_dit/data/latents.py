@@ -1,14 +1,14 @@
-"""Latents that `complexity-dit encode` cached, as a training set, mapped and split by file hash.
+"""Latents that `complexity-dit encode` cached, as a memory-mapped training set.
 
 A cache is a folder with
 
     plan.json               what is encoded by which VAE; written first
     parts/part-00000.arrow  pictures in the order of the source (an Arrow stream of `datasets`)
-    cache.json              the plan, the parts and per-channel statistics; written last
+    cache.json              the plan and per-channel statistics; written last
 
-so a folder without `cache.json` is half-written. A row has the file's `sha256` and `name`, one
-`label_<field>` each, and `latents`: the posterior mean of the picture and of its mirror image, with
-`latents_std` beside it where the VAE has one.
+so a folder without `cache.json` is incomplete. A row has the file's `sha256` and `name`, one
+`label_<field>` per field, and `latents`: the posterior means of the picture and of its mirror
+image, with `latents_std` next to them where the VAE has a posterior.
 """
 
 import hashlib
@@ -34,101 +34,16 @@ from complexity_dit.models.vae import Vae, load_vae
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
 
-# The Arrow files of a cache of latents: where they are, and that they hold what the cache says.
-
-PARTS = "parts"
-
-
-def number_of_parts(plan: dict[str, Any]) -> int:
-    """How many parts a cache has when it is whole."""
-    return -(-plan["images"] // plan["part_size"])
-
-
-def part_path(folder: Path, part: int) -> Path:
-    """The file of one part."""
-    return folder / PARTS / f"part-{part:05d}.arrow"
-
-
-def open_parts(folder: Path, info: dict[str, Any]) -> datasets.Dataset:
-    """Map the parts of a cache.
-
-    Args:
-        folder: Of the cache.
-        info: What its `cache.json` says, checked as such.
-
-    Raises:
-        UserError: A part is absent or damaged, or its columns are not those that the cache says.
-    """
-    parts = []
-    for number in range(number_of_parts(info)):
-        path = part_path(folder, number)
-        expected = min(info["part_size"], info["images"] - number * info["part_size"])
-        found, said = 0, "it is not there"
-        if path.is_file():
-            try:
-                parts.append(datasets.Dataset.from_file(str(path)))
-                found, said = len(parts[-1]), f"it holds {len(parts[-1])}"
-            except (OSError, pa.ArrowException) as error:
-                said = f"it cannot be read ({error})"
-        if found != expected:
-            raise UserError(
-                f"{path} should hold {expected} of the {info['images']} pictures that were "
-                f"encoded, and {said}: remove {folder / 'cache.json'} and the file, and run the "
-                "same encode command again"
-            )
-        if wrong := _wrong_column(parts[-1].data.table, info):
-            raise UserError(
-                f"{path} is not of the cache that {folder / 'cache.json'} describes: {wrong}; "
-                "encode into a new folder"
-            )
-    return datasets.concatenate_datasets(parts)
-
-
-def _wrong_column(table: pa.Table, info: dict[str, Any]) -> str | None:
-    """What a column lacks that is read later; None if all are as the cache says."""
-    numbers = math.prod(info["shape"]) * (2 if info["mirrored"] else 1)
-
-    def is_latents(kind: pa.DataType) -> bool:
-        return (
-            pa.types.is_fixed_size_list(kind)
-            and kind.list_size == numbers
-            and kind.value_type == pa.float16()
-        )
-
-    latents = f"lists of {numbers} float16 numbers"
-    wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-        "sha256": (pa.types.is_string, "text"),
-        "name": (pa.types.is_string, "text"),
-        "latents": (is_latents, latents),
-    }
-    if info["has_std"]:
-        wanted["latents_std"] = (is_latents, latents)
-    wanted |= {f"label_{f}": (pa.types.is_integer, "numbers") for f in info["label_names"]}
-    for name, (is_right, kind) in wanted.items():
-        if table.column_names.count(name) != 1:
-            return f"no column {name!r}"
-        column = table.column(name)
-        if not is_right(column.type) or column.null_count:
-            return f"column {name!r} holds no {kind}"
-    for field, names in info["label_names"].items():
-        ends = pc.min_max(table.column(f"label_{field}")).as_py()
-        if ends["min"] < -1 or ends["max"] >= len(names):
-            return f"label_{field} is outside of -1 to {len(names) - 1}"
-    return None
-
-
 FORMAT = "complexity-dit-latents-1"
 PLAN_FILE, CACHE_FILE = "plan.json", "cache.json"
 SCHEME = "latents:"
-
-_PLANNED = ("images", "part_size")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What turns the network's numbers into pictures: z = x * std + mean, then the VAE's decoder.
+    """The map from network outputs x to pictures: z = x * std + mean, then the VAE's decoder.
 
     Attributes:
         vae: The VAE of the cache, checked against its hash.
@@ -156,7 +71,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         mean: Per-channel mean of the training latents, float32 (channels,).
         std: Per-channel standard deviation, likewise.
         fingerprint: sha256 over the source, the VAE, the split and the labels.
-        skipped: Images of the source that could not be encoded.
+        skipped: Number of images of the source that could not be encoded.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], config: DataConfig, split: str) -> None:
@@ -167,11 +82,11 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.mean = torch.tensor(info["statistics"]["mean"], dtype=torch.float32)
         self.std = torch.tensor(info["statistics"]["std"], dtype=torch.float32)
         self._folder, self._sides = folder, 2 if info["mirrored"] else 1
-        self._rows = open_parts(folder, info)
+        self._rows = _open_parts(folder, info)
         self._views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
 
         hashes = self._rows.data.column("sha256").to_pylist()
-        kept = [i for i, sha in enumerate(hashes) if in_split(sha, config.holdout, split)]
+        kept = [i for i, sha256 in enumerate(hashes) if in_split(sha256, config.holdout, split)]
         if not kept:
             raise UserError(
                 f"split {split!r} of {folder} is empty: holdout={config.holdout} of "
@@ -179,12 +94,10 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             )
         self._kept = np.asarray(kept)
         self.label_names = _chosen_labels(info["label_names"], config.label_fields, folder)
-        columns = [
-            self._rows.data.column(f"label_{field}").to_numpy()[self._kept]
-            for field in self.label_names
-        ]
-        table = np.stack(columns, axis=1) if columns else np.empty((len(kept), 0), np.int64)
-        self.labels = torch.from_numpy(table.astype(np.int64))
+        labels = np.empty((len(kept), len(self.label_names)), np.int64)
+        for i, field in enumerate(self.label_names):
+            labels[:, i] = self._rows.data.column(f"label_{field}").to_numpy()[self._kept]
+        self.labels = torch.from_numpy(labels)
         head = [FORMAT, info["source_fingerprint"], info["vae"]["sha256"], split, config.holdout]
         self.fingerprint = hashlib.sha256(
             json.dumps([*head, self.label_names, self.mean.tolist()]).encode()
@@ -195,7 +108,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``latents`` (float32, C × Y × X, normalised) and ``labels`` (int64, F)."""
+        """Return `latents` (float32, C × Y × X, normalised) and `labels` (int64, F)."""
         latents = self.clean([index], torch.zeros(1, dtype=torch.bool))[0]
         return {"latents": latents, "labels": self.labels[index]}
 
@@ -209,11 +122,11 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         flips: Tensor,
         posterior_noise: Tensor | None = None,
     ) -> Tensor:
-        """Return the latents at ``indices`` as the network learns them.
+        """Return the latents at `indices` as training targets.
 
         Args:
             indices: Which pictures, n of them.
-            flips: bool (n,): of which of them the mirror image's latent is wanted.
+            flips: bool (n,): where to use the latent of the mirror image.
             posterior_noise: Standard normal, of the result's shape: the latent is then drawn from
                 the posterior, mean + std * noise; None gives the mean.
 
@@ -231,7 +144,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         latents = self._read("latents", rows, sides)
         if posterior_noise is not None:
             latents = latents + self._read("latents_std", rows, sides) * posterior_noise
-        # A sum shows it in one pass; sums of float16 numbers are far from overflowing.
+        # The sum shows it in one pass; sums of float16 numbers are far from overflowing.
         if not latents.sum().isfinite():
             bad = rows[~latents.isfinite().flatten(1).all(1).numpy()]
             name = self._rows[int(bad[0])]["name"]
@@ -241,22 +154,22 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             )
         return latents.sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
 
-    def warn_of_lost_pictures(self, source: str) -> None:
-        """Say which encoded files are no longer in a folder that is still there.
+    def warn_of_removed_pictures(self, source: str) -> None:
+        """Warn when files that were encoded are no longer in a folder that still exists.
 
-        Training does without them; an evaluation against that folder would measure something else.
+        Training does not need them, but an evaluation against that folder would not have them.
         """
         scheme, _, root = source.partition(":")
         if scheme != "imagefolder" or not Path(root).expanduser().is_dir():
             return
         # A name is "PATH (row N)"; a member of an archive has a URL in place of the path.
         names = (name.rsplit(" (row ", 1)[0] for name in self._rows.data.column("name").to_pylist())
-        lost = [name for name in names if "://" not in name and not Path(name).exists()]
-        if lost:
+        missing = [name for name in names if "://" not in name and not Path(name).exists()]
+        if missing:
             log.warning(
                 "%d of the %d pictures that were encoded into %s are no longer in %s (%s): "
-                "training has their latents, but an evaluation cannot see them",
-                len(lost), len(self._rows), self._folder, source, lost[0],
+                "training uses their latents, but an evaluation cannot read them",
+                len(missing), len(self._rows), self._folder, source, missing[0],
             )  # fmt: skip
 
     def _read(self, column: str, rows: np.ndarray, sides: np.ndarray) -> Tensor:
@@ -270,7 +183,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         ).float()
 
     def _map(self, column: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The first row of each chunk, and views (rows, sides, C, Y, X) straight onto the files."""
+        """Return each chunk's first row, and views (rows, sides, C, Y, X) onto the mapped files."""
         shape = (-1, self._sides, self.channels, self.sample_size, self.sample_size)
         views = [
             chunk.flatten().to_numpy(zero_copy_only=True).reshape(shape)
@@ -283,11 +196,11 @@ TrainingData = PaintingDataset | LatentDataset
 
 
 def load_training_data(config: DataConfig, split: str = "train") -> TrainingData:
-    """Pictures as `load_data` reads them, or, for `latents:PATH`, what `encode` made of them.
+    """Read pictures as `load_data` does, or, for `latents:PATH`, the latents that `encode` cached.
 
     Raises:
-        UserError: As `load_data`; and the cache is absent, half-written or damaged, or its
-            resolution, hold-out or mirror images are not those of the config.
+        UserError: As `load_data`; or the cache is absent, incomplete or damaged, or its resolution,
+            hold-out or mirror images are not those of the config.
     """
     if not config.source.startswith(SCHEME):
         if config.vae is not None:
@@ -298,45 +211,47 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
         return load_data(config, split)
     folder = folder_of(config)
     info = read_cache(folder)
-    for key, ours, theirs in (
-        ("resolution", config.resolution, info["resolution"]),
-        ("holdout", config.holdout, info["statistics"]["holdout"]),
-    ):
-        if ours != theirs:
-            again = "; encode again with another --holdout takes the statistics anew, in seconds"
-            raise UserError(
-                f"data.{key} is {ours}, and {folder} was made with {theirs}: set data.{key} to it"
-                + (again if key == "holdout" else "")
-            )
+    if config.resolution != info["resolution"]:
+        raise UserError(
+            f"data.resolution is {config.resolution}, and {folder} was made with "
+            f"{info['resolution']}: set data.resolution to it"
+        )
+    holdout = info["statistics"]["holdout"]
+    if config.holdout != holdout:
+        raise UserError(
+            f"data.holdout is {config.holdout}, and {folder} was made with {holdout}: set "
+            "data.holdout to it, or encode again with another --holdout, which only recomputes "
+            "the statistics"
+        )
     if config.flip and not info["mirrored"]:
         raise UserError(
             f"data.flip is true, and {folder} has no mirrored latents: set it false, or encode "
             "again with --flip true"
         )
     dataset = LatentDataset(folder, info, config, split)
-    dataset.warn_of_lost_pictures(DataConfig(**info["source"]).source)
+    dataset.warn_of_removed_pictures(DataConfig(**info["source"]).source)
     return dataset
 
 
 def open_latent_space(config: DataConfig) -> LatentSpace | None:
-    """The VAE and statistics that go with a training set; None for pixels.
+    """Load the VAE and statistics that belong to a training set; None for pixels.
 
     The VAE is `config.vae`, or the one that the cache names.
 
     Raises:
-        UserError: If the VAE cannot be loaded, or is not the one that made the latents.
+        UserError: The VAE cannot be loaded, or is not the one that made the latents.
     """
     if not config.source.startswith(SCHEME):
         return None
     folder = folder_of(config)
     info = read_cache(folder)
-    recorded = info["vae"]
+    recorded, statistics = info["vae"], info["statistics"]
     name = config.vae or recorded["name"]
     try:
         vae = load_vae(name)
     except UserError as error:
         raise UserError(
-            f"{error} ({folder} was made with the VAE {recorded['name']}; data.vae says where it "
+            f"{error} ({folder} was made with the VAE {recorded['name']}; set data.vae to where it "
             "is now)"
         ) from error
     sha256 = weights_sha256(vae)
@@ -346,40 +261,68 @@ def open_latent_space(config: DataConfig) -> LatentSpace | None:
             f"latents of {folder}: those are from {recorded['name']} ({recorded['class']}, weights "
             f"{recorded['sha256'][:16]}); set data.vae to that one, or encode again"
         )
-    statistics = info["statistics"]
     return LatentSpace(vae, statistics["mean"], statistics["std"], asdict(source_config(config)))
 
 
 def source_config(config: DataConfig) -> DataConfig:
-    """How the pictures behind a training set are read: the config itself unless it is latents."""
+    """Return how the pictures of a training set are read: for latents, how they were encoded."""
     if not config.source.startswith(SCHEME):
         return config
     info = read_cache(folder_of(config))
-    encoded = DataConfig(**info["source"])
     return replace(
-        encoded, vae=None, holdout=config.holdout, flip=config.flip,
+        DataConfig(**info["source"]), vae=None, holdout=config.holdout, flip=config.flip,
         label_fields=list(_chosen_labels(info["label_names"], config.label_fields, config.source)),
     )  # fmt: skip
 
 
+def folder_of(config: DataConfig) -> Path:
+    """Return the folder of a source `latents:PATH`."""
+    return Path(config.source.removeprefix(SCHEME)).expanduser()
+
+
+def _chosen_labels(
+    label_names: dict[str, list[str]], fields: Sequence[str] | None, where: object
+) -> dict[str, list[str]]:
+    for field in fields or ():
+        if field not in label_names:
+            raise UserError(
+                f"label field {field!r} is not in {where}; its fields are "
+                f"{', '.join(label_names) or 'none'}"
+            )
+    return label_names if fields is None else {field: label_names[field] for field in fields}
+
+
+# The files of a cache.
+
+
+def number_of_parts(plan: dict[str, Any]) -> int:
+    """Return how many parts a complete cache has."""
+    return -(-plan["images"] // plan["part_size"])
+
+
+def part_path(folder: Path, part: int) -> Path:
+    """Return the file of one part."""
+    return folder / "parts" / f"part-{part:05d}.arrow"
+
+
 def read_cache(folder: Path) -> dict[str, Any]:
-    """Read `cache.json`.
+    """Read and check `cache.json`.
 
     Raises:
-        UserError: There is no cache, it is half-written, or of another format.
+        UserError: There is no cache, or it is incomplete, damaged or of another format.
     """
     try:
         info = read_json_object(folder / CACHE_FILE)
     except FileNotFoundError as error:
         if not (folder / PLAN_FILE).is_file():
             raise UserError(
-                f"{folder} is no folder of latents (no {CACHE_FILE} in it); make one with "
+                f"{folder} is not a folder of latents (no {CACHE_FILE} in it); make one with "
                 f"complexity-dit encode --source SOURCE --vae ID_OR_PATH --out {folder}"
             ) from error
-        parts = len(list((folder / PARTS).glob("part-*.arrow")))
+        written = len(list(part_path(folder, 0).parent.glob("part-*.arrow")))
         raise UserError(
-            f"{folder} is half-written: {parts} of {_planned_parts(folder)} parts are there; run "
-            "the same encode command again, and it goes on"
+            f"{folder} is incomplete: {written} of {_planned_parts(folder)} parts are written; run "
+            "the same encode command again to continue"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / CACHE_FILE}: {error}") from error
@@ -397,34 +340,37 @@ def read_cache(folder: Path) -> dict[str, Any]:
 
 
 def _check_info(info: dict[str, Any]) -> None:
-    """Every entry that is read later is there, of its type and in its range, or ValueError."""
-    kinds: dict[str, Any] = {
+    """Raise ValueError unless every entry that is read later is there, of its type and range."""
+    types: dict[str, Any] = {
         "images": int, "part_size": int, "resolution": int, "skipped": int, "shape": list[int],
         "has_std": bool, "mirrored": bool, "source_fingerprint": str, "source": dict[str, Any],
         "label_names": dict[str, list[str]], "vae": dict[str, Any], "statistics": dict[str, Any],
     }  # fmt: skip
-    statistics = {"mean": list[float], "std": list[float], "holdout": float}
-    for where, wanted in ((info, kinds), (info.get("statistics"), statistics)):
-        for name, kind in wanted.items():
-            if not isinstance(where, dict) or not fits(where.get(name), kind):
-                raise ValueError(f"{name} is no {getattr(kind, '__name__', kind)}")
-    if not all(fits(info["vae"].get(name), str) for name in ("name", "class", "sha256")):
-        raise ValueError("vae lacks its name, class or sha256")
+    _check_types(info, types)
+    _check_types(info["vae"], {"name": str, "class": str, "sha256": str})
+    _check_types(info["statistics"], {"mean": list[float], "std": list[float], "holdout": float})
     if len(info["shape"]) != 3 or info["shape"][1] != info["shape"][2]:
         raise ValueError(f"shape {info['shape']} is not (channels, side, side)")
     if min(*info["shape"], info["images"], info["part_size"], info["resolution"]) < 1:
         raise ValueError("a size is below 1")
     mean, std = info["statistics"]["mean"], info["statistics"]["std"]
     if not len(mean) == len(std) == info["shape"][0] or min(std) <= 0:
-        raise ValueError("mean and std are not one number a channel, std above 0")
+        raise ValueError("mean and std are not one number per channel with std above 0")
     filled(DataConfig, info["source"])
+
+
+def _check_types(values: dict[str, Any], types: dict[str, Any]) -> None:
+    for name, kind in types.items():
+        if not fits(values.get(name), kind):
+            raise ValueError(f"{name} is not a {getattr(kind, '__name__', kind)}")
 
 
 def _planned_parts(folder: Path) -> int:
     try:
         plan = read_json_object(folder / PLAN_FILE)
-        if not all(fits(plan.get(name), int) and plan[name] > 0 for name in _PLANNED):
-            raise ValueError(f"no number above 0 under {' and '.join(_PLANNED)}")
+        _check_types(plan, {"images": int, "part_size": int})
+        if min(plan["images"], plan["part_size"]) < 1:
+            raise ValueError("images and part_size must be at least 1")
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {folder / PLAN_FILE}: {error}; encode into a new folder"
@@ -432,20 +378,58 @@ def _planned_parts(folder: Path) -> int:
     return number_of_parts(plan)
 
 
-def folder_of(config: DataConfig) -> Path:
-    """The folder of a source `latents:PATH`."""
-    return Path(config.source.removeprefix(SCHEME)).expanduser()
-
-
-def _chosen_labels(
-    label_names: dict[str, list[str]], fields: Sequence[str] | None, where: object
-) -> dict[str, list[str]]:
-    if fields is None:
-        return label_names
-    for field in fields:
-        if field not in label_names:
+def _open_parts(folder: Path, info: dict[str, Any]) -> datasets.Dataset:
+    """Map the parts of a cache, or raise UserError if they are not as its `cache.json` says."""
+    parts = []
+    for number in range(number_of_parts(info)):
+        path = part_path(folder, number)
+        expected = min(info["part_size"], info["images"] - number * info["part_size"])
+        count, problem = 0, "it is not there"
+        if path.is_file():
+            try:
+                parts.append(datasets.Dataset.from_file(str(path)))
+                count, problem = len(parts[-1]), f"it holds {len(parts[-1])}"
+            except (OSError, pa.ArrowException) as error:
+                problem = f"it cannot be read ({error})"
+        if count != expected:
             raise UserError(
-                f"label field {field!r} is not in {where}; its fields are "
-                f"{', '.join(label_names) or 'none'}"
+                f"{path} should hold {expected} of the {info['images']} pictures that were "
+                f"encoded, and {problem}: remove {folder / CACHE_FILE} and the file, and run the "
+                "same encode command again"
             )
-    return {field: label_names[field] for field in fields}
+        if problem := _column_problem(parts[-1].data.table, info):
+            raise UserError(
+                f"{path} does not match {folder / CACHE_FILE}: {problem}; encode into a new folder"
+            )
+    return datasets.concatenate_datasets(parts)
+
+
+def _column_problem(table: pa.Table, info: dict[str, Any]) -> str | None:
+    """Return what is wrong with a column that is read later; None if all are as expected."""
+    numbers = math.prod(info["shape"]) * (2 if info["mirrored"] else 1)
+
+    def is_latents(kind: pa.DataType) -> bool:
+        return (
+            pa.types.is_fixed_size_list(kind)
+            and kind.list_size == numbers
+            and kind.value_type == pa.float16()
+        )
+
+    texts, latents = ["sha256", "name"], ["latents", "latents_std"][: 1 + info["has_std"]]
+    labels = {f"label_{field}": names for field, names in info["label_names"].items()}
+    expected: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+        **dict.fromkeys(texts, (pa.types.is_string, "text")),
+        **dict.fromkeys(latents, (is_latents, f"lists of {numbers} float16 numbers")),
+        **dict.fromkeys(labels, (pa.types.is_integer, "numbers")),
+    }
+    for name, (is_right, kind) in expected.items():
+        if table.column_names.count(name) != 1:
+            return f"no column {name!r}"
+        column = table.column(name)
+        if not is_right(column.type) or column.null_count:
+            return f"column {name!r} does not hold {kind}"
+    for name, names in labels.items():
+        ends = pc.min_max(table.column(name)).as_py()
+        if ends["min"] < -1 or ends["max"] >= len(names):
+            return f"{name} is outside of -1 to {len(names) - 1}"
+    return None
