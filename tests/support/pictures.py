@@ -1,5 +1,6 @@
 """Pictures to evaluate, and folders of them."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -24,3 +25,16 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:04d}.png")
     return folder
+
+
+def random_image(seed: int, width: int = 20, height: int = 16) -> Image.Image:
+    """An RGB image of independent random pixels."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()

@@ -1,9 +1,8 @@
-"""The three sources, the hash split, the labels, the preprocessing and every bad input."""
+"""The three sources, the held-out split, labels, unusable images and refused settings."""
 
 import csv
 import dataclasses
 import gc
-import io
 import logging
 import shutil
 import zipfile
@@ -24,6 +23,7 @@ from complexity_dit.data.pictures import square_pixels
 from complexity_dit.labels import resolve_label
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
+from support.pictures import encoded, random_image
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +31,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -53,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
         out = csv.writer(file)
         out.writerow(["file_name", "style", "artist", "title", "year"])
         for i in range(40):
-            picture(i).save(root / f"{i:02}.png")
+            random_image(i).save(root / f"{i:02}.png")
             artist = "" if i % 8 == 7 else f"painter {i % 5}"
             year = "" if i == 3 else 1900 + i % 2
             out.writerow([f"{i:02}.png", ["Cubism", "Baroque"][i % 2], artist, f"no {i}", year])
@@ -68,10 +57,7 @@ def contents(dataset: PaintingDataset) -> set[bytes]:
     return {pixels.numpy().tobytes() for pixels in dataset.pixels(range(len(dataset)))}
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
-def test_a_folder_with_metadata(folder: Path) -> None:
+def test_a_folder_with_metadata_gives_pictures_and_labels(folder: Path) -> None:
     dataset = load(folder)
     assert len(dataset) == 40
     assert dataset.label_names == {
@@ -98,7 +84,7 @@ def test_class_folders_give_a_class_label(tmp_path: Path) -> None:
     for i in range(6):
         path = tmp_path / "set" / ["dog", "ant"][i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i).save(path)
+        random_image(i).save(path)
     dataset = load(tmp_path / "set")
     assert dataset.label_names == {"label": ["ant", "dog"]}
     assert sorted(dataset.labels[:, 0].tolist()) == [0, 0, 0, 1, 1, 1]
@@ -106,28 +92,28 @@ def test_class_folders_give_a_class_label(tmp_path: Path) -> None:
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for i in range(3):
-        picture(i).save(tmp_path / f"{i}.png")
+        random_image(i).save(tmp_path / f"{i}.png")
     dataset = load(tmp_path)
     assert dataset.label_names == {}
     assert dataset.labels.shape == (3, 0)
     assert dataset[0]["labels"].shape == (0,)
 
 
-def test_names_that_look_like_splits_lose_no_file(tmp_path: Path) -> None:
+def test_file_names_that_resemble_splits_are_read(tmp_path: Path) -> None:
     root = tmp_path / "set [1]"
     root.mkdir()
     for name in ("the-train-in-the-snow", "plain", "test-of-colour"):
-        picture(len(name)).save(root / f"{name}.png")
+        random_image(len(name)).save(root / f"{name}.png")
     assert len(load(root)) == 3
 
 
-def test_train_and_test_folders_are_put_together(
+def test_train_and_test_folders_are_joined(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i, (split, name) in enumerate([("train", "a"), ("train", "b"), ("test", "a")]):
         path = tmp_path / "set" / split / name / f"{i}.png"
         path.parent.mkdir(parents=True)
-        picture(i).save(path)
+        random_image(i).save(path)
     with caplog.at_level(logging.INFO):
         dataset = load(tmp_path / "set")
     assert len(dataset) == 3
@@ -135,15 +121,15 @@ def test_train_and_test_folders_are_put_together(
     assert "joining its splits test, train" in caplog.text
 
 
-def test_pictures_inside_a_zip(tmp_path: Path) -> None:
+def test_pictures_in_a_zip_are_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for i in range(3):
-            archive.writestr(f"{i}.png", encoded(picture(i)))
+            archive.writestr(f"{i}.png", encoded(random_image(i)))
     assert len(load(tmp_path)) == 3
 
 
 def parquet(tmp_path: Path) -> Path:
-    """A stand-in for huggan/wikiart: encoded images with ClassLabel columns, two shards."""
+    """A data set like huggan/wikiart: encoded images with ClassLabel columns, in two splits."""
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -155,7 +141,9 @@ def parquet(tmp_path: Path) -> Path:
     root.mkdir()
     for split, count in (("train", 6), ("test", 3)):
         rows = {
-            "image": [{"bytes": encoded(picture(i + count)), "path": None} for i in range(count)],
+            "image": [
+                {"bytes": encoded(random_image(i + count)), "path": None} for i in range(count)
+            ],
             "artist": [i % 3 for i in range(count)],
             "genre": [None if i == 0 else 1 for i in range(count)],
         }
@@ -177,16 +165,18 @@ def test_a_hub_dataset_keeps_its_class_labels_and_joins_its_splits(
     assert "joining its splits train (6), test (3)" in caplog.text
 
 
-def test_the_art_set_splits_alike_at_every_resolution() -> None:
+def test_the_art_set_has_the_same_split_at_every_resolution() -> None:
     small = DataConfig(source="art", num_images=48, resolution=8, holdout=0.3)
     large = dataclasses.replace(small, resolution=12)
-    heldout, whole = load_data(small, "heldout"), load_data(small, "all")
+    heldout, everything = load_data(small, "heldout"), load_data(small, "all")
     assert 0 < len(heldout) < 48
     assert torch.equal(heldout.labels, load_data(large, "heldout").labels)
-    assert whole.label_names == {field: list(names) for field, names in art.LABEL_NAMES.items()}
-    assert whole.labels[7].tolist() == list(art.labels_of(7).values())
-    painted = np.asarray(art.paint(7, 8)).transpose(2, 0, 1)
-    assert np.array_equal(whole.pixels([7])[0].numpy(), painted)
+    assert everything.label_names == {
+        field: list(names) for field, names in art.LABEL_NAMES.items()
+    }
+    assert everything.labels[7].tolist() == list(art.labels_of(7).values())
+    drawn = np.asarray(art.paint(7, 8)).transpose(2, 0, 1)
+    assert np.array_equal(everything.pixels([7])[0].numpy(), drawn)
 
 
 @pytest.mark.parametrize("source", ["art", "folder"])
@@ -222,7 +212,7 @@ def test_memory_mapped_pixels_equal_those_in_memory(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_processes_decode_the_same(folder: Path, tmp_path: Path) -> None:
+def test_several_processes_decode_the_same(folder: Path, tmp_path: Path) -> None:
     one = load(folder)
     shutil.rmtree(tmp_path / "cache")
     two = load(folder, num_workers=2)
@@ -230,31 +220,31 @@ def test_processes_decode_the_same(folder: Path, tmp_path: Path) -> None:
     assert one.fingerprint == two.fingerprint
 
 
-# --- the held-out split --------------------------------------------------------------------------
-
-
-def test_the_split_follows_the_bytes(folder: Path) -> None:
+def test_the_split_depends_on_the_bytes_of_a_file(folder: Path) -> None:
     shutil.copy(folder / "00.png", folder / "01.png")
-    whole = load(folder)
+    everything = load(folder)
     for holdout in (0.3, 0.6):
         train, heldout = (load(folder, split, holdout=holdout) for split in ("train", "heldout"))
-        assert len(train) + len(heldout) == len(whole) == 40
+        assert len(train) + len(heldout) == len(everything) == 40
         assert not contents(train) & contents(heldout)
-        assert train.label_names == heldout.label_names == whole.label_names
+        assert train.label_names == heldout.label_names == everything.label_names
     fewer = load(folder, "heldout", holdout=0.3)
     assert contents(fewer) < contents(heldout)
 
 
-def test_the_rule_of_the_split() -> None:
-    assert data.in_split("0" * 64, 0.1, "heldout")
-    assert data.in_split("1999" + "0" * 60, 0.1, "heldout")
-    assert not data.in_split("199a" + "0" * 60, 0.1, "heldout")
-    assert data.in_split("199a" + "0" * 60, 0.1, "train")
-    assert not data.in_split("0" * 64, 0.0, "heldout")
-    assert data.in_split("f" * 64, 0.1, "all")
+@pytest.mark.parametrize(
+    ("start", "holdout", "heldout"),
+    [("0000", 0.1, True), ("1999", 0.1, True), ("199a", 0.1, False), ("0000", 0.0, False)],
+)
+def test_files_below_the_holdout_fraction_are_held_out(
+    start: str, holdout: float, heldout: bool
+) -> None:
+    sha256 = start + "0" * 60
+    in_splits = [data.in_split(sha256, holdout, split) for split in ("heldout", "train", "all")]
+    assert in_splits == [heldout, not heldout, True]
 
 
-def test_the_fingerprint_names_the_data(folder: Path) -> None:
+def test_the_fingerprint_changes_with_the_data_and_its_settings(folder: Path) -> None:
     base = load(folder, "train", holdout=0.3)
     assert base.fingerprint == load(folder, "train", holdout=0.3).fingerprint
     assert len(base.fingerprint) == 64
@@ -264,15 +254,12 @@ def test_the_fingerprint_names_the_data(folder: Path) -> None:
         load(folder, "train", holdout=0.3, label_fields=["style"]),
         load_data(DataConfig(f"imagefolder:{folder}", resolution=9, holdout=0.3), "train"),
     ]
-    picture(99).save(folder / "00.png")
+    random_image(99).save(folder / "00.png")
     others.append(load(folder, "all"))
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
-# --- labels --------------------------------------------------------------------------------------
-
-
-def test_label_fields_are_taken_as_asked(folder: Path) -> None:
+def test_named_label_fields_are_used_in_their_order(folder: Path) -> None:
     dataset = load(folder, label_fields=["year", "title"])
     assert list(dataset.label_names) == ["year", "title"]
     assert dataset.label_names["year"] == ["1900", "1901"]
@@ -284,15 +271,12 @@ def test_label_fields_are_taken_as_asked(folder: Path) -> None:
         load(folder, label_fields=["style", "style"])
 
 
-# --- bad images ----------------------------------------------------------------------------------
-
-
 def bad_files(root: Path) -> dict[str, str]:
-    """Four bad files in place of good ones; names with the reason that must be given."""
-    whole = encoded(picture(1, 64, 64), "JPEG")
-    (root / "01.png").write_bytes(whole[: len(whole) // 2])
+    """Replace four files by unusable ones; return their names and the expected reasons."""
+    intact = encoded(random_image(1, 64, 64), "JPEG")
+    (root / "01.png").write_bytes(intact[: len(intact) // 2])
     (root / "02.png").write_bytes(b"not an image")
-    picture(2, width=40, height=7).save(root / "03.png")
+    random_image(2, width=40, height=7).save(root / "03.png")
     (root / "04.png").unlink()
     return {
         "01.png": "truncated",
@@ -315,7 +299,10 @@ def test_bad_images_are_named_and_counted(folder: Path, caplog: pytest.LogCaptur
             assert name in line
             assert reason in line
         assert warned[-1] == "skipped 4 of the 40 images of 'all'"
-        assert dataset.labels[1].tolist() == [0, 0]  # picture 05, so labels moved with pixels
+        assert dataset.labels[1].tolist() == [
+            0,
+            0,
+        ]  # the labels of picture 05
     skipped = [load(folder, split, holdout=0.5).skipped for split in ("train", "heldout")]
     assert sum(skipped) == 4
 
@@ -333,15 +320,12 @@ def test_a_decompression_bomb_is_skipped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    picture(0, 30, 30).save(folder / "00.png")  # over the limit: Pillow only warns
-    picture(1, 60, 60).save(folder / "01.png")  # over twice the limit: Pillow stops
+    random_image(0, 30, 30).save(folder / "00.png")  # over the limit: Pillow only warns
+    random_image(1, 60, 60).save(folder / "01.png")  # over twice the limit: Pillow stops
     dataset = load(folder)
     assert dataset.skipped == 2
     assert "00.png (row 0): cannot be decoded (DecompressionBombWarning" in caplog.text
     assert "01.png (row 1): cannot be decoded (DecompressionBombError" in caplog.text
-
-
-# --- bad settings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,12 +345,12 @@ def test_a_decompression_bomb_is_skipped(
         ({"num_images": 4, "holdout": 0.0}, "heldout", "split 'heldout' of art is empty"),
     ],
 )
-def test_bad_settings(settings: dict[str, object], split: str, message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, object], split: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_data(DataConfig(**settings), split)
 
 
-def test_folders_without_a_usable_image(tmp_path: Path) -> None:
+def test_folders_without_a_usable_image_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images in"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
@@ -381,27 +365,27 @@ def test_folders_without_a_usable_image(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_metadata_file_that_cannot_be_read(folder: Path) -> None:
+def test_an_unusable_metadata_file_is_refused(folder: Path) -> None:
     (folder / "metadata.csv").write_text("picture,style\n00.png,Cubism\n")
     with pytest.raises(UserError, match=r"file_name.*check the folder and its metadata file"):
         load(folder)
-    gc.collect()  # `datasets` leaves the file open; let it be closed in this test
+    gc.collect()  # `datasets` leaves the file open; close it within this test
 
 
-def test_the_image_column(tmp_path: Path) -> None:
+def test_the_image_column_can_be_named(tmp_path: Path) -> None:
     source = f"hub:{parquet(tmp_path)}"
     assert len(load_data(DataConfig(source, resolution=8, image_column="image"), "all")) == 9
     with pytest.raises(UserError, match=r"image columns of the data are \['image'\].*'genre' is"):
         load_data(DataConfig(source, resolution=8, image_column="genre"), "all")
 
 
-def test_the_hub_offline_is_one_line() -> None:
+def test_a_hub_source_offline_gives_one_line() -> None:
     with pytest.raises(UserError, match="imagefolder:PATH") as caught:
         load_data(DataConfig("hub:huggan/wikiart"), "train")
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -410,12 +394,9 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         load_data(DataConfig("hub:huggan/wikiart"), "train")
 
 
-# --- the order of training -----------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @needs_data
-def test_wikiart() -> None:
+def test_the_wikiart_subset() -> None:
     source = f"imagefolder:{shared_data()}/wikiart"
     config = DataConfig(source, resolution=48, holdout=0.2)
     train, heldout = load_data(config, "train"), load_data(config, "heldout")
