@@ -1,4 +1,4 @@
-"""Files of strangers: pickles stay closed, foreign classes unimported, bombs and traps unread."""
+"""Hostile files: pickles, foreign classes, decompression bombs and paths out of a data set."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def test_pickles_cannot_be_asked_for(saved):
             load.from_pretrained(saved, use_safetensors=False)
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(saved, tmp_path):
+def test_a_pickle_next_to_safetensors_is_not_opened(saved, tmp_path):
     set_trap(saved / "transformer" / "diffusion_pytorch_model.bin", tmp_path / "proof")
     load_pipeline(str(saved))
     assert not (tmp_path / "proof").exists()

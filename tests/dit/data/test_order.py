@@ -1,4 +1,4 @@
-"""The order in which training sees its pictures."""
+"""The order in which training reads its pictures."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from inl_core.run.errors import UserError
 
 
 def test_the_order_is_a_function_of_the_position() -> None:
-    whole = random_batch_indices(10, seed=3, start=0, count=35)
+    order = random_batch_indices(10, seed=3, start=0, count=35)
     pieces = [random_batch_indices(10, 3, start, 5) for start in range(0, 35, 5)]
-    assert torch.equal(whole, torch.cat(pieces))
-    assert whole.dtype == torch.int64
+    assert torch.equal(order, torch.cat(pieces))
+    assert order.dtype == torch.int64
     for epoch in range(3):
-        assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
-    assert not torch.equal(whole[:10], whole[10:20])
-    assert not torch.equal(whole, random_batch_indices(10, 4, 0, 35))
+        assert sorted(order[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
+    assert not torch.equal(order[:10], order[10:20])
+    assert not torch.equal(order, random_batch_indices(10, 4, 0, 35))
     assert random_batch_indices(10, 3, 7, 0).shape == (0,)
     assert random_batch_indices(1, 0, 5, 3).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="num_items 0"):
@@ -27,32 +27,29 @@ def test_the_order_is_a_function_of_the_position() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    # A resumed run must read on where an older version stopped.
+    # A resumed run must continue where an older version stopped.
     assert random_batch_indices(8, 0, 0, 16).tolist() == [
         0, 3, 5, 1, 7, 6, 2, 4, 0, 6, 5, 1, 3, 7, 2, 4,
     ]  # fmt: skip
 
 
-# --- real paintings ------------------------------------------------------------------------------
-
-
-def test_balanced_labels_come_equally_often_and_missing_ones_as_often_as_they_are() -> None:
+def test_balanced_labels_are_read_equally_often_and_missing_ones_at_their_own_rate() -> None:
     ids = torch.tensor([0] * 20 + [2] * 3 + [3] * 7 + [-1] * 10)  # no item has label 1
     order = BalancedOrder(ids, seed=3)
-    whole = order.indices(0, 400)
-    counts = torch.bincount(ids[whole] + 1, minlength=5).tolist()
+    indices = order.indices(0, 400)
+    counts = torch.bincount(ids[indices] + 1, minlength=5).tolist()
     assert counts == [100, 100, 0, 100, 100]  # a quarter missing, as in the data
-    assert torch.bincount(ids[whole[:40]] + 1, minlength=5).tolist() == [10, 10, 0, 10, 10]
+    assert torch.bincount(ids[indices[:40]] + 1, minlength=5).tolist() == [10, 10, 0, 10, 10]
     for label in (0, 2, 3, -1):
         members = (ids == label).nonzero().flatten().tolist()
-        read = [i for i in whole.tolist() if ids[i] == label]
+        read = [i for i in indices.tolist() if ids[i] == label]
         for epoch in range(len(read) // len(members)):
             part = read[epoch * len(members) : (epoch + 1) * len(members)]
             assert sorted(part) == members
     pieces = [BalancedOrder(ids, 3).indices(start, 80) for start in range(0, 400, 80)]
-    assert torch.equal(whole, torch.cat(pieces))
-    assert torch.equal(order.indices(7, 5), whole[7:12])  # backwards too
-    assert not torch.equal(whole, BalancedOrder(ids, 4).indices(0, 400))
+    assert torch.equal(indices, torch.cat(pieces))
+    assert torch.equal(order.indices(7, 5), indices[7:12])  # backwards too
+    assert not torch.equal(indices, BalancedOrder(ids, 4).indices(0, 400))
 
 
 def test_the_balanced_order_never_changes() -> None:

@@ -26,6 +26,7 @@ from complexity_dit.data.latents import (
     PLAN_FILE,
     number_of_parts,
     part_path,
+    part_schema,
 )
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.vae import Vae, load_vae, posterior, scale_factor
@@ -241,15 +242,10 @@ def _encode_rows(
 
 
 def _features(plan: dict[str, Any]) -> datasets.Features:
-    numbers = int(np.prod(plan["shape"])) * (2 if plan["mirrored"] else 1)
-    latent = datasets.List(datasets.Value("float16"), length=numbers)
-    labels = {
-        f"label_{field}": datasets.ClassLabel(names=names)
-        for field, names in plan["label_names"].items()
-    }
-    text = datasets.Value("string")
-    columns: dict[str, Any] = {"sha256": text, "name": text, **labels, "latents": latent}
-    return datasets.Features(columns | ({"latents_std": latent} if plan["has_std"] else {}))
+    features = datasets.Features.from_arrow_schema(pa.schema(part_schema(plan)))
+    for field, names in plan["label_names"].items():
+        features[f"label_{field}"] = datasets.ClassLabel(names=names)
+    return features
 
 
 def _finish(folder: Path, plan: dict[str, Any], holdout: float) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +305,15 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / "parts" / f"part-{part:05d}.arrow"
 
 
+def part_schema(plan: dict[str, Any]) -> dict[str, pa.DataType]:
+    """Return the columns of a part, in order, with their Arrow types."""
+    text, sides = pa.string(), 2 if plan["mirrored"] else 1
+    latent = pa.list_(pa.float16(), sides * math.prod(plan["shape"]))
+    types = {"sha256": text, "name": text}
+    types |= {f"label_{field}": pa.int64() for field in plan["label_names"]}
+    return types | dict.fromkeys(("latents", "latents_std")[: 1 + plan["has_std"]], latent)
+
+
 def read_cache(folder: Path) -> dict[str, Any]:
     """Read and check `cache.json`.
 
@@ -353,6 +362,8 @@ def _check_info(info: dict[str, Any]) -> None:
         raise ValueError(f"shape {info['shape']} is not (channels, side, side)")
     if min(*info["shape"], info["images"], info["part_size"], info["resolution"]) < 1:
         raise ValueError("a size is below 1")
+    if math.prod(info["shape"]) >= 2**30:
+        raise ValueError(f"shape {info['shape']} is too large")
     mean, std = info["statistics"]["mean"], info["statistics"]["std"]
     if not len(mean) == len(std) == info["shape"][0] or min(std) <= 0:
         raise ValueError("mean and std are not one number per channel with std above 0")
@@ -397,39 +408,22 @@ def _open_parts(folder: Path, info: dict[str, Any]) -> datasets.Dataset:
                 f"encoded, and {problem}: remove {folder / CACHE_FILE} and the file, and run the "
                 "same encode command again"
             )
-        if problem := _column_problem(parts[-1].data.table, info):
+        if problem := _table_problem(parts[-1].data.table, info):
             raise UserError(
                 f"{path} does not match {folder / CACHE_FILE}: {problem}; encode into a new folder"
             )
     return datasets.concatenate_datasets(parts)
 
 
-def _column_problem(table: pa.Table, info: dict[str, Any]) -> str | None:
+def _table_problem(table: pa.Table, info: dict[str, Any]) -> str | None:
     """Return what is wrong with a column that is read later; None if all are as expected."""
-    numbers = math.prod(info["shape"]) * (2 if info["mirrored"] else 1)
-
-    def is_latents(kind: pa.DataType) -> bool:
-        return (
-            pa.types.is_fixed_size_list(kind)
-            and kind.list_size == numbers
-            and kind.value_type == pa.float16()
-        )
-
-    texts, latents = ["sha256", "name"], ["latents", "latents_std"][: 1 + info["has_std"]]
-    labels = {f"label_{field}": names for field, names in info["label_names"].items()}
-    expected: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-        **dict.fromkeys(texts, (pa.types.is_string, "text")),
-        **dict.fromkeys(latents, (is_latents, f"lists of {numbers} float16 numbers")),
-        **dict.fromkeys(labels, (pa.types.is_integer, "numbers")),
-    }
-    for name, (is_right, kind) in expected.items():
-        if table.column_names.count(name) != 1:
-            return f"no column {name!r}"
-        column = table.column(name)
-        if not is_right(column.type) or column.null_count:
-            return f"column {name!r} does not hold {kind}"
-    for name, names in labels.items():
-        ends = pc.min_max(table.column(name)).as_py()
+    for name, expected in part_schema(info).items():
+        types = [table.schema.types[i] for i in table.schema.get_all_field_indices(name)]
+        if types != [expected] or table.column(name).null_count:
+            actual = ", ".join(map(str, types)) or "absent"
+            return f"column {name!r} is {actual}, expected {expected} without nulls"
+    for field, names in info["label_names"].items():
+        ends = pc.min_max(table.column(f"label_{field}")).as_py()
         if ends["min"] < -1 or ends["max"] >= len(names):
-            return f"{name} is outside of -1 to {len(names) - 1}"
+            return f"label_{field} is outside of -1 to {len(names) - 1}"
     return None
