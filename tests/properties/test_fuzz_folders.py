@@ -234,9 +234,6 @@ def checkpoint_weights(folder: Path) -> Parser:
 
 def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     """A checkpoint, and going on from it."""
-    from accelerate import Accelerator
-
-    from complexity_dit.distributed import Processes
     from complexity_dit.training.state import SavedPipeline, build_state
 
     pipe = small_pipeline()
@@ -245,9 +242,7 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     sum(p.sum() for p in pipe.transformer.parameters()).backward()
     run.optimizer.step()
     parts = SavedPipeline(pipe.scheduler, pipe.id2label, asdict(config.data))
-    checkpoint = run.save(
-        folder / "checkpoints", parts, asdict(config), Processes(Accelerator(cpu=True))
-    )
+    checkpoint = run.save(folder / "checkpoints", parts, asdict(config))
     for sums in checkpoint.glob("SHA256SUMS*"):
         sums.unlink()  # a hostile folder has fitting ones, or none
 

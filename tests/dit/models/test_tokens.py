@@ -293,10 +293,15 @@ def test_a_run_with_everything_on_trains(small_run):
     ],
 )
 def test_models_that_make_no_sense_are_refused(small_run, settings, words):
-    overrides = small_run.model.overrides | settings.pop("overrides", {})
-    model = dataclasses.replace(small_run.model, overrides=overrides, **settings)
+    settings["overrides"] = small_run.model.overrides | settings.get("overrides", {})
+    data = load_data(small_run.data, "train")
+
+    def build_changed():
+        model = dataclasses.replace(small_run.model, **settings)
+        return build_model(dataclasses.replace(small_run, model=model), data)
+
     with pytest.raises(UserError, match=words):
-        build_model(dataclasses.replace(small_run, model=model), load_data(small_run.data, "train"))
+        build_changed()
 
 
 def test_wrong_kept_tokens_are_refused():

@@ -1,4 +1,4 @@
-"""What the launcher's settings become: FSDP2 by the committed accelerate config."""
+"""FSDP2 from the settings of the launcher and the committed accelerate config."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from inl_core.run.errors import UserError
 CONFIG = "configs/accelerate/fsdp2.yaml"
 
 
-def test_sharding_is_the_launchers_to_ask_for(monkeypatch):
+def test_sharding_is_on_if_the_launcher_asks_for_it(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     assert sharding_plugin() is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, and --resume auto: the run ends as if nothing had happened."""
+"""kill -9 at any moment, then --resume auto: the run ends with the bits of an undisturbed one."""
 
 import os
 import subprocess
@@ -14,8 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_dit.data.dataset import DataConfig
+from complexity_dit.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from complexity_dit.training.train import train
 
@@ -82,7 +81,7 @@ def kill(children):
         time.sleep(chance.uniform(0, 0.01))
     for child in children:
         status = os.waitpid(child, 0)[1]
-        # A process whose partner is gone may fail by itself before its own kill arrives.
+        # A process whose partner died may fail by itself before it is killed.
         assert os.WIFSIGNALED(status) or world > 1
 
 
@@ -103,10 +102,10 @@ def check(run):
 def outcome(run):
     last = latest_checkpoint(run / "checkpoints")
     files = [*sorted(last.rglob("*.safetensors")), *sorted((run / "pipeline").rglob("*.safe*"))]
-    found = {str(path.relative_to(run)): path.read_bytes() for path in files}
+    tensors = {str(path.relative_to(run)): path.read_bytes() for path in files}
     state = json.loads((last / "state.json").read_text())
     del state["config"]
-    return found | {"state": state, "curve": (run / "train_log.csv").read_bytes()}
+    return tensors | {"state": state, "curve": (run / "train_log.csv").read_bytes()}
 
 
 straight, killed = place / "straight", place / "killed"
@@ -137,10 +136,10 @@ for moment in moments:
     last = latest_checkpoint(checkpoints)
     reached.append(last and int(last.name[5:]))
 finish("killed", "auto")
-ours, theirs = outcome(killed), outcome(straight)
-assert ours.keys() == theirs.keys()
-assert [name for name in ours if ours[name] != theirs[name]] == []
-assert len(ours["curve"].splitlines()) == STEPS + 1
+result, expected = outcome(killed), outcome(straight)
+assert result.keys() == expected.keys()
+assert [name for name in result if result[name] != expected[name]] == []
+assert len(result["curve"].splitlines()) == STEPS + 1
 names = [path.name for path in all_checkpoints(killed / "checkpoints")]
 assert names == [path.name for path in all_checkpoints(straight / "checkpoints")], names
 leftovers = [str(path) for path in killed.rglob(".*")]

@@ -1,4 +1,4 @@
-"""An adapter trained by two processes is the one that one process trains."""
+"""An adapter trained by two processes equals the one trained by a single process."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from inl_core.run.checkpoints import latest_checkpoint
+from support.outcomes import last_checkpoint
 from support.processes import python, torchrun
 
 WORKER = """
 import sys
 import torch
-from complexity_dit.config import LoraOptions, OptimConfig, TrainConfig
-from complexity_dit.data.dataset import DataConfig
-from complexity_dit.training.objective import ObjectiveConfig
+from complexity_dit.config import (
+    DataConfig, LoraOptions, ObjectiveConfig, OptimConfig, TrainConfig
+)
 from complexity_dit.training.train import train
 
 out, base, pictures = sys.argv[1:]
@@ -36,7 +36,7 @@ train(
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """Six pictures: two of a new style, two of one that the base knows, two of none."""
+    """Six pictures: two of a new style, two of one that the base has, two without one."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -53,23 +53,20 @@ def pictures(tmp_path) -> Path:
 def test_two_processes_train_the_adapter_of_one(pipe, pictures, tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     (tmp_path / "worker.py").write_text(WORKER)
-    found = {}
+    tensors = {}
     for count in (1, 2):
         out = tmp_path / f"by-{count}"
         arguments = (tmp_path / "worker.py", out, tmp_path / "base", pictures)
         _ = python(*arguments) if count == 1 else torchrun(2, *arguments)
-        last = latest_checkpoint(out / "checkpoints")
+        last = last_checkpoint(out)
         assert json.loads((last / "state.json").read_text())["processes"] == count
-        found[count] = load_file(last / "model.safetensors") | {
-            f"adapter/{name}": value
-            for name, value in load_file(
-                out / "adapter" / "pytorch_lora_weights.safetensors"
-            ).items()
-        }
-    assert found[1].keys() == found[2].keys()
+        adapter = load_file(out / "adapter" / "pytorch_lora_weights.safetensors")
+        tensors[count] = load_file(last / "model.safetensors")
+        tensors[count] |= {f"adapter/{name}": value for name, value in adapter.items()}
+    assert tensors[1].keys() == tensors[2].keys()
     moved = 0
-    for name, value in found[1].items():
-        distance = (value - found[2][name]).abs().max()
+    for name, value in tensors[1].items():
+        distance = (value - tensors[2][name]).abs().max()
         assert distance <= 1e-7 * (1e-6 + value.abs().max()), name
         moved += value.abs().max() > 0
-    assert moved == len(found[1])  # every matrix and the new row, none left at zero
+    assert moved == len(tensors[1])  # every matrix and the new row, none left at zero

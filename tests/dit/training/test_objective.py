@@ -1,4 +1,4 @@
-"""Targets against the schedulers that must undo them, and the randomness that resume stands on."""
+"""Training targets against the schedulers that invert them, and the seeds that resume needs."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def batch():
     return torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.05, 0.3, 0.6, 0.95])
 
 
-def test_flow_ends_are_image_and_noise():
+def test_the_flow_goes_from_image_to_noise():
     clean, noise, _ = batch()
     config = ObjectiveConfig()
     at_zero, _, target = noisy_input_and_target(clean, noise, torch.zeros(4), config)
@@ -33,7 +33,7 @@ def test_flow_ends_are_image_and_noise():
 
 
 def perfect_prediction(kind, x, t, clean, noise, scheduler):
-    """What a network that knows the one clean image would answer for the input it is given."""
+    """The prediction of a network that knows the clean image."""
     if kind == "flow":
         return noise - clean
     signal = scheduler.alphas_cumprod[int(t)]
@@ -44,7 +44,7 @@ def perfect_prediction(kind, x, t, clean, noise, scheduler):
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
-def test_the_scheduler_undoes_the_objective(kind):
+def test_the_scheduler_inverts_the_objective(kind):
     clean, noise, times = batch()
     config = ObjectiveConfig(prediction_type=kind)
     scheduler = build_scheduler(config)
@@ -81,7 +81,7 @@ def test_the_velocity_towards_the_clean_image_is_the_target():
     torch.testing.assert_close(velocity_towards(clean, noisy, timestep), target)
 
 
-def test_no_velocity_is_asked_for_where_errors_would_be_divided_by_nothing():
+def test_times_stay_where_the_velocity_is_not_divided_by_almost_zero():
     clean, _, _ = batch()
     off = velocity_towards(clean + 0.01, clean, torch.zeros(4))
     torch.testing.assert_close(off, torch.full_like(off, -0.01 / MIN_NOISE), rtol=1e-3, atol=0)
@@ -92,12 +92,12 @@ def test_no_velocity_is_asked_for_where_errors_would_be_divided_by_nothing():
     assert sample_times(100, free, generator_for(0, "test")).max() < 1e-6
 
 
-def test_only_flow_can_be_learned_through_the_clean_image():
+def test_only_flow_can_predict_the_clean_image():
     assert ObjectiveConfig().writes_sample
     assert not ObjectiveConfig(network_output="target").writes_sample
     assert not ObjectiveConfig(prediction_type="epsilon").writes_sample
     with pytest.raises(UserError, match="network_output target"):
-        assert ObjectiveConfig(prediction_type="epsilon", network_output="sample").writes_sample
+        ObjectiveConfig(prediction_type="epsilon", network_output="sample")
 
 
 def test_labels_are_dropped_field_by_field():
@@ -108,7 +108,7 @@ def test_labels_are_dropped_field_by_field():
     assert torch.equal(drop_labels(labels, [0.0, 0.0], generator_for(0, "test")), labels)
 
 
-def test_seeds_depend_on_everything_and_on_nothing_else():
+def test_seeds_depend_on_all_their_arguments_and_nothing_else():
     seeds = {
         derive_seed(0, "a", 1), derive_seed(1, "a", 1), derive_seed(0, "b", 1),
         derive_seed(0, "a", 2), derive_seed(0, "a", 1, 0),
@@ -133,7 +133,7 @@ def test_each_field_can_have_its_own_dropout():
             ObjectiveConfig(label_dropout=wrong).label_dropouts(["style", "genre"])
 
 
-def test_the_direction_term_sees_the_angle_and_not_the_length():
+def test_the_direction_term_depends_on_the_angle_only():
     torch.manual_seed(0)
     target = torch.randn(5, 3, 4, 4)
     prediction = torch.randn(5, 3, 4, 4)
@@ -144,8 +144,8 @@ def test_the_direction_term_sees_the_angle_and_not_the_length():
     on = ObjectiveConfig(direction_weight=0.5)
 
     def term(prediction, config=on):
-        whole = training_loss(prediction, target, config)
-        return (whole - training_loss(prediction, target, off)).item()
+        loss = training_loss(prediction, target, config)
+        return (loss - training_loss(prediction, target, off)).item()
 
     dots = (prediction * target).flatten(1).sum(1).double()
     cosines = dots / prediction.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
@@ -169,7 +169,7 @@ def test_the_direction_term_sees_the_angle_and_not_the_length():
         ({"label_dropout": {"style": -0.1}}, "label_dropout of style: -0.1"),
     ],
 )
-def test_objectives_that_make_no_sense_are_refused(settings, words):
+def test_settings_that_do_not_fit_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
-        ObjectiveConfig(**settings).check()
-    ObjectiveConfig(direction_weight=0.5, prediction_type="v_prediction").check()
+        ObjectiveConfig(**settings)
+    ObjectiveConfig(direction_weight=0.5, prediction_type="v_prediction")

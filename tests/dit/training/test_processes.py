@@ -1,6 +1,5 @@
 """Several processes train as one does, each with all of the weights (DDP) or a shard (FSDP2)."""
 
-import csv
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from inl_core.run.checkpoints import latest_checkpoint
+from support.outcomes import last_checkpoint, rows_of
 from support.processes import python, torchrun
 
 WORKER = """
@@ -47,13 +46,13 @@ def shard(self, model, optimizer):
 
 
 def checked(accelerator, model, state, *rest):
-    found = step(accelerator, model, state, *rest)
+    result = step(accelerator, model, state, *rest)
     moments = [m for s in state.optimizer.state.values() for m in s.values() if m.numel() > 1]
     assert len(moments) > 20
     for tensor in (*state.model.parameters(), *state.ema.shadow_params, *moments):
         assert isinstance(tensor, DTensor)
         assert tensor.to_local().numel() < tensor.numel() or tensor.shape[0] < 2
-    return found
+    return result
 
 
 if kind == "fsdp":
@@ -84,8 +83,7 @@ def launch(tmp_path):
     def run(out, kind, steps=20, resume="auto"):
         arguments = [tmp_path / "worker.py", tmp_path / out, kind, steps, resume]
         done = python(*arguments) if kind == "one" else torchrun(2, *arguments)
-        last = latest_checkpoint(tmp_path / out / "checkpoints")
-        meta = json.loads((last / "state.json").read_text())
+        meta = json.loads((last_checkpoint(tmp_path / out) / "state.json").read_text())
         assert (meta["step"], meta["processes"]) == (steps, 1 if kind == "one" else 2)
         return tmp_path / out, done.stderr
 
@@ -93,22 +91,21 @@ def launch(tmp_path):
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    with (run / "train_log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(run)
     assert [row["step"] for row in rows] == [str(i + 1) for i in range(20)]
     return {name: [float(row[name]) for row in rows] for name in ("loss", "grad_norm")}
 
 
-def assert_equal_runs(ours: Path, theirs: Path) -> None:
-    for name, values in curve(ours).items():
-        assert values == pytest.approx(curve(theirs)[name], rel=1e-9, abs=0), name
-    a, b = latest_checkpoint(ours / "checkpoints"), latest_checkpoint(theirs / "checkpoints")
+def assert_equal_runs(run: Path, other: Path) -> None:
+    for name, values in curve(run).items():
+        assert values == pytest.approx(curve(other)[name], rel=1e-9, abs=0), name
+    a, b = last_checkpoint(run), last_checkpoint(other)
     files = [str(p.relative_to(a)) for p in a.rglob("*.safetensors")]
     assert len(files) == 3
     for file in files:
-        found, expected = load_file(a / file), load_file(b / file)
-        assert found.keys() == expected.keys()
-        for key, value in found.items():
+        result, expected = load_file(a / file), load_file(b / file)
+        assert result.keys() == expected.keys()
+        for key, value in result.items():
             assert value.dtype == expected[key].dtype
             distance = (value - expected[key]).abs().max() / (1e-6 + expected[key].abs().max())
             assert distance < 1e-7, (file, key)
@@ -116,19 +113,19 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_are_one(launch, tmp_path):
-    """DDP, and checkpoints that any number of processes goes on from."""
+def test_two_processes_match_one(launch, tmp_path):
+    """DDP, and checkpoints that any number of processes can resume from."""
     one, _ = launch("one", "one")
     two, _ = launch("two", "ddp")
     assert_equal_runs(two, one)
-    _, said = launch("on", "ddp", resume=one / "checkpoints" / "step-00000010")
-    assert "written by 1 process(es) and goes on in 2" in said
+    _, log = launch("on", "ddp", resume=one / "checkpoints" / "step-00000010")
+    assert "written by 1 process(es) and is resumed by 2" in log
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_shards_are_one(launch, tmp_path):
-    """FSDP2 on a gloo mesh: training, saving, loading, looking; there and back again."""
+def test_shards_match_one_process(launch, tmp_path):
+    """FSDP2 on a gloo mesh: training, callbacks, saving and loading in both directions."""
     one, _ = launch("one", "one")
     sharded, _ = launch("sharded", "fsdp")
     assert_equal_runs(sharded, one)
@@ -136,12 +133,12 @@ def test_shards_are_one(launch, tmp_path):
         p.name for p in (one / "samples").iterdir()
     }
     launch("there", "one", steps=10)
-    there, said = launch("there", "fsdp")
-    assert "written by 1 process(es) and goes on in 2" in said
+    there, log = launch("there", "fsdp")
+    assert "written by 1 process(es) and is resumed by 2" in log
     assert_equal_runs(there, one)
     launch("back", "fsdp", steps=10)
-    back, said = launch("back", "one")
-    assert "written by 2 process(es) and goes on in 1" in said
+    back, log = launch("back", "one")
+    assert "written by 2 process(es) and is resumed by 1" in log
     assert_equal_runs(back, one)
 
 
@@ -150,9 +147,9 @@ import sys
 from functools import partial
 
 from complexity_dit import __main__ as cli
-from complexity_dit import looks
+from complexity_dit.config import EvalConfig
 
-looks.EvalConfig.brief = partial(looks.EvalConfig.brief, weights="random")
+EvalConfig.brief = partial(EvalConfig.brief, weights="random")
 cli.main()
 """
 
@@ -177,9 +174,9 @@ def test_two_processes_evaluate_together_and_stop_after_the_same_step(tmp_path):
     both = []
     try:
         for rank in ("0", "1"):
-            with (tmp_path / f"{rank}.txt").open("w") as said:
+            with (tmp_path / f"{rank}.txt").open("w") as log:
                 of_rank = environment | {"RANK": rank, "LOCAL_RANK": rank}
-                both.append(subprocess.Popen(command, env=of_rank, stdout=said, stderr=said))
+                both.append(subprocess.Popen(command, env=of_rank, stdout=log, stderr=log))
         metrics = run / "metrics.csv"
         while not metrics.exists() or "fd_random" not in metrics.read_text():
             assert [worker.poll() for worker in both] == [None, None]
@@ -190,10 +187,10 @@ def test_two_processes_evaluate_together_and_stop_after_the_same_step(tmp_path):
         for worker in both:
             worker.kill()
             worker.wait()
-    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert statuses == [143, 143], said
-    last = int(latest_checkpoint(run / "checkpoints").name[5:])
-    for text in said:
+    logs = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert statuses == [143, 143], logs
+    last = int(last_checkpoint(run).name[5:])
+    for text in logs:
         assert f"stopped by SIGTERM after step {last} of 100000" in text
         assert "Traceback" not in text
-    assert (run / "train_log.csv").read_text().splitlines()[-1].startswith(f"{last},")
+    assert rows_of(run)[-1]["step"] == str(last)

@@ -1,6 +1,5 @@
-"""Two processes take the same decisions as one, with every knob of the recipe turned."""
+"""Two processes make the same decisions as one, also with every setting of the recipe on."""
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -8,16 +7,8 @@ import pytest
 import yaml
 
 from complexity_dit.config import ObjectiveConfig, OptimConfig, TrainConfig
+from support.outcomes import losses_of, rows_of
 from support.processes import torchrun
-
-
-def rows_of(run: Path) -> list[dict[str, str]]:
-    with (run / "train_log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(run: Path) -> list[float]:
-    return [float(row["loss"]) for row in rows_of(run)]
 
 
 def with_every_knob(run: TrainConfig) -> TrainConfig:
@@ -49,7 +40,7 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, knobs: 
             processes, "-m", "complexity_dit", "train", "--config", config,
             "--out", tmp_path / str(processes),
         )  # fmt: skip
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+    assert losses_of(tmp_path / "1") == pytest.approx(losses_of(tmp_path / "2"), rel=1e-5)
     one, two = ([row["skipped"] for row in rows_of(tmp_path / n)] for n in ("1", "2"))
     assert one == two
     assert ("1" in one) == knobs

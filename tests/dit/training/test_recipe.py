@@ -1,4 +1,4 @@
-"""The plain parts of the recipe: flips, schedules, clipping, the average's warm-up."""
+"""The parts of a step: mirrored images, schedules, clipping, and the warm-up of the average."""
 
 import dataclasses
 import math
@@ -38,11 +38,11 @@ def test_half_of_the_pictures_are_mirrored(small_run):
     unflipped = dataclasses.replace(run, data=dataclasses.replace(run.data, flip=False))
     mirrored = 0
     for step in range(4):
-        for ours, original in zip(
+        for image, original in zip(
             clean_images(run, step), clean_images(unflipped, step), strict=True
         ):
-            same = torch.allclose(ours, original, atol=1e-4)
-            flipped = torch.allclose(ours, original.flip(-1), atol=1e-4)
+            same = torch.allclose(image, original, atol=1e-4)
+            flipped = torch.allclose(image, original.flip(-1), atol=1e-4)
             assert same or flipped
             mirrored += flipped and not same
     assert 0.35 < mirrored / 256 < 0.65

@@ -1,4 +1,4 @@
-"""How a run ends early and goes on: signals, the lock on its folder, which checkpoints stay."""
+"""Stopping and resuming: signals, the lock of the run folder, and the checkpoints that are kept."""
 
 import dataclasses
 import os
@@ -9,48 +9,37 @@ from pathlib import Path
 
 import pytest
 
-from complexity_dit.training.batches import StepBatches
 from complexity_dit.training.train import StopRequest, train
 from inl_core.run.checkpoints import (
     LOCK_FILE,
     all_checkpoints,
     drop_old_checkpoints,
-    latest_checkpoint,
     lock_folder,
 )
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import RunStopped, UserError
+from support.outcomes import outcome
 
 
-def outcome(run: Path) -> dict[str, bytes]:
-    last = latest_checkpoint(run / "checkpoints")
-    found = {str(p.relative_to(last)): p.read_bytes() for p in last.rglob("*.safetensors")}
-    return found | {"curve": (run / "train_log.csv").read_bytes()}
+@pytest.fixture
+def signal_at(on_batch):
+    """Send a signal to this process in a step, counted from 1."""
 
+    def patch(step: int, number: signal.Signals) -> None:
+        on_batch(lambda index, batch: index == step - 1 and os.kill(os.getpid(), number))
 
-def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
-    real = StepBatches.__getitem__
-
-    def item(self, index):
-        if index == step - 1:
-            os.kill(os.getpid(), number)
-        return real(self, index)
-
-    monkeypatch.setattr(StepBatches, "__getitem__", item)
+    return patch
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_resume_goes_on_bit_identically(
-    small_run, tmp_path, monkeypatch, number, status
-):
+def test_a_signal_saves_and_resume_is_bit_identical(small_run, tmp_path, signal_at, number, status):
     straight = dataclasses.replace(small_run, out=str(tmp_path / "straight"))
     train(straight)
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        signal_at(patch, 6, number)
-        with pytest.raises(RunStopped, match=rf"{number.name} after step 6 of 8.*step-00000006.*"
-                           "--resume auto") as stop:  # fmt: skip
-            train(small_run)
+    signal_at(6, number)
+    expected = rf"{number.name} after step 6 of 8.*step-00000006.*--resume auto"
+    with pytest.raises(RunStopped, match=expected) as stop:
+        train(small_run)
     assert stop.value.exit_status == status
     assert signal.getsignal(number) is before
     run = Path(small_run.out)
@@ -60,12 +49,12 @@ def test_a_signal_saves_and_resume_goes_on_bit_identically(
     assert outcome(run) == outcome(tmp_path / "straight")
 
 
-def test_a_signal_at_the_last_step_finds_a_finished_run(small_run, monkeypatch):
-    signal_at(monkeypatch, small_run.steps, signal.SIGTERM)
+def test_a_signal_at_the_last_step_finishes_the_run(small_run, signal_at):
+    signal_at(small_run.steps, signal.SIGTERM)
     assert train(small_run).is_dir()
 
 
-def test_the_second_interrupt_does_not_wait():
+def test_the_second_interrupt_stops_at_once():
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a cluster and a launcher both send it
@@ -91,7 +80,7 @@ sys.stdin.read()
 """
 
 
-def test_two_runs_in_one_folder(small_run, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(small_run, tmp_path):
     run = Path(small_run.out)
     run.mkdir()
     command = [sys.executable, "-c", OTHER_RUN, str(run / LOCK_FILE)]
@@ -104,7 +93,7 @@ def test_two_runs_in_one_folder(small_run, tmp_path):
                 train(dataclasses.replace(small_run, resume=resume))
         assert [p.name for p in run.iterdir()] == [LOCK_FILE]
         other.kill()
-    # Its lock died with it; the file that it left is no obstacle.
+    # Its lock died with it; the file that it left does not matter.
     with lock_folder(run):
         assert subprocess.run(command, capture_output=True).stderr == b"busy\n"
         # Last, because a process that opens and closes the file gives its own lock up.
@@ -112,7 +101,7 @@ def test_two_runs_in_one_folder(small_run, tmp_path):
     assert not any(run.iterdir())
 
 
-def test_a_run_that_comes_to_nothing_leaves_no_folder(small_run):
+def test_a_run_that_fails_at_once_leaves_no_folder(small_run):
     data = dataclasses.replace(small_run.data, source="imagefolder:/nowhere")
     with pytest.raises(UserError, match="nowhere"):
         train(dataclasses.replace(small_run, data=data))
@@ -130,32 +119,29 @@ def test_keep_every_outlives_keep_last(tmp_path):
     assert [int(p.name[5:]) for p in all_checkpoints(tmp_path)] == [200, 300]
 
 
-def test_checkpoints_to_keep_are_made_between_the_others(small_run):
+def test_checkpoints_to_keep_are_saved_in_addition(small_run):
     train(dataclasses.replace(small_run, checkpoint_every=4, keep_every=3, keep_last=1))
     kept = all_checkpoints(Path(small_run.out) / "checkpoints")
     assert [int(p.name[5:]) for p in kept] == [3, 6, 8]
 
 
-def test_going_back_asks_for_a_decision(small_run, tmp_path):
+def test_going_back_needs_another_folder(small_run, tmp_path):
     train(dataclasses.replace(small_run, keep_last=0))
     first = all_checkpoints(Path(small_run.out) / "checkpoints")[0]
     with pytest.raises(UserError, match=r"later checkpoints than step-00000004.*step-00000008"):
         train(dataclasses.replace(small_run, resume=str(first)))
     branch = dataclasses.replace(small_run, resume=str(first), out=str(tmp_path / "branch"))
     train(branch)
-    assert (
-        outcome(tmp_path / "branch")["model.safetensors"]
-        == (outcome(Path(small_run.out))["model.safetensors"])
-    )
+    assert outcome(branch.out)["model.safetensors"] == outcome(small_run.out)["model.safetensors"]
 
 
-def test_a_curve_cut_short_by_a_kill(tmp_path):
+def test_a_half_written_row_is_dropped(tmp_path):
     path = tmp_path / "curve.csv"
     CsvLog(path, ("step", "loss"), 0).write([(1, 0.5), (2, 0.25), (3, 0.125)])
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + b"\n1")  # half of "10,..."
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + b"\n1")  # half of "10,..."
     assert CsvLog(path, ("step", "loss"), 2).steps == {1, 2}
-    assert path.read_bytes() == whole[: whole.index(b"3,")]
+    assert path.read_bytes() == intact[: intact.index(b"3,")]
 
 
 def test_numbers_out_of_range_are_refused(small_run):

@@ -1,11 +1,9 @@
-"""Training: exact resume, checkpoints that are whole or absent, and the ways a run can go wrong."""
+"""Training: exact resume, complete checkpoints, and the errors that end a run."""
 
-import csv
 import dataclasses
 import errno
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,50 +15,36 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training import batches
 from complexity_dit.training import state as state_module
 from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.network import build_model
+from complexity_dit.training.state import build_state
 from complexity_dit.training.train import train
-from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
 from inl_core.run.errors import UserError
+from support.outcomes import last_checkpoint, losses_of, tensor_files
 
 
-def losses(run):
-    with (Path(run) / "train_log.csv").open(newline="") as file:
-        return [tuple(row.values()) for row in csv.DictReader(file)]
+def test_resume_is_bit_identical(small_run, resumed_as_straight):
+    run = dataclasses.replace(small_run, steps=40)
+    resumed_as_straight(run)
 
 
-def files_of(checkpoint):
-    return {
-        str(path.relative_to(checkpoint)): path.read_bytes()
-        for path in checkpoint.rglob("*.safetensors")
-    }
-
-
-def test_resume_is_bit_identical(small_run, tmp_path):
-    small_run = dataclasses.replace(small_run, steps=40, checkpoint_every=20, keep_last=0)
-    train(dataclasses.replace(small_run, out=str(tmp_path / "straight")))
-    # As if killed after step 20's checkpoint: what the log has beyond it is repeated exactly.
-    stopped = dataclasses.replace(small_run, out=str(tmp_path / "stopped"))
-    train(stopped)
-    shutil.rmtree(all_checkpoints(tmp_path / "stopped" / "checkpoints")[1])
-    shutil.rmtree(tmp_path / "stopped" / "pipeline")
-    train(dataclasses.replace(stopped, resume="auto"))
-    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
-    assert len(losses(tmp_path / "straight")) == 40
-    ours, theirs = (
-        files_of(latest_checkpoint(tmp_path / run / "checkpoints"))
-        for run in ("straight", "stopped")
-    )
-    assert set(ours) == {
+def test_a_checkpoint_has_three_files_of_tensors_and_the_settings(small_run):
+    train(small_run)
+    checkpoint = last_checkpoint(small_run.out)
+    assert set(tensor_files(checkpoint)) == {
         "model.safetensors", "optimizer.safetensors",
         "pipeline/transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
-    assert ours == theirs
+    meta = json.loads((checkpoint / "state.json").read_text())
+    assert (meta["step"], meta["processes"]) == (8, 1)
+    assert meta["config"]["optim"]["lr"] == small_run.optim.lr
+    assert (Path(small_run.out) / "config.yaml").exists()
 
 
 def test_final_pipeline_has_the_ema_weights_and_the_labels(small_run):
     folder = train(small_run)
     pipe = ComplexityDiTPipeline.from_pretrained(folder)
     assert list(pipe.label_names) == ["style", "genre"]
-    checkpoint = latest_checkpoint(folder.parent / "checkpoints")
+    checkpoint = last_checkpoint(small_run.out)
     ema = load_file(checkpoint / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     raw = load_file(checkpoint / "model.safetensors")
     loaded = pipe.transformer.state_dict()
@@ -70,12 +54,12 @@ def test_final_pipeline_has_the_ema_weights_and_the_labels(small_run):
 
 def test_batches_are_a_function_of_the_step_and_shared_between_processes(small_run):
     data = load_data(small_run.data, "train")
-    whole = StepBatches(data, small_run, 0, 1)[5]
+    batch = StepBatches(data, small_run, 0, 1)[5]
     parts = [StepBatches(data, small_run, rank, 2)[5] for rank in (0, 1)]
-    for name, value in whole.items():
+    for name, value in batch.items():
         assert torch.equal(value[0::2], parts[0][name])
         assert torch.equal(value[1::2], parts[1][name])
-    assert not torch.equal(whole["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
+    assert not torch.equal(batch["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
@@ -83,24 +67,23 @@ def test_the_bits_of_a_batch_do_not_depend_on_its_blocks(kind, small_run, monkey
     objective = dataclasses.replace(small_run.objective, prediction_type=kind)
     run = dataclasses.replace(small_run, objective=objective)
     data = load_data(run.data, "train")
-    whole = StepBatches(data, run, 0, 1)[5]
+    batch = StepBatches(data, run, 0, 1)[5]
     for pictures in (1, 3):  # three do not divide the batch
-        monkeypatch.setattr(batches, "_BLOCK", pictures * whole["x"][0].numel())
+        monkeypatch.setattr(batches, "_BLOCK", pictures * batch["x"][0].numel())
         for name, value in StepBatches(data, run, 0, 1)[5].items():
-            assert torch.equal(value, whole[name]), name
+            assert torch.equal(value, batch[name]), name
 
 
 def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
     train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
     train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_accumulation_steps=2))
-    ours = [float(row[1]) for row in losses(tmp_path / "a")]
-    assert ours == pytest.approx([float(row[1]) for row in losses(tmp_path / "b")], rel=1e-4)
+    assert losses_of(tmp_path / "a") == pytest.approx(losses_of(tmp_path / "b"), rel=1e-4)
 
 
 def test_the_loss_falls(small_run):
     data = dataclasses.replace(small_run.data, num_images=16, holdout=0.0, flip=False)
     train(dataclasses.replace(small_run, steps=60, checkpoint_every=60, batch_size=16, data=data))
-    curve = [float(row[1]) for row in losses(small_run.out)]
+    curve = losses_of(small_run.out)
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
 
 
@@ -121,16 +104,16 @@ def test_checkpoint_of_another_shape_is_refused(small_run):
         train(dataclasses.replace(small_run, model=wider, resume="auto"))
 
 
-def test_resume_from_nothing_or_from_rubbish(small_run, tmp_path):
+def test_resume_from_a_missing_or_damaged_checkpoint_is_refused(small_run, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint folder"):
         train(dataclasses.replace(small_run, resume=str(tmp_path / "nowhere")))
     train(small_run)
-    checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
+    checkpoint = last_checkpoint(small_run.out)
     (checkpoint / "model.safetensors").write_bytes(b"rubbish")
     again = dataclasses.replace(small_run, resume="auto", steps=9)
     with pytest.raises(UserError, match=r"step-00000008 is damaged: model.safetensors is not what"):
         train(again)
-    (checkpoint / "SHA256SUMS").unlink()  # as before there were sums
+    (checkpoint / "SHA256SUMS").unlink()  # as written before there were checksums
     with pytest.raises(UserError, match="cannot read checkpoint"):
         train(again)
 
@@ -151,35 +134,24 @@ def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     train(dataclasses.replace(small_run, resume="auto"))
-    assert latest_checkpoint(checkpoints).name == "step-00000008"
+    assert last_checkpoint(small_run.out).name == "step-00000008"
 
 
-def test_nan_stops_the_run_and_names_the_step(small_run, monkeypatch):
-    real = StepBatches.__getitem__
-
-    def poisoned(self, step):
-        item = real(self, step)
-        if step == 5:
-            item["target"][0] = math.nan
-        return item
-
-    monkeypatch.setattr(StepBatches, "__getitem__", poisoned)
+def test_nan_stops_the_run_and_names_the_step(small_run, on_batch):
+    on_batch(lambda step, batch: batch["target"].fill_(math.nan) if step == 5 else None)
     with pytest.raises(UserError, match=r"step 6: loss nan.*step-00000004"):
         train(small_run)
-    checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
+    checkpoint = last_checkpoint(small_run.out)
     assert checkpoint.name == "step-00000004"
     assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
 
 
-def test_batch_that_cannot_be_split_is_refused(small_run):
+def test_a_batch_that_cannot_be_split_is_refused(small_run):
     with pytest.raises(UserError, match="batch_size 4 must be divisible"):
         train(dataclasses.replace(small_run, gradient_accumulation_steps=3))
 
 
 def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
-    from complexity_dit.training.network import build_model
-    from complexity_dit.training.state import build_state
-
     model = build_model(small_run, load_data(small_run.data, "train"))
     state = build_state(model, small_run)
     decayed = {id(p) for p in state.optimizer.param_groups[0]["params"]}
@@ -187,14 +159,3 @@ def test_weight_decay_spares_norms_biases_labels_and_dynamics(small_run):
     assert "blocks.0.attn.to_q.weight" in names
     assert not any(w in n for n in names for w in ("norm", "bias", "label_embed", "dynamics"))
     assert state.optimizer.param_groups[1]["weight_decay"] == 0
-
-
-def test_checkpoint_says_what_made_it(small_run):
-    train(small_run)
-    meta = json.loads(
-        (latest_checkpoint(Path(small_run.out) / "checkpoints") / "state.json").read_text()
-    )
-    assert meta["step"] == 8
-    assert meta["processes"] == 1
-    assert meta["config"]["optim"]["lr"] == small_run.optim.lr
-    assert (Path(small_run.out) / "config.yaml").exists()

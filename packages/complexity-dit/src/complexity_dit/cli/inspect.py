@@ -12,7 +12,7 @@ from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.training.state import AdapterParts, SavedPipeline
+from complexity_dit.training.state import SavedAdapter, SavedPipeline
 from inl_core import certify, dynamics_modules, read_dynamics
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError
@@ -69,7 +69,7 @@ def _pipeline_of(path: Path) -> Path | None:
         return path
     newest = latest_checkpoint(path / "checkpoints")
     for holder in (path, newest):
-        for kind in (SavedPipeline, AdapterParts):
+        for kind in (SavedPipeline, SavedAdapter):
             if holder is not None and (holder / kind.folder_name).is_dir():
                 return holder / kind.folder_name
     raise UserError(

@@ -197,11 +197,6 @@ def in_split(sha256: str, holdout: float, split: str) -> bool:
 def _check(config: DataConfig, split: str) -> None:
     if split not in SPLITS:
         raise UserError(f"split {split!r} must be one of {', '.join(SPLITS)}")
-    if not 0 <= config.holdout < 1:
-        raise UserError(f"holdout {config.holdout} must be at least 0 and below 1")
-    for name, least in (("resolution", 1), ("num_images", 1), ("num_workers", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} {getattr(config, name)} must be at least {least}")
     scheme, _, rest = config.source.partition(":")
     if config.source != "art" and (scheme not in ("imagefolder", "hub") or not rest):
         raise UserError(

@@ -402,7 +402,6 @@ def evaluate(
             setting out of range, or a process that is gone.
     """
     config = config or EvalConfig()
-    config.check()
     with report_dead_evaluation_workers():
         folder = Path(out) if out is not None else None
         return _evaluate(target, reference, folder, config, sample, data)
@@ -510,7 +509,6 @@ def evaluate_images(
         UserError: As `evaluate`.
     """
     config = config or EvalConfig()
-    config.check()
     extractor = extractor or load_extractor(
         *(config.weights, config.resize, config.dtype, pick_device(config.device)),
         spatial="sfid" in config.measures,

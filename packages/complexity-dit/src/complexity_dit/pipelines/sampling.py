@@ -84,10 +84,6 @@ def iter_samples(
         UserError: If a number in the config is out of range, no such scheduler fits the model, the
             guide is of other data, or a picture has values that are not finite.
     """
-    if config.batch_size < 1 or config.chunk_size < 1:
-        raise UserError(
-            f"batch_size {config.batch_size} and chunk_size {config.chunk_size} must be at least 1"
-        )
     guide = None if config.autoguidance is None else load_guide(config.autoguidance, pipe)
     pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)

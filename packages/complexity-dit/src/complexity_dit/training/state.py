@@ -1,19 +1,19 @@
-"""TrainState: everything that a run needs to go on, and checkpoints that are whole or absent.
+"""`TrainState`, all that a run needs to resume, and its checkpoints.
 
 A checkpoint folder holds
 
-    pipeline/               the EMA weights as a pipeline folder, ready to sample from; or, of an
-                            adapter, adapter/, and ema.safetensors with exactly its parameters
-    model.safetensors       the raw weights, of an adapter those alone
-    optimizer.safetensors   the optimizer's moments
-    state.json              step, EMA and schedule counters, recent gradient norms, the run's config
-                            and process count
-    SHA256SUMS              of all of these; compared before a run goes on from them
+    pipeline/               the EMA weights as a pipeline folder that can be sampled from; for an
+                            adapter: adapter/, and ema.safetensors with its parameters by name
+    model.safetensors       the raw weights, for an adapter only its own
+    optimizer.safetensors   the moments of the optimizer
+    state.json              step, EMA and schedule counters, recent gradient norms, config and
+                            process count of the run
+    SHA256SUMS              of all these files; verified before a run resumes
 
-There is no generator state and no data position to save: both are functions of (seed, step), see
-`seeding`. Folders are written aside, flushed to disk and renamed, so a final name is always whole.
-Weights and moments are stored whole, also when the processes of a run hold a shard each, so that
-any number of processes can go on from them.
+Generator states and data positions are not saved: both are functions of (seed, step), see
+`seeding`. A folder is written under another name, flushed to disk and renamed, so a checkpoint is
+complete or absent. Weights and moments are saved unsharded, so that any number of processes can
+resume from them.
 """
 
 import json
@@ -34,27 +34,27 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE, TrainConfig
 from complexity_dit.data.latents import LatentSpace
-from complexity_dit.distributed import Processes
+from complexity_dit.distributed import on_main, process_state
 from complexity_dit.models.adapters import blank_copy
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.training.optimizer import SpikeGuard, build_guard, build_optimizer
+from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
 from inl_core.run.json_files import fits, read_json_object
 
-# Tensors that are sharded over the processes of a run (FSDP2), and whole ones to save or load.
+# Sharded tensors (FSDP2).
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor; of a sharded one all processes gather it, in the same order of calls."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The unsharded tensor. All processes gather a shard together, in the same order of calls."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal in all processes, sharded as `like` is (or whole, if that is whole)."""
+    """A full tensor, equal in all processes, sharded as `like` is (or not, if `like` is not)."""
     if not isinstance(like, DTensor):
         return tensor
     # src_data_rank=None: every process has the data, so none is sent.
@@ -63,7 +63,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     )
 
 
-# Which weights fit which network: to go on from a checkpoint, or to start from a pipeline.
+# Compatibility of weights with a network, to resume from a checkpoint or start from a pipeline.
 
 MEANING = (
     "num_attention_heads", "num_key_value_heads", "norm_eps", "rope_theta", "network_output",
@@ -71,24 +71,24 @@ MEANING = (
     "dynamics_placement", "dynamics_adaptive", "dynamics_dt", "dynamics_beta_max",
     "dynamics_velocity_max", "dynamics_mu_min", "dynamics_mu_max", "dynamics_velocity_norm",
 )  # fmt: skip
-"""Fields of the network's config that say what its weights mean without changing their shapes."""
+"""Config fields of the network that change what its weights compute but not their shapes."""
 
 
-def check_meaning(saved: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+def check_meaning(saved: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
     """Refuse weights of another network whose shapes happen to fit.
 
     Args:
         saved: The config that the weights were trained with.
-        own: The config of the network that is to have them.
-        source: What they come from, for the message.
+        current: The config of the network that is to load them.
+        source: Where the weights come from, for the message.
 
     Raises:
         UserError: Naming the fields that differ.
     """
     differing = [
-        f"{name} is {saved[name]!r} there and {own[name]!r} here"
+        f"{name} is {saved[name]!r} there and {current[name]!r} here"
         for name in MEANING
-        if name in saved and name in own and saved[name] != own[name]
+        if name in saved and name in current and saved[name] != current[name]
     ]
     if differing:
         raise UserError(
@@ -97,58 +97,69 @@ def check_meaning(saved: Mapping[str, Any], own: Mapping[str, Any], source: str)
         )
 
 
+def compare_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
+    """The differences between two sets of named tensors, one text per tensor."""
+    differences = [
+        f"{name} is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
+        for name, tensor in current.items()
+        if name in saved and saved[name].shape != tensor.shape
+    ]
+    differences += [f"{name} is missing" for name in sorted(set(current) - set(saved))]
+    return differences + [f"{name} is unknown" for name in sorted(set(saved) - set(current))]
+
+
 def check_labels(
-    saved: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]], checkpoint: Path
+    saved: Mapping[str, Sequence[str]], current: Mapping[str, Sequence[str]], checkpoint: Path
 ) -> None:
-    """Refuse to go on with data whose labels are not those of the checkpoint, in their order.
+    """Refuse to resume with data whose labels differ from those of the checkpoint, or their order.
 
     Args:
         saved: Names by field, in id order, that the checkpoint was trained with.
-        now: Those of the data.
+        current: The same of the data.
         checkpoint: For the message.
 
     Raises:
-        UserError: Naming what was added and removed, and how to start from the old weights.
+        UserError: Naming what was added and removed, and how to start from the saved weights.
     """
     if {field: list(names) for field, names in saved.items()} == {
-        field: list(names) for field, names in now.items()
+        field: list(names) for field, names in current.items()
     }:
         return
-    changes = [f"label field {field} was added" for field in now if field not in saved]
-    changes += [f"label field {field} was removed" for field in saved if field not in now]
-    for field in (field for field in saved if field in now):
-        added = [name for name in now[field] if name not in saved[field]]
-        removed = [name for name in saved[field] if name not in now[field]]
+    changes = [f"label field {field} was added" for field in current if field not in saved]
+    changes += [f"label field {field} was removed" for field in saved if field not in current]
+    for field in (field for field in saved if field in current):
+        added = [name for name in current[field] if name not in saved[field]]
+        removed = [name for name in saved[field] if name not in current[field]]
         if added:
-            changes.append(f"{field} has new names: {_few(added)}")
+            changes.append(f"{field} has new names: {_shortened(added)}")
         if removed:
-            changes.append(f"{field} lacks {_few(removed)}")
+            changes.append(f"{field} lacks {_shortened(removed)}")
     raise UserError(
-        f"the data's labels are not those that {checkpoint} was trained with: "
+        f"the labels of the data differ from those that {checkpoint} was trained with: "
         f"{'; '.join(changes) or 'they are in another order'}. To train on with these labels, "
         f"start a new run from its weights: --init_from {checkpoint / 'pipeline'} --out NEW_FOLDER"
     )
 
 
-def _few(names: Sequence[str], shown: int = 5) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+def _shortened(names: Sequence[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# What a run saves beside its network: a pipeline folder, or for an adapter an adapter folder.
+# The result of a run: a pipeline folder, or an adapter folder.
 
-_AVERAGE = "ema.safetensors"
+_EMA_FILE = "ema.safetensors"
 
 
 @dataclass
 class SavedPipeline:
-    """What a saved pipeline has beside its network.
+    """The parts of a saved pipeline other than its network.
 
     Attributes:
         scheduler: Samples from a model trained on the run's objective.
         id2label: Names of the labels, `{field: {id: name}}`.
-        data: The `DataConfig` as a dict: an evaluation must hold out the same pictures. For latents
-            that is the data they were made from.
+        data: The `DataConfig` as a dict, so that an evaluation holds out the same pictures. For
+            latents it is that of the pictures they were made from.
         latent_space: What the pipeline decodes with; None for pixels.
     """
 
@@ -159,8 +170,8 @@ class SavedPipeline:
     data: dict[str, Any]
     latent_space: LatentSpace | None = None
 
-    def around(self, network: ModelMixin) -> ComplexityDiTPipeline:
-        """A pipeline with this network."""
+    def build_pipeline(self, network: ModelMixin) -> ComplexityDiTPipeline:
+        """A pipeline of this network and these parts."""
         decoder = {}
         if (space := self.latent_space) is not None:
             decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
@@ -170,45 +181,47 @@ class SavedPipeline:
         """Write a pipeline folder with `data.json` in it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
-        self.around(network).save_pretrained(folder)  # whose card reads the data
+        self.build_pipeline(network).save_pretrained(folder)  # its model card reads data.json
 
     def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
-        """Write the averaged weights of a checkpoint, ready to sample from."""
+        """Write the averaged weights into a checkpoint, ready to sample from."""
         self.save(network, checkpoint / self.folder_name)
 
     def load_ema(
         self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Averaged weights by the network's own names.
+        """Read the averaged weights by the network's own names.
 
         Args:
             checkpoint: Its folder.
-            label_names: Of the data, in id order.
-            config: Of the network that is to have them.
+            label_names: Those of the data, in id order.
+            config: The config of the network that is to load them.
 
         Raises:
-            UserError: If the data's labels are others, or it is another network.
-            OSError: If a file cannot be read; likewise ValueError, KeyError and safetensors' error.
+            UserError: The labels of the data differ, or the network is another one.
+            OSError: A file cannot be read; likewise ValueError, KeyError and safetensors' error.
         """
         pipeline = checkpoint / self.folder_name
         shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
         network = json.loads((pipeline / "transformer" / "config.json").read_text())
         id2label = json.loads((pipeline / "model_index.json").read_text())["id2label"]
-        # JSON made the ids text and sorted the fields.
-        fields = {f: id2label[f] for f in network["label_fields"]}
-        names = {f: [known[str(i)] for i in range(len(known))] for f, known in fields.items()}
+        # JSON turned the ids into strings and sorted the fields.
+        names = {
+            field: [id2label[field][str(i)] for i in range(len(id2label[field]))]
+            for field in network["label_fields"]
+        }
         check_labels(names, label_names, checkpoint)
         check_meaning(network, config, f"{checkpoint}")
         return shadow
 
 
 @dataclass
-class AdapterParts(SavedPipeline):
-    """What a saved adapter has beside its matrices.
+class SavedAdapter(SavedPipeline):
+    """The parts of a saved adapter other than its matrices.
 
     Attributes:
         base: Folder or Hub id of the pipeline that it was trained on.
-        base_sha256: Of that pipeline's transformer.
+        base_sha256: Digest of that pipeline's transformer.
     """
 
     folder_name: ClassVar[str] = "adapter"
@@ -217,14 +230,14 @@ class AdapterParts(SavedPipeline):
     base_sha256: str = ""
 
     def save(self, network: ModelMixin, folder: Path) -> None:
-        """Write an adapter folder: diffusers' file, `adapter.json`, `data.json`, a card."""
+        """Write an adapter folder: the file of diffusers, `adapter.json`, `data.json`, a card."""
         ComplexityDiTPipeline.save_lora_weights(
             folder, network.adapter_state_dict(), network.adapter_settings()
         )
-        local = Path(self.base).is_dir()
+        is_local = Path(self.base).is_dir()
         about = {
-            # Relative: a folder of runs can be moved as a whole.
-            "base": os.path.relpath(self.base, folder) if local else self.base,
+            # Relative, so that base and adapter can be moved together.
+            "base": os.path.relpath(self.base, folder) if is_local else self.base,
             "base_sha256": self.base_sha256,
             "labels": network.added_labels,
         }
@@ -235,8 +248,7 @@ class AdapterParts(SavedPipeline):
     def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
         """As for a pipeline, and the averaged parameters by name, for an exact resume."""
         super().save_ema(network, checkpoint)
-        trained = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        save_file({n: p.contiguous() for n, p in trained.items()}, checkpoint / _AVERAGE)
+        save_file(_trainable_tensors(network), checkpoint / _EMA_FILE)
 
     def load_ema(
         self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
@@ -244,8 +256,8 @@ class AdapterParts(SavedPipeline):
         about = json.loads((checkpoint / self.folder_name / ADAPTER_FILE).read_text())
         if about["base_sha256"] != self.base_sha256:
             raise UserError(
-                f"{checkpoint} is of an adapter of another network than {self.base}: give the "
-                "--init_from it was begun with"
+                f"{checkpoint} is an adapter of another network than {self.base}: give the "
+                "--init_from that its run was started with"
             )
         added = {
             field: names
@@ -254,26 +266,28 @@ class AdapterParts(SavedPipeline):
         }
         if about["labels"] != added:
             raise UserError(
-                f"{checkpoint} brings the labels {about['labels']} and this run {added or 'none'}: "
-                "give the data and --lora.labels it was begun with, or another --out"
+                f"{checkpoint} adds the labels {about['labels']} and this run {added or 'none'}: "
+                "give the data and --lora.labels that it was started with, or another --out"
             )
-        return load_file(checkpoint / _AVERAGE)
+        return load_file(checkpoint / _EMA_FILE)
 
+
+# The state of a run.
 
 STATE_FILE = "state.json"
 
 
 @dataclass
 class TrainState:
-    """What training updates.
+    """All that training updates.
 
     Attributes:
         model: The unwrapped raw model; its parameters may be shards (FSDP2).
-        ema: Its exponential moving average, placed and sharded as the model is.
-        optimizer: The optimizer (accelerate's wrapper or plain).
+        ema: Exponential moving average of its trainable parameters, placed and sharded alike.
+        optimizer: The optimizer, plain or in accelerate's wrapper.
         lr_scheduler: The learning-rate schedule.
-        guard: The spike guard, if there is one.
-        step: Optimizer steps done.
+        guard: The spike guard; None if it is off.
+        step: Number of optimizer steps done.
     """
 
     model: ComplexityDiTTransformer2DModel
@@ -283,38 +297,38 @@ class TrainState:
     guard: SpikeGuard | None = None
     step: int = 0
 
-    def reset_ema(self) -> None:
-        """Start the average at the weights, placed and sharded as they are now."""
-        self.ema.shadow_params = [p.detach().clone() for p in self.trained()]
-
-    def trained(self) -> list[nn.Parameter]:
-        """What training moves: all parameters, or those of an adapter."""
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All parameters of the network, or those of its adapter."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def reset_ema(self) -> None:
+        """Restart the average at the current weights, placed and sharded as they are now."""
+        self.ema.shadow_params = [p.detach().clone() for p in self.trainable_parameters()]
+
     @torch.no_grad()
-    def network(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
-        """A whole copy on the CPU; the model in training is not touched. All processes call it."""
+    def export(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
+        """An unsharded copy of the network on the CPU. All processes call it together."""
         copy, averaged = blank_copy(self.model), iter(self.ema.shadow_params)
-        for parameter, own in zip(copy.parameters(), self.model.parameters(), strict=True):
-            is_averaged = weights == "ema" and own.requires_grad
-            parameter.copy_(whole(next(averaged) if is_averaged else own))
+        for parameter, current in zip(copy.parameters(), self.model.parameters(), strict=True):
+            is_averaged = weights == "ema" and current.requires_grad
+            parameter.copy_(full_tensor(next(averaged) if is_averaged else current))
         return copy.eval()
 
-    def save(
-        self, checkpoints: Path, parts: SavedPipeline, config: dict[str, Any], processes: Processes
-    ) -> Path:
+    def save(self, checkpoints: Path, saved: SavedPipeline, config: dict[str, Any]) -> Path:
         """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
         Raises:
-            UserError: If the disk refuses; nothing half-written stays, older checkpoints are whole.
+            UserError: The disk is full or not writable. Nothing half-written stays, and older
+                checkpoints are intact.
         """
-        average, weights = self.network("ema"), _named(self.model)
+        averaged, weights = self.export("ema"), _trainable_tensors(self.model)
         moments, groups = _flatten_optimizer(self.optimizer.state_dict())
         ema = self.ema.state_dict()
         ema.pop("shadow_params")
+        state = process_state()
         meta = {
             "step": self.step,
-            "processes": processes.count,
+            "processes": state.num_processes if state else 1,
             "ema": ema,
             "optimizer_groups": groups,
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -326,7 +340,7 @@ class TrainState:
         def write() -> None:
             try:
                 with atomic_folder(target) as folder:
-                    parts.save_ema(average, folder)
+                    saved.save_ema(averaged, folder)
                     save_file(weights, folder / "model.safetensors")
                     save_file(moments, folder / "optimizer.safetensors")
                     (folder / STATE_FILE).write_text(json.dumps(meta, indent=1) + "\n")
@@ -335,49 +349,47 @@ class TrainState:
                 kept = latest_checkpoint(checkpoints)
                 raise UserError(
                     f"could not write {target}: {error}; the last good checkpoint is "
-                    f"{kept or 'none'}: free space (or choose another --out) and go on with "
+                    f"{kept or 'none'}: free space (or choose another --out) and resume with "
                     "--resume auto"
                 ) from error
 
-        processes.on_main(write)
+        on_main(write)
         return target
 
     def load(
-        self, checkpoint: Path, parts: SavedPipeline, label_names: Mapping[str, Sequence[str]]
+        self, checkpoint: Path, saved: SavedPipeline, label_names: Mapping[str, Sequence[str]]
     ) -> dict[str, Any]:
-        """Continue exactly where `checkpoint` was written, with any number of processes.
+        """Restore the exact state that a checkpoint was written with, in any number of processes.
 
         Args:
             checkpoint: Its folder.
-            parts: Of this run; they know how the averaged weights were written.
-            label_names: Of the data, in id order.
+            saved: Of this run; reads the averaged weights.
+            label_names: Those of the data, in id order.
 
         Returns:
-            What `state.json` says of it: step, processes, config, ...
+            The contents of `state.json`: step, processes, config, ...
 
         Raises:
-            UserError: If a file is missing or unreadable, the data's labels are others, or the
-                checkpoint is another model's.
+            UserError: A file is missing or unreadable, the labels of the data differ, or the
+                checkpoint is of another model.
         """
         try:
             meta = read_json_object(checkpoint / STATE_FILE)
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
-            shadow = parts.load_ema(checkpoint, label_names, self.model.config)
+            shadow = saved.load_ema(checkpoint, label_names, self.model.config)
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # OSError, JSONDecodeError, SafetensorError: all mean "unreadable"
+        except Exception as error:  # OSError, JSONDecodeError, SafetensorError and the like
             raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
         try:
             self._restore(meta, weights, moments, shadow, checkpoint)
         except UserError:
             raise
-        # What is missing or of another type in state.json shows wherever it is first used.
+        # Whatever is missing or of another type in state.json fails where it is first used.
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(
-                f"{checkpoint} is damaged, or not of this version: state.json and the optimizer's "
+                f"{checkpoint} is damaged or of another version: state.json and the optimizer's "
                 f"state do not fit ({type(error).__name__}: {error})"
             ) from error
         return meta
@@ -390,67 +402,56 @@ class TrainState:
         shadow: dict[str, Tensor],
         checkpoint: Path,
     ) -> None:
-        if (
-            not fits(meta["step"], int)
-            or meta["step"] < 0
-            or not fits(meta["config"], dict[str, Any])
-        ):
-            raise ValueError(f"step {meta['step']!r}")
+        step = meta["step"]
+        if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
+            raise ValueError(f"step {step!r}")
         _load_weights(self.model, weights, checkpoint)
         self.ema.load_state_dict(meta["ema"])
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in zip(names, self.ema.shadow_params, strict=True):
             parameter.copy_(shard_like(shadow[name], parameter))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        saved = _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
-        self._load_optimizer(saved, checkpoint)
+        try:
+            self.optimizer.load_state_dict(
+                _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
+            )
+        except ValueError as error:  # other groups, or groups of other sizes
+            raise UserError(
+                f"{checkpoint} was written by another optimizer ({error}): use the --optim.name "
+                "it was trained with, or start a new run in another --out"
+            ) from error
         self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
         if self.guard is not None and meta.get("guard"):
             self.guard.load_state_dict(meta["guard"])
-        self.step = meta["step"]
-
-    def _load_optimizer(self, saved: dict[str, Any], checkpoint: Path) -> None:
-        try:
-            self.optimizer.load_state_dict(saved)
-        except ValueError as error:  # other groups, or groups of other sizes
-            raise UserError(
-                f"{checkpoint} was written by another optimizer ({error}): go on with the "
-                "--optim.name it was trained with, or start anew in another --out"
-            ) from error
+        self.step = step
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: whole(p.detach()).contiguous() for name, p in trained}
+def _trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    trainable = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: full_tensor(p.detach()).contiguous() for name, p in trainable}
 
 
+@torch.no_grad()
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load weights of exactly this model, or say which tensors differ."""
-    own = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name])} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name]
-    ]
-    if missing or extra or shapes:
-        differences = (
-            shapes + [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in extra]
-        )
+    """Load the weights of exactly this model.
+
+    Raises:
+        UserError: Naming tensors that differ.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if differences := compare_shapes(weights, trainable):
         raise UserError(
             f"{source} is a checkpoint of another model ({len(differences)} tensors differ): "
             f"{'; '.join(differences[:3])}; use the config it was trained with, or another --out"
         )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(shard_like(weights[name], parameter))
+    for name, parameter in trainable.items():
+        parameter.copy_(shard_like(weights[name], parameter))
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as named tensors and JSON, so that no pickle is needed."""
+    """The state of an optimizer as named tensors and JSON, so that no pickle is needed."""
     tensors = {
-        f"{index}.{name}": whole(value).contiguous()
+        f"{index}.{name}": full_tensor(value).contiguous()
         for index, entries in state["state"].items()
         for name, value in entries.items()
     }
@@ -460,7 +461,7 @@ def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[d
 def _unflatten_optimizer(
     tensors: dict[str, Tensor], groups: list[dict], parameters: list[Tensor]
 ) -> dict[str, Any]:
-    """The inverse, each entry of a parameter's shape sharded as the parameter is."""
+    """The inverse. An entry of a parameter's shape is sharded as the parameter is."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
@@ -472,7 +473,7 @@ def _unflatten_optimizer(
 
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
-    """Optimizer, schedule, EMA and spike guard round a model."""
+    """A model with optimizer, schedule, EMA and spike guard for a run."""
     optim = config.optim
     optimizer = build_optimizer(model, optim)
     lr_scheduler = get_scheduler(
@@ -488,17 +489,17 @@ def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> 
         power=config.ema.power,
         foreach=True,
     )
-    guard = build_guard(optim, config.mixed_precision)
+    guard = SpikeGuard(optim) if optim.spike_factor else None
     return TrainState(model, ema, optimizer, lr_scheduler, guard)
 
 
 def prepared_state(
     network: ComplexityDiTTransformer2DModel, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[TrainState, nn.Module]:
-    """`build_state` on the run's device and processes, and the model to call in a step.
+    """`build_state` on the devices and processes of the run, and the wrapped model to call.
 
-    The order matters: blocks are compiled before sharding hooks into them, and the average is laid
-    beside the parameters as they are after that.
+    The order matters: blocks are compiled before FSDP2 hooks into them, and the average restarts
+    from the parameters as they are placed after that.
     """
     state = build_state(network, config)
     if config.compile == "regional":

@@ -1,55 +1,40 @@
-"""What is looked at during training, and that the training does not notice it."""
+"""Logs and callbacks of a training: their files, and that they change no bit of it."""
 
-import csv
 import dataclasses
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
-import accelerate.tracking
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import LoggerType
 from PIL import Image
 
 from complexity_dit.config import EvalConfig
-from complexity_dit.training import callbacks as looks
+from complexity_dit.training import callbacks
 from complexity_dit.training.callbacks import NoiseLevels
-from complexity_dit.training.train import train
-from inl_core.run.checkpoints import latest_checkpoint
+from complexity_dit.training.train import is_checkpoint_step, train
 from inl_core.run.errors import UserError
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def bits(run: Path) -> dict[str, bytes]:
-    last = latest_checkpoint(run / "checkpoints")
-    found = {str(p.relative_to(last)): p.read_bytes() for p in last.rglob("*.safetensors")}
-    return found | {"curve": (run / "train_log.csv").read_bytes()}
+from support.outcomes import outcome, rows_of
 
 
 @pytest.fixture
 def watched(small_run, monkeypatch):
-    """A run with every look at steps 4 and 8; features come from a random network."""
+    """A run with every callback at steps 4 and 8; features come from a random network."""
     monkeypatch.setattr(EvalConfig, "brief", partial(EvalConfig.brief, weights="random"))
-    monkeypatch.setattr(looks, "GRID_ROWS", 2)
+    monkeypatch.setattr(callbacks, "GRID_ROWS", 2)
     return dataclasses.replace(
         small_run, sample_every=4, evaluate_every=4, evaluate_num_images=4, dynamics_every=4,
         checkpoint_every=8,
     )  # fmt: skip
 
 
-def test_looks_are_written_and_change_no_bit(watched, small_run, tmp_path):
+def test_callbacks_write_their_files_and_change_no_bit(watched, small_run, tmp_path):
     plain = dataclasses.replace(small_run, out=str(tmp_path / "plain"), noise_bins=0)
     train(plain)
     train(watched)
     run = Path(watched.out)
-    assert bits(run) == bits(tmp_path / "plain")
+    assert outcome(run) == outcome(tmp_path / "plain")
     assert not (tmp_path / "plain" / "noise_levels.csv").exists()
 
     names = [f"step-0000000{step}-{weights}.png" for step in (4, 8) for weights in ("ema", "raw")]
@@ -58,7 +43,7 @@ def test_looks_are_written_and_change_no_bit(watched, small_run, tmp_path):
     assert pictures[0].size == pictures[1].size
     assert len({picture.tobytes() for picture in pictures}) == 4
 
-    metrics = rows(run / "metrics.csv")
+    metrics = rows_of(run / "metrics.csv")
     assert {row["step"] for row in metrics} == {"4", "8"}
     assert {"fd_random", "kd_random_mean"} < {row["metric"] for row in metrics}
     result = json.loads((run / "evaluations" / "step-00000008" / "result.json").read_text())
@@ -67,32 +52,30 @@ def test_looks_are_written_and_change_no_bit(watched, small_run, tmp_path):
     )
     assert result["settings"]["data"]["holdout"] == watched.data.holdout
 
-    dynamics = rows(run / "dynamics.csv")
+    dynamics = rows_of(run / "dynamics.csv")
     assert [(r["step"], r["layer"]) for r in dynamics] == [
         (step, f"blocks.{layer}.dynamics") for step in ("4", "8") for layer in (0, 1)
     ]
     assert all(0 < float(r["spectral_radius"]) < 1 for r in dynamics)
     assert all(float(r["velocity_abs_max"]) > 0 for r in dynamics)
 
-    # A kill between the checkpoint and its looks: a resume makes up for them, to the same numbers.
+    # A kill between the checkpoint and its callbacks: a resume makes up for them, bit by bit.
     text = (run / "metrics.csv").read_text()
     (run / "metrics.csv").write_text("".join(x for x in text.splitlines(True) if x[0] != "8"))
     (run / "samples" / names[2]).unlink()
     train(dataclasses.replace(watched, resume="auto"))
-    assert rows(run / "metrics.csv") == metrics
+    assert rows_of(run / "metrics.csv") == metrics
     assert (run / "samples" / names[2]).exists()
 
 
 def test_an_evaluated_step_is_a_checkpoint(small_run):
     settings = dataclasses.replace(small_run, evaluate_every=3, checkpoint_every=100)
-    from complexity_dit.training.train import _is_due
-
-    assert [step for step in range(1, 9) if _is_due(step, settings)] == [3, 6, 8]
+    assert [step for step in range(1, 9) if is_checkpoint_step(step, settings)] == [3, 6, 8]
 
 
-def test_nothing_to_compare_with_is_said_before_training(small_run):
+def test_a_missing_reference_is_reported_before_training(small_run):
     cases = [
-        ({"evaluate_reference": "/nowhere"}, "/nowhere is not there"),
+        ({"evaluate_reference": "/nowhere"}, "/nowhere does not exist"),
         ({"data": dataclasses.replace(small_run.data, holdout=0.0)}, "'heldout' of art is empty"),
     ]
     for changes, words in cases:
@@ -111,14 +94,14 @@ def test_noise_levels_are_means_by_bin(tmp_path):
         levels.add(timestep[part], prediction[part], target[part])
     levels.flush(7)
     errors = (prediction - target).square().mean((1, 2, 3))
-    (row,) = rows(tmp_path / "noise_levels.csv")
+    (row,) = rows_of(tmp_path / "noise_levels.csv")
     assert list(row) == ["step", "t_0.00_0.25", "t_0.25_0.50", "t_0.50_0.75", "t_0.75_1.00"]
     for i, value in enumerate(list(row.values())[1:]):
         mine = (timestep >= 250 * i) & (timestep < 250 * (i + 1) + (i == 3))
         assert float(value) == pytest.approx(float(errors[mine].mean()), rel=1e-5)
     levels.add(timestep[1:2], prediction[1:2], target[1:2])
     levels.flush(8)
-    assert list(rows(tmp_path / "noise_levels.csv")[1].values()).count("") == 3
+    assert list(rows_of(tmp_path / "noise_levels.csv")[1].values()).count("") == 3
 
 
 def test_a_tracker_that_is_not_installed_is_named(small_run):
@@ -127,35 +110,7 @@ def test_a_tracker_that_is_not_installed_is_named(small_run):
     assert not Path(small_run.out).exists()
 
 
-def test_another_tracker_by_name(small_run, tmp_path, monkeypatch):
-    (tmp_path / "trackio.py").write_text(
-        "calls = []\n"
-        "class Run:\n"
-        "    def log(self, values, step=None): calls.append((step, values))\n"
-        "    def finish(self): calls.append('finished')\n"
-        "def init(**kwargs):\n"
-        "    calls.append(kwargs)\n"
-        "    return Run()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        accelerate.tracking, "_available_trackers",
-        [*accelerate.tracking._available_trackers, LoggerType.TRACKIO],
-    )  # fmt: skip
-    train(dataclasses.replace(small_run, report_to="trackio"))
-    began, *logged, ended = sys.modules["trackio"].calls
-    assert (began["project"], began["name"], ended) == ("complexity-dit", "run", "finished")
-    assert began["config"]["optim"]["lr"] == small_run.optim.lr
-    seen = {step: set() for step, _ in logged}
-    for step, values in logged:
-        seen[step] |= set(values)
-    assert list(seen) == [3, 4, 6, 8]
-    assert {"loss", "lr", "images_per_second"} < seen[8]
-    assert not (Path(small_run.out) / "logs").exists()
-    monkeypatch.delitem(sys.modules, "trackio")
-
-
 def test_no_tracker(small_run):
     train(dataclasses.replace(small_run, report_to="none"))
     assert not (Path(small_run.out) / "logs").exists()
-    assert len(rows(Path(small_run.out) / "train_log.csv")) == small_run.steps
+    assert len(rows_of(Path(small_run.out) / "train_log.csv")) == small_run.steps
