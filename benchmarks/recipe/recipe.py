@@ -27,7 +27,7 @@ from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training.network import build_model
-from complexity_dit.training.plan import token_count, training_flops
+from complexity_dit.training.plan import count_flops, token_count
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 
@@ -165,7 +165,8 @@ def used_tflops(config, network, speed):
     """
     rate = config.model.token_drop_rate
     kept = kept_count(token_count(network), rate) if rate else None
-    return speed * training_flops(network, kept) / 1e12
+    _, flops = count_flops(network, kept)
+    return speed * flops / 1e12
 
 
 def utilisation(config, network, peak_tflops):

@@ -13,6 +13,7 @@ fresh process with one model, eager, above what it held before the model was mad
 """
 
 import argparse
+import bisect
 import multiprocessing
 
 import torch
@@ -24,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel
-from complexity_dit.training.plan import count_parameters
 
 LABELS = {"label_fields": ["style"], "num_classes": [8]}
 DYNAMICS = {"dynamics_placement": "branch", "dynamics_adaptive": "channel"}
@@ -69,10 +69,16 @@ def build(case, options):
 def equal_ratio(shape, options):
     """The MLP ratio at which ours has the parameters of DiT, as near as steps of 64 units allow."""
     wanted = parameters(build("diffusers", options))
-    with torch.device("meta"):
-        plain = ComplexityDiTTransformer2DModel(**shape, dynamics_placement="none").config
+
+    def count(ratio):
+        with torch.device("meta"):
+            return parameters(
+                ComplexityDiTTransformer2DModel(**shape, dynamics_placement="none", mlp_ratio=ratio)
+            )
+
     ratios = [64 * k / shape["hidden_size"] for k in range(1, shape["hidden_size"])]
-    return min(ratios, key=lambda r: abs(count_parameters({**plain, "mlp_ratio": r}) - wanted))
+    above = bisect.bisect_left(ratios, wanted, key=count)
+    return min(ratios[max(above - 1, 0) : above + 1], key=lambda r: abs(count(r) - wanted))
 
 
 def stepper(case, options, compiled):

@@ -1,7 +1,8 @@
-"""What a run will need, before it starts: parameters, FLOPs, memory, steps, and an estimated time.
+"""Needs of a run before it starts: parameters, FLOPs, memory, steps and an estimated time.
 
-All from the config and the formulas in `costs`; no weights are made and no data is read, but for
-the shape of a cache of latents that is there.
+The network is built and run without numbers, on the meta device and with fake tensors, and what
+torch counts there is printed. No data is read except the shape in the description of a latent
+cache.
 """
 
 import json
@@ -11,210 +12,89 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from complexity_dit.config import PlanConfig, TrainConfig
+from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
 from complexity_dit.models.tokens import kept_count
-from complexity_dit.models.transformer import middle_blocks, swiglu_width
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.network import build_model
+from complexity_dit.training.optimizer import build_optimizer
 from inl_core.run.errors import UserError
-
-# Costs by formula. Tests compare the parameters with the network itself, the FLOPs with torch's
-# counter and the activations with the tensors that autograd saves. Letters: N tokens · D hidden ·
-# H heads · K width of keys and values · F inner width of the MLP · C width of the dynamics'
-# controller · P numbers in a patch.
 
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Widths:
-    """The letters of a network's config."""
-
-    layers: int
-    hidden: int
-    heads: int
-    key_value: int
-    inner: int
-    controller: int
-    patch_in: int
-    patch_out: int
-
-    @classmethod
-    def of(cls, config: Config) -> "Widths":
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        cells = config["patch_size"] ** 2
-        return cls(
-            layers=config["num_layers"],
-            hidden=hidden,
-            heads=heads,
-            key_value=(config["num_key_value_heads"] or heads) * (hidden // heads),
-            inner=swiglu_width(hidden, config["mlp_ratio"]),
-            controller=config["dynamics_controller_hidden"],
-            patch_in=config["in_channels"] * cells,
-            patch_out=(config["out_channels"] or config["in_channels"]) * cells,
-        )
-
-
 def token_count(config: Config) -> int:
-    """Tokens of a picture of the training size."""
+    """Number of tokens of an image of the training size."""
     return (config["sample_size"] // config["patch_size"]) ** 2
 
 
-def count_parameters(config: Config) -> int:
-    """Parameters of the network, exactly."""
-    w = Widths.of(config)
-    D = w.hidden
-    attention = 2 * D * D + 2 * D * w.key_value + 2 * (D // w.heads)
-    adaln = 6 * D * D + 6 * D
-    block = attention + _mlp_parameters(config, w) + adaln + _dynamics_parameters(config, w)
-    embeddings = sum(count + 1 for count in config["num_classes"]) * D
-    time = (256 * D + D) + (D * D + D)
-    ends = (w.patch_in * D + D) + (2 * D * D + 2 * D) + (D * w.patch_out + w.patch_out)
-    mixes = (w.layers - 1) if config["value_residual"] else 0
-    return w.layers * block + embeddings + time + ends + mixes
-
-
-def _mlp_parameters(config: Config, w: Widths) -> int:
-    if _is_routed(config):  # the experts and the shared one, each half as wide
-        return 3 * w.hidden * (w.inner // 2) * (config["num_experts"] + 1)
-    return 3 * w.hidden * w.inner
-
-
-def _dynamics_parameters(config: Config, w: Widths) -> int:
-    D, C = w.hidden, w.controller
-    coefficients = {
-        "token": 2 * D * C + C + 3 * D * C + 3 * D,
-        "channel": 3 * D,
-        "layer": 3,
-        "lite": 0,
-    }[config["dynamics_adaptive"]]
-    return _dynamics_in_a_block(config) * (D + coefficients)
-
-
-def _dynamics_in_a_block(config: Config) -> int:
-    placements = {"none": 0, "branch": 1, "stream": 1, "force": 2, "force_mlp": 1}
-    return placements[config["dynamics_placement"]]
-
-
-def _is_routed(config: Config) -> bool:
-    return config["routing"] != "none"
-
-
-def forward_flops(config: Config, kept: int | None = None) -> int:
-    """FLOPs of the matrix products of one picture's forward pass, two for a multiply-add.
+def count_flops(config: Config, kept: int | None = None) -> tuple[int, int]:
+    """FLOPs of the matrix products for one image, two per multiply-add.
 
     Args:
-        config: Of the transformer.
+        config: Of the transformer. A routed MLP is counted as the dense one of equal active width.
         kept: Tokens that go through the middle blocks; None means all.
+
+    Returns:
+        Of the forward pass, and of forward and backward pass. Recomputation is not counted.
     """
-    w, N = Widths.of(config), token_count(config)
-    D = w.hidden
-    total = 2 * N * w.patch_in * D + 2 * (256 * D + D * D)  # patches in, timestep
-    for layer in range(w.layers):
-        total += _block_flops(config, w, _tokens_at(config, layer, N, kept), first=layer == 0)
-    return total + 2 * D * 2 * D + 2 * N * D * w.patch_out  # last modulation, patches out
-
-
-def _block_flops(config: Config, w: Widths, N: int, first: bool) -> int:
-    D = w.hidden
-    attention = 2 * N * (2 * D * D + 2 * D * w.key_value) + 4 * N * N * D
-    mlp = 2 * N * 3 * D * (2 * (w.inner // 2) if _is_routed(config) else w.inner)
-    dynamics = 0
-    if config["dynamics_adaptive"] == "token":
-        # (a, b, c) from h and v; the first step of all has no velocity to read.
-        each = 2 * N * w.controller * (2 * D + 3 * D)
-        steps = _dynamics_in_a_block(config)
-        dynamics = steps * each - (2 * N * w.controller * D if first and steps else 0)
-    return attention + mlp + dynamics + 2 * D * 6 * D
-
-
-def _tokens_at(config: Config, layer: int, tokens: int, kept: int | None) -> int:
-    if kept is None:
-        return tokens
-    start, end = middle_blocks(config)
-    return kept if start <= layer < end else tokens
-
-
-def training_flops(config: Config, kept: int | None = None) -> int:
-    """FLOPs of one picture's forward and backward pass; recomputation is not counted.
-
-    The backward of a product is two products, for its input and for its weight; pictures need no
-    gradient.
-    """
-    w = Widths.of(config)
-    no_input_gradient = 2 * token_count(config) * w.patch_in * w.hidden
-    return 3 * forward_flops(config, kept) - no_input_gradient
-
-
-# Tensors that autograd keeps in a block, in units of 4 bytes, from the definitions in plain PyTorch
-# (which runs on a CPU): of width D, of width K, of width F; then what dynamics add: of width D, of
-# width C. bf16 is autocast: products in bf16, norms and dynamics in fp32.
-_KEPT = {"no": (12.0, 4.0, 4.0), "bf16": (10.0, 3.0, 3.5)}
-_KEPT_BY_DYNAMICS = {
-    "no": {"token": (12, 2), "channel": (3, 0), "layer": (3, 0), "lite": (1, 0)},
-    "bf16": {"token": (11, 1), "channel": (4, 0), "layer": (4, 0), "lite": (1, 0)},
-}
+    with torch.device("meta"):
+        network = _dense_network(config)
+        # The counter does not know the fused attention of a CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = _loss(network, 1, kept)
+            forward = counter.get_total_flops()
+            loss.backward()
+    return forward, counter.get_total_flops()
 
 
 def activation_bytes(
     config: Config, precision: str, kept: int | None = None, checkpointing: bool = False
 ) -> int:
-    """Bytes that autograd keeps for one picture between forward and backward.
+    """Bytes per image that autograd keeps between forward and backward pass.
 
-    Eager PyTorch, operations as their definitions: an upper bound for the compiled network and for
-    the kernels, which keep the inputs of an operation and not its intermediate results. A routed
-    MLP is taken as the dense one of the same active width.
+    For eager PyTorch and the reference operations, so it is an upper bound: compiled code and the
+    GPU kernels keep inputs of an operation and no intermediate results.
 
     Args:
-        config: Of the transformer.
+        config: Of the transformer. A routed MLP is taken as the dense one of equal active width.
         precision: "no" (fp32) or "bf16" (autocast).
         kept: Tokens that go through the middle blocks; None means all.
-        checkpointing: Only the inputs of blocks are kept, and one block while it is recomputed.
+        checkpointing: Keep the inputs of blocks only, and one block while it is recomputed.
     """
-    w, N = Widths.of(config), token_count(config)
-    D = w.hidden
-    blocks = [
-        _block_bytes(config, w, precision, _tokens_at(config, layer, N, kept))
-        for layer in range(w.layers)
-    ]
-    if checkpointing:
-        carried = 1 + (config["dynamics_placement"] != "none")
-        inputs = 4 * D * sum(_tokens_at(config, i, N, kept) for i in range(w.layers)) * carried
-        kept_of_blocks = inputs + max(blocks)
-    else:
-        kept_of_blocks = sum(blocks)
-    width = 4 if precision == "no" else 2
-    ends = width * N * w.patch_in + (8 + width) * N * D + 4 * N * w.patch_out
-    return int(kept_of_blocks + ends)
+    with FakeTensorMode():
+        network = _dense_network(config)
+        # What does not grow with the batch, copies of weights in bf16, cancels out.
+        (total, block), (total_of_two, block_of_two) = (
+            _saved_bytes(network, images, precision, kept) for images in (1, 2)
+        )
+        if not checkpointing:
+            return total_of_two - total
+        network.enable_gradient_checkpointing()
+        (total, _), (total_of_two, _) = (
+            _saved_bytes(network, images, precision, kept) for images in (1, 2)
+        )
+        return total_of_two - total + block_of_two - block
 
 
-def _block_bytes(config: Config, w: Widths, precision: str, N: int) -> float:
-    D = w.hidden
-    of_d, of_k, of_f = _KEPT[precision]
-    if config["value_residual"]:  # the difference to the first block's values
-        of_k += 1.0 if precision == "no" else 0.5
-    more_d, of_c = _KEPT_BY_DYNAMICS[precision][config["dynamics_adaptive"]]
-    steps = _dynamics_in_a_block(config)
-    per_token = of_d * D + of_k * w.key_value + of_f * w.inner
-    per_token += steps * (more_d * D + of_c * w.controller)
-    if config["dynamics_adaptive"] == "token":
-        # A force replaces the gated sum that would have kept its branch.
-        per_token -= {"force": 2, "force_mlp": 1}.get(config["dynamics_placement"], 0) * D
-    per_token += 2 * w.heads + w.heads * w.key_value // D + 2  # norms of q and k, log-sum-exp
-    return 4 * (N * per_token + 10 * D)  # and the modulation of the picture
-
-
-def state_bytes(config: Config, precision: str, optimizer: str) -> dict[str, int]:
+def state_bytes(config: Config, precision: str, optim: OptimConfig) -> dict[str, int]:
     """Bytes that do not depend on the batch.
 
-    Weights, gradients, moments and the average in fp32, and autocast's copies of the weights.
+    Weights, gradients, moments and EMA in fp32, and copies of the weights in bf16 under autocast.
     """
-    parameters, w = count_parameters(config), Widths.of(config)
-    moments = 8 * parameters
-    if optimizer == "muon":  # one moment for the matrices of attention and MLP
-        attention = 2 * w.hidden * (w.hidden + w.key_value)
-        mlp = 0 if _is_routed(config) else 3 * w.hidden * w.inner
-        moments -= 4 * w.layers * (attention + mlp)
+    with FakeTensorMode():
+        network = ComplexityDiTTransformer2DModel.from_config(config)
+        moments = sum(
+            4 * p.numel() * (2 if "betas" in group else 1)  # Muon has a single moment
+            for group in build_optimizer(network, optim).param_groups
+            for p in group["params"]
+        )
+        parameters = network.num_parameters()
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -224,9 +104,58 @@ def state_bytes(config: Config, precision: str, optimizer: str) -> dict[str, int
     }
 
 
+def _dense_network(config: Config) -> ComplexityDiTTransformer2DModel:
+    return ComplexityDiTTransformer2DModel.from_config(config, routing="none", routing_edges=None)
+
+
+def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | None) -> Tensor:
+    config = network.config
+    x = torch.empty(images, config.in_channels, config.sample_size, config.sample_size)
+    labels = torch.zeros(images, len(config.label_fields), dtype=torch.int64)
+    tokens = None if kept is None else torch.zeros(images, kept, dtype=torch.int64)
+    out = network(x, torch.empty(images), labels, kept_tokens=tokens, return_dict=False)[0]
+    return F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
+
+
+def _saved_bytes(
+    network: ComplexityDiTTransformer2DModel, images: int, precision: str, kept: int | None
+) -> tuple[int, int]:
+    """Bytes of the storages that autograd keeps other than weights: of all, and of one block."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    saved: dict[int, tuple[int, Tensor]] = {}  # with the tensor, so that no address is used twice
+    at_block: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    def total(*_: object) -> int:
+        return sum(size for size, _ in saved.values())
+
+    def note(*_: object) -> None:
+        at_block.append(total())
+
+    hooks = [
+        register(note)
+        for block in network.blocks
+        for register in (block.register_forward_pre_hook, block.register_forward_hook)
+    ]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        _loss(network, images, kept)
+    for hook in hooks:
+        hook.remove()
+    blocks = zip(at_block[::2], at_block[1::2], strict=True)
+    return total(), max(after - before for before, after in blocks)
+
+
 @dataclass(frozen=True)
 class _DataShape:
-    """What `build_model` reads of a dataset."""
+    """The attributes of a dataset that `build_model` reads."""
 
     label_names: dict[str, list[str]]
     channels: int
@@ -234,50 +163,48 @@ class _DataShape:
 
 
 def plan(config: TrainConfig, options: PlanConfig) -> str:
-    """The table that the command prints.
+    """The table that the command prints, one line per quantity.
 
     Args:
         config: The run.
-        options: What it does not say.
-
-    Returns:
-        Lines of text, a quantity each.
+        options: What the config does not contain.
 
     Raises:
-        UserError: The model of the config cannot be built, the batch cannot be split, or a shape or
-            half of an estimate is missing.
+        UserError: The model cannot be built, the batch cannot be split, a shape is not known, or
+            only one of two numbers for an estimate is given.
     """
     if config.lora.rank:
         raise UserError(
-            "plan counts whole networks: leave lora.rank at 0 for the base's numbers; an adapter "
-            "has the base's activations and next to no state"
+            "plan counts full networks: leave lora.rank at 0 for the numbers of the base; an "
+            "adapter has the activations of the base and next to no state"
         )
     shape = _data_shape(config, options)
-    devices = options.processes * config.gradient_accumulation_steps
-    if options.processes < 1 or config.batch_size % devices:
+    parts = options.processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
             f"{options.processes} x {config.gradient_accumulation_steps}"
         )
-    # On the meta device a network has shapes and no numbers: this checks the config, whatever size.
-    # Overrides, because a training set says its shape itself.
+    # As overrides, because `build_model` takes the shape from the data otherwise.
     size = {"in_channels": shape.channels, "sample_size": shape.sample_size}
     model_config = replace(config.model, overrides=size | config.model.overrides)
     with torch.device("meta"):
-        network = build_model(replace(config, model=model_config), shape).config  # pyright: ignore
+        model = build_model(replace(config, model=model_config), shape)  # pyright: ignore
+    network = model.config
 
     counted = zip(network["label_fields"], network["num_classes"], strict=True)
     labels = ", ".join(f"{count:,} of {field}" for field, count in counted)
-    tokens, parameters = token_count(network), count_parameters(network)
-    rate = config.model.token_drop_rate
+    tokens, rate = token_count(network), config.model.token_drop_rate
     kept = kept_count(tokens, rate) if rate else None
-    flops = training_flops(network, kept)
+    forward, flops = count_flops(network)
+    if kept is not None:
+        _, flops = count_flops(network, kept)
     images = config.steps * config.batch_size
     lines = [
         ("tokens an image", f"{tokens:,}" + (f", {kept:,} of them in the middle" if kept else "")),
         ("labels", labels or "none counted; give --num_classes"),
-        ("parameters", f"{parameters:,}"),
-        ("forward", f"{forward_flops(network) / 1e9:,.4g} GFLOP an image"),
+        ("parameters", f"{model.num_parameters():,}"),
+        ("forward", f"{forward / 1e9:,.4g} GFLOP an image"),
         ("training", f"{flops / 1e9:,.4g} GFLOP an image (forward and backward)"),
         ("steps", f"{config.steps:,} of {config.batch_size:,} images: {images:,} images"),
         ("whole run", f"{images * flops:.3g} FLOP"),
@@ -292,7 +219,7 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
 
 
 def _data_shape(config: TrainConfig, options: PlanConfig) -> _DataShape:
-    """From the options, or what the data tells without being read."""
+    """The shape of the data from the options, else from the cache of latents or the config."""
     channels, cells, counts = options.channels, options.cells, dict(options.num_classes)
     scheme, _, path = config.data.source.partition(":")
     cache = Path(path) / "cache.json"
@@ -309,7 +236,7 @@ def _data_shape(config: TrainConfig, options: PlanConfig) -> _DataShape:
             f"there is no cache {path} to read the shape of its latents from: give --channels and "
             "--cells (4 and 32 for 256 px with the VAE of Stable Diffusion)"
         )
-    # Names are not asked for: any will do.
+    # Only the number of names matters.
     names = {field: [str(i) for i in range(count)] for field, count in counts.items()}
     return _DataShape(names, channels, cells)
 
@@ -318,7 +245,7 @@ def _memory_lines(
     config: TrainConfig, options: PlanConfig, network: dict, kept: int | None
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
-    state = state_bytes(network, precision, config.optim.name)
+    state = state_bytes(network, precision, config.optim)
     local = config.batch_size // options.processes // config.gradient_accumulation_steps
     activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)
     total = sum(state.values())
