@@ -1,4 +1,4 @@
-"""The whole input of a training step, as a pure function of (seed, step)."""
+"""The input of a training step, as a pure function of (seed, step)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from inl_core.run.errors import UserError
 
 
 def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
-    """Return the items that samples ``start`` to ``start + count - 1`` of a training run read.
+    """The items that samples ``start`` to ``start + count - 1`` of a training run read.
 
     Sample k is item ``permutation(seed, k // num_items)[k % num_items]``: every epoch reads each
-    item once, in its own order. The order is a function of the arguments alone, so a run that
-    resumes at sample k, or splits a batch over processes, needs no sampler state.
+    item once, in its own order. The order depends on the arguments alone, so a run that resumes at
+    sample k, or splits a batch over processes, needs no sampler state.
 
     Args:
         num_items: Size of the data, at least 1.
         seed: Seed of the order.
-        start: Number of the first sample, from 0.
-        count: How many samples.
+        start: Index of the first sample, from 0.
+        count: Number of samples.
 
     Returns:
         int64 of shape (count,), values in [0, num_items).
@@ -54,24 +54,21 @@ def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_items, generator=generator)
 
 
-# An order of the data in which every label of a field comes equally often.
-
-
 class BalancedOrder:
-    """Which item each sample of a training run reads, as `data.random_batch_indices`, balanced.
+    """An order of the data, like `random_batch_indices`, with every label equally often.
 
-    Items without the label keep their natural share: they are spread evenly over the run. All other
-    samples come in rounds: a round holds one item of each label, in an order of its own, and
-    the items of a label come as epochs of permutations. So the labels' counts never differ by more
-    than one, whatever the stretch of rounds, and no item of a label is read twice before all of
-    them were read once. Everything is a function of (seed, position): no sampler state.
+    Items without a label keep their natural share and are spread evenly over the run. All other
+    samples come in rounds: a round has one item of each label, in an order of its own, and the
+    items of a label come in epochs of permutations. So the counts of two labels never differ by
+    more than one, and no item of a label is read twice before all of them were read once.
+    Everything is a function of (seed, position), without sampler state.
 
     Args:
-        ids: Label ids of one field, (N,), -1 where missing. Labels without items are left out.
+        ids: Label ids of one field, (N,), -1 where missing. Labels without items are ignored.
         seed: Seed of the order.
 
     Raises:
-        UserError: If every label is missing.
+        UserError: Every label is missing.
     """
 
     def __init__(self, ids: Tensor, seed: int) -> None:
@@ -83,7 +80,7 @@ class BalancedOrder:
                 "balanced_labels: every label of that field is missing in the training data"
             )
         self.members = [(ids == name).nonzero().flatten() for name in names]
-        # One shuffled epoch of each label at hand; of an order by rounds no more is ever needed.
+        # One shuffled epoch per label in memory: samples come in rounds and need no more.
         self._shuffled = lru_cache(maxsize=2 * len(names) + 2)(self._shuffle)
 
     def indices(self, start: int, count: int) -> Tensor:
@@ -91,7 +88,7 @@ class BalancedOrder:
         return torch.tensor([self._item(k) for k in range(start, start + count)], dtype=torch.int64)
 
     def _item(self, k: int) -> int:
-        # Of the first k samples floor(k * M / N) are unlabelled ones, for M of N items.
+        # Of the first k samples floor(k * M / N) have no label, for M of N items without one.
         before, after = ((n * len(self.missing)) // self.size for n in (k, k + 1))
         if after > before:
             return self._member(-1, self.missing, before)
@@ -108,15 +105,24 @@ class BalancedOrder:
 
 
 _BLOCK = 2**18
-"""Numbers that are worked on at a time, as far as they are whole pictures: a block and what is
-computed from it stay in the processor's cache, and no step asks the system for their memory."""
+"""Values per block of images: a block and what is computed from it fit in the processor's cache,
+and their memory is reused rather than allocated at every step."""
 
 
 class StepBatches(Dataset):
-    """Item s is this process's share of the whole input of step s: a pure function of (seed, s).
+    """Item s is this process's share of the input of step s: a pure function of (seed, s).
 
-    Numbers are drawn for the global batch and then sliced, so any number of processes sees the same
-    data, noise, times and dropped labels, and a resumed run reads on as if it had never stopped.
+    Random numbers are drawn for the global batch and then sliced, so any number of processes gets
+    the same data, noise, times and dropped labels, and so does a resumed run.
+
+    Args:
+        data: The training data.
+        config: The run.
+        rank: Index of this process.
+        world: Number of processes.
+
+    Raises:
+        UserError: `balanced_labels` or `label_dropout` name a field that the data do not have.
     """
 
     def __init__(self, data: TrainingData, config: TrainConfig, rank: int, world: int) -> None:
@@ -159,7 +165,7 @@ class StepBatches(Dataset):
         batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior)
         rate = config.model.token_drop_rate
         if rate and step < config.model.token_drop_until * config.steps:
-            # A stream of its own: the same noise and times with and without dropping.
+            # From a generator of its own: noise and times are the same with and without dropping.
             draw = generator_for(config.seed, "tokens", step)
             tokens = (size // config.model.patch_size) ** 2
             batch["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
@@ -168,7 +174,7 @@ class StepBatches(Dataset):
     def _mixed(
         self, indices: Tensor, flips: Tensor, times: Tensor, noise: Tensor, posterior: Tensor | None
     ) -> dict[str, Tensor]:
-        """Input, timestep and target of the pictures; the target takes the place of the noise."""
+        """Input, timestep and target of the images; the target overwrites the noise."""
         noisy, timesteps = torch.empty_like(noise), []
         pictures = max(1, _BLOCK // noise[0].numel())
         for start in range(0, len(noise), pictures):
@@ -184,9 +190,9 @@ class StepBatches(Dataset):
 
 
 def step_loader(batches: StepBatches, steps: Sequence[int], device: torch.device) -> DataLoader:
-    """The batches of these steps in order, read ahead in `config.loader_workers` processes.
+    """The batches of these steps in order, prepared ahead by `config.loader_workers` processes.
 
-    For a GPU they are pinned, so that their copy need not wait.
+    For a GPU they are in pinned memory, so that copies are asynchronous.
     """
     return DataLoader(
         batches,

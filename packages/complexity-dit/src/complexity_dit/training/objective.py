@@ -1,8 +1,8 @@
-"""What the network is asked to predict: pure functions from (image, noise, time) to a target.
+"""Training targets: pure functions of (image, noise, time), their loss and their scheduler.
 
 Flow matching (Lipman et al., arXiv 2210.02747; rectified flow, Liu et al., arXiv 2209.03003) with
 logit-normal times (Esser et al., arXiv 2403.03206) is the default; epsilon and v prediction on the
-linear DDPM schedule are there for comparison with DiT.
+linear DDPM schedule allow a comparison with DiT.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
 def noisy_input_and_target(
     clean: Tensor, noise: Tensor, times: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The network's input, its timestep, and what it should predict.
+    """The input, the timestep and the target of the network.
 
     Args:
         clean: Images or latents, (B, C, Y, X).
@@ -49,8 +49,8 @@ def noisy_input_and_target(
         config: The objective.
 
     Returns:
-        Noisy input (B, C, Y, X); timestep in [0, 1000], (B,) as diffusers' schedulers count it;
-        target (B, C, Y, X).
+        Noisy input (B, C, Y, X); timestep in [0, 1000] as in diffusers' schedulers, (B,); target
+        (B, C, Y, X).
     """
     if config.prediction_type == "flow":
         # x_t = (1 - t) x + t eps, so dx_t/dt = eps - x; diffusers' flow schedulers call t sigma.
@@ -72,15 +72,15 @@ def _ddpm_schedule() -> DDPMScheduler:
 def drop_labels(
     labels: Tensor, probabilities: Sequence[float], generator: torch.Generator
 ) -> Tensor:
-    """Replace each label, independently, by -1 (the null row) with the probability of its field.
+    """Replace each label independently by -1 (the null row), with the probability of its field.
 
     Fields are dropped one by one rather than together, so that guidance works from any subset of
-    labels, and a painting with a style but no genre is an input that the network has seen.
+    labels, and the network is trained on paintings with, for instance, a style but no genre.
 
     Args:
         labels: Label ids, (B, F).
-        probabilities: One for each field, F of them.
-        generator: Where the randomness comes from.
+        probabilities: One for each of the F fields.
+        generator: Source of the random numbers.
     """
     dropped = torch.rand(labels.shape, generator=generator) < torch.tensor(probabilities)
     return torch.where(dropped, -1, labels)
@@ -89,17 +89,17 @@ def drop_labels(
 def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
     """Mean squared error, plus `direction_weight` times the mean of 1 - cosine.
 
-    The squared error of a velocity is dominated by its length; the second term asks for its
-    direction alone (FasterDiT, Yao et al., arXiv 2410.10356; LightningDiT, arXiv 2501.01423, takes
+    The squared error of a velocity is dominated by its length; the second term depends on its
+    direction only (FasterDiT, Yao et al., arXiv 2410.10356; LightningDiT, arXiv 2501.01423, takes
     the cosine over the channels of each position).
 
     Args:
-        prediction: What the network says, (B, C, Y, X); taken in the dtype of the target.
-        target: What it should say, likewise.
+        prediction: Output of the network, (B, C, Y, X), converted to the dtype of the target.
+        target: Target, (B, C, Y, X).
         config: The objective.
 
     Returns:
-        A scalar in that dtype.
+        A scalar in the dtype of the target.
     """
     prediction = prediction.to(target.dtype)
     loss = F.mse_loss(prediction, target)
@@ -111,7 +111,7 @@ def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -
 
 
 def build_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
-    """The stock diffusers scheduler that samples from a model trained on this objective."""
+    """The scheduler of diffusers that samples from a model trained on this objective."""
     if config.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=config.sampling_shift)
     return DDIMScheduler(

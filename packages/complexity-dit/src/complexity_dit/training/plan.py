@@ -105,7 +105,8 @@ def state_bytes(config: Config, precision: str, optim: OptimConfig) -> dict[str,
 
 
 def _dense_network(config: Config) -> ComplexityDiTTransformer2DModel:
-    return ComplexityDiTTransformer2DModel.from_config(config, routing="none", routing_edges=None)
+    changes = {"routing": "none", "routing_edges": None}
+    return ComplexityDiTTransformer2DModel.from_config(config, **changes)  # pyright: ignore[reportReturnType]
 
 
 def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | None) -> Tensor:
