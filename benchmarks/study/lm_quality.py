@@ -25,9 +25,13 @@ from benchmarks.common.timing import paired
 from transformers.utils import logging as transformers_logging
 
 from complexity_lm import DeepConfig, DeepForCausalLM
-from complexity_lm.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_lm.data import DataConfig
-from complexity_lm.tokenizer import TokenizerConfig
+from complexity_lm.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from complexity_lm.train import train
 
 SHAPE = {

@@ -1,8 +1,8 @@
-"""Tiny language models that several tests share."""
+"""Small language models and runs shared by the tests."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no waiting for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,41 +13,36 @@ import pytest
 import torch
 
 from complexity_lm import DeepConfig, DeepForCausalLM
-from complexity_lm.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_lm.data import DataConfig
-from complexity_lm.tokenizer import TokenizerConfig
+from complexity_lm.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from complexity_lm.train import train
 
 datasets.disable_progress_bars()
 
 VOCABULARY = 64
 RUN_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "dynamics_controller_hidden": 8,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "dynamics_controller_hidden": 8,
+}  # fmt: skip
 
 
 def tiny_config(**overrides) -> DeepConfig:
     sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "dynamics_adaptive": "token",  # the coefficients with the most that can go wrong
-        "dynamics_controller_hidden": 8,
-        "pad_token_id": 0,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 64, "pad_token_id": 0,
+        "dynamics_adaptive": "token", "dynamics_controller_hidden": 8,
+    }  # fmt: skip
     return DeepConfig(**(sizes | overrides))
 
 
 def lively_model(attn_implementation: str = "sdpa", **overrides) -> DeepForCausalLM:
-    """A model in eval mode whose every weight changes the logits: no zero hides a wrong path."""
+    """A model in eval mode whose weights all affect the logits: no zero hides an error."""
     config = tiny_config(**overrides)
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
@@ -64,13 +59,13 @@ def lively_model(attn_implementation: str = "sdpa", **overrides) -> DeepForCausa
 
 @pytest.fixture
 def tiny() -> Callable[..., DeepConfig]:
-    """Make a configuration of three 32-wide layers and 64 ids."""
+    """Create a configuration with three layers of width 32 and 64 ids."""
     return tiny_config
 
 
 @pytest.fixture
 def lively() -> Callable[..., DeepForCausalLM]:
-    """Make a model of that size with weights that all matter."""
+    """Create a model of that size whose weights all affect the logits."""
     return lively_model
 
 
@@ -83,55 +78,43 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """A folder of forty short stories made of thirty words, one of them not ASCII."""
+    """A folder of forty texts made of thirty random words, some of them not ASCII."""
     folder = tmp_path_factory.mktemp("texts")
     draw = np.random.default_rng(0)
     syllables = ["ka", "lo", "mi", "ne", "ru", "so", "tä", "vi"]
     words = ["".join(draw.choice(syllables, draw.integers(1, 4))) for _ in range(30)]
     chances = 1 / np.arange(1, 31)
     for i in range(40):
-        picked = draw.choice(words, 160, p=chances / chances.sum())
-        lines = [" ".join(picked[j : j + 8]).capitalize() + ".\n" for j in range(0, 160, 8)]
+        text = draw.choice(words, 160, p=chances / chances.sum())
+        lines = [" ".join(text[j : j + 8]).capitalize() + ".\n" for j in range(0, 160, 8)]
         (folder / f"{i:02}.txt").write_text("".join(lines))
     return folder
 
 
-@pytest.fixture
-def small_run(tmp_path, texts) -> TrainConfig:
-    """A run of seconds on those stories."""
+def run_config(out: Path, texts: Path, **fields) -> TrainConfig:
     return TrainConfig(
-        out=str(tmp_path / "run"),
-        steps=8,
-        batch_size=4,
-        log_every=3,
-        eval_every=4,
-        eval_blocks=4,
-        checkpoint_every=4,
-        dynamics_every=4,
+        out=str(out),
         tracker="none",
         data=DataConfig(source=f"text:{texts}", context=24),
         tokenizer=TokenizerConfig(vocab_size=300),
-        model=ModelConfig(overrides=RUN_SIZES),
+        model=ModelConfig(overrides=dict(RUN_SIZES)),
         optim=OptimConfig(warmup_steps=2, lr=1e-2),
+        **fields,
     )
+
+
+@pytest.fixture
+def small_run(tmp_path, texts) -> TrainConfig:
+    """A run of a few seconds on those texts."""
+    return run_config(
+        tmp_path / "run", texts, steps=8, batch_size=4, log_every=3, eval_every=4, eval_blocks=4,
+        checkpoint_every=4, dynamics_every=4,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, texts) -> Path:
-    """The folder of a finished run: a model of a few steps, in context 24."""
-    from complexity_lm.train import train
-
+    """The folder of a finished run of 30 steps, with a context of 24."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    config = TrainConfig(
-        out=str(out),
-        steps=30,
-        batch_size=8,
-        eval_every=0,
-        tracker="none",
-        data=DataConfig(source=f"text:{texts}", context=24),
-        tokenizer=TokenizerConfig(vocab_size=300),
-        model=ModelConfig(overrides=RUN_SIZES),
-        optim=OptimConfig(warmup_steps=2, lr=1e-2),
-    )
-    train(config)
+    train(run_config(out, texts, steps=30, batch_size=8, eval_every=0))
     return out

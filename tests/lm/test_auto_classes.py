@@ -1,4 +1,4 @@
-"""A saved folder loads through transformers' Auto classes, with and without our package."""
+"""A saved folder loads with transformers' Auto classes, with and without the package."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from complexity_lm import DeepConfig, DeepForCausalLM, DeepModel
 
-STRANGER = """
+LOAD = """
 import sys
 import torch
 from safetensors.torch import load_file
@@ -19,22 +19,22 @@ from transformers import AutoModelForCausalLM
 
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert "complexity_lm" not in sys.modules, "the folder must carry all of the model's code"
+assert "complexity_lm" not in sys.modules, "the folder must contain all code of the model"
 assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-wanted = load_file(folder + "/wanted.safetensors")
+expected = load_file(folder + "/expected.safetensors")
 with torch.no_grad():
-    torch.testing.assert_close(model(wanted["ids"]).logits, wanted["logits"])
-text = model.generate(wanted["ids"], max_new_tokens=4, do_sample=False)
-assert torch.equal(text, wanted["text"])
+    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
+text = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
+assert torch.equal(text, expected["text"])
 
-# What it saves loads again, and is as complete.
+# The folder that this model saves is complete too.
 model.save_pretrained(folder + "/again")
 again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-assert torch.equal(again.generate(wanted["ids"], max_new_tokens=4, do_sample=False), text)
+assert torch.equal(again.generate(expected["ids"], max_new_tokens=4, do_sample=False), text)
 print("fine")
 """
 
-# Neither our package nor a copy of its folder can be found, whatever is installed.
+# The package cannot be imported, even if it is installed.
 BLOCKED = """
 import importlib.abc, sys
 
@@ -48,16 +48,16 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def test_a_process_without_our_package_loads_the_folder(lively, ids, tmp_path) -> None:
+def test_folder_loads_without_the_package(lively, ids, tmp_path) -> None:
     model = lively(num_experts=3)
     folder = tmp_path / "deep"
     model.save_pretrained(folder)
     text = model.generate(ids, max_new_tokens=4, do_sample=False)
     with torch.no_grad():
-        wanted = {"ids": ids, "logits": model(ids).logits, "text": text}
-    save_file(wanted, folder / "wanted.safetensors")
+        expected = {"ids": ids, "logits": model(ids).logits, "text": text}
+    save_file(expected, folder / "expected.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + STRANGER, str(folder)],
+        [sys.executable, "-c", BLOCKED + LOAD, str(folder)],
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -68,7 +68,7 @@ def test_a_process_without_our_package_loads_the_folder(lively, ids, tmp_path) -
     assert done.stdout.strip().endswith("fine")
 
 
-def test_after_an_import_the_folder_needs_no_trust(lively, ids, tmp_path) -> None:
+def test_folder_loads_without_remote_code_after_an_import(lively, ids, tmp_path) -> None:
     model = lively(num_experts=3, dynamics_placement="force")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -79,20 +79,17 @@ def test_after_an_import_the_folder_needs_no_trust(lively, ids, tmp_path) -> Non
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_the_folder_says_where_its_code_is_and_holds_no_pickle(lively, tmp_path) -> None:
+def test_folder_has_an_auto_map_two_code_files_and_no_pickle(lively, tmp_path) -> None:
     lively().save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoConfig"] == "configuration_complexity.DeepConfig"
     assert auto_map["AutoModelForCausalLM"] == "modeling_complexity.DeepForCausalLM"
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
     code = {path.name for path in tmp_path.glob("*.py")}
-    assert code == {
-        "configuration_complexity.py",
-        "modeling_complexity.py",
-    }
+    assert code == {"configuration_complexity.py", "modeling_complexity.py"}
 
 
-def test_from_config_makes_a_fresh_model(tiny) -> None:
+def test_from_config_creates_a_new_model(tiny) -> None:
     model = AutoModelForCausalLM.from_config(tiny(dynamics_placement="stream"))
     assert type(model) is DeepForCausalLM
     assert model.config.dynamics_placement == "stream"

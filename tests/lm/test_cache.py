@@ -1,4 +1,4 @@
-"""Reading a text at once, token by token, or in pieces after padding gives the same logits."""
+"""A text at once, token by token, or in pieces after padding gives the same logits."""
 
 import pytest
 import torch
@@ -39,13 +39,13 @@ def check(model, ids: Tensor, dtype: torch.dtype, kind: str) -> None:
     tolerance = TOLERANCE[dtype]
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-    assert full.std() > 0.3  # or agreement would mean nothing
+    assert full.std() > 0.3  # so that agreement is meaningful
 
     # A prompt of four tokens, then one token at a time.
     decoded = in_pieces(model, new_cache(kind, model), ids, list(range(4, ids.shape[1])))
     torch.testing.assert_close(decoded, full, rtol=0, atol=tolerance)
 
-    # Three texts of different length, padded on the left and read in two pieces and a half.
+    # Three texts of different lengths, padded on the left and fed in three pieces.
     padded = torch.zeros(ids.shape[0], ids.shape[1] + 5, dtype=ids.dtype)
     mask = torch.zeros_like(padded)
     lengths = [ids.shape[1], 7, 3]
@@ -63,23 +63,23 @@ def check(model, ids: Tensor, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("experts", [0, 3], ids=["dense", "routed"])
-def test_pieces_equal_the_whole(lively, ids, placement, kind, dtype, experts) -> None:
+def test_pieces_equal_the_full_text(lively, ids, placement, kind, dtype, experts) -> None:
     check(lively(dynamics_placement=placement, num_experts=experts), ids, dtype, kind)
 
 
 @pytest.mark.parametrize("adaptive", ["channel", "layer", "lite"])
-def test_pieces_equal_the_whole_with_fixed_coefficients(lively, ids, adaptive) -> None:
+def test_pieces_equal_the_full_text_with_other_coefficients(lively, ids, adaptive) -> None:
     check(lively(dynamics_adaptive=adaptive), ids, torch.float64, "dynamic")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_pieces_equal_the_whole_with_a_sliding_window(lively, ids, kind) -> None:
+def test_pieces_equal_the_full_text_with_a_sliding_window(lively, ids, kind) -> None:
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     model = lively(sliding_window=4, layer_types=layer_types)
     check(model, ids, torch.float64, kind)
 
 
-def test_a_sliding_window_hides_what_is_behind_it(lively, ids) -> None:
+def test_a_sliding_window_hides_earlier_tokens(lively, ids) -> None:
     model = lively(sliding_window=4, num_hidden_layers=1).double()
     changed = ids.clone()
     changed[:, 2] = (changed[:, 2] % 63) + 1

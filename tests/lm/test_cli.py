@@ -1,4 +1,4 @@
-"""The command line as typed: what works, and what wrong input says and returns."""
+"""The command line: working commands, and messages and exit status for invalid input."""
 
 import io
 import json
@@ -6,9 +6,11 @@ import json
 import pytest
 import yaml
 
+from complexity_lm import DeepConfig, __version__, count_parameters
 from complexity_lm import __main__ as cli
 from complexity_lm.config import TrainConfig
 from complexity_lm.demo import demo_config, python_lines
+from complexity_lm.loading import load
 
 SMALL = [
     "--steps=2", "--batch_size=4", "--log_every=1", "--eval_blocks=2", "--tracker=none",
@@ -20,7 +22,7 @@ SMALL = [
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a command as the shell would; returns exit status, standard output and error."""
+    """Run a command as a shell does; returns exit status, standard output and standard error."""
 
     def run(*arguments, stdin=""):
         monkeypatch.setattr("sys.argv", ["complexity-lm", *map(str, arguments)])
@@ -66,14 +68,14 @@ def test_train_generate_evaluate_and_inspect(command, texts, tmp_path):
     assert status == 0
     assert "bits per byte" in text
     assert json.loads((tmp_path / "eval" / "result.json").read_text())["n_documents"] == 9
-    told = yaml.safe_load(command("inspect", out)[1])
-    assert told["sizes"]["hidden_size"] == 32
-    assert told["parameters"]["active"] == told["parameters"]["total"]
-    assert told["trained_on"]["source"] == source
-    assert told["certificate"]["frozen_points_stable"] is True
+    described = yaml.safe_load(command("inspect", out)[1])
+    assert described["sizes"]["hidden_size"] == 32
+    assert described["parameters"]["active"] == described["parameters"]["total"]
+    assert described["trained_on"]["source"] == source
+    assert described["certificate"]["frozen_points_stable"] is True
 
 
-def test_tokenizer_command_makes_what_train_takes(command, texts, tmp_path):
+def test_train_uses_the_output_of_the_tokenizer_command(command, texts, tmp_path):
     source, tokenizer = f"text:{texts}", tmp_path / "tokenizer"
     status, text, _ = command(
         "tokenizer", "--source", source, "--out", tokenizer, "--vocab_size", "280"
@@ -85,13 +87,13 @@ def test_tokenizer_command_makes_what_train_takes(command, texts, tmp_path):
     assert yaml.safe_load(command("inspect", tmp_path / "run")[1])["tokenizer"]["ids"] == 280
 
 
-def test_demo_yaml_is_the_demo():
+def test_demo_yaml_equals_the_demo_config():
     with open("configs/lm/demo.yaml") as file:
         assert train_config(yaml.safe_load(file)) == demo_config("runs/demo-lm")
 
 
 @pytest.mark.parametrize("name", ["demo", "tinyshakespeare", "fineweb-edu-150m"])
-def test_committed_configs_parse_and_can_be_overridden(command, name):
+def test_committed_configs_can_be_parsed_and_overridden(command, name):
     status, text, _ = command(
         "train", f"--config=configs/lm/{name}.yaml", "--optim.lr", "5e-5", "--print_config"
     )
@@ -101,9 +103,7 @@ def test_committed_configs_parse_and_can_be_overridden(command, name):
     assert train_config({k: v for k, v in printed.items() if k != "config"}).optim.lr == 5e-5
 
 
-def test_the_papers_run_is_the_papers_model():
-    from complexity_lm import DeepConfig, count_parameters
-
+def test_fineweb_config_has_150_million_parameters():
     with open("configs/lm/fineweb-edu-150m.yaml") as file:
         config = train_config(yaml.safe_load(file))
     made = DeepConfig.from_preset(
@@ -125,7 +125,7 @@ def test_help_explains_every_field(command):
         assert flag in text
 
 
-def test_every_generation_flag_has_a_type_and_words():
+def test_every_generation_option_has_a_type_and_help():
     flags = cli.generation_flags()
     assert flags["temperature"][0] == float | None
     assert flags["do_sample"][0] == bool | None
@@ -135,12 +135,10 @@ def test_every_generation_flag_has_a_type_and_words():
 
 
 def test_version(command):
-    from complexity_lm import __version__
-
     assert __version__ in command("--version")[1]
 
 
-def test_wrong_input_exits_with_2_and_says_what_to_do(command, trained, texts, tmp_path):
+def test_invalid_input_exits_with_status_2_and_a_message(command, trained, texts, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe4\n" * 99)
     (tmp_path / "short.txt").write_text("ka\nlo\n")
     start = ["train", *SMALL, f"--data.source=text:{texts}", "--out"]
@@ -150,7 +148,7 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(command, trained, texts, t
         (["generate", trained, "--prompt", "ka " * 99], "the context of this model is 24"),
         (["generate", trained, "--prompt=a", "--temperature=hot"], "temperature"),
         (["generate", trained, "--prompt=a", "--temprature=1"], "temprature"),
-        (["generate", tmp_path / "none", "--prompt=a"], "is not there"),
+        (["generate", tmp_path / "none", "--prompt=a"], "does not exist"),
         (["evaluate", trained, "--source=text:/none", "--out", tmp_path / "e"], "no such file"),
         (["evaluate", trained], "nothing to measure"),
         (["inspect", tmp_path], "has no config.json"),
@@ -175,7 +173,7 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(command, trained, texts, t
         assert "Traceback" not in err
 
 
-def test_interrupt(command, trained, monkeypatch):
+def test_interrupt_exits_with_status_130(command, trained, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
@@ -185,11 +183,8 @@ def test_interrupt(command, trained, monkeypatch):
     assert "interrupted" in err
 
 
-def test_thirty_lines_of_samples(trained, monkeypatch):
-    from complexity_lm.loading import load
-
-    monkeypatch.setattr("complexity_lm.demo.PROMPTS", ("Ka", "lo mi"))  # a context of 24 is small
-
+def test_demo_samples_thirty_lines(trained, monkeypatch):
+    monkeypatch.setattr("complexity_lm.demo.PROMPTS", ("Ka", "lo mi"))  # fit into 24 tokens
     lines = python_lines(load(str(trained))).splitlines()
     assert len([line for line in lines if not line.startswith("# --- sample")]) == 30
 

@@ -1,4 +1,4 @@
-"""The compiler and LoRA."""
+"""torch.compile and LoRA."""
 
 import copy
 
@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("placement", "experts"), [("branch", 0), ("force", 3)])
-def test_one_graph_forward_and_backward(lively, ids, placement, experts) -> None:
+def test_forward_and_backward_compile_to_one_graph(lively, ids, placement, experts) -> None:
     model = lively(dynamics_placement=placement, num_experts=experts, num_hidden_layers=2).train()
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True)
@@ -33,17 +33,19 @@ def test_one_graph_forward_and_backward(lively, ids, placement, experts) -> None
 def test_compiled_generation_gives_the_eager_text(lively, ids, experts) -> None:
     model = lively(num_experts=experts, num_hidden_layers=2)
     how = {"max_new_tokens": 6, "do_sample": False}
-    want = model.generate(ids, **how)
+    expected = model.generate(ids, **how)
     compile_config = CompileConfig(fullgraph=True)
     compile_config._compile_all_devices = True  # transformers compiles on accelerators by itself
-    got = model.generate(ids, **how, cache_implementation="static", compile_config=compile_config)
-    assert model._compiled_call is not None  # or nothing was compiled
-    assert torch.equal(got, want)
+    current = model.generate(
+        ids, **how, cache_implementation="static", compile_config=compile_config
+    )
+    assert model._compiled_call is not None  # otherwise nothing was compiled
+    assert torch.equal(current, expected)
 
 
-# PEFT asks transformers by a name that is on its way out there.
+# PEFT uses a deprecated name of transformers.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_trains_a_few_weights_and_merges(lively, ids) -> None:
+def test_lora_trains_its_weights_only_and_merges(lively, ids) -> None:
     peft = pytest.importorskip("peft")
     base = lively(num_experts=3).double()
     before = copy.deepcopy(base)
@@ -67,10 +69,10 @@ def test_lora_trains_a_few_weights_and_merges(lively, ids) -> None:
 
     model.eval()
     with torch.no_grad():
-        want = model(input_ids=ids).logits
+        expected = model(input_ids=ids).logits
         merged = model.merge_and_unload()
         assert type(merged) is type(before)
-        torch.testing.assert_close(merged(ids).logits, want)
+        torch.testing.assert_close(merged(ids).logits, expected)
         assert (merged(ids).logits - before(ids).logits).abs().max() > 0.1
     for (name, a), b in zip(before.named_parameters(), merged.parameters(), strict=True):
         is_target = any(part in name for part in ("q_proj", "v_proj", "o_proj"))

@@ -1,4 +1,4 @@
-"""`DeepConfig`: defaults, round trip, registration, and the errors of bad input."""
+"""`DeepConfig`: defaults, saving and loading, registration, and errors of invalid input."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from complexity_lm import DeepConfig
 from complexity_lm.config import ModelConfig
 
 
-def test_defaults_are_what_the_study_chose_and_the_papers_bounds() -> None:
+def test_defaults() -> None:
     config = DeepConfig()
     assert config.model_type == "complexity-deep"
     assert (config.dynamics_placement, config.dynamics_adaptive) == ("force_mlp", "channel")
@@ -32,7 +32,7 @@ def test_defaults_are_what_the_study_chose_and_the_papers_bounds() -> None:
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def test_the_papers_placements_have_the_papers_coefficients() -> None:
+def test_placements_of_the_paper_have_its_coefficients() -> None:
     for placement in ("stream", "branch"):
         config = DeepConfig(dynamics_placement=placement, dynamics_adaptive="token")
         values = (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate)
@@ -40,8 +40,8 @@ def test_the_papers_placements_have_the_papers_coefficients() -> None:
         assert config.dynamics_dt == 0.1
 
 
-def test_a_saved_config_says_its_dynamics_whatever_the_defaults_are(tmp_path: Path) -> None:
-    """The default has changed once: no file may lean on it, in 0.1.0 or now."""
+def test_a_saved_config_contains_its_dynamics(tmp_path: Path) -> None:
+    """The default has changed since 0.1.0: no saved file may depend on it."""
     DeepConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     fields = {name for name in DeepConfig.__dataclass_fields__ if name.startswith("dynamics_")}
@@ -52,7 +52,7 @@ def test_a_saved_config_says_its_dynamics_whatever_the_defaults_are(tmp_path: Pa
         assert (old.dynamics_placement, old.dynamics_adaptive) == ("branch", "token")
 
 
-def test_force_has_its_own_defaults_and_explicit_values_win() -> None:
+def test_force_has_its_own_defaults_and_explicit_values_take_precedence() -> None:
     config = DeepConfig(dynamics_placement="force")
     values = (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate, config.dynamics_dt)
     assert values == (0.5, 0.01, 0.99, 1.0)
@@ -61,7 +61,7 @@ def test_force_has_its_own_defaults_and_explicit_values_win() -> None:
     assert isinstance(explicit.dynamics_dt, float)
 
 
-def test_expert_widths_add_up_to_what_acts_on_a_token() -> None:
+def test_expert_widths_add_up_to_the_active_width() -> None:
     def widths(**settings) -> tuple[int | None, int | None]:
         config = DeepConfig(intermediate_size=100, **settings)
         return config.expert_intermediate_size, config.shared_intermediate_size
@@ -73,7 +73,7 @@ def test_expert_widths_add_up_to_what_acts_on_a_token() -> None:
     assert widths(num_experts=2, shared_intermediate_size=0) == (100, 0)
 
 
-def test_a_window_makes_every_layer_slide_unless_told() -> None:
+def test_a_window_makes_every_layer_slide_by_default() -> None:
     assert set(DeepConfig().layer_types or []) == {"full_attention"}
     assert set(DeepConfig(sliding_window=8).layer_types or []) == {"sliding_attention"}
 
@@ -129,13 +129,13 @@ OUT_OF_RANGE = [
     ({"num_key_value_heads": 0}, r"num_key_value_heads must be at least 1, got 0"),
     ({"num_hidden_layers": -2}, r"num_hidden_layers must be at least 1, got -2"),
     ({"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
-    ({"rms_norm_eps": 0.0}, r"rms_norm_eps must be over 0 and finite, got 0\.0"),
+    ({"rms_norm_eps": 0.0}, r"rms_norm_eps must be positive and finite, got 0\.0"),
     ({"num_experts": -1}, r"num_experts must be 0 .* got -1"),
     ({"num_experts": 40000}, r"num_experts 40000 must not exceed vocab_size 32000"),
-    ({"expert_intermediate_size": 64}, r"expert_intermediate_size 64 needs num_experts over 0"),
+    ({"expert_intermediate_size": 64}, r"expert_intermediate_size 64 needs num_experts above 0"),
     (
         {"num_experts": 2, "expert_intermediate_size": 9, "shared_intermediate_size": 9},
-        r"size 9 \(at least 1\) plus shared_intermediate_size 9 must be intermediate_size 2048",
+        r"size 9 \(at least 1\) plus shared_intermediate_size 9 must equal intermediate_size 2048",
     ),
     ({"sliding_window": 0}, r"sliding_window must be at least 1 or None, got 0"),
     (
@@ -144,7 +144,7 @@ OUT_OF_RANGE = [
     ),
     (
         {"num_hidden_layers": 1, "layer_types": ["linear_attention"]},
-        r"layer_types must hold .* got 'linear_attention'",
+        r"layer_types must be .* got 'linear_attention'",
     ),
     ({"dynamics_alpha": 1.0}, r"dynamics_alpha must be inside \(0, 1\).* got 1\.0"),
     ({"dynamics_alpha": float("nan")}, r"dynamics_alpha .* got nan"),
@@ -153,9 +153,9 @@ OUT_OF_RANGE = [
     ({"dynamics_beta": 3.0}, r"dynamics_beta must be .* got 3\.0"),
     ({"dynamics_beta": float("inf"), "dynamics_beta_max": None}, r"dynamics_beta must .* got inf"),
     ({"dynamics_adaptive": "lite", "dynamics_alpha": 1.5}, r"in \[0, 1\], got 1\.5"),
-    ({"dynamics_dt": 0.0}, r"dynamics_dt must be over 0 and finite, got 0\.0"),
-    ({"dynamics_beta_max": float("inf")}, r"dynamics_beta_max must be over 0 .* got inf"),
-    ({"dynamics_velocity_max": -1.0}, r"dynamics_velocity_max must be over 0 .* got -1\.0"),
+    ({"dynamics_dt": 0.0}, r"dynamics_dt must be positive and finite, got 0\.0"),
+    ({"dynamics_beta_max": float("inf")}, r"dynamics_beta_max must be positive .* got inf"),
+    ({"dynamics_velocity_max": -1.0}, r"dynamics_velocity_max must be positive .* got -1\.0"),
     ({"dynamics_mu_min": 3.0}, r"dynamics_mu_min 3\.0 must not exceed dynamics_mu_max 2\.0"),
     ({"dynamics_mu_max": float("nan")}, r"dynamics_mu_max must be finite or None, got nan"),
     ({"dynamics_controller_hidden": 0}, r"dynamics_controller_hidden must be at least 1, got 0"),
@@ -168,7 +168,7 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
         DeepConfig(**settings)
 
 
-WRONG_KIND = [
+WRONG_TYPE = [
     ({"hidden_size": "768"}, r"'hidden_size' expected int, got str"),
     ({"num_hidden_layers": True}, r"'num_hidden_layers' expected int, got bool"),
     (
@@ -180,19 +180,19 @@ WRONG_KIND = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), WRONG_KIND)
-def test_values_of_the_wrong_kind(settings: dict, message: str) -> None:
+@pytest.mark.parametrize(("settings", "message"), WRONG_TYPE)
+def test_values_of_the_wrong_type(settings: dict, message: str) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=message):
         DeepConfig(**settings)
 
 
-def test_misspelt_dynamics_key_lists_the_near_ones() -> None:
+def test_a_misspelt_dynamics_key_gives_suggestions() -> None:
     with pytest.raises(ValueError, match=r"'dynamics_placment'.*dynamics_placement"):
         DeepConfig(dynamics_placment="none")
 
 
 @pytest.mark.parametrize(("name", "value"), [("dynamics_beta", 5.0), ("head_dim", None)])
-def test_a_config_made_invalid_is_not_saved(name: str, value: float | None, tmp_path: Path) -> None:
+def test_an_invalid_config_is_not_saved(name: str, value: float | None, tmp_path: Path) -> None:
     config = DeepConfig()
     setattr(config, name, value)
     with pytest.raises(StrictDataclassClassValidationError, match=f"{name} .* got {value}"):

@@ -1,4 +1,4 @@
-"""Text: sources, the held-out split, packing, the order of blocks, streams that can be resumed."""
+"""Text: sources, the held-out split, packing, the order of blocks, resumable streams."""
 
 import json
 from collections import Counter
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from complexity_lm import hub
+from complexity_lm.config import DataConfig
 from complexity_lm.data import (
     BlockOrder,
     BlockStream,
-    DataConfig,
     collate,
     count_tokens,
     fingerprint,
@@ -43,7 +43,7 @@ def rows(tmp_path) -> Path:
     return tmp_path
 
 
-def test_stdlib_is_source_without_tests_tables_and_packages():
+def test_stdlib_excludes_tests_tables_and_packages():
     documents = read_documents("stdlib", "*", None)
     names = [document.name for document in documents]
     assert names == sorted(names)
@@ -53,7 +53,7 @@ def test_stdlib_is_source_without_tests_tables_and_packages():
     assert sum(len(document.text) for document in documents) > 5_000_000
 
 
-def test_files_of_a_folder_are_read_in_order_and_as_they_are(tmp_path):
+def test_files_of_a_folder_are_read_unchanged_and_in_order(tmp_path):
     for name, text in {"b/x.txt": "x\r\n", "a.txt": " a ", "a.md": "m", ".hidden": "h"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
@@ -61,7 +61,7 @@ def test_files_of_a_folder_are_read_in_order_and_as_they_are(tmp_path):
     assert found == [("a.txt", " a "), ("b/x.txt", "x\r\n")]
 
 
-def test_a_single_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
+def test_a_single_file_is_cut_at_line_ends_without_loss(tmp_path):
     text = "".join(f"line {i} of a börk\n" for i in range(2000)) + "no line end"
     path = tmp_path / "book.txt"
     path.write_text(text)
@@ -73,7 +73,7 @@ def test_a_single_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
     assert len(read_documents(f"text:{path}", "*", 0)) == 1
 
 
-def test_the_split_is_by_content_and_nothing_else(texts):
+def test_the_split_depends_on_content_only(texts):
     config = DataConfig(source=f"text:{texts}")
     corpus = load_corpus(config)
     train, heldout = list(corpus.train["text"]), list(corpus.heldout["text"])
@@ -81,13 +81,13 @@ def test_the_split_is_by_content_and_nothing_else(texts):
     assert heldout
     assert not set(train) & set(heldout)
     assert all(is_held_out(text, 0.1) for text in heldout)
-    # A larger fraction holds out more and gives nothing back.
+    # A larger fraction holds out a superset.
     more = load_corpus(replace(config, holdout=0.5)).heldout["text"]
     assert set(heldout) < set(more)
     assert sum(is_held_out(f"document {i}", 0.1) for i in range(2000)) == pytest.approx(200, abs=45)
 
 
-def test_a_held_out_source_of_its_own(texts, tmp_path):
+def test_a_separate_held_out_source(texts, tmp_path):
     (tmp_path / "other.txt").write_text("other\n" * 10)
     corpus = load_corpus(
         DataConfig(source=f"text:{texts}", heldout_source=f"text:{tmp_path / 'other.txt'}")
@@ -96,12 +96,12 @@ def test_a_held_out_source_of_its_own(texts, tmp_path):
     assert list(corpus.heldout["text"]) == ["other\n" * 10]
 
 
-def test_fingerprint_sees_content_order_and_borders():
+def test_fingerprint_depends_on_content_order_and_boundaries():
     prints = {fingerprint(t) for t in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""])}
     assert len(prints) == 4
 
 
-def test_packing_lays_documents_into_one_stream(texts, tokenizer):
+def test_packing_joins_documents_to_one_stream(texts, tokenizer):
     corpus = load_corpus(DataConfig(source=f"text:{texts}"))
     tokens = tokenize(corpus.train, tokenizer)
     assert all(ids[0] == tokenizer.eos_token_id for ids in tokens["input_ids"])
@@ -126,7 +126,7 @@ def test_token_counts(texts, tokenizer):
     assert counts.tolist() == [expected[i] for i in range(400)]
 
 
-def test_block_order_is_whole_passes_without_a_seam():
+def test_block_order_is_one_permutation_per_pass():
     order = list(BlockOrder(blocks=10, draws=25, seed=3))
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20]
@@ -135,7 +135,7 @@ def test_block_order_is_whole_passes_without_a_seam():
     assert list(BlockOrder(10, 25, 4)) != order
 
 
-def test_text_that_fills_no_block(tokenizer, tmp_path):
+def test_text_shorter_than_a_block_is_rejected(tokenizer, tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"ka lo {name}")
     corpus = load_corpus(DataConfig(source=f"text:{tmp_path}", holdout=0))
@@ -143,7 +143,7 @@ def test_text_that_fills_no_block(tokenizer, tmp_path):
         pack(tokenize(corpus.train, tokenizer), 512)
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
+def test_text_that_is_not_utf8_is_rejected(tmp_path):
     (tmp_path / "latin.txt").write_bytes("tä".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.txt is not UTF-8: byte 0xe4 at offset 1"):
         load_corpus(DataConfig(source=f"text:{tmp_path}"))
@@ -156,23 +156,23 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
         ({"source": "wikitext"}, "expected stdlib, text:PATH or hub:NAME"),
         ({"source": "text:"}, "expected stdlib, text:PATH or hub:NAME"),
         ({"files": "*.rst"}, r"no file in the folder matches '\*.rst'"),
-        ({"files": "0*.txt", "holdout": 1e-9}, r"of 10 documents 0 are held out.*piece_bytes"),
+        ({"files": "0*.txt", "holdout": 1e-9}, r"holds out 0 of 10 documents.*piece_bytes"),
         ({"holdout": 1.0}, "data.holdout is 1.0"),
         ({"context": 1}, "data.context is 1"),
     ],
 )
-def test_wrong_sources_and_splits(texts, settings, words):
+def test_invalid_sources_and_splits(texts, settings, words):
     with pytest.raises(UserError, match=words):
         load_corpus(replace(DataConfig(source=f"text:{texts}"), **settings))
 
 
-def test_empty_files(tmp_path):
+def test_empty_files_are_rejected(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match=r"1 file\(s\) found hold no text"):
+    with pytest.raises(UserError, match=r"1 file\(s\) contain no text"):
         load_corpus(DataConfig(source=f"text:{tmp_path}"))
 
 
-def test_stream_is_split_like_anything_else(rows):
+def test_a_stream_is_split_by_content(rows):
     config = DataConfig(source=f"hub:{rows}", heldout_documents=20, sample_documents=100)
     corpus = load_corpus(config)
     assert corpus.streamed
@@ -184,7 +184,7 @@ def test_stream_is_split_like_anything_else(rows):
     assert all(not is_held_out(text, 0.1) for text in train)
 
 
-def test_stream_goes_on_where_it_was_stopped(rows, tokenizer, tmp_path_factory):
+def test_a_stream_resumes_where_it_stopped(rows, tokenizer, tmp_path_factory):
     checkpoint = tmp_path_factory.mktemp("checkpoint")
 
     def stream() -> BlockStream:
@@ -195,7 +195,7 @@ def test_stream_goes_on_where_it_was_stopped(rows, tokenizer, tmp_path_factory):
         return [list(block["input_ids"]) for block in blocks]
 
     once = ids(islice(iter(stream()), 900))
-    assert len({tuple(block) for block in once}) < 900  # the stream began again
+    assert len({tuple(block) for block in once}) < 900  # the stream restarted
     for stop, read_ahead in ((8, 0), (40, 3), (44, 11), (700, 16)):
         first = stream()
         assert ids(islice(iter(first), stop + read_ahead)) == once[: stop + read_ahead]
@@ -205,7 +205,7 @@ def test_stream_goes_on_where_it_was_stopped(rows, tokenizer, tmp_path_factory):
         assert ids(islice(iter(second), 100)) == once[stop : stop + 100]
 
 
-def test_stream_that_breaks_off_says_where(rows, tokenizer, monkeypatch):
+def test_an_interrupted_stream_names_the_block(rows, tokenizer, monkeypatch):
     corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
     blocks = pack(tokenize(corpus.train, tokenizer), 24)
     stream = BlockStream(blocks, every=8)
@@ -220,10 +220,10 @@ def test_stream_that_breaks_off_says_where(rows, tokenizer, monkeypatch):
         list(islice(iter(stream), 9))
 
 
-def test_stream_position_of_another_run(rows, tokenizer, tmp_path_factory):
+def test_a_missing_stream_position_is_rejected(rows, tokenizer, tmp_path_factory):
     corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
     stream = BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
-    with pytest.raises(UserError, match="nothing about the position"):
+    with pytest.raises(UserError, match="cannot read the position"):
         stream.load(tmp_path_factory.mktemp("empty"))
 
 
@@ -237,18 +237,18 @@ def test_stream_position_of_another_run(rows, tokenizer, tmp_path_factory):
         ({"holdout": 1e-9}, "one side of the split has no document"),
     ],
 )
-def test_wrong_streams(rows, settings, words):
+def test_invalid_streams(rows, settings, words):
     with pytest.raises(UserError, match=words):
         load_corpus(replace(DataConfig(source=f"hub:{rows}"), **settings))
 
 
-def test_missing_hub_is_one_line_at_once(monkeypatch):
+def test_an_unreachable_hub_gives_one_line_at_once(monkeypatch):
     config = DataConfig(source="hub:HuggingFaceFW/fineweb-edu", hub_subset="sample-10BT")
-    # Switched off, and nothing cached.
+    # Offline, and not cached.
     with pytest.raises(UserError, match="cannot read hub:HuggingFaceFW/fineweb-edu") as stop:
         load_corpus(config)
     assert "\n" not in str(stop.value)
-    # Switched on, and nobody answers.
+    # Online, but the Hub does not answer.
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot reach http://127.0.0.1:9.*HF_HUB_OFFLINE"):

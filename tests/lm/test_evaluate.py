@@ -1,4 +1,4 @@
-"""Evaluation: scores against brute force, baselines, lm-eval, and what it refuses."""
+"""Evaluation: scores against brute force, baselines, lm-eval, invalid input."""
 
 import gzip
 import importlib.util
@@ -12,10 +12,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from complexity_lm.config import EvalConfig
 from complexity_lm.data import load_split
-from complexity_lm.evaluate import ByteModel, EvalConfig, evaluate, gzip_bits_per_byte
+from complexity_lm.evaluate import ByteModel, evaluate, gzip_bits_per_byte
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.scoring import Score, score_texts, windows
+from complexity_lm.tokenizer import train_tokenizer
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 
@@ -28,7 +30,7 @@ def loaded(trained):
 
 
 def byte_model_by_definition(train, test) -> float:
-    """Bits a byte of the order-3 Witten-Bell model, one byte at a time."""
+    """Bits per byte of the order-3 Witten-Bell model, one byte at a time."""
     counts = [Counter() for _ in range(4)]
     for text in train:
         data = bytes(3) + text.encode()
@@ -50,7 +52,7 @@ def byte_model_by_definition(train, test) -> float:
     return bits / n
 
 
-def test_windows_score_each_token_once_and_keep_their_length():
+def test_windows_score_each_token_once_and_are_full():
     for tokens in (1, 3, 4, 5, 8, 11, 30):
         for stride in (1, 2, 4):
             scored = []
@@ -61,7 +63,7 @@ def test_windows_score_each_token_once_and_keep_their_length():
 
 
 @pytest.mark.parametrize("stride", [24, 10, 1])
-def test_scores_are_those_of_one_window_at_a_time(loaded, texts, stride):
+def test_scores_equal_those_of_one_window_at_a_time(loaded, texts, stride):
     documents = [(texts / "00.txt").read_text(), "ka", (texts / "01.txt").read_text()[:300]]
     score = score_texts(
         loaded.model, loaded.tokenizer, documents, 24, stride, batch_size=5, progress=False
@@ -81,13 +83,13 @@ def test_scores_are_those_of_one_window_at_a_time(loaded, texts, stride):
     assert score.bytes == sum(len(text.encode()) for text in documents)
 
 
-def test_units():
+def test_units_of_a_score():
     score = Score(nats=math.log(2) * 60, tokens=20, bytes=40)
     assert score.bits_per_byte == pytest.approx(1.5)
     assert score.perplexity == pytest.approx(8)
 
 
-def test_byte_model_is_its_definition(texts):
+def test_byte_model_equals_its_definition(texts):
     train = [(texts / f"0{i}.txt").read_text()[:400] for i in range(3)]
     test = [(texts / "05.txt").read_text()[:200], "unseen: \U0001f680", ""]
     assert ByteModel(train).bits_per_byte(test) == pytest.approx(
@@ -96,7 +98,7 @@ def test_byte_model_is_its_definition(texts):
     assert ByteModel([]).bits_per_byte(["anything"]) == pytest.approx(8)
 
 
-def test_gzip_can_be_undone(texts):
+def test_gzip_bits_per_byte(texts):
     documents = [path.read_text() for path in sorted(texts.iterdir())]
     whole = "".join(documents).encode()
     bits = gzip_bits_per_byte(documents)
@@ -119,19 +121,19 @@ def test_evaluation_measures_the_held_out_side_of_the_training_source(loaded, te
     assert (settings["split"], settings["context"], settings["stride"]) == ("heldout", 24, 24)
     assert result["weights_sha256"] == weights_hash(loaded.model)
     assert torch.__version__.startswith(result["versions"]["torch"])
-    # The model has learned something: better than a byte for a byte.
+    # The model is better than the uncompressed text.
     assert metrics["bits_per_byte"] < 8
 
 
 def test_training_and_evaluation_agree(trained, texts):
-    made = json.loads((trained / "result.json").read_text())
+    expected = json.loads((trained / "result.json").read_text())
     again = evaluate(str(trained), f"text:{texts}", config=QUIET)
-    assert again["metrics"]["bits_per_byte"] == made["metrics"]["bits_per_byte"]
+    assert again["metrics"]["bits_per_byte"] == expected["metrics"]["bits_per_byte"]
     for key in ("text_fingerprint", "weights_sha256", "n_bytes", "n_tokens"):
-        assert again[key] == made[key]
+        assert again[key] == expected[key]
 
 
-def test_another_source_is_measured_whole(loaded, texts, tmp_path):
+def test_all_of_another_source_is_measured(loaded, texts, tmp_path):
     (tmp_path / "other.txt").write_text((texts / "00.txt").read_text() * 20)
     result = evaluate(loaded, f"text:{tmp_path / 'other.txt'}", config=QUIET)
     assert result["settings"]["eval"]["split"] == "all"
@@ -140,26 +142,26 @@ def test_another_source_is_measured_whole(loaded, texts, tmp_path):
     assert few["n_documents"] == 2
 
 
-def test_the_table_names_what_it_shows(loaded, texts, capsys):
+def test_the_table_names_its_values(loaded, texts, capsys):
     evaluate(loaded, f"text:{texts}", config=EvalConfig(baselines=True))
     out = capsys.readouterr().out
     for words in ("bits per byte", "perplexity", "gzip -9", "order-3 byte model", "documents"):
         assert words in out
 
 
-def test_tokenizer_that_loses_text_is_refused(loaded, tmp_path):
+def test_a_lossy_tokenizer_is_rejected(loaded, tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ka": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     lossy = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
-    with pytest.raises(UserError, match="the tokenizer loses some of the text that begins 'ka  lo"):
+    with pytest.raises(UserError, match="loses some of the text that begins with 'ka  lo"):
         score_texts(loaded.model, lossy, ["ka  lo"], 24, progress=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"context": 25}, "context is 25; this model takes 1 to 24"),
-        ({"stride": 25}, "stride is 25; expected 1 to the context, 24"),
+        ({"context": 25}, "context is 25; this model accepts 1 to 24"),
+        ({"stride": 25}, "stride is 25; expected 1 to 24"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_documents": 0}, "max_documents is 0"),
         ({"device": "gpu"}, "device is 'gpu'; expected auto, cpu"),
@@ -170,7 +172,7 @@ def test_settings_out_of_range(trained, texts, changes, words):
         evaluate(str(trained), f"text:{texts}", config=replace(QUIET, **changes))
 
 
-def test_nothing_to_measure_and_a_result_that_exists(loaded, texts, tmp_path):
+def test_no_measurement_and_an_existing_result_are_rejected(loaded, texts, tmp_path):
     with pytest.raises(UserError, match="give --source, --tasks, or both"):
         evaluate(loaded, None)
     with pytest.raises(UserError, match="baselines need a text"):
@@ -181,17 +183,15 @@ def test_nothing_to_measure_and_a_result_that_exists(loaded, texts, tmp_path):
     assert (tmp_path / "result.json").read_text() == "precious"
 
 
-def test_models_that_cannot_be_loaded(trained, tmp_path):
+def test_folders_without_a_model_and_other_tokenizers_are_rejected(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, words in [
-        (tmp_path / "nowhere", "is not there: give a model folder"),
+        (tmp_path / "nowhere", "does not exist: give a model folder"),
         (tmp_path / "empty", "has no config.json"),
     ]:
         with pytest.raises(UserError, match=words):
             load(str(name))
     other = tmp_path / "tokenizer"
-    from complexity_lm.tokenizer import train_tokenizer
-
     train_tokenizer(["something else entirely"], 300).save_pretrained(other)
     with pytest.raises(UserError, match="not the one that the model was trained with"):
         load(str(trained), tokenizer=str(other))
@@ -204,7 +204,7 @@ HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 
 
 @pytest.mark.skipif(HAS_HARNESS, reason="lm-eval is installed")
-def test_tasks_without_lm_eval_say_what_to_install(loaded):
+def test_tasks_without_lm_eval_name_the_extra(loaded):
     with pytest.raises(UserError, match=r"pip install 'complexity-lm\[eval\]'"):
         evaluate(loaded, None, config=replace(QUIET, tasks=["wikitext"]))
 
@@ -237,15 +237,15 @@ metadata: {{version: 1.0}}
     )
     config = replace(QUIET, tasks=[str(task)], batch_size=4)
     result = evaluate(loaded, f"text:{folder}", tmp_path / "out", config)
-    theirs = result["tasks"]["wikitext2_local"]["bits_per_byte"]
+    measured = result["tasks"]["wikitext2_local"]["bits_per_byte"]
     assert result["n_bytes"] == sum(len(text.encode()) for text in documents)
-    assert theirs == pytest.approx(result["metrics"]["bits_per_byte"], abs=1e-3)
+    assert measured == pytest.approx(result["metrics"]["bits_per_byte"], abs=1e-3)
 
 
 @pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
 @pytest.mark.filterwarnings("default")
-def test_unknown_tasks(loaded, tmp_path):
-    with pytest.raises(UserError, match="lm-eval knows no task no_such_task"):
+def test_unknown_tasks_are_rejected(loaded, tmp_path):
+    with pytest.raises(UserError, match="lm-eval has no task no_such_task"):
         evaluate(loaded, None, config=replace(QUIET, tasks=["no_such_task"]))
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         evaluate(loaded, None, config=replace(QUIET, tasks=[str(tmp_path / "no.yaml")]))

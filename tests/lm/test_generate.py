@@ -1,18 +1,15 @@
-"""Generation: the same text alone, streamed and in a batch; prompts and options that do not fit."""
+"""Generation: the same text alone, streamed and in a batch; invalid prompts and options."""
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from complexity_lm.generate import (
-    GenerateConfig,
-    encode_prompt,
-    generate,
-    print_generated,
-    read_prompts,
-)
+from complexity_lm.config import GenerateConfig
+from complexity_lm.generate import encode_prompt, generate, print_generated, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
 
@@ -34,7 +31,7 @@ def flat(texts):
     return [text for group in texts for text in group]
 
 
-def test_greedy_is_the_largest_logit_every_time(loaded, prompts):
+def test_greedy_decoding_takes_the_largest_logit(loaded, prompts):
     ids = encode_prompt(loaded, prompts[0])
     assert ids[0] == loaded.tokenizer.eos_token_id
     for _ in range(8):
@@ -45,7 +42,7 @@ def test_greedy_is_the_largest_logit_every_time(loaded, prompts):
     assert expected.startswith(prompts[0])
 
 
-def test_a_batch_of_mixed_lengths_gives_what_each_prompt_gives_alone(loaded, prompts):
+def test_a_batch_of_mixed_lengths_equals_single_prompts(loaded, prompts):
     alone = [flat(generate(loaded, [prompt], GREEDY))[0] for prompt in prompts]
     assert flat(generate(loaded, prompts, GREEDY)) == alone
     pairs = GenerateConfig(batch_size=2)
@@ -63,7 +60,7 @@ def test_streaming_prints_the_same_text(loaded, prompts, capsys):
     ]
 
 
-def test_sampling_follows_the_seed(loaded, prompts):
+def test_sampling_depends_on_the_seed(loaded, prompts):
     sampled = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
     first, again, other = (
         flat(generate(loaded, prompts, sampled, GenerateConfig(seed=seed))) for seed in (1, 1, 2)
@@ -85,27 +82,27 @@ def test_transformers_options_reach_generate(loaded, prompts):
     assert looked_up == [prompts[0] + plain]
 
 
-def test_assisted_decoding_changes_no_greedy_text(loaded, prompts):
+def test_assisted_decoding_gives_the_greedy_text(loaded, prompts):
     assert flat(generate(loaded, prompts[:1], GREEDY, assistant=loaded)) == flat(
         generate(loaded, prompts[:1], GREEDY)
     )
 
 
-def test_length_is_kept_inside_the_context(loaded, prompts):
+def test_generation_stays_inside_the_context(loaded, prompts):
     (text,) = flat(generate(loaded, prompts[:1], {"eos_token_id": 1}))
     ids = encode_prompt(loaded, prompts[0])
     new = GenerateConfig(only_new=True)
     (tail,) = flat(generate(loaded, prompts[:1], {"eos_token_id": 1}, new))
     assert text == prompts[0] + tail
     assert len(loaded.tokenizer(tail, add_special_tokens=False)["input_ids"]) <= 24 - len(ids)
-    with pytest.raises(UserError, match=r"tokens of prompt and 30 new ones exceed .* of 24: set"):
+    with pytest.raises(UserError, match=r"prompt tokens and 30 new tokens exceed .* of 24: set"):
         list(generate(loaded, prompts[:1], {"max_new_tokens": 30}))
     with pytest.raises(UserError, match=r"exceed the context of 24"):
         list(generate(loaded, prompts[:1], {"max_length": 40}))
 
 
-def test_prompt_beyond_the_context(loaded):
-    with pytest.raises(UserError, match=r"prompt has \d\d+ tokens, and the context .* is 24"):
+def test_a_prompt_longer_than_the_context_is_rejected(loaded):
+    with pytest.raises(UserError, match=r"prompt has \d\d+ tokens, but the context .* is 24"):
         list(generate(loaded, ["short", "ka lo mi ne " * 40], GREEDY))
 
 
@@ -121,12 +118,12 @@ def test_prompt_beyond_the_context(loaded):
         ({"temperature": 0.5}, "`do_sample` is not set to `True`"),
     ],
 )
-def test_options_that_cannot_be(loaded, options, words):
+def test_invalid_options(loaded, options, words):
     with pytest.raises(UserError, match=words):
         list(generate(loaded, ["ka"], options))
 
 
-def test_where_prompts_come_from(tmp_path):
+def test_prompts_from_argument_file_and_standard_input(tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("first line\n" + json.dumps("two\nlines") + "\n")
     assert read_prompts(None, str(lines), io.StringIO()) == ["first line", "two\nlines"]
@@ -134,7 +131,7 @@ def test_where_prompts_come_from(tmp_path):
     assert read_prompts(None, None, io.StringIO("piped\n")) == ["piped\n"]
 
 
-def test_prompts_that_are_none(tmp_path, monkeypatch):
+def test_invalid_prompts(tmp_path, monkeypatch):
     for arguments, words in [
         (("", None, io.StringIO()), "the prompt is empty"),
         ((None, None, io.StringIO("")), "the prompt is empty"),
@@ -145,14 +142,19 @@ def test_prompts_that_are_none(tmp_path, monkeypatch):
             read_prompts(*arguments)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    with pytest.raises(UserError, match="there is no prompt"):
+    with pytest.raises(UserError, match="no prompt: give"):
         read_prompts(None, None, terminal)
     for content, words in [
         (b"a\n\nb\n", "prompt 2 of 3 is empty"),
         (b"", "has no prompts"),
         (b"\xff\xfe", "is not UTF-8"),
-        (b'"half a string\n', "no JSON string"),
+        (b'"half a string\n', "not a JSON string"),
     ]:
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(UserError, match=words):
             read_prompts(None, str(tmp_path / "bad.txt"), io.StringIO())
+
+
+def test_generation_loads_no_datasets():
+    code = "import complexity_lm.generate, sys; assert 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Every way of generating that transformers has, dense and routed."""
+"""transformers' ways of generating, with dense and routed models."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 64))]
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Sixty-two words, an end and a pad."""
+    """A tokenizer with sixty-two words, an end and a padding token."""
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
@@ -29,8 +29,8 @@ def model(request, lively):
     return lively(num_experts=request.param, eos_token_id=1)
 
 
-def greedy_by_hand(model, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """The definition: read everything anew for each token, no cache."""
+def greedy_by_definition(model, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The definition: one full forward per token, without cache."""
     for _ in range(count):
         with torch.no_grad():
             following = model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -42,11 +42,11 @@ def greedy_by_hand(model, ids: torch.Tensor, count: int) -> torch.Tensor:
 def test_greedy_generation_is_the_argmax_of_the_full_forward(model, ids, cache) -> None:
     how = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     got = model.generate(ids, max_new_tokens=8, eos_token_id=None, do_sample=False, **how)
-    assert torch.equal(got, greedy_by_hand(model, ids, 8))
+    assert torch.equal(got, greedy_by_definition(model, ids, 8))
 
 
-def test_a_mixed_batch_generates_what_each_text_does_alone(model, ids) -> None:
-    """Eight texts of different length, padded on the left."""
+def test_a_batch_of_mixed_lengths_equals_single_texts(model, ids) -> None:
+    """Eight texts of different lengths, padded on the left."""
     generator = torch.Generator().manual_seed(3)
     lengths = [1, 2, 3, 5, 7, 8, 11, 13]
     texts = [torch.randint(2, 64, (n,), generator=generator) for n in lengths]
@@ -61,7 +61,7 @@ def test_a_mixed_batch_generates_what_each_text_does_alone(model, ids) -> None:
         assert torch.equal(together[row, -6:], alone[0, -6:]), lengths[row]
 
 
-def test_sampling_follows_the_seed_and_the_distribution(model, ids) -> None:
+def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, ids) -> None:
     def sample(seed: int, **how) -> torch.Tensor:
         torch.manual_seed(seed)
         return model.generate(ids, max_new_tokens=8, do_sample=True, **how)
@@ -70,13 +70,13 @@ def test_sampling_follows_the_seed_and_the_distribution(model, ids) -> None:
     assert not torch.equal(sample(0), sample(1))
     assert torch.equal(sample(0, top_k=1), model.generate(ids, max_new_tokens=8, do_sample=False))
 
-    # 2000 draws of one token against the softmax.
+    # 2000 samples of one token against the softmax.
     torch.manual_seed(0)
     drawn = model.generate(ids[:1].expand(2000, -1), max_new_tokens=1, do_sample=True, top_k=0)
     share = torch.bincount(drawn[:, -1], minlength=64) / 2000
     with torch.no_grad():
         wanted = model(ids[:1]).logits[0, -1].softmax(-1)
-    assert (share - wanted).abs().sum() < 0.2  # about 0.11 by chance, 1 and more for another text
+    assert (share - wanted).abs().sum() < 0.2  # about 0.11 by chance, at least 1 for another text
 
 
 def test_beam_search_finds_a_better_text_than_greedy(model, ids) -> None:
@@ -89,7 +89,7 @@ def test_beam_search_finds_a_better_text_than_greedy(model, ids) -> None:
     greedy = log_likelihood(model.generate(ids, **how))
     out = model.generate(ids, **how, num_beams=4, return_dict_in_generate=True, output_scores=True)
     beam = log_likelihood(out.sequences)
-    # The score that the cached, reordered steps added up is that of the text read at once.
+    # The score summed over cached, reordered steps equals that of one full forward.
     torch.testing.assert_close(out.sequences_scores * 6, beam, rtol=1e-4, atol=1e-4)
     assert (beam >= greedy - 1e-4).all()
     assert (beam > greedy + 1e-3).any()
@@ -119,7 +119,7 @@ def test_generation_from_embeddings(model, ids) -> None:
             model.generate(inputs_embeds=embeddings, **how)
 
 
-def test_ids_for_routing_may_differ_from_the_ids_read(lively, ids) -> None:
+def test_routing_ids_may_differ_from_the_input_ids(lively, ids) -> None:
     model = lively(num_experts=3).double()
     other = ids.roll(1, dims=1)
     how = {"max_new_tokens": 5, "do_sample": False}
@@ -155,7 +155,7 @@ def test_logits_processors_and_stopping_criteria(model, ids) -> None:
     odd = model.generate(
         ids, max_new_tokens=6, do_sample=False, logits_processor=LogitsProcessorList([ForbidEven()])
     )[:, ids.shape[1] :]
-    assert ((odd % 2 == 1) | (odd == 0)).all()  # 0 pads a text that has ended
+    assert ((odd % 2 == 1) | (odd == 0)).all()  # 0 is padding after the end
 
     stop = StoppingCriteriaList([AfterFour(ids.shape[1])])
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -174,7 +174,7 @@ def test_logits_processors_and_stopping_criteria(model, ids) -> None:
     assert fresh.unique().numel() == fresh.numel()
 
 
-def test_streaming_and_the_pipeline(model, tokenizer) -> None:
+def test_streaming_and_the_text_generation_pipeline(model, tokenizer) -> None:
     prompt = "w5 w9 w33"
     how = {"max_new_tokens": 6, "do_sample": False}
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

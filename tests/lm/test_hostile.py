@@ -1,4 +1,4 @@
-"""Folders and texts of strangers: pickles stay closed, no code runs, odd prompts are prompts."""
+"""Untrusted folders and texts: no pickle is opened, no code runs, unusual prompts work."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from inl_core.run.errors import UserError
 
 
 class Trap:
-    """A pickle of this writes a file when it is opened."""
+    """Writes a file when its pickle is opened."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -24,7 +24,7 @@ class Trap:
 
 @pytest.fixture
 def model(trained, tmp_path) -> Path:
-    """A copy of a model's folder, to be damaged."""
+    """A copy of a model folder, to be modified."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in (trained / "model").iterdir():
@@ -37,7 +37,7 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_pickled_model_is_refused_and_not_opened(model, tmp_path):
+def test_a_pickled_model_is_rejected_and_not_opened(model, tmp_path):
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "proof")))
     with pytest.raises(UserError, match="cannot load a model"):
@@ -68,13 +68,13 @@ def test_code_in_a_model_folder_does_not_run(model, tmp_path, model_type):
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"num_hidden_layers": 3},
                                     {"hidden_size": 64}, {"vocab_size": 10**10}])  # fmt: skip
-def test_weights_unlike_their_config_are_refused(model, change):
+def test_weights_that_do_not_match_the_config_are_rejected(model, change):
     edit(model / "config.json", **change)
     with pytest.raises(UserError, match="cannot load a model"):
         load(str(model))
 
 
-def test_a_missing_tensor_is_not_drawn_at_random(model):
+def test_a_missing_tensor_is_rejected(model):
     path = model / "model.safetensors"
     tensors = load_file(path)
     lost = next(name for name in tensors if "mlp" in name)
@@ -84,32 +84,32 @@ def test_a_missing_tensor_is_not_drawn_at_random(model):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "content",
     [{"data": {"source": 5}}, {"data": []}, {"data": {"evil": 1}}, {"tokenizer_sha256": 7}],
 )
-def test_a_training_file_of_other_types_is_refused(model, told):
-    edit(model / "training.json", **told)
-    with pytest.raises(UserError, match=r"training\.json does not say"):
+def test_an_invalid_training_file_is_rejected(model, content):
+    edit(model / "training.json", **content)
+    with pytest.raises(UserError, match=r"cannot read .*training\.json"):
         load(str(model))
 
 
 CONTROL = ["\x00", "\x1b[2J\x07", "a\r\nb", "\u2028\u202e", "\ufffe", "𝒳" * 3, "\x85\x0c\x1c"]
 
 
-def test_prompts_with_control_characters_are_prompts(trained, tmp_path):
+def test_prompts_may_contain_control_characters(trained, tmp_path):
     loaded = load(str(trained))
     made = list(generate(loaded, CONTROL, {"max_new_tokens": 2, "do_sample": False}))
     for prompt, texts in zip(CONTROL, made, strict=True):
         assert texts[0].startswith(prompt)
 
 
-def test_a_prompt_a_line_ends_at_line_ends_only(tmp_path):
+def test_only_line_ends_separate_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes('one\x0ctwo\u2028three\r\n"four\\u000cfive"\n'.encode())
     assert read_prompts(None, str(path), None) == ["one\x0ctwo\u2028three", "four\x0cfive"]
 
 
-def test_half_a_surrogate_pair_is_refused(tmp_path):
+def test_half_a_surrogate_pair_is_rejected(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('"\\ud800"\n')
     with pytest.raises(UserError, match="half a surrogate pair"):

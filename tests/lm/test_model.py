@@ -1,4 +1,4 @@
-"""The model on its own: starts, outputs, gradients, dtypes, backends, errors of bad input."""
+"""The model: initial weights, outputs, gradients, dtypes, backends, errors of invalid input."""
 
 import copy
 import math
@@ -22,19 +22,19 @@ def assert_exact_start(dynamics: INLDynamics, alpha: float, beta: float, gate: f
     h = torch.randn(5, dynamics.hidden_size)
     raw = dynamics._coefficients(h, torch.randn_like(h))
     used = ops.inl_coefficients(*raw, beta_max=dynamics.beta_max)
-    for got, want in zip(used, (alpha, beta, gate), strict=True):
-        torch.testing.assert_close(got, torch.full_like(got, want), rtol=2e-6, atol=0)
+    for current, expected in zip(used, (alpha, beta, gate), strict=True):
+        torch.testing.assert_close(current, torch.full_like(current, expected), rtol=2e-6, atol=0)
     assert dynamics.mu.eq(0).all()
 
 
 # ------------------------------------------------------------------------------------------------
-# Starts
+# Initial weights
 
 
 @pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
 @pytest.mark.parametrize("placement", ["stream", "branch", "force", "force_mlp"])
-def test_the_models_init_leaves_the_dynamics_at_their_start(tiny, placement, adaptive) -> None:
-    """The originals' init over all linear layers reset α, β, g to 0.5, 0.69, 0.5."""
+def test_the_dynamics_start_at_their_coefficients(tiny, placement, adaptive) -> None:
+    """The initialisation of the original models reset α, β, g to 0.5, 0.69, 0.5."""
     model = DeepForCausalLM(tiny(dynamics_placement=placement, dynamics_adaptive=adaptive))
     start = (0.5, 0.01, 0.99) if placement.startswith("force") else (0.9, 0.1, 0.5)
     assert len(dynamics_of(model)) == (6 if placement == "force" else 3)
@@ -43,7 +43,7 @@ def test_the_models_init_leaves_the_dynamics_at_their_start(tiny, placement, ada
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "routed"])
-def test_what_writes_to_the_stream_starts_smaller_with_depth(tiny, experts) -> None:
+def test_residual_projections_start_smaller_with_depth(tiny, experts) -> None:
     config = tiny(hidden_size=128, intermediate_size=256, num_experts=experts)
     model = DeepForCausalLM(config)
     small = 0.02 / math.sqrt(2 * config.num_hidden_layers)
@@ -60,7 +60,7 @@ def test_what_writes_to_the_stream_starts_smaller_with_depth(tiny, experts) -> N
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "routed"])
 @pytest.mark.parametrize("placement", ["stream", "branch", "force", "force_mlp"])
-def test_dynamics_do_not_change_the_start_of_the_backbone(tiny, placement, experts) -> None:
+def test_dynamics_do_not_change_the_initial_backbone(tiny, placement, experts) -> None:
     states = []
     for where in ("none", placement):
         torch.manual_seed(0)
@@ -72,15 +72,15 @@ def test_dynamics_do_not_change_the_start_of_the_backbone(tiny, placement, exper
         assert torch.equal(value, moved[name]), name
 
 
-def test_no_two_random_matrices_start_alike(tiny) -> None:
+def test_random_matrices_start_different(tiny) -> None:
     controllers = dynamics_of(DeepForCausalLM(tiny()))
     first, second = controllers[0].weight_in_h, controllers[1].weight_in_h
     assert not torch.equal(first, second)
     assert not torch.equal(first, controllers[0].weight_in_v)
 
 
-def test_loading_keeps_what_was_saved_and_starts_what_was_not(lively, tmp_path) -> None:
-    """A trained layer stays; where a checkpoint lacks values, the exact start takes their place."""
+def test_loading_keeps_saved_weights_and_initialises_missing_ones(lively, tmp_path) -> None:
+    """Values that a checkpoint lacks get their exact initial value."""
     model = lively()
     model.save_pretrained(tmp_path)
     loaded = DeepForCausalLM.from_pretrained(tmp_path)
@@ -88,28 +88,28 @@ def test_loading_keeps_what_was_saved_and_starts_what_was_not(lively, tmp_path) 
         assert torch.equal(loaded.state_dict()[name], value), name
 
     weights = load_file(tmp_path / "model.safetensors")
-    gone = [name for name in weights if name.startswith("model.layers.1.dynamics")]
-    gone.append("model.layers.2.dynamics.mu")
-    assert len(gone) == 7
+    missing = [name for name in weights if name.startswith("model.layers.1.dynamics")]
+    missing.append("model.layers.2.dynamics.mu")
+    assert len(missing) == 7
     save_file(
-        {name: value for name, value in weights.items() if name not in gone},
+        {name: value for name, value in weights.items() if name not in missing},
         tmp_path / "model.safetensors",
         metadata={"format": "pt"},
     )
     partly, info = DeepForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == set(gone)
+    assert set(info["missing_keys"]) == set(missing)
     assert_exact_start(partly.model.layers[1].dynamics, 0.5, 0.01, 0.99)
     assert partly.model.layers[2].dynamics.mu.eq(0).all()
     for name, value in model.state_dict().items():
-        if name not in gone:
+        if name not in missing:
             assert torch.equal(partly.state_dict()[name], value), name
 
 
 # ------------------------------------------------------------------------------------------------
-# What the forward computes
+# Outputs
 
 
-def test_force_without_inertia_and_spring_is_the_plain_residual(lively, ids) -> None:
+def test_force_without_inertia_and_spring_equals_the_plain_residual(lively, ids) -> None:
     plain = lively(dynamics_placement="none").double()
     settings = {"dynamics_alpha": 0, "dynamics_beta": 0, "dynamics_gate": 1, "dynamics_dt": 1}
     force = lively(
@@ -123,8 +123,8 @@ def test_force_without_inertia_and_spring_is_the_plain_residual(lively, ids) -> 
         assert torch.equal(force(ids).logits, plain(ids).logits)
 
 
-def test_the_velocity_starts_at_zero_for_each_token_in_every_decoding_step(lively, ids) -> None:
-    """The originals fed the last layer's velocity of a token to the first layer of the next."""
+def test_the_velocity_starts_at_zero_in_every_decoding_step(lively, ids) -> None:
+    """The original models passed the last velocity of a token to the next token."""
     model = lively(dynamics_placement="branch")
     entering = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[1]))
@@ -138,7 +138,7 @@ def test_the_velocity_starts_at_zero_for_each_token_in_every_decoding_step(livel
 
 
 def test_a_cached_step_attends_to_every_earlier_key(lively, ids) -> None:
-    """The originals' causal flag with one query let it see the first key only."""
+    """In the original models, a causal mask with one query hid all keys but the first."""
     model = lively(attn_implementation="eager").double()
     with torch.no_grad():
         cache = model(ids[:, :-1], use_cache=True).past_key_values
@@ -150,13 +150,13 @@ def test_a_cached_step_attends_to_every_earlier_key(lively, ids) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_training_and_evaluation_compute_the_same(lively, ids, placement) -> None:
+def test_training_and_evaluation_mode_agree(lively, ids, placement) -> None:
     model = lively(dynamics_placement=placement).double()
     with torch.no_grad():
         assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
-def test_hidden_states_and_attentions_come_on_request(lively, ids) -> None:
+def test_hidden_states_and_attentions_are_returned_on_request(lively, ids) -> None:
     model = lively(attn_implementation="eager")
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert [h.shape for h in out.hidden_states] == [(3, 11, 32)] * 4
@@ -174,7 +174,7 @@ def test_logits_to_keep(lively, ids) -> None:
     torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, full[:, keep])
 
 
-# What transformers passes to torch's own builder of flex masks is on its way out there.
+# transformers passes a deprecated argument to torch's flex masks.
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_attention_backends_agree(lively, ids, backend, window) -> None:
     torch.testing.assert_close(got[real], want[real], rtol=0, atol=1e-4)
 
 
-def test_the_loss_is_the_mean_over_the_labels_that_count(lively, ids) -> None:
+def test_the_loss_is_the_mean_over_counted_labels(lively, ids) -> None:
     model = lively().double()
     labels = ids.clone()
     labels[0, :6] = -100
@@ -202,7 +202,7 @@ def test_the_loss_is_the_mean_over_the_labels_that_count(lively, ids) -> None:
     want = F.cross_entropy(out.logits[:, :-1].reshape(-1, 64), targets)
     assert out.loss.dtype == torch.float64
     torch.testing.assert_close(out.loss, want, rtol=1e-14, atol=0)
-    # As `Trainer` calls it when one batch is a part of a larger one.
+    # As `Trainer` calls it under gradient accumulation.
     part = model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss
     torch.testing.assert_close(part, want * (targets != -100).sum() / 50, rtol=1e-14, atol=0)
 
@@ -218,7 +218,7 @@ def test_every_rope_type_of_transformers_works(lively, ids, rope_type) -> None:
     with torch.no_grad():
         moved = model(ids).logits - lively()(ids).logits
     assert moved.isfinite().all()
-    # NTK scaling changes nothing until a text is longer than the model was made for.
+    # NTK scaling has no effect until a text exceeds the original length.
     assert (moved.abs().max() > 1e-3) == (rope_type != "dynamic")
 
 
@@ -229,7 +229,7 @@ def test_every_rope_type_of_transformers_works(lively, ids, rope_type) -> None:
 @pytest.mark.parametrize("adaptive", ["token", "channel", "layer", "lite"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_parameter_has_a_gradient(lively, ids, placement, adaptive) -> None:
-    """Also the first layer's, whose velocity is zero: DistributedDataParallel waits for all."""
+    """Including the first layer, whose velocity is zero: DistributedDataParallel needs all."""
     model = lively(dynamics_placement=placement, dynamics_adaptive=adaptive).train()
     model(ids, labels=ids).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -248,7 +248,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(lively, ids, placement,
 
 
 @pytest.mark.parametrize("experts", [0, 3], ids=["dense", "routed"])
-def test_bf16_stays_close_and_rounds_no_frequency(lively, ids, tmp_path, experts) -> None:
+def test_bf16_is_close_and_does_not_round_frequencies(lively, ids, tmp_path, experts) -> None:
     model = lively(num_experts=experts)
     model.save_pretrained(tmp_path)
     want = model(ids).logits
@@ -264,7 +264,7 @@ def test_bf16_stays_close_and_rounds_no_frequency(lively, ids, tmp_path, experts
         assert low.generate(ids, max_new_tokens=3, do_sample=False).shape == (3, 14)
 
 
-def test_autocast_trains_every_placement(lively, ids) -> None:
+def test_every_placement_trains_under_autocast(lively, ids) -> None:
     for placement in PLACEMENTS:
         model = lively(dynamics_placement=placement, num_experts=3).train()
         with torch.autocast("cpu", torch.bfloat16):
@@ -275,7 +275,7 @@ def test_autocast_trains_every_placement(lively, ids) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_model_learns_a_text_by_heart(tiny, ids, placement) -> None:
+def test_the_model_overfits_a_small_text(tiny, ids, placement) -> None:
     torch.manual_seed(0)
     model = DeepForCausalLM(tiny(dynamics_placement=placement)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -291,11 +291,11 @@ def test_the_model_learns_a_text_by_heart(tiny, ids, placement) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Vocabulary and bad input
+# Vocabulary and invalid input
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_resizing_keeps_the_ids_that_stay(lively, ids, tied) -> None:
+def test_resizing_keeps_remaining_ids(lively, ids, tied) -> None:
     model = lively(tie_word_embeddings=tied)
     before = model(ids).logits
     model.resize_token_embeddings(70, mean_resizing=False)
@@ -304,16 +304,16 @@ def test_resizing_keeps_the_ids_that_stay(lively, ids, tied) -> None:
     torch.testing.assert_close(after.logits[..., :64], before)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.resize_token_embeddings(50)
-    with pytest.raises(ValueError, match=r"token id 63 is beyond the vocabulary of 50 ids"):
+    with pytest.raises(ValueError, match=r"token id 63 is outside the vocabulary of 50 ids"):
         model(torch.tensor([[63]]))
 
 
 @pytest.mark.parametrize("bad", [64, 1000, -1])
-def test_an_id_beyond_the_vocabulary_is_named(lively, ids, bad) -> None:
+def test_an_id_outside_the_vocabulary_is_rejected(lively, ids, bad) -> None:
     ids[1, 5] = bad
-    with pytest.raises(ValueError, match=rf"token id {bad} is beyond the vocabulary of 64 ids"):
+    with pytest.raises(ValueError, match=rf"token id {bad} is outside the vocabulary of 64 ids"):
         lively()(ids)
-    with pytest.raises(ValueError, match=rf"token id {bad} is beyond"):
+    with pytest.raises(ValueError, match=rf"token id {bad} is outside"):
         lively().generate(ids, max_new_tokens=2)
 
 
@@ -328,21 +328,21 @@ def test_ids_and_embeddings_exclude_each_other(lively, ids) -> None:
     )
 
 
-def test_a_checkpoint_of_another_shape_is_refused(lively, tiny, tmp_path) -> None:
+def test_a_checkpoint_of_another_shape_is_rejected(lively, tiny, tmp_path) -> None:
     lively().save_pretrained(tmp_path)
-    message = r"mlp.down_proj.weight is \(32, 48\) there and \(32, 64\) by the configuration"
+    message = r"mlp.down_proj.weight: \(32, 48\) in the checkpoint, \(32, 64\) by the configuration"
     with pytest.raises(ValueError, match=message):
         DeepForCausalLM.from_pretrained(tmp_path, config=tiny(intermediate_size=64))
 
 
-def test_the_decoder_alone_loads_from_the_whole_models_folder(lively, ids, tmp_path) -> None:
+def test_the_decoder_loads_from_the_folder_of_the_full_model(lively, ids, tmp_path) -> None:
     model = lively(num_experts=3)
     model.save_pretrained(tmp_path)
     decoder = DeepModel.from_pretrained(tmp_path)
     torch.testing.assert_close(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
-def test_lite_has_no_parameters_but_mu(tiny) -> None:
+def test_lite_dynamics_have_mu_as_their_only_parameter(tiny) -> None:
     model = DeepForCausalLM(tiny(dynamics_adaptive="lite"))
     layers = [m for m in model.modules() if isinstance(m, INLDynamicsLite)]
     assert len(layers) == 3

@@ -1,4 +1,4 @@
-"""Sizes by name, counting without memory, and what weight decay acts on."""
+"""Presets, parameter counts without allocation, and the parameters with weight decay."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from complexity_lm import (
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_parameters_their_row_says(name) -> None:
+def test_presets_have_their_documented_parameter_count(name) -> None:
     total, active = count_parameters(DeepConfig.from_preset(name))
     assert total == active
     assert round(total / 1e6, 1) == PRESETS[name].millions
 
-    # The names come from the paper's dynamics, whose controllers are more than vectors.
+    # The names are the sizes with the paper's dynamics, whose controllers are larger.
     papers = {"dynamics_placement": "stream", "dynamics_adaptive": "token"}
     larger = count_parameters(DeepConfig.from_preset(name, **papers)).total
     unit = {"m": 1.0, "b": 1000.0}[name[-1]]
@@ -26,7 +26,7 @@ def test_presets_have_the_parameters_their_row_says(name) -> None:
     assert total < larger < 1.046 * total
 
 
-def test_presets_grow_and_take_overrides() -> None:
+def test_presets_increase_in_size_and_accept_overrides() -> None:
     sizes = [preset.millions for preset in PRESETS.values()]
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (14.5, 6982.3)
@@ -39,24 +39,24 @@ def test_presets_grow_and_take_overrides() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shared", [None, 0, 16])
-def test_counting_is_counting(tiny, tied, shared) -> None:
+def test_counts_equal_those_of_the_model(tiny, tied, shared) -> None:
     config = tiny(num_experts=5, shared_intermediate_size=shared, tie_word_embeddings=tied)
     model = DeepForCausalLM(config)
     total, active = count_parameters(config)
     assert total == sum(p.numel() for p in model.parameters())
 
-    # A token meets one expert of five: the others have no gradient from it.
+    # A token uses one expert of five: the others get no gradient from it.
     model(torch.tensor([[7]])).logits.sum().backward()
-    met = sum(
+    used = sum(
         int(p.grad[expert].any()) * p[expert].numel() if p.ndim == 3 else p.numel()
         for p in model.parameters()
         for expert in (range(5) if p.ndim == 3 else [0])
     )
-    assert active == met
+    assert active == used
     assert active == count_parameters(tiny(tie_word_embeddings=tied)).total
 
 
-def test_weight_decay_leaves_norms_biases_and_dynamics_alone(tiny) -> None:
+def test_norms_biases_and_dynamics_have_no_weight_decay(tiny) -> None:
     """A rule by name would miss "weight_in_h" and "mu"; transformers' own decays both."""
     for placement in ("force", "force_mlp", "branch", "stream", "none"):
         model = DeepForCausalLM(tiny(dynamics_placement=placement, num_experts=3))

@@ -1,4 +1,4 @@
-"""Experts in the language model: all learn, loads are even, one sort a batch, a lasting table."""
+"""Experts of the language model: gradients, balanced loads, one sort per batch, the saved table."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from inl_core.routing import build_routing_table
 
 
 class Operations(TorchDispatchMode):
-    """Notes the name of every operation, in order."""
+    """Records the names of all operations in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,8 +21,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("placement", ["branch", "none"])
-def test_every_expert_receives_gradient_and_moves(tiny, ids, placement) -> None:
-    """The originals' experts had no gradient: their published weights equal their start."""
+def test_every_expert_gets_a_gradient_and_changes(tiny, ids, placement) -> None:
+    """Experts of the original models had no gradient: their published weights are initial ones."""
     torch.manual_seed(0)
     model = DeepForCausalLM(tiny(num_experts=4, dynamics_placement=placement)).train()
     assert set((ids % 4).flatten().tolist()) == {0, 1, 2, 3}
@@ -40,7 +40,7 @@ def test_every_expert_receives_gradient_and_moves(tiny, ids, placement) -> None:
     assert stacks == 3 * model.config.num_hidden_layers
 
 
-def test_an_expert_learns_from_its_own_ids_alone(lively, ids) -> None:
+def test_an_expert_gets_gradients_from_its_own_ids_only(lively, ids) -> None:
     model = lively(num_experts=4).train()
     only = ids - ids % 4 + 2  # ids that all go to expert 2
     model(only.clamp(max=62), labels=only.clamp(max=62)).loss.backward()
@@ -51,7 +51,7 @@ def test_an_expert_learns_from_its_own_ids_alone(lively, ids) -> None:
 
 
 def test_balanced_loads_are_within_one_percent_of_even(tiny) -> None:
-    """Counts that fall like 1 / rank, as words do; the heaviest id holds less than 1/E."""
+    """Counts decrease like 1 / rank, as those of words; the largest share is below 1/E."""
     config = tiny(vocab_size=2000, num_experts=4)
     model = DeepForCausalLM(config)
     counts = (1e6 / torch.arange(1, 2001)).long()[torch.randperm(2000)]
@@ -61,21 +61,21 @@ def test_balanced_loads_are_within_one_percent_of_even(tiny) -> None:
     even = counts.sum() / 4
     assert ((loads - even).abs() / even).max() < 0.01
     assert model.config.routing_scheme == "balanced"
-    # Modulo on the same corpus is what balancing is for.
+    # Modulo routing of the same corpus is not balanced.
     plain = torch.zeros(4).scatter_add_(0, torch.arange(2000) % 4, counts.float())
     assert ((plain - even).abs() / even).max() > 0.01
 
 
-def test_an_id_too_heavy_to_balance_is_named(tiny) -> None:
+def test_an_id_with_too_large_a_share_gives_a_warning(tiny) -> None:
     model = DeepForCausalLM(tiny(num_experts=4))
     counts = torch.ones(64)
     counts[17] = 100
-    with pytest.warns(UserWarning, match=r"id 17 holds"):
+    with pytest.warns(UserWarning, match=r"id 17 "):
         model.balance_experts(counts)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward-backward"])
-def test_one_sort_a_batch_whatever_the_depth(lively, ids, train) -> None:
+def test_one_sort_per_batch_at_any_depth(lively, ids, train) -> None:
     def run(layers: int) -> list[str]:
         model = lively(num_experts=3, num_hidden_layers=layers).train(train)
         with Operations() as operations:
@@ -89,14 +89,14 @@ def test_one_sort_a_batch_whatever_the_depth(lively, ids, train) -> None:
     sorts = [i for i, name in enumerate(names) if name in sorting]
     assert len(sorts) == 1
     products = [i for i, name in enumerate(names) if "grouped" in name]
-    assert len(products) >= 15  # three an expert layer: what the plan is for did run
+    assert len(products) >= 15  # three per layer: the experts did run
     assert sorts[0] < min(products)
-    # Nor does a layer ask the device for a number.
-    asked = "_local_scalar_dense"
-    assert names.count(asked) == run(layers=2).count(asked)
+    # No layer reads a number from the device.
+    read = "_local_scalar_dense"
+    assert names.count(read) == run(layers=2).count(read)
 
 
-def test_the_table_is_saved_once_and_shared_by_all_layers(lively, ids, tmp_path) -> None:
+def test_all_layers_share_one_saved_table(lively, ids, tmp_path) -> None:
     model = lively(num_experts=3)
     model.balance_experts(torch.rand(64) + 0.1)
     tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.long]
@@ -110,7 +110,7 @@ def test_the_table_is_saved_once_and_shared_by_all_layers(lively, ids, tmp_path)
     assert torch.equal(half.model.routing_table, model.model.routing_table)
 
 
-def test_resizing_the_vocabulary_resizes_the_table(lively, ids, tmp_path) -> None:
+def test_resizing_the_vocabulary_resizes_the_routing_table(lively, ids, tmp_path) -> None:
     model = lively(num_experts=3)
     model.balance_experts(torch.rand(64) + 0.1)
     before, table = model(ids).logits, model.model.routing_table.clone()
@@ -125,14 +125,10 @@ def test_resizing_the_vocabulary_resizes_the_table(lively, ids, tmp_path) -> Non
     assert torch.equal(model.model.routing_table, table[:40])
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input
-
-
-def test_embeddings_without_ids_to_route_by(lively, ids) -> None:
+def test_embeddings_need_routing_ids(lively, ids) -> None:
     routed, dense = lively(num_experts=3), lively()
     embeddings = routed.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match=r"give routing_ids \(B, N\) beside inputs_embeds"):
+    with pytest.raises(ValueError, match=r"give routing_ids \(B, N\) in addition to inputs_embeds"):
         routed(inputs_embeds=embeddings)
     torch.testing.assert_close(
         routed(inputs_embeds=embeddings, routing_ids=ids).logits, routed(ids).logits
@@ -140,18 +136,18 @@ def test_embeddings_without_ids_to_route_by(lively, ids) -> None:
     assert dense(inputs_embeds=embeddings).logits.isfinite().all()
 
 
-def test_ids_to_route_by_of_another_shape_or_vocabulary(lively, ids) -> None:
+def test_routing_ids_of_another_shape_or_vocabulary(lively, ids) -> None:
     model = lively(num_experts=3)
     with pytest.raises(ValueError, match=r"routing_ids of shape \(3, 10\) must be \(3, 11\)"):
         model(ids, routing_ids=ids[:, 1:])
-    with pytest.raises(ValueError, match="token id 80 is beyond the vocabulary of 64 ids"):
+    with pytest.raises(ValueError, match="token id 80 is outside the vocabulary of 64 ids"):
         model(ids, routing_ids=torch.full_like(ids, 80))
 
 
 def test_a_routing_table_of_another_vocabulary(lively, tiny, ids, tmp_path) -> None:
     model = lively(num_experts=3)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is \(64.* there and \(90"):
+    with pytest.raises(ValueError, match=r"\(64.* in the checkpoint, \(90"):
         DeepForCausalLM.from_pretrained(tmp_path, config=tiny(num_experts=3, vocab_size=90))
     model.model.routing_table = build_routing_table(90, 3)
     with pytest.raises(ValueError, match="table is for 90 token ids, the vocabulary has 64"):

@@ -1,4 +1,4 @@
-"""Two processes that share the weights (`fully_shard` on a CPU mesh) train as one process does."""
+"""Two processes with sharded weights (`fully_shard` on a CPU mesh) train like one process."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ from complexity_lm import DeepForCausalLM
 from support.processes import torchrun
 
 STEPS, ROWS, WORLD = 20, 4, 2
-# Without bounds of μ: beyond a bound `bounded_clamp` lets a gradient pass by its sign, which a
-# process decides on its share of the batch, so the shares need not add up to the whole.
-FREE = {"dynamics_mu_min": None, "dynamics_mu_max": None}
+# Without bounds of μ: beyond a bound, `bounded_clamp` passes a gradient by its sign, which each
+# process computes on its part of the batch, so the parts need not add up.
+NO_BOUNDS = {"dynamics_mu_min": None, "dynamics_mu_max": None}
 SETTINGS = [
-    {"dynamics_placement": "branch", **FREE},
-    {"dynamics_placement": "force", "num_experts": 3, **FREE},
+    {"dynamics_placement": "branch", **NO_BOUNDS},
+    {"dynamics_placement": "force", "num_experts": 3, **NO_BOUNDS},
 ]
 
 WORKER = """
@@ -72,13 +72,13 @@ def train(model: DeepForCausalLM, data: list[torch.Tensor]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_train_as_one(lively, tmp_path: Path) -> None:
+def test_two_sharded_processes_train_like_one(lively, tmp_path: Path) -> None:
     alone = []
     for number, settings in enumerate(SETTINGS):
         model = lively(**settings).double()
         model.save_pretrained(tmp_path / str(number))
         alone.append(train(model, batches()))
-        assert alone[-1][-1] != pytest.approx(alone[-1][0], rel=0.01)  # it did train
+        assert alone[-1][-1] != pytest.approx(alone[-1][0], rel=0.01)  # the model did learn
 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

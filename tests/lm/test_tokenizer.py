@@ -1,4 +1,4 @@
-"""Tokenizers: what they must not lose, and which ones are refused."""
+"""Tokenizers: lossless encoding, saving, and the ones that are rejected."""
 
 import json
 
@@ -7,13 +7,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from complexity_lm import DeepConfig
-from complexity_lm.data import DataConfig, load_split, separator_id
+from complexity_lm.config import DataConfig
+from complexity_lm.data import load_split, make_tokenizer
 from complexity_lm.tokenizer import (
     END_OF_TEXT,
     PADDING,
     check_tokenizer,
     load_tokenizer,
-    make_tokenizer,
+    separator_id,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -27,13 +28,13 @@ def tokenizer(texts):
     return train_tokenizer(load_split(DataConfig(source=f"text:{texts}"), "train")["text"], 300)
 
 
-def test_every_text_comes_back(tokenizer, texts):
+def test_encoding_is_lossless(tokenizer, texts):
     for text in [*TRICKY, (texts / "00.txt").read_text()]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
 
 
-def test_training_makes_tokens_longer_than_bytes(tokenizer, texts):
+def test_training_gives_tokens_longer_than_bytes(tokenizer, texts):
     text = (texts / "00.txt").read_text()
     assert len(tokenizer) == 300
     assert len(tokenizer(text)["input_ids"]) < 0.75 * len(text.encode())
@@ -43,11 +44,11 @@ def test_special_tokens(tokenizer):
     assert (tokenizer.bos_token, tokenizer.eos_token) == (END_OF_TEXT, END_OF_TEXT)
     assert tokenizer.pad_token == PADDING
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    # A text begins as it does in training, so pipelines need no hint.
+    # A text begins with a separator, as in training.
     assert tokenizer("ka")["input_ids"][0] == separator_id(tokenizer)
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_a_loaded_tokenizer_equals_the_saved_one(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     before = tokenizer_hash(tokenizer)
     loaded = load_tokenizer(tmp_path)
@@ -59,17 +60,17 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     assert plain("ka lo mi")["input_ids"] == tokenizer("ka lo mi")["input_ids"]
 
 
-def test_training_is_repeatable(texts):
+def test_training_is_deterministic(texts):
     data = load_split(DataConfig(source=f"text:{texts}"), "train")["text"]
     assert tokenizer_hash(train_tokenizer(data, 290)) == tokenizer_hash(train_tokenizer(data, 290))
 
 
-def test_vocabulary_without_room_for_bytes(texts):
+def test_a_vocabulary_smaller_than_the_bytes_is_rejected(texts):
     with pytest.raises(UserError, match=r"vocab_size is 100; .*at least 258"):
         train_tokenizer(["ka"], 100)
 
 
-def test_padding_is_borrowed_where_there_is_none(tmp_path):
+def test_a_missing_padding_token_becomes_the_end_token(tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ka": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -78,35 +79,35 @@ def test_padding_is_borrowed_where_there_is_none(tmp_path):
     assert load_tokenizer(tmp_path).pad_token == "<end>"
 
 
-def test_tokenizer_without_an_end_is_refused(tmp_path):
+def test_a_tokenizer_without_end_token_is_rejected(tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "ka": 1}, unk_token="<unk>"))
     with pytest.raises(UserError, match=r"no end-of-text \(eos\) token"):
         separator_id(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
 
 
-def test_tokenizers_that_do_not_fit_the_model(tokenizer):
+def test_a_tokenizer_of_another_model_is_rejected(tokenizer):
     def config(**changes):
         return DeepConfig(**({"vocab_size": 300, "eos_token_id": 0} | changes))
 
     check_tokenizer(tokenizer, config(), tokenizer_hash(tokenizer))
     check_tokenizer(tokenizer, config(vocab_size=512, eos_token_id=[3, 0]), None)
-    with pytest.raises(UserError, match=r"has 300 ids and the model 256"):
+    with pytest.raises(UserError, match=r"has 300 ids, the model 256"):
         check_tokenizer(tokenizer, config(vocab_size=256), None)
-    with pytest.raises(UserError, match=r"ends a text with id 0 and the model with 2"):
+    with pytest.raises(UserError, match=r"id of the tokenizer is 0, that of the model 2"):
         check_tokenizer(tokenizer, config(eos_token_id=2), None)
     with pytest.raises(UserError, match="not the one that the model was trained with"):
         check_tokenizer(tokenizer, config(), "0" * 64)
 
 
-def test_make_tokenizer_trains_on_the_training_side(texts, tokenizer, tmp_path):
-    said = make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
-    assert "300 ids" in said
+def test_make_tokenizer_uses_the_training_side(texts, tokenizer, tmp_path):
+    summary = make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
+    assert "300 ids" in summary
     assert tokenizer_hash(load_tokenizer(tmp_path / "tok")) == tokenizer_hash(tokenizer)
     with pytest.raises(UserError, match="exists; choose another --out"):
         make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
 
 
-def test_folders_that_hold_no_tokenizer(tmp_path):
+def test_folders_without_a_tokenizer_are_rejected(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot load a tokenizer"):

@@ -1,4 +1,4 @@
-"""Training: exact resume, checkpoints that are whole or absent, and the ways a run can go wrong."""
+"""Training: exact resume, complete checkpoints, and the errors of a run."""
 
 import cmath
 import csv
@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from complexity_lm import DeepForCausalLM, decay_parameter_names
 from complexity_lm import trainer as trainer_module
-from complexity_lm.config import TrainConfig
+from complexity_lm.config import TokenizerConfig, TrainConfig
 from complexity_lm.data import load_split, tokenize
 from complexity_lm.loading import load
-from complexity_lm.tokenizer import TokenizerConfig, train_tokenizer
+from complexity_lm.tokenizer import train_tokenizer
 from complexity_lm.train import build_model, train
 from complexity_lm.trainer import LMTrainer
 from inl_core import DYNAMICS_STATS
@@ -48,7 +48,7 @@ def with_overrides(config: TrainConfig, **overrides) -> TrainConfig:
 
 
 def stop_after(config: TrainConfig, step: int) -> None:
-    """Run a whole training, then remove what lies beyond a step, as if it had been killed there."""
+    """Run a training, then remove everything after a step, as if it had been killed there."""
     train(config)
     out = Path(config.out)
     for checkpoint in all_checkpoints(out / "checkpoints"):
@@ -58,11 +58,11 @@ def stop_after(config: TrainConfig, step: int) -> None:
     (out / "result.json").unlink()
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
+def assert_same_run(current: Path, expected: Path) -> None:
     for name in ("train_log.csv", "heldout_log.csv", "dynamics.csv"):
-        assert rows_of(ours / name)
-        assert (ours / name).read_text() == (theirs / name).read_text(), name
-    a, b = (latest_checkpoint(run / "checkpoints") for run in (ours, theirs))
+        assert rows_of(current / name)
+        assert (current / name).read_text() == (expected / name).read_text(), name
+    a, b = (latest_checkpoint(run / "checkpoints") for run in (current, expected))
     assert a is not None
     assert b is not None
     assert a.name == b.name
@@ -99,7 +99,7 @@ def test_resume_of_a_stream_is_bit_identical(small_run, tmp_path, texts):
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-def test_what_a_run_leaves(small_run):
+def test_files_and_measurements_of_a_run(small_run):
     folder = train(small_run)
     out = Path(small_run.out)
     assert sorted(p.name for p in out.iterdir()) == [
@@ -110,7 +110,7 @@ def test_what_a_run_leaves(small_run):
         "step-00000004",
         "step-00000008",
     ]
-    # No pickle that runs code is left anywhere, and nothing half-written.
+    # There are no pickles that run code, and no partial files.
     names = {path.name for path in out.rglob("*")}
     assert "training_args.bin" not in names
     assert not any(name.endswith((".bin", ".pkl", ".partial")) for name in names)
@@ -138,7 +138,7 @@ def test_what_a_run_leaves(small_run):
     ("placement", "adaptive", "alpha", "dt"),
     [("force_mlp", "channel", 0.5, 1.0), ("branch", "token", 0.9, 0.1)],
 )
-def test_dynamics_are_watched(small_run, placement, adaptive, alpha, dt):
+def test_dynamics_are_recorded(small_run, placement, adaptive, alpha, dt):
     model = dataclasses.replace(
         small_run.model, dynamics_placement=placement, dynamics_adaptive=adaptive
     )
@@ -167,7 +167,7 @@ def test_dynamics_are_watched(small_run, placement, adaptive, alpha, dt):
 def test_numbers_reach_the_tracker(small_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # A look at the dynamics in a step that is logged must not swallow that step's log.
+    # Recording the dynamics at a logged step must not drop the log of that step.
     train(dataclasses.replace(small_run, tracker="tensorboard", log_every=2, dynamics_every=2))
     events = EventAccumulator(str(Path(small_run.out) / "logs"))
     events.Reload()
@@ -177,19 +177,19 @@ def test_numbers_reach_the_tracker(small_run):
     assert any("dynamics/model.layers.1.dynamics/spectral_radius" in tag for tag in tags)
 
 
-def test_plain_model_has_no_dynamics_to_watch(small_run):
+def test_plain_model_records_no_dynamics(small_run):
     model = dataclasses.replace(small_run.model, dynamics_placement="none")
     train(dataclasses.replace(small_run, model=model))
     assert rows_of(Path(small_run.out) / "dynamics.csv") == []
 
 
-def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
+def test_gradient_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
     train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
     train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_accumulation_steps=2))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
 
 
-def test_checkpointed_activations_and_bf16_train(small_run, tmp_path):
+def test_gradient_checkpointing_and_bf16_give_nearly_the_same_losses(small_run, tmp_path):
     train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
     train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_checkpointing=True))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
@@ -198,7 +198,7 @@ def test_checkpointed_activations_and_bf16_train(small_run, tmp_path):
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
-def test_the_loss_falls(small_run):
+def test_loss_decreases(small_run):
     train(dataclasses.replace(small_run, steps=60, batch_size=8, checkpoint_every=60))
     curve = losses(small_run.out)
     assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
@@ -206,7 +206,7 @@ def test_the_loss_falls(small_run):
     assert heldout[-1] < 0.8 * heldout[0]
 
 
-def test_weight_decay_follows_the_model(small_run, monkeypatch):
+def test_weight_decay_follows_the_rule_of_the_model(small_run, monkeypatch):
     seen = {}
 
     def note(self):
@@ -227,7 +227,7 @@ def test_weight_decay_follows_the_model(small_run, monkeypatch):
     assert any("dynamics" in name for name in seen["plain"])
 
 
-def test_experts_are_balanced_by_the_training_text(small_run):
+def test_experts_are_balanced_on_the_training_text(small_run):
     experts = with_overrides(small_run, intermediate_size=48)
     experts.model.num_experts = 4
     folder = train(experts)
@@ -240,7 +240,7 @@ def test_experts_are_balanced_by_the_training_text(small_run):
     assert (loads / loads.sum() - 0.25).abs().max() < 0.01 * 0.25
 
 
-def test_nan_stops_the_run_and_names_the_step(small_run, monkeypatch):
+def test_nan_loss_stops_the_run_and_names_the_step(small_run, monkeypatch):
     real = LMTrainer.compute_loss
 
     def poisoned(self, model, inputs, **kwargs):
@@ -300,8 +300,8 @@ def test_existing_folder_is_refused(small_run):
     assert (Path(small_run.out) / "precious.txt").read_text() == "mine"
 
 
-def test_resume_from_something_else(small_run, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint folder"):
+def test_resume_rejects_other_models_tokenizers_and_damage(small_run, tmp_path):
+    with pytest.raises(UserError, match="checkpoint folder"):
         train(dataclasses.replace(small_run, resume=str(tmp_path / "nowhere")))
     train(small_run)
     again = dataclasses.replace(small_run, resume="auto", steps=9)
@@ -309,20 +309,20 @@ def test_resume_from_something_else(small_run, tmp_path):
         train(with_overrides(again, intermediate_size=64))
     with pytest.raises(UserError, match=r"another model.*layers.1.*is unknown"):
         train(with_overrides(again, num_hidden_layers=1))
-    # The same tensors, and another network.
+    # Same tensors, but another network.
     elsewhere = dataclasses.replace(again.model, dynamics_placement="branch")
     with pytest.raises(UserError, match=r"placement is 'force_mlp' there and 'branch' here;.*set"):
         train(dataclasses.replace(again, model=elsewhere))
     other = tmp_path / "other"
     train_tokenizer(["something else"], 280).save_pretrained(other)
-    with pytest.raises(UserError, match="not the tokenizer that this run began with"):
+    with pytest.raises(UserError, match="not the tokenizer that this run started with"):
         train(dataclasses.replace(again, tokenizer=TokenizerConfig(path=str(other))))
     checkpoint = latest_checkpoint(Path(small_run.out) / "checkpoints")
     assert checkpoint is not None
     (checkpoint / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"step-00000008 is damaged: model.safetensors is not what"):
+    with pytest.raises(UserError, match=r"step-00000008 is damaged: model.safetensors"):
         train(again)
-    (checkpoint / "SHA256SUMS").unlink()  # as before there were sums
+    (checkpoint / "SHA256SUMS").unlink()  # as in old checkpoints
     with pytest.raises(UserError, match="cannot read checkpoint"):
         train(again)
 
@@ -331,12 +331,14 @@ def test_resume_from_something_else(small_run, tmp_path):
     ("changes", "words"),
     [
         ({"gradient_accumulation_steps": 3}, "batch_size 4 must be divisible"),
-        ({"batch_size": 0}, "batch_size 0 must be divisible"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"keep_last": -1}, "keep_last is -1; expected at least 0"),
         ({"steps": 0}, "steps is 0; expected at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
     ],
 )
-def test_numbers_out_of_range(small_run, changes, words):
+def test_settings_out_of_range(small_run, changes, words):
     with pytest.raises(UserError, match=words):
         train(dataclasses.replace(small_run, **changes))
     assert not Path(small_run.out).exists()
@@ -347,12 +349,12 @@ def test_numbers_out_of_range(small_run, changes, words):
     [
         ({"num_attention_heads": 5}, "hidden_size 32 must be divisible by num_attention_heads 5"),
         ({"dynamics_alhpa": 0.5}, "did you mean: dynamics_alpha"),
-        ({"vocab_size": 200}, "the tokenizer has 300 ids and the model 200"),
+        ({"vocab_size": 200}, "the tokenizer has 300 ids, the model 200"),
         ({"max_position_embeddings": 16}, "data.context is 24.*16 tokens"),
-        ({"hidden_size": "wide"}, "this model cannot be built"),
+        ({"hidden_size": "wide"}, "cannot build this model"),
     ],
 )
-def test_models_that_cannot_be(small_run, overrides, words):
+def test_invalid_model_settings(small_run, overrides, words):
     config = with_overrides(small_run, **overrides)
     texts = load_split(config.data, "train")
     tokenizer = train_tokenizer(texts["text"], 300)

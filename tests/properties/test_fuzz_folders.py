@@ -303,7 +303,7 @@ def app_event(folder: Path) -> Parser:
 
 @ROWS.row
 def training_json(folder: Path) -> Parser:
-    from complexity_lm.data import DataConfig as Text
+    from complexity_lm.config import DataConfig as Text
 
     good = {"data": asdict(Text()), "tokenizer_sha256": "0"}
     path = folder / loading.TRAINING_FILE

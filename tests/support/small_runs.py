@@ -7,8 +7,6 @@ import numpy as np
 import complexity_dit.config as dit_config
 import complexity_dit.data.dataset as dit_data
 import complexity_lm.config as lm_config
-import complexity_lm.data as lm_data
-from complexity_lm.tokenizer import TokenizerConfig
 
 STEPS, EVERY = 8, 4
 
@@ -38,8 +36,8 @@ def lm_run(out: Path, texts: str | Path, **fields) -> lm_config.TrainConfig:
         **{
             "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
             "eval_every": 4, "eval_blocks": 4, "checkpoint_every": EVERY, "dynamics_every": 4,
-            "tracker": "none", "data": lm_data.DataConfig(source=f"text:{texts}", context=16),
-            "tokenizer": TokenizerConfig(vocab_size=280),
+            "tracker": "none", "data": lm_config.DataConfig(source=f"text:{texts}", context=16),
+            "tokenizer": lm_config.TokenizerConfig(vocab_size=280),
             "model": lm_config.ModelConfig(overrides=sizes),
             "optim": lm_config.OptimConfig(warmup_steps=2, lr=1e-2),
         } | fields

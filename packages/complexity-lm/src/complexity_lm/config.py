@@ -1,10 +1,75 @@
-"""One full run as dataclasses; every field's sentence is its `--help`."""
+"""Settings of every command as dataclasses; the sentence under a field is its `--help`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from complexity_lm.data import DataConfig
-from complexity_lm.tokenizer import TokenizerConfig
+from inl_core.run.errors import UserError
+
+Split = Literal["train", "heldout", "all"]
+
+
+def _check_minimum(settings: object, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{name} is {value}; expected at least {minimum}")
+
+
+@dataclass
+class DataConfig:
+    """The text."""
+
+    source: str = "stdlib"
+    """stdlib (the source code of Python's standard library), text:PATH, or hub:NAME (streamed)."""
+
+    heldout_source: str | None = None
+    """Source of the held-out text; by default a part of `source`."""
+
+    holdout: float = 0.1
+    """Fraction of the documents held out, chosen by a hash of their bytes; unused with
+    `heldout_source`."""
+
+    context: int = 256
+    """Tokens per training block."""
+
+    piece_bytes: int | None = None
+    """text: cut files into documents of about this many bytes, at line ends; 0 keeps files whole;
+    null cuts a single file (8192) and keeps the files of a folder whole."""
+
+    files: str = "*"
+    """text: glob pattern of the files to read in a folder, such as *.txt."""
+
+    text_column: str = "text"
+    """hub: column that contains the text."""
+
+    hub_subset: str | None = None
+    """hub: configuration of the dataset, such as sample-10BT."""
+
+    hub_split: str = "train"
+    """hub: split to read."""
+
+    heldout_documents: int = 256
+    """hub: number of held-out documents used for evaluation, the first of the stream."""
+
+    sample_documents: int = 10000
+    """hub: number of training documents that the tokenizer and the routing counts are made from."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout is {self.holdout}; expected a fraction in [0, 1)")
+        if self.context < 2:
+            raise UserError(f"data.context is {self.context}; a block needs at least 2 tokens")
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer."""
+
+    path: str | None = None
+    """Tokenizer to use, a folder or Hub id; null trains a byte-level BPE on the training text."""
+
+    vocab_size: int = 4096
+    """Size of the vocabulary to train; a short text may give fewer ids."""
 
 
 @dataclass
@@ -15,41 +80,41 @@ class ModelConfig:
     """Named size: 15m, 50m, 150m, 350m, 760m, 1b, 3b, 7b (with a vocabulary of 32000)."""
 
     dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "force_mlp"
-    """Where INL dynamics act in a layer; none is the plain transformer, stream and branch are the
-    paper's."""
+    """Where INL dynamics act in a layer; none is the plain transformer, stream and branch are those
+    of the paper."""
 
     dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
-    """What the coefficients of the dynamics depend on; lite has fixed ones."""
+    """What the coefficients of the dynamics depend on; with lite they are fixed."""
 
     num_experts: int = 0
-    """Experts of the token-routed MLP; 0 is the dense MLP."""
+    """Number of experts of the token-routed MLP; 0 for a dense MLP."""
 
     routing_scheme: Literal["modulo", "balanced"] = "balanced"
-    """How token ids get their expert: by their counts in the training text, or by id modulo number
-    of experts; of no effect on a dense MLP."""
+    """How token ids are assigned to experts: by their counts in the training text, or by id modulo
+    number of experts; unused by a dense MLP."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     """Any other field of DeepConfig, e.g. {hidden_size: 192, num_hidden_layers: 6}."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Type of the weights; training in bf16 usually keeps float32 weights and autocasts."""
+    """Data type of the weights; bf16 training usually keeps float32 weights with autocast."""
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW and the learning-rate schedule."""
 
     lr: float = 2e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
 
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
 
     weight_decay: float = 0.1
-    """Decay of the matrices of the backbone; not of vectors, nor of anything of the dynamics."""
+    """Weight decay of the matrices of the backbone; vectors and the dynamics have none."""
 
     warmup_steps: int = 100
     """Steps of linear warm-up."""
@@ -57,75 +122,149 @@ class OptimConfig:
     schedule: Literal[
         "constant_with_warmup", "cosine", "cosine_with_min_lr", "linear", "warmup_stable_decay"
     ] = "cosine"
-    """Learning rate after the warm-up (transformers' names)."""
+    """Learning-rate schedule after the warm-up (names of transformers)."""
 
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Options of that schedule, e.g. {min_lr_rate: 0.1} or {num_decay_steps: 2000}."""
+    """Options of the schedule, e.g. {min_lr_rate: 0.1} or {num_decay_steps: 2000}."""
 
     grad_clip: float = 1.0
-    """Largest global gradient norm."""
+    """Maximum global gradient norm."""
 
 
 @dataclass
 class TrainConfig:
-    """One full run."""
+    """A training run."""
 
     out: str = "runs/train-lm"
     """Folder of the run."""
 
     resume: str = "none"
-    """auto: go on from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
+    """auto (continue from the last checkpoint in `out`, if any), none, or a checkpoint folder."""
 
     seed: int = 0
-    """Seed of the initialisation and the data order."""
+    """Seed of the initial weights and of the data order."""
 
     steps: int = 2000
     """Optimizer steps."""
 
     batch_size: int = 16
-    """Blocks a step, over all processes."""
+    """Blocks per step, over all processes."""
 
     gradient_accumulation_steps: int = 1
-    """Parts that a step's batch is split into, to save memory."""
+    """Number of parts that the batch of a step is split into, to save memory."""
 
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the forward pass; weights and optimizer stay as they are."""
+    """Autocast of the forward pass; weights and optimizer state keep their type."""
 
     compile: bool = False
-    """Compile the model (torch.compile); costs a minute or more at the start."""
+    """Compile the model with torch.compile; takes a minute or more at the start."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
 
     log_every: int = 20
-    """Steps between writes of train_log.csv (a row a step) and the tracker."""
+    """Steps between writes to train_log.csv (one row per step) and to the tracker."""
 
     eval_every: int = 200
-    """Steps between measurements of the held-out loss; 0 for the end only."""
+    """Steps between measurements of the held-out loss; 0 measures at the end only."""
 
     eval_blocks: int = 64
-    """Held-out blocks of those measurements; the end of the run measures all held-out text."""
+    """Held-out blocks per measurement; the end of the run measures all held-out text."""
 
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always writes one."""
 
     keep_last: int = 2
-    """Checkpoints to keep; 0 keeps all."""
+    """Number of checkpoints to keep; 0 keeps all."""
 
     dynamics_every: int = 100
-    """Steps between looks at the dynamics (dynamics.csv and the tracker); 0 for none."""
+    """Steps between records of the dynamics (dynamics.csv and the tracker); 0 for none."""
 
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where curves go besides the CSV files; tensorboard writes `logs/`."""
+    """Experiment tracker in addition to the CSV files; tensorboard writes `logs/`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Which text."""
+    """The text."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """How it becomes ids."""
+    """The tokenizer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How it learns."""
+    """The optimizer."""
+
+    def __post_init__(self) -> None:
+        _check_minimum(
+            self, 1, "steps", "batch_size", "gradient_accumulation_steps", "log_every",
+            "eval_blocks", "checkpoint_every",
+        )  # fmt: skip
+        _check_minimum(self, 0, "eval_every", "keep_last", "dynamics_every")
+
+
+@dataclass
+class GenerateConfig:
+    """Generation settings that are not in transformers' `GenerationConfig`."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+    batch_size: int = 8
+    """Number of prompts generated at once."""
+
+    only_new: bool = False
+    """Print the continuation without the prompt."""
+
+    device: str = "auto"
+    """Device of the model: auto, cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        _check_minimum(self, 1, "batch_size")
+
+
+@dataclass
+class EvalConfig:
+    """What to measure, and how."""
+
+    split: Literal["auto", "heldout", "train", "all"] = "auto"
+    """Documents to measure; auto takes the held-out ones of the source that the model was trained
+    on, and all of any other source."""
+
+    max_documents: int | None = None
+    """Number of documents to measure, the first of the split; null for all."""
+
+    context: int | None = None
+    """Tokens per window; null for the context of the model."""
+
+    stride: int | None = None
+    """Tokens scored by each window after the first of a document; null for the context (blockwise);
+    a smaller stride gives tokens a longer past and takes more time."""
+
+    batch_size: int = 16
+    """Number of windows run at once."""
+
+    baselines: bool = False
+    """Measure gzip -9 and an order-3 byte model (counted on the model's training text) on the same
+    bytes too."""
+
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks by name, or paths of task files; needs the extra [eval]."""
+
+    task_limit: int | None = None
+    """Documents per task; null for all."""
+
+    tokenizer: str | None = None
+    """Another tokenizer, as folder or Hub id; null for that of the model."""
+
+    device: str = "auto"
+    """Device of the model: auto, cpu, cuda, cuda:1."""
+
+    overwrite: bool = False
+    """Replace an existing result.json in the output folder."""
+
+    quiet: bool = False
+    """Print no table at the end."""
+
+    def __post_init__(self) -> None:
+        _check_minimum(self, 1, "batch_size", "max_documents", "task_limit")

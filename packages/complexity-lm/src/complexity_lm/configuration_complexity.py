@@ -1,7 +1,6 @@
-"""`DeepConfig`: every size and every dynamics setting of a complexity language model, checked.
+"""`DeepConfig`: the sizes and dynamics settings of a complexity language model, validated.
 
-A saved model folder carries a copy of this file and of the siblings it imports; transformers finds
-those by their relative imports.
+A saved model folder contains a copy of this file, so it imports nothing from this package.
 """
 
 import difflib
@@ -11,22 +10,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# The named sizes of `DeepConfig.from_preset`, from 15 million to 7 billion parameters.
-#
-# Plain data without imports of ours: a saved model folder carries a copy beside the configuration.
-
 
 class Preset(NamedTuple):
-    """One size: widths in channels, counts of layers and heads, and the parameters they make.
+    """A named model size.
 
     Attributes:
         millions: Parameters in millions, with the default vocabulary (32000) and dynamics. The
-            names are the sizes with the paper's dynamics, whose controllers are up to 4.6 % more.
+            names give the size with the paper's dynamics, whose controllers add up to 4.6 %.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP that acts on one token.
-        num_hidden_layers: Decoder layers.
-        num_attention_heads: Query heads a layer.
-        num_key_value_heads: Key and value heads a layer.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: Key and value heads per layer.
         tie_word_embeddings: Whether the output head shares the embedding table.
     """
 
@@ -39,13 +34,11 @@ class Preset(NamedTuple):
     tie_word_embeddings: bool
 
     def sizes(self) -> dict[str, int | bool]:
-        """The fields of `DeepConfig` that make this size."""
-        fields = self._asdict()
-        del fields["millions"]
-        return fields
+        """Return the fields of `DeepConfig` that define this size."""
+        return {name: value for name, value in self._asdict().items() if name != "millions"}
 
 
-# With experts the same row is the active size: the parameters that act on one token.
+# With experts, a row describes the active size: the parameters that act on one token.
 PRESETS: dict[str, Preset] = {
     #        millions  hidden    mlp  layers  heads  kv   tied
     "15m":  Preset(  14.5,    256,    768,      8,     4,  2,  True),
@@ -63,7 +56,7 @@ Placement = Literal["stream", "branch", "force", "force_mlp", "none"]
 Adaptive = Literal["token", "channel", "layer", "lite"]
 RoutingScheme = Literal["modulo", "balanced"]
 
-# What an unset coefficient becomes. A force adds whole sub-layer outputs to the velocity, so it
+# Defaults of unset coefficients. A force adds entire sub-layer outputs to the velocity, so it
 # starts near the plain residual: full steps, an open gate, little memory.
 _COEFFICIENTS = {
     #            alpha  beta  gate  dt
@@ -76,69 +69,69 @@ _COEFFICIENTS = {
 class DeepConfig(PreTrainedConfig):
     """Configuration of a complexity causal language model.
 
-    The dynamics fields are those of `inl_core.INLDynamics`; a coefficient left at `None` takes the
-    default of its placement when the config is made, and the saved file holds the number.
+    The dynamics fields are those of `inl_core.INLDynamics`. A coefficient left at `None` gets the
+    default of its placement when the config is created, and the saved file contains the number.
 
     Args:
-        vocab_size: Number of token ids, the rows of the embedding table.
+        vocab_size: Number of token ids (rows of the embedding table).
         hidden_size: Width D of the residual stream.
-        intermediate_size: Width of the SwiGLU MLP between its two projections. With experts, the
-            width that acts on one token: that of its expert plus that of the shared expert.
+        intermediate_size: Inner width of the SwiGLU MLP. With experts, the width that acts on one
+            token: that of its expert plus that of the shared expert.
         num_hidden_layers: Number of decoder layers.
-        num_attention_heads: Query heads a layer; divides `hidden_size`.
-        num_key_value_heads: Key and value heads a layer (grouped-query attention); divides
-            `num_attention_heads`. `None` means one for each query head.
-        head_dim: Width of one head, even because rotary turns pairs. `None` means
-            `hidden_size / num_attention_heads`.
-        max_position_embeddings: Longest sequence in tokens the model is meant for.
+        num_attention_heads: Query heads per layer; divides `hidden_size`.
+        num_key_value_heads: Key and value heads per layer (grouped-query attention); divides
+            `num_attention_heads`. `None` means one per query head.
+        head_dim: Width of one head; even, because rotary embeddings turn pairs of channels.
+            `None` means `hidden_size / num_attention_heads`.
+        max_position_embeddings: Longest sequence in tokens that the model is made for.
         rms_norm_eps: Added to the mean square inside every RMSNorm.
         initializer_range: Standard deviation of the initial weights.
         rope_parameters: Rotary settings in transformers' form. `None` means `rope_type` "default"
             with `rope_theta` 10000.
-        sliding_window: How many tokens back a "sliding_attention" layer sees, itself included;
-            `None` means that no layer slides.
-        layer_types: "full_attention" or "sliding_attention" for each layer. `None` means that all
+        sliding_window: Number of tokens that a "sliding_attention" layer attends to, including the
+            current one; `None` means that no layer slides.
+        layer_types: "full_attention" or "sliding_attention" per layer. `None` means that all layers
             slide if `sliding_window` is set, and none otherwise.
         tie_word_embeddings: Whether the output head shares the embedding table.
         use_cache: Whether generation keeps keys and values.
-        pad_token_id: Id that fills short sequences, or `None`.
+        pad_token_id: Padding id, or `None`.
         bos_token_id: Id that starts a sequence, or `None`.
         eos_token_id: Id or ids that end a sequence, or `None`.
-        num_experts: Routed experts of the MLP; 0 is the dense MLP.
-        expert_intermediate_size: Width of one routed expert; it and the shared width add up to
-            `intermediate_size`. `None` means what the shared expert leaves, half if that is `None`
-            too. Without experts it stays `None`.
-        shared_intermediate_size: Width of the shared expert that every token passes; 0 for none.
-            `None` means what the routed expert leaves.
-        routing_scheme: How the routing table was made: token id modulo `num_experts` ("modulo"), or
-            by the counts of a corpus ("balanced"; `balance_experts` of the model makes that one).
-        dynamics_placement: Where the dynamics sits in a layer: on the residual stream ("stream"),
-            on the attention branch ("branch"), with the sub-layer outputs as its force ("force"),
-            with that of the MLP alone ("force_mlp", the default), or nowhere ("none", the plain
-            residual). The paper has "stream" and "branch".
-        dynamics_adaptive: What chooses the coefficients: a controller for each token ("token", the
-            paper's), learned vectors ("channel", the default), learned scalars ("layer"), or fixed
-            numbers ("lite").
+        num_experts: Routed experts of the MLP; 0 means a dense MLP.
+        expert_intermediate_size: Width of one routed expert; with the shared width it adds up to
+            `intermediate_size`. `None` means the rest that the shared expert leaves, or half if
+            that is `None` too. Stays `None` without experts.
+        shared_intermediate_size: Width of the shared expert that acts on every token; 0 for none.
+            `None` means the rest that the routed expert leaves.
+        routing_scheme: How token ids are assigned to experts: id modulo `num_experts` ("modulo"),
+            or by the counts of a corpus ("balanced", set by the model's `balance_experts`).
+        dynamics_placement: Where the dynamics act in a layer: on the residual stream ("stream"), on
+            the attention branch ("branch"), driven by the outputs of both sub-layers ("force") or
+            of the MLP alone ("force_mlp"), or nowhere ("none", the plain residual). The paper uses
+            "stream" and "branch".
+        dynamics_adaptive: What determines the coefficients: a controller per token ("token", as in
+            the paper), learned vectors ("channel"), learned scalars ("layer"), or fixed numbers
+            ("lite").
         dynamics_alpha: Initial inertia α, inside (0, 1); with "lite" the fixed α in [0, 1].
             `None` means 0.9, with a force 0.5.
         dynamics_beta: Initial correction β, in (0, `dynamics_beta_max`]; with "lite" 0 is allowed.
             `None` means 0.1, with a force 0.01.
         dynamics_gate: Initial gate g, inside (0, 1); with "lite" the fixed g in [0, 1].
             `None` means 0.5, with a force 0.99.
-        dynamics_dt: Step size dt, over 0. `None` means 0.1, with a force 1.
+        dynamics_dt: Step size dt, positive. `None` means 0.1, with a force 1.
         dynamics_controller_hidden: Hidden width of the "token" controller.
-        dynamics_beta_max: Upper bound of β; `None` switches it off.
-        dynamics_velocity_max: Bound of |v|; `None` switches it off.
-        dynamics_mu_min: Lower bound of the equilibrium μ; `None` switches it off.
-        dynamics_mu_max: Upper bound of the equilibrium μ; `None` switches it off.
-        dynamics_velocity_norm: With a force only: whether the velocity that enters an update is
-            first divided by its root mean square.
+        dynamics_beta_max: Upper bound of β; `None` for no bound.
+        dynamics_velocity_max: Bound of |v|; `None` for no bound.
+        dynamics_mu_min: Lower bound of the equilibrium μ; `None` for no bound.
+        dynamics_mu_max: Upper bound of the equilibrium μ; `None` for no bound.
+        dynamics_velocity_norm: With a force only: whether the velocity is divided by its root mean
+            square before an update.
 
     Raises:
-        StrictDataclassFieldValidationError: A value is of the wrong type or not among the allowed.
-        StrictDataclassClassValidationError: A value is out of its range or sizes do not fit
-            together; the message names the value and what was expected. (Both errors are in
-            `huggingface_hub.errors`.)
+        StrictDataclassFieldValidationError: A value has the wrong type or is not one of the allowed
+            values. (Both strict errors are in `huggingface_hub.errors`.)
+        StrictDataclassClassValidationError: A value is out of range or sizes do not fit together;
+            the message names the value and what was expected.
         ValueError: A key starts with `dynamics_` but is not one of the above.
 
     Examples:
@@ -187,17 +180,17 @@ class DeepConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeepConfig":
-        """The configuration of a named size, with any field set otherwise.
+        """Create the configuration of a named size.
 
         Args:
-            name: A row of `complexity_lm.PRESETS`, "15m" to "7b".
-            **overrides: Fields of the configuration; they win over the preset.
+            name: A key of `complexity_lm.PRESETS`, "15m" to "7b".
+            **overrides: Fields of the configuration; they take precedence over the preset.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: No preset has that name; the message lists those there are.
+            ValueError: No preset has that name; the message lists the presets.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, choose from: {', '.join(PRESETS)}")
@@ -205,10 +198,10 @@ class DeepConfig(PreTrainedConfig):
         return cls(**settings)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what was left at `None` and refuse misspelt dynamics keys.
+        """Replace `None` by defaults and reject misspelt dynamics keys.
 
         Args:
-            **kwargs: Keys that are no field of ours; transformers keeps those it knows.
+            **kwargs: Keys that are not fields of this class; transformers keeps those it knows.
         """
         known = [name for name in type(self).__dataclass_fields__ if name.startswith("dynamics_")]
         for name in kwargs:
@@ -238,54 +231,42 @@ class DeepConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Check the sizes; `@strict` calls it after construction and before saving.
+        """Check the sizes; called by `@strict` after construction and before saving.
 
         Raises:
-            ValueError: A size is out of its range or does not divide the other.
+            ValueError: A size is out of range, or sizes do not fit together.
         """
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
             "dynamics_controller_hidden",
-        )
-        for name in positive:
+        ):  # fmt: skip
             if self._number(name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rms_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be over 0 and finite, got {getattr(self, name)}")
-        if self.num_experts < 0:
-            raise ValueError(f"num_experts must be 0 (dense MLP) or more, got {self.num_experts}")
-        self._validate_attention()
-        self._validate_experts()
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
-    def _validate_attention(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be divisible by "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} must be divisible by num_attention_heads {heads}"
             )
-        if self.num_attention_heads % self._number("num_key_value_heads"):
+        if heads % self._number("num_key_value_heads"):
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be divisible by "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
             )
         head_dim = self._number("head_dim")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(
-                f"head_dim must be an even number of at least 2 for rotary, got {head_dim}: "
-                "change hidden_size, num_attention_heads or head_dim"
+                f"head_dim must be an even number of at least 2 for rotary embeddings, got "
+                f"{head_dim}: change hidden_size, num_attention_heads or head_dim"
             )
         layer_types = self.layer_types or []
         for kind in layer_types:
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(
-                    f"layer_types must hold 'full_attention' or 'sliding_attention', got {kind!r}"
+                    f"layer_types must be 'full_attention' or 'sliding_attention', got {kind!r}"
                 )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(
@@ -293,57 +274,59 @@ class DeepConfig(PreTrainedConfig):
             )
         if self.sliding_window is None and "sliding_attention" in layer_types:
             raise ValueError("layer_types has 'sliding_attention' but sliding_window is None")
+        self._validate_experts()
 
     def _validate_experts(self) -> None:
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts must be 0 (dense MLP) or more, got {self.num_experts}")
         if self.num_experts == 0:
             for name in ("expert_intermediate_size", "shared_intermediate_size"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} {getattr(self, name)} needs num_experts over 0")
+                    raise ValueError(f"{name} {getattr(self, name)} needs num_experts above 0")
             return
         if self.num_experts > self.vocab_size:
             raise ValueError(
                 f"num_experts {self.num_experts} must not exceed vocab_size {self.vocab_size}: "
-                "an expert is chosen by token id"
+                "experts are chosen by token id"
             )
         expert = self._number("expert_intermediate_size")
         shared = self._number("shared_intermediate_size")
         if expert < 1 or shared < 0 or expert + shared != self.intermediate_size:
             raise ValueError(
                 f"expert_intermediate_size {expert} (at least 1) plus shared_intermediate_size "
-                f"{shared} must be intermediate_size {self.intermediate_size}, the width that "
+                f"{shared} must equal intermediate_size {self.intermediate_size}, the width that "
                 "acts on one token"
             )
 
     def validate_dynamics(self) -> None:
-        """Check the dynamics settings against the bounds of the maths (DESIGN's table).
+        """Check the dynamics settings against the bounds of the mathematics.
 
         Raises:
-            ValueError: A coefficient or bound is out of its range.
+            ValueError: A coefficient or bound is out of range.
         """
         inf = float("inf")
-        if not 0 < self._number("dynamics_dt") < inf:
-            raise ValueError(f"dynamics_dt must be over 0 and finite, got {self.dynamics_dt}")
-        for name in ("dynamics_beta_max", "dynamics_velocity_max"):
+        self._number("dynamics_dt")
+        for name in ("dynamics_dt", "dynamics_beta_max", "dynamics_velocity_max"):
             value = getattr(self, name)
             if value is not None and not 0 < value < inf:
-                raise ValueError(f"{name} must be over 0 and finite, or None, got {value}")
+                expected = "positive and finite" + ("" if name == "dynamics_dt" else ", or None")
+                raise ValueError(f"{name} must be {expected}, got {value}")
 
-        # Learned coefficients start at logit or inverse-softplus of the number, so the ends of
-        # the range have no finite start; fixed ones ("lite") may sit on them.
+        # Learned coefficients start at the logit or inverse softplus of the number, which is
+        # infinite at the ends of the range; fixed ones ("lite") may lie on the ends.
         fixed = self.dynamics_adaptive == "lite"
         for name in ("dynamics_alpha", "dynamics_gate"):
             value = self._number(name)
             if not (0 <= value <= 1 if fixed else 0 < value < 1):
-                wanted = "in [0, 1]" if fixed else "inside (0, 1), its ends excluded"
-                raise ValueError(f"{name} must be {wanted}, got {value}")
+                expected = "in [0, 1]" if fixed else "inside (0, 1), ends excluded"
+                raise ValueError(f"{name} must be {expected}, got {value}")
         beta, top = self._number("dynamics_beta"), self.dynamics_beta_max
         if not (0 <= beta < inf if fixed else 0 < beta < inf) or (top is not None and beta > top):
-            wanted = f"in {'[' if fixed else '('}0, dynamics_beta_max = {top}]"
-            raise ValueError(f"dynamics_beta must be {wanted}, got {beta}")
+            expected = f"in {'[' if fixed else '('}0, dynamics_beta_max = {top}]"
+            raise ValueError(f"dynamics_beta must be {expected}, got {beta}")
 
         low, high = self.dynamics_mu_min, self.dynamics_mu_max
-        for name in ("dynamics_mu_min", "dynamics_mu_max"):
-            value = getattr(self, name)
+        for name, value in (("dynamics_mu_min", low), ("dynamics_mu_max", high)):
             if value is not None and not -inf < value < inf:
                 raise ValueError(f"{name} must be finite or None, got {value}")
         if low is not None and high is not None and low > high:
@@ -352,7 +335,7 @@ class DeepConfig(PreTrainedConfig):
     def _number(self, name: str) -> Any:
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"{name} must be a number once the config is made, got None")
+            raise ValueError(f"{name} must be a number in a complete config, got None")
         return value
 
 

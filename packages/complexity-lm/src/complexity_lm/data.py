@@ -1,23 +1,22 @@
-"""Documents become a held-out split, token ids, and packed blocks.
+"""From documents to a held-out split, token ids and packed blocks.
 
-A document is held out when the sha256 of its bytes says so, never by its place or name: copies of
-a document land on one side, and adding documents moves none of the others.
+Whether a document is held out depends on the sha256 of its bytes alone, not on its place or name:
+copies of a document are on the same side, and adding documents moves none of the others.
 
-In the token stream a separator stands in front of every document: it tells the model that nothing
-before it matters, and gives the first token of a document something to be predicted from. Packing
-lays that stream into blocks of equal length, without padding, and drops the unfinished last one.
-Attention may look across a separator inside a block.
+In the token stream a separator precedes every document: it marks that nothing before it matters,
+and the first token of a document is predicted from it. Packing cuts the stream into blocks of equal
+length without padding and drops the incomplete last block. Attention may look across a separator
+inside a block.
 """
 
 import hashlib
 import json
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -28,144 +27,32 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from complexity_lm.hub import first_line
+from complexity_lm.config import DataConfig, Split
+from complexity_lm.hub import first_line, report_errors
 from complexity_lm.sources import is_streamed, read_documents, stream_documents
+from complexity_lm.tokenizer import separator_id, train_tokenizer
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.json_files import fits, read_json_object
 
-# Blocks of a streamed source that go on exactly where an earlier run stopped.
-
 POSITION_FILE = "data_position.json"
-"""In a checkpoint of a streamed run: where its data goes on."""
+"""Position in the data stream, in the checkpoint of a streamed run."""
 
-_KEPT_NOTES = 64
-
-
-class BlockStream(IterableDataset):
-    """Endless blocks: after the last document the source is read again from the first.
-
-    The loader reads ahead of the training, so the position at a checkpoint is not where the stream
-    is by then. Every `every` blocks the stream notes where it is; a checkpoint after n blocks keeps
-    the last note at or before n, and a resumed run reads on from there and skips up to n.
-
-    Args:
-        blocks: Packed blocks as `data.pack` makes them of a stream.
-        every: Blocks between notes; the global batch, so that checkpoints fall on notes.
-    """
-
-    def __init__(self, blocks: datasets.IterableDataset, every: int) -> None:
-        super().__init__()
-        self.blocks, self.every = blocks, every
-        self.beginning = blocks.state_dict()
-        self.skip = 0
-        self.notes = deque([(0, self.beginning)], maxlen=_KEPT_NOTES)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        count, state = self.notes[-1]
-        self.blocks.load_state_dict(state)
-        wanted, self.skip = self.skip, 0
-        try:
-            while True:
-                before = count
-                for block in self.blocks:
-                    count += 1
-                    # Noted as it is yielded: the state is the one behind this block.
-                    if count % self.every == 0:
-                        self.notes.append((count, self.blocks.state_dict()))
-                    if count > wanted:
-                        yield block
-                if count == before and state is self.beginning:
-                    raise UserError("the stream holds no block; give more text")
-                state = self.beginning
-                self.blocks.load_state_dict(state)
-        except (OSError, DatasetsError) as error:
-            raise UserError(
-                f"the stream broke off after block {count}: {first_line(error)}; go on from the "
-                "last checkpoint with --resume auto"
-            ) from error
-
-    def save(self, folder: Path, consumed: int) -> None:
-        """Write the position after `consumed` blocks into a checkpoint folder."""
-        count, state = max((note for note in self.notes if note[0] <= consumed), key=lambda n: n[0])
-        with atomic_file(folder / POSITION_FILE) as aside:
-            aside.write_text(json.dumps({"consumed": consumed, "noted": count, "state": state}))
-
-    def load(self, folder: Path) -> None:
-        """Let the next iteration start where `save` was called.
-
-        Raises:
-            UserError: There is no position in the folder, or it is unreadable.
-        """
-        try:
-            position = read_json_object(folder / POSITION_FILE)
-            consumed, noted = position["consumed"], position["noted"]
-            if not fits([consumed, noted], list[int]) or not 0 <= noted <= consumed:
-                raise ValueError(f"{noted!r} and {consumed!r} blocks")
-            self.blocks.load_state_dict(position["state"])  # refuses another stream's
-            self.skip = consumed
-            self.notes.append((noted, position["state"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{folder} says nothing about the position in the stream ({first_line(error)}): "
-                "its run read another kind of source"
-            ) from error
+_KEPT_POSITIONS = 64
 
 
-logger = logging.getLogger(__name__)
-
-Split = Literal["train", "heldout", "all"]
-
-
-@dataclass
-class DataConfig:
-    """The text."""
-
-    source: str = "stdlib"
-    """stdlib (the Python standard library's own source), text:PATH, or hub:NAME (streamed)."""
-
-    heldout_source: str | None = None
-    """Source of the held-out text; by default a part of `source`."""
-
-    holdout: float = 0.1
-    """Fraction of the documents held out, by a hash of their bytes; of no effect with
-    `heldout_source`."""
-
-    context: int = 256
-    """Tokens in a training block."""
-
-    piece_bytes: int | None = None
-    """text: cut files into documents of about this many bytes, at line ends; 0 keeps files whole;
-    null cuts a single file (8192) and keeps the files of a folder whole."""
-
-    files: str = "*"
-    """text: glob of the files read below a folder, such as *.txt."""
-
-    text_column: str = "text"
-    """hub: the column that holds the text."""
-
-    hub_subset: str | None = None
-    """hub: configuration of the data set, such as sample-10BT."""
-
-    hub_split: str = "train"
-    """hub: split that is read."""
-
-    heldout_documents: int = 256
-    """hub: how many held-out documents are kept for evaluation, the first of the stream."""
-
-    sample_documents: int = 10000
-    """hub: how many training documents the tokenizer and the routing counts are made from."""
+# Documents and their split ----------------------------------------------------------------------
 
 
 @dataclass
 class Corpus:
-    """The two sides of a source; rows have the one column ``text``.
+    """Both sides of a source; rows have the single column ``text``.
 
     Attributes:
         train: Training documents, in memory or streamed.
-        heldout: Held-out documents, in memory; None when nothing is held out.
-        sample: Training documents for the tokenizer and routing counts: all, or the first ones of
-            a stream.
+        heldout: Held-out documents, in memory; None if nothing is held out.
+        sample: Training documents for the tokenizer and routing counts: all of them, or the first
+            ones of a stream.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -178,30 +65,26 @@ class Corpus:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out side: a pure function of its bytes."""
+    """Whether a document is held out, which depends on its bytes only."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """A sha256 of documents and their order, to say which text a number was measured on."""
-    whole = hashlib.sha256()
+    """A sha256 of documents and their order, which identifies the text of a measurement."""
+    digest = hashlib.sha256()
     for text in texts:
-        whole.update(hashlib.sha256(text.encode()).digest())
-    return whole.hexdigest()
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
 
 
 def load_corpus(config: DataConfig) -> Corpus:
     """Read both sides of a source.
 
     Raises:
-        UserError: The source cannot be read, or a side of it is empty.
+        UserError: The source cannot be read, or one side of it is empty.
     """
-    if not 0 <= config.holdout < 1:
-        raise UserError(f"data.holdout is {config.holdout}; expected a fraction from 0 to below 1")
-    if config.context < 2:
-        raise UserError(f"data.context is {config.context}; a block needs at least 2 tokens")
-    # With a held-out source of its own, nothing of the training source is held out.
+    # With a separate held-out source, all of the training source is trained on.
     fraction = 0.0 if config.heldout_source else config.holdout
     if is_streamed(config.source):
         train, heldout = _split_stream(config, fraction)
@@ -210,18 +93,18 @@ def load_corpus(config: DataConfig) -> Corpus:
         train, heldout = _split_documents(config, fraction)
         sample = train
     if config.heldout_source:
-        heldout = _whole(config.heldout_source, config)
+        heldout = _read_all(config.heldout_source, config)
     return Corpus(train, heldout, sample)
 
 
 def load_split(config: DataConfig, split: Split) -> datasets.Dataset:
-    """One side of a source, or all of it, in memory; for a stream the first documents of it.
+    """Read one side of a source, or all of it, into memory; of a stream the first documents.
 
     Raises:
         UserError: The source cannot be read, or that side is empty.
     """
     if split == "all":
-        return _whole(config.source, config)
+        return _read_all(config.source, config)
     corpus = load_corpus(config)
     if split == "train":
         return corpus.sample
@@ -230,6 +113,33 @@ def load_split(config: DataConfig, split: Split) -> datasets.Dataset:
             f"{config.source}: nothing is held out (data.holdout is 0); measure --split=all"
         )
     return corpus.heldout
+
+
+def make_tokenizer(
+    source: str, out: str, vocab_size: int = 4096, data: DataConfig | None = None
+) -> str:
+    """Train a tokenizer on the training side of a source and save it.
+
+    Args:
+        source: stdlib, text:PATH or hub:NAME.
+        out: Folder of the tokenizer; must not exist.
+        vocab_size: Number of ids to aim for.
+        data: How the source is read and what is held out.
+
+    Returns:
+        A summary in one line.
+
+    Raises:
+        UserError: The folder exists, the source cannot be read, or `vocab_size` is too small.
+    """
+    folder = Path(out)
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another --out")
+    texts = load_split(replace(data or DataConfig(), source=source), "train")["text"]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    with atomic_folder(folder) as partial:
+        tokenizer.save_pretrained(partial)
+    return f"a tokenizer of {len(tokenizer)} ids, from {len(texts)} documents, is in {folder}"
 
 
 def _dataset(texts: Iterable[str]) -> datasets.Dataset:
@@ -246,7 +156,7 @@ def _stream(source: str, config: DataConfig) -> datasets.IterableDataset:
     return stream_documents(source, config.hub_subset, config.hub_split, config.text_column)
 
 
-def _whole(source: str, config: DataConfig) -> datasets.Dataset:
+def _read_all(source: str, config: DataConfig) -> datasets.Dataset:
     if is_streamed(source):
         rows = islice(_stream(source, config), config.heldout_documents)
         return _dataset(row["text"] for row in rows)
@@ -256,17 +166,17 @@ def _whole(source: str, config: DataConfig) -> datasets.Dataset:
 def _split_documents(
     config: DataConfig, fraction: float
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    texts = _documents(config.source, config)
-    held = [is_held_out(text, fraction) for text in texts]
-    if fraction and not 0 < sum(held) < len(texts):
+    train: list[str] = []
+    heldout: list[str] = []
+    for text in _documents(config.source, config):
+        (heldout if is_held_out(text, fraction) else train).append(text)
+    if fraction and not (train and heldout):
         raise UserError(
-            f"{config.source}: of {len(texts)} documents {sum(held)} are held out at data.holdout "
-            f"{fraction:g}, and both sides need one; cut files into smaller documents "
-            "(--data.piece_bytes=2048), or name a --data.heldout_source"
+            f"{config.source}: data.holdout {fraction:g} holds out {len(heldout)} of "
+            f"{len(train) + len(heldout)} documents, and both sides need one; cut files into "
+            "smaller documents (--data.piece_bytes=2048), or set --data.heldout_source"
         )
-    train = _dataset(text for text, out in zip(texts, held, strict=True) if not out)
-    heldout = _dataset(text for text, out in zip(texts, held, strict=True) if out)
-    return train, heldout if fraction else None
+    return _dataset(train), _dataset(heldout) if fraction else None
 
 
 def _split_stream(
@@ -275,58 +185,47 @@ def _split_stream(
     rows = _stream(config.source, config)
     if not fraction:
         return rows, None
-    train = rows.filter(_keep, fn_kwargs={"fraction": fraction, "held_out": False})
-    rest = rows.filter(_keep, fn_kwargs={"fraction": fraction, "held_out": True})
+    train = rows.filter(_is_on_side, fn_kwargs={"fraction": fraction, "held_out": False})
+    rest = rows.filter(_is_on_side, fn_kwargs={"fraction": fraction, "held_out": True})
     heldout = [row["text"] for row in islice(rest, config.heldout_documents)]
     if not heldout or next(iter(train), None) is None:
         raise UserError(
-            f"{config.source}: at data.holdout {fraction:g} one side of the split has no document; "
-            "choose another fraction, or name a --data.heldout_source"
+            f"{config.source}: with data.holdout {fraction:g} one side of the split has no "
+            "document; choose another fraction, or set --data.heldout_source"
         )
     return train, _dataset(heldout)
 
 
-def _keep(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
+def _is_on_side(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
     return is_held_out(row["text"], fraction) == held_out
 
 
+# Token ids and blocks ---------------------------------------------------------------------------
+
+
 def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Token ids of documents, a separator in front of each.
+    """Encode documents as token ids, each preceded by a separator.
 
     Args:
-        documents: A data set with the column ``text``, in memory or streamed.
+        documents: A dataset with the column ``text``, in memory or streamed.
         tokenizer: Has an end-of-text token, which is the separator.
 
     Returns:
-        The same kind of data set with the one column ``input_ids``.
+        The same kind of dataset with the single column ``input_ids``.
     """
     return documents.map(
         _token_ids,
         batched=True,
         remove_columns=["text"],
         fn_kwargs={"tokenizer": tokenizer, "separator": separator_id(tokenizer)},
-        **_described(documents, "tokenizing"),
+        **_progress_title(documents, "tokenizing"),
     )
-
-
-def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands in front of every document: the tokenizer's end-of-text token.
-
-    Raises:
-        UserError: The tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end-of-text (eos) token to separate documents with; set its "
-            "eos_token and save it again"
-        )
-    return cast(int, tokenizer.eos_token_id)
 
 
 def _token_ids(
     rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, separator: int
 ) -> dict[str, list[list[int]]]:
-    # verbose=False: documents longer than the model's context are no reason for a warning here.
+    # verbose=False: documents longer than the context of the model need no warning here.
     encoded = tokenizer(
         rows["text"], add_special_tokens=False, return_attention_mask=False, verbose=False
     )
@@ -334,34 +233,34 @@ def _token_ids(
 
 
 def pack(tokens: Any, context: int, side: str = "training") -> Any:
-    """Lay tokenised documents into blocks of `context` ids.
+    """Pack tokenised documents into blocks of `context` ids.
 
-    In memory all documents form one stream; of a streamed source every 1000 do, so that a resumed
-    run can start at any of them.
+    Documents in memory form one stream. Of a streamed source, every 1000 documents do, so that a
+    resumed run can start at any of these groups.
 
     Args:
-        tokens: A data set with the column ``input_ids``, in memory or streamed.
-        context: Tokens in a block.
-        side: What the text is, for the error.
+        tokens: A dataset with the column ``input_ids``, in memory or streamed.
+        context: Tokens per block.
+        side: Name of the text in the error message.
 
     Returns:
-        The same kind of data set; every row has `context` ids.
+        The same kind of dataset; every row has `context` ids.
 
     Raises:
-        UserError: Text in memory that does not fill one block.
+        UserError: Text in memory does not fill one block.
     """
     in_memory = isinstance(tokens, datasets.Dataset)
     if in_memory and (total := sum(map(len, tokens["input_ids"]))) < context:
         raise UserError(
             f"the {side} text has {total} tokens in {len(tokens)} documents, fewer than a block of "
-            f"{context}: give more text, or shorten --data.context"
+            f"{context}: use more text, or a smaller --data.context"
         )
     return tokens.map(
         _blocks,
         batched=True,
         batch_size=len(tokens) if in_memory else 1000,
         fn_kwargs={"context": context},
-        **_described(tokens, "packing"),  # pyright: ignore[reportArgumentType]
+        **_progress_title(tokens, "packing"),  # pyright: ignore[reportArgumentType]
         features=datasets.Features(
             {"input_ids": datasets.List(datasets.Value("int32"), length=context)}
         ),
@@ -370,20 +269,20 @@ def pack(tokens: Any, context: int, side: str = "training") -> Any:
 
 def _blocks(rows: dict[str, list[list[int]]], context: int) -> dict[str, NDArray[np.int32]]:
     stream = np.concatenate([np.asarray(ids, np.int32) for ids in rows["input_ids"]])
-    whole = len(stream) // context
-    return {"input_ids": stream[: whole * context].reshape(whole, context)}
+    count = len(stream) // context
+    return {"input_ids": stream[: count * context].reshape(count, context)}
 
 
-def _described(rows: Any, what: str) -> dict[str, str]:
-    """The title of a map's progress bar; a streamed one has none."""
-    return {"desc": what} if isinstance(rows, datasets.Dataset) else {}
+def _progress_title(rows: Any, title: str) -> dict[str, str]:
+    """The argument of `map` for the title of its progress bar; a stream has no bar."""
+    return {"desc": title} if isinstance(rows, datasets.Dataset) else {}
 
 
 def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
-    """How often each id occurs: (vocab_size,) int64, what balanced routing packs experts by.
+    """Occurrences of each id, (vocab_size,) int64; balanced routing distributes experts by them.
 
     Args:
-        tokens: A data set in memory with the column ``input_ids``.
+        tokens: A dataset in memory with the column ``input_ids``.
         vocab_size: Number of ids.
     """
     counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -394,21 +293,24 @@ def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Blocks to a batch: ``input_ids`` and ``labels``, both (B, context) int64."""
+    """Join blocks to a batch: ``input_ids`` and ``labels``, both (B, context) int64."""
     ids = torch.tensor(np.asarray([row["input_ids"] for row in rows]), dtype=torch.int64)
     return {"input_ids": ids, "labels": ids}
 
 
-class BlockOrder(Sampler[int]):
-    """Which block is drawn when: a fresh permutation for each pass over the data, without a seam.
+# The order of blocks ----------------------------------------------------------------------------
 
-    The order is a function of (seed, number of draws), so a resumed run reads on as if it had
-    never stopped, and any number of processes shares one order. A pass ends inside a batch where
-    it ends: no short batch, no block left out.
+
+class BlockOrder(Sampler[int]):
+    """The order of blocks in memory: a new permutation for each pass over the data.
+
+    The order is a function of the seed, so that a resumed run continues as if it had not stopped,
+    and any number of processes shares one order. A pass may end inside a batch: no batch is short
+    and no block is left out.
 
     Args:
-        blocks: Blocks in the data.
-        draws: Indices to yield in all.
+        blocks: Number of blocks in the data.
+        draws: Number of indices to yield.
         seed: The run's seed.
     """
 
@@ -423,3 +325,74 @@ class BlockOrder(Sampler[int]):
             rng = np.random.default_rng([self.seed, first // self.blocks])
             order = rng.permutation(self.blocks)
             yield from order[: self.draws - first].tolist()
+
+
+class BlockStream(IterableDataset):
+    """Endless blocks of a streamed source, which starts again after its last document.
+
+    The data loader reads ahead of the training, so at a checkpoint the stream is past the blocks
+    that were trained on. Every `every` blocks the stream records its position. A checkpoint after n
+    blocks keeps the last position at or before n; a resumed run reads from there and skips up to n.
+
+    Args:
+        blocks: Packed blocks, as `pack` makes them of a stream.
+        every: Blocks between recorded positions; the global batch, so that checkpoints coincide
+            with positions.
+    """
+
+    def __init__(self, blocks: datasets.IterableDataset, every: int) -> None:
+        super().__init__()
+        self.blocks, self.every = blocks, every
+        self.beginning = blocks.state_dict()
+        self.skip = 0
+        self.positions = deque([(0, self.beginning)], maxlen=_KEPT_POSITIONS)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        count, state = self.positions[-1]
+        self.blocks.load_state_dict(state)
+        start, self.skip = self.skip, 0
+        try:
+            while True:
+                before = count
+                for block in self.blocks:
+                    count += 1
+                    # Recorded before the yield: the state is already the one after this block.
+                    if count % self.every == 0:
+                        self.positions.append((count, self.blocks.state_dict()))
+                    if count > start:
+                        yield block
+                if count == before and state is self.beginning:
+                    raise UserError("the stream does not fill one block: use more text")
+                state = self.beginning
+                self.blocks.load_state_dict(state)
+        except (OSError, DatasetsError) as error:
+            raise UserError(
+                f"the stream was interrupted after block {count}: {first_line(error)}; continue "
+                "from the last checkpoint with --resume auto"
+            ) from error
+
+    def save(self, folder: Path, consumed: int) -> None:
+        """Write the position after `consumed` blocks into a checkpoint folder."""
+        earlier = (position for position in self.positions if position[0] <= consumed)
+        count, state = max(earlier, key=lambda position: position[0])
+        with atomic_file(folder / POSITION_FILE) as partial:
+            partial.write_text(json.dumps({"consumed": consumed, "noted": count, "state": state}))
+
+    def load(self, folder: Path) -> None:
+        """Start the next iteration where `save` was called.
+
+        Raises:
+            UserError: The folder has no position file, or that of another kind of source.
+        """
+        with report_errors(
+            f"cannot read the position in the stream from {folder}",
+            "use a checkpoint of a run on the same source",
+            (OSError, ValueError, KeyError),
+        ):
+            position = read_json_object(folder / POSITION_FILE)
+            consumed, recorded = position["consumed"], position["noted"]
+            if not fits([consumed, recorded], list[int]) or not 0 <= recorded <= consumed:
+                raise ValueError(f"position {recorded!r} of {consumed!r} blocks")
+            self.blocks.load_state_dict(position["state"])  # raises for another dataset
+            self.skip = consumed
+            self.positions.append((recorded, position["state"]))

@@ -1,15 +1,21 @@
-"""The demo: train on the standard library's source, write some Python, compare with gzip."""
+"""The demo: train on the standard library's source, generate Python, compare with gzip."""
 
 import json
 import time
 from pathlib import Path
 
-from complexity_lm.config import ModelConfig, OptimConfig, TrainConfig
-from complexity_lm.data import DataConfig, load_corpus
+from complexity_lm.config import (
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from complexity_lm.data import load_corpus
 from complexity_lm.evaluate import ORDER, ByteModel, gzip_bits_per_byte, table
-from complexity_lm.generate import GenerateConfig, generate
+from complexity_lm.generate import generate
 from complexity_lm.loading import Loaded, load
-from complexity_lm.tokenizer import TokenizerConfig
 from complexity_lm.train import train
 from inl_core.run.files import atomic_file
 
@@ -17,7 +23,7 @@ LINES = 30
 """Lines of Python in `samples.txt`."""
 
 PROMPTS = ('"""', "class ", "def ", "import ", "    def __init__(self, ", "if __name__ == ")
-"""What the samples begin with, in turn."""
+"""Beginnings of the samples, in turn."""
 
 
 def demo_config(out: str) -> TrainConfig:
@@ -48,9 +54,9 @@ def demo_config(out: str) -> TrainConfig:
 
 
 def demo(out: str) -> None:
-    """Train, write and measure; a second call goes on where the first one was stopped.
+    """Train, generate and measure; a second call continues an interrupted run.
 
-    Writes what `train` writes, `samples.txt`, and the baselines into `result.json`.
+    Writes the files of `train`, `samples.txt`, and the baselines into `result.json`.
 
     Args:
         out: Folder of the demo.
@@ -58,21 +64,19 @@ def demo(out: str) -> None:
     start = time.perf_counter()
     config, folder = demo_config(out), Path(out)
     model = train(config)
-    loaded = load(str(model))
-    samples = python_lines(loaded)
-    with atomic_file(folder / "samples.txt") as aside:
-        aside.write_text(samples)
+    samples = python_lines(load(str(model)))
+    with atomic_file(folder / "samples.txt") as partial:
+        partial.write_text(samples)
 
     corpus = load_corpus(config.data)
     assert corpus.heldout is not None
     heldout = list(corpus.heldout["text"])
+    byte_model = ByteModel(corpus.train["text"])
     result = json.loads((folder / "result.json").read_text())
     result["metrics"]["gzip_bits_per_byte"] = gzip_bits_per_byte(heldout)
-    result["metrics"][f"order{ORDER}_bits_per_byte"] = ByteModel(
-        corpus.train["text"]
-    ).bits_per_byte(heldout)
-    with atomic_file(folder / "result.json") as aside:
-        aside.write_text(json.dumps(result, indent=2) + "\n")
+    result["metrics"][f"order{ORDER}_bits_per_byte"] = byte_model.bits_per_byte(heldout)
+    with atomic_file(folder / "result.json") as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"""{samples}
 Held-out files of the standard library:
@@ -82,7 +86,7 @@ The demo took {(time.perf_counter() - start) / 60:.1f} minutes. In {folder}:
   samples.txt    the lines above
   loss.png       training and held-out loss
   result.json    the numbers above and every setting they depend on
-  model/         the model and its tokenizer; any process loads it with
+  model/         the model and its tokenizer; load it in any process with
                  AutoModelForCausalLM.from_pretrained("{model}", trust_remote_code=True)
 
 Next:
@@ -93,17 +97,16 @@ Next:
 
 
 def python_lines(loaded: Loaded) -> str:
-    """`LINES` lines of sampled Python, a comment in front of each sample."""
+    """Sample `LINES` lines of Python, with a comment before each sample."""
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
-    lines: list[str] = []
-    written: list[str] = []
+    count, lines = 0, []
     for seed in range(LINES):
         prompt = PROMPTS[seed % len(PROMPTS)]
         (text,) = next(generate(loaded, [prompt], options, GenerateConfig(seed=seed)))
-        # The last line is usually cut off by the length, and blank ends are no lines.
-        fresh = text.rstrip().splitlines()[: LINES - len(lines)]
-        lines += fresh
-        written += [f"# --- sample {seed + 1}", *fresh]
-        if len(lines) == LINES:
+        # Without trailing blank lines, and no more than are still needed.
+        new = text.rstrip().splitlines()[: LINES - count]
+        count += len(new)
+        lines += [f"# --- sample {seed + 1}", *new]
+        if count == LINES:
             break
-    return "\n".join(written) + "\n"
+    return "\n".join(lines) + "\n"

@@ -1,47 +1,30 @@
-"""Text from a model: streamed for one prompt, in left-padded batches for several."""
+"""Generate text: streamed for one prompt, in left-padded batches for several."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from complexity_lm.data import separator_id
+from complexity_lm.config import GenerateConfig
+from complexity_lm.hub import read_text, report_errors
 from complexity_lm.loading import Loaded
-from complexity_lm.tokenizer import tokenizer_hash
+from complexity_lm.tokenizer import separator_id, tokenizer_hash
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import parse_json
 
 DEFAULT_NEW_TOKENS = 200
-"""Tokens generated when no length is asked for; fewer when the context has no room for them."""
-
-
-@dataclass
-class GenerateConfig:
-    """What is not one of transformers' own generation settings."""
-
-    seed: int = 0
-    """Seed of the sampling."""
-
-    batch_size: int = 8
-    """Prompts of a file generated at once."""
-
-    only_new: bool = False
-    """Print the continuation only, without the prompt."""
-
-    device: str = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:1."""
+"""Tokens generated if no length is set; fewer if the context has no room for them."""
 
 
 def read_prompts(prompt: str | None, prompts_file: str | None, stdin: TextIO) -> list[str]:
-    """The prompts of a call: an argument, a file with one a line, or all of standard input.
+    """Read prompts from an argument, a file with one per line, or all of standard input.
 
     Args:
         prompt: A text, or None.
-        prompts_file: A UTF-8 file with one prompt a line, or None. A line that begins with a quote
-            is a JSON string, which can carry line breaks.
+        prompts_file: A UTF-8 file with one prompt per line, or None. A line that begins with a
+            quote is a JSON string, which can contain line breaks.
         stdin: Read when both are None.
 
     Raises:
@@ -54,53 +37,43 @@ def read_prompts(prompt: str | None, prompts_file: str | None, stdin: TextIO) ->
     elif prompt is not None:
         prompts = [prompt]
     elif stdin.isatty():
-        raise UserError("there is no prompt: give --prompt or --prompts_file, or pipe text in")
+        raise UserError("no prompt: give --prompt or --prompts_file, or pipe text in")
     else:
         prompts = [stdin.read()]
     for number, text in enumerate(prompts, 1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
         if not text:
-            where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
-            raise UserError(f"{where} is empty: give at least one character")
+            raise UserError(f"{name} is empty: give at least one character")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise UserError(
-                f"prompt {number} of {len(prompts)} holds half a surrogate pair, which is no "
-                "character: write the text as UTF-8"
+                f"{name} contains half a surrogate pair, which is not a character: write the text "
+                "as UTF-8"
             )
     return prompts
 
 
 def _prompt_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    # Lines end at line ends only: a form feed or U+2028 is a character of a prompt.
-    lines = [line.removesuffix("\r") for line in lines]
+    # Only line ends separate lines: a form feed or U+2028 is a character of a prompt.
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     if not lines[-1]:
         lines.pop()
     if not lines:
-        raise UserError(f"{path} has no prompts: write one a line")
-    try:
+        raise UserError(f"{path} has no prompts: write one per line")
+    with report_errors(f"{path}: a line that begins with a quote is not a JSON string"):
         return [parse_json(line) if line.startswith('"') else line for line in lines]
-    except ValueError as error:
-        raise UserError(
-            f"{path}: a line begins with a quote and is no JSON string: {error}"
-        ) from error
 
 
 def generation_settings(loaded: Loaded, options: dict[str, Any], longest: int) -> GenerationConfig:
-    """The model's generation defaults with a user's options, checked against the context.
+    """Apply a user's options to the generation defaults of the model, checked against the context.
 
     Args:
         loaded: The model.
-        options: Fields of transformers' `GenerationConfig`; those at None are not set.
-        longest: Tokens of the longest prompt.
+        options: Fields of transformers' `GenerationConfig`; None means not set.
+        longest: Tokens in the longest prompt.
 
     Raises:
-        UserError: The prompt fills the context, prompt and asked-for length exceed it, or
-            transformers refuses a value.
+        UserError: The prompt fills the context, prompt and requested length exceed it, or
+            transformers rejects a value.
     """
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
@@ -108,21 +81,21 @@ def generation_settings(loaded: Loaded, options: dict[str, Any], longest: int) -
             raise UserError(f"{name} is {given[name]}; expected at least 1")
     for name in ("top_p", "min_p", "typical_p", "top_h"):
         if name in given and not 0 <= given[name] <= 1:
-            raise UserError(f"{name} is {given[name]}; expected a probability, 0 to 1")
+            raise UserError(f"{name} is {given[name]}; expected a probability in [0, 1]")
     room = loaded.context - longest
     if room < 1:
         raise UserError(
-            f"the prompt has {longest} tokens, and the context of this model is {loaded.context} "
-            "with at least one new token: shorten the prompt"
+            f"the prompt has {longest} tokens, but the context of this model is {loaded.context} "
+            "including at least one new token: shorten the prompt"
         )
-    asked = given.get("max_new_tokens")
-    if asked is None and "max_length" in given:
-        asked = given["max_length"] - longest
-    if asked is None:
+    requested = given.get("max_new_tokens")
+    if requested is None and "max_length" in given:
+        requested = given["max_length"] - longest
+    if requested is None:
         given["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, room)
-    elif asked > room:
+    elif requested > room:
         raise UserError(
-            f"{longest} tokens of prompt and {asked} new ones exceed the context of "
+            f"{longest} prompt tokens and {requested} new tokens exceed the context of "
             f"{loaded.context}: set --max_new_tokens to {room} or less, or shorten the prompt"
         )
     settings = GenerationConfig.from_dict(loaded.model.generation_config.to_dict())  # pyright: ignore[reportOptionalMemberAccess]
@@ -131,14 +104,14 @@ def generation_settings(loaded: Loaded, options: dict[str, Any], longest: int) -
         settings.update(**given)
         settings.validate(strict=True, user_set_attributes=set(given))
     except (ValueError, TypeError) as error:
-        raise UserError(f"these generation options do not go together: {error}") from error
+        raise UserError(f"invalid generation options: {error}") from error
     return settings
 
 
 def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
-    """Token ids of a prompt as a text begins in training: behind a separator.
+    """Encode a prompt as a text begins in training: with a separator before it.
 
-    For a model that this package did not train, as its tokenizer does it by itself.
+    For a model that this package did not train, the tokenizer decides what comes first.
     """
     if loaded.data is None:
         return loaded.tokenizer(prompt)["input_ids"]
@@ -158,21 +131,19 @@ def generate(
 
     Args:
         loaded: The model and its tokenizer.
-        prompts: Texts that are not empty.
+        prompts: Non-empty texts.
         options: Fields of transformers' `GenerationConfig`, e.g. {"temperature": 0.8}.
-        config: Seed, batch size and the like.
-        stream: Print tokens as they come; for one prompt, one beam and one sequence.
+        config: Seed, batch size, whether to repeat the prompt.
+        stream: Print tokens as they are generated; needs one prompt, one beam and one sequence.
         assistant: A smaller model with the same tokenizer that drafts tokens.
 
     Yields:
-        For each prompt in turn its texts, `num_return_sequences` of them.
+        For each prompt its `num_return_sequences` texts.
 
     Raises:
-        UserError: A prompt or an option does not fit.
+        UserError: A prompt or an option is invalid.
     """
     config, options = config or GenerateConfig(), options or {}
-    if config.batch_size < 1:
-        raise UserError(f"batch_size is {config.batch_size}; expected at least 1")
     ids = [encode_prompt(loaded, prompt) for prompt in prompts]
     settings = generation_settings(loaded, options, max(map(len, ids), default=0))
     streamer = None
@@ -188,7 +159,7 @@ def generate(
     ):
         raise UserError(
             f"the assistant {assistant.name} has another tokenizer than {loaded.name}: train both "
-            "with one (--tokenizer.path)"
+            "with the same one (--tokenizer.path)"
         )
     helpers = {
         "streamer": streamer,
@@ -222,8 +193,8 @@ def _batch(
     texts = loaded.tokenizer.batch_decode(
         sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    each = len(texts) // len(ids)
-    return [texts[i : i + each] for i in range(0, len(texts), each)]
+    count = len(texts) // len(ids)
+    return [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
 def print_generated(
@@ -233,13 +204,13 @@ def print_generated(
     config: GenerateConfig,
     assistant: Loaded | None = None,
 ) -> None:
-    """What the command does: stream one text, or print each text under a line of its own."""
-    alone = (options.get("num_beams") or 1) == 1 and (options.get("num_return_sequences") or 1) == 1
-    if len(prompts) == 1 and alone:
-        for _ in generate(loaded, prompts, options, config, True, assistant):
-            pass
-        return
-    for number, texts in enumerate(generate(loaded, prompts, options, config, False, assistant), 1):
-        for sequence, text in enumerate(texts, 1):
-            print(f"=== prompt {number}, text {sequence}")
-            print(text)
+    """Stream a single text, or print each of several texts below a title.
+
+    Arguments and errors are those of `generate`.
+    """
+    texts_per_prompt = options.get("num_return_sequences") or 1
+    stream = len(prompts) == 1 and texts_per_prompt == 1 and (options.get("num_beams") or 1) == 1
+    results = generate(loaded, prompts, options, config, stream, assistant)
+    for number, texts in enumerate(results, 1):
+        for sequence, text in enumerate(texts if not stream else (), 1):
+            print(f"=== prompt {number}, text {sequence}\n{text}")

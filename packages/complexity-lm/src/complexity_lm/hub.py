@@ -1,10 +1,12 @@
-"""The Hugging Face hub: reach it quickly or say in one line that it cannot be reached."""
+"""Access to the Hub and to files, with errors that are one line for the user."""
 
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from datasets import config as datasets_config
 from huggingface_hub import constants
 
 from inl_core.run.errors import UserError
@@ -12,17 +14,32 @@ from inl_core.run.errors import UserError
 _TIMEOUT_S = 4.0
 
 
-def require_hub(name: str, hint: str) -> None:
-    """Ask the hub for its front page, so that no network means one line and not 23 s of retries.
+def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
+    """Return the path that a name means, or None for a Hub id, once the Hub has answered.
 
-    Offline by choice (``HF_HUB_OFFLINE=1``) is fine: what is cached can be read.
+    A name is a path if such a folder exists, or if it begins with ".", "/" or "~".
 
     Args:
-        name: What was asked for, as the user wrote it.
-        hint: What to do without the hub; a clause of the message.
+        name: Path or Hub id.
+        hint: What to do without the Hub; a clause of the error message.
+        wanted: How the error message refers to it; `name` by default.
 
     Raises:
-        UserError: The hub does not answer.
+        UserError: It is a Hub id and the Hub does not answer.
+    """
+    if os.path.isdir(name) or name.startswith((".", "/", "~")):
+        return Path(name).expanduser()
+    require_hub(wanted or name, hint)
+    return None
+
+
+def require_hub(wanted: str, hint: str) -> None:
+    """Request the front page of the Hub: without a network, libraries would retry for 23 s.
+
+    With ``HF_HUB_OFFLINE=1`` nothing is requested: what is cached can be read.
+
+    Raises:
+        UserError: The Hub does not answer.
     """
     if is_offline():
         return
@@ -31,29 +48,63 @@ def require_hub(name: str, hint: str) -> None:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
             return
     except urllib.error.HTTPError as error:
-        said: object = error
+        reason: object = error
         if error.code < 500:
             return
     except OSError as error:
-        said = getattr(error, "reason", error)
+        reason = getattr(error, "reason", error)
     raise UserError(
-        f"{name}: cannot reach {constants.ENDPOINT} ({said}); {hint}, or set HF_HUB_OFFLINE=1 "
-        "if this machine has already cached it"
+        f"{wanted}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set HF_HUB_OFFLINE=1 "
+        "if it is in the cache of this machine"
     )
 
 
 def is_offline() -> bool:
-    """Whether the user has switched the hub off."""
-    return bool(constants.HF_HUB_OFFLINE or datasets_config.HF_HUB_OFFLINE)
+    """Whether the user has switched the Hub off."""
+    datasets_offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper()
+    return bool(constants.HF_HUB_OFFLINE) or datasets_offline in {"1", "ON", "YES", "TRUE"}
 
 
-def is_local(name: str) -> bool:
-    """Whether a name that could be a hub id is a folder of this machine, or is written as one."""
-    return os.path.isdir(name) or name.startswith((".", "/", "~"))
+@contextmanager
+def report_errors(
+    action: str, hint: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Translate errors of libraries into one line.
+
+    Args:
+        action: Beginning of the message, such as "cannot read FILE".
+        hint: End of the message: what to do.
+        kinds: Errors to translate. transformers, tokenizers and safetensors raise almost any type.
+
+    Raises:
+        UserError: "ACTION: first line of the innermost cause; HINT".
+    """
+    try:
+        yield
+    except kinds as error:
+        message = f"{action}: {first_line(error)}"
+        raise UserError(f"{message}; {hint}" if hint else message) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the innermost cause: hub errors wrap each other in pages of advice."""
+    """The first line of the innermost cause: errors of the Hub wrap each other in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file without translating line ends.
+
+    Raises:
+        UserError: The file cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+            "convert it with iconv -t UTF-8 (or exclude it from a folder with --data.files)"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -1,19 +1,24 @@
-"""`complexity-lm inspect`: what a model folder or checkpoint holds, without running it on text."""
+"""`complexity-lm inspect`: the contents of a model folder or checkpoint."""
 
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
-from complexity_lm.loading import Loaded, load, weights_hash
+from complexity_lm.configuration_complexity import DeepConfig
+from complexity_lm.loading import load, weights_hash
+from complexity_lm.parameters import count_parameters
 from inl_core import certify, dynamics_modules
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_experts",
+)  # fmt: skip
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """Open a model and describe it.
+    """Load a model and describe it, without running it on text.
 
     Args:
-        name: A model folder, a run's folder, a checkpoint or a hub id.
+        name: A model folder, a run's folder, a checkpoint or a Hub id.
 
     Returns:
         Sizes, parameters, dynamics, tokenizer and training text.
@@ -22,19 +27,17 @@ def inspect(name: str) -> dict[str, Any]:
         UserError: It cannot be loaded.
     """
     loaded = load(name, device="cpu")
-    config = loaded.model.config
+    model, tokenizer = loaded.model, loaded.tokenizer
+    config = model.config
+    parameters = {"total": sum(parameter.numel() for parameter in model.parameters())}
+    if isinstance(config, DeepConfig):
+        parameters["active"] = count_parameters(config).active
+    dynamics = dynamics_modules(model)
     return {
-        "model": type(loaded.model).__name__,
-        "parameters": _parameters(loaded),
+        "model": type(model).__name__,
+        "parameters": parameters,
         "context": loaded.context,
-        "sizes": {
-            key: getattr(config, key)
-            for key in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads", "num_experts",
-            )
-            if hasattr(config, key)
-        },
+        "sizes": {key: getattr(config, key) for key in _SIZES if hasattr(config, key)},
         "dynamics": {
             key: value for key, value in config.to_dict().items() if key.startswith("dynamics_")
         },
@@ -44,31 +47,16 @@ def inspect(name: str) -> dict[str, Any]:
                 for key, value in module.get_dynamics_stats().items()
                 if key.startswith("mu_")
             }
-            for layer, module in dynamics_modules(loaded.model).items()
+            for layer, module in dynamics.items()
         },
-        **_certificate(loaded.model),
+        # The part of the certificate that depends on the parameters alone.
+        **({"certificate": certify(model).summary()} if dynamics else {}),
         "tokenizer": {
-            "class": type(loaded.tokenizer).__name__,
-            "ids": len(loaded.tokenizer),
-            "eos": loaded.tokenizer.eos_token,
-            "pad": loaded.tokenizer.pad_token,
+            "class": type(tokenizer).__name__,
+            "ids": len(tokenizer),
+            "eos": tokenizer.eos_token,
+            "pad": tokenizer.pad_token,
         },
         "trained_on": asdict(loaded.data) if loaded.data else None,
-        "weights_sha256": weights_hash(loaded.model),
-    }  # fmt: skip
-
-
-def _certificate(model: nn.Module) -> dict[str, Any]:
-    """The figures of `inl_core.certify` that need no text: of the parameters alone."""
-    if not dynamics_modules(model):
-        return {}
-    return {"certificate": certify(model).summary()}
-
-
-def _parameters(loaded: Loaded) -> dict[str, int]:
-    from complexity_lm import DeepConfig, count_parameters
-
-    found = {"total": sum(parameter.numel() for parameter in loaded.model.parameters())}
-    if isinstance(loaded.model.config, DeepConfig):
-        found["active"] = count_parameters(loaded.model.config).active
-    return found
+        "weights_sha256": weights_hash(model),
+    }

@@ -1,12 +1,13 @@
-"""The complexity language model: a decoder whose layers carry INL dynamics.
+"""The complexity language model: a decoder-only transformer with INL dynamics in its layers.
 
-`DeepForCausalLM` is a transformers model; its velocity starts at zero for each token at the first
-layer and lives through depth only, never from one token to the next.
+`DeepForCausalLM` is a transformers model. The velocity of the dynamics is zero for each token at
+the first layer and is carried through depth only, never from one token to the next.
 
-Shape suffixes: B batch · N tokens · D hidden · V vocabulary; `h_BND` is of shape (B, N, D).
+Shape suffixes: B batch · N new tokens · M all tokens seen · D hidden · H query heads · K key and
+value heads · E head width · V vocabulary; `h_BND` has shape (B, N, D).
 
-A saved model folder carries a copy of this file and of the siblings it imports; transformers finds
-those by their relative imports.
+A saved model folder contains a copy of this file and of `configuration_complexity.py`, which
+transformers finds by the relative import.
 """
 
 import math
@@ -33,10 +34,57 @@ from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, m
 
 from .configuration_complexity import DeepConfig
 
-# Causal attention of the complexity language model, and its rotary angles.
-#
-# Shape suffixes: B batch · N new tokens · M all tokens seen · D hidden · H query heads · K key and
-# value heads · E head width.
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+class DeepRotaryEmbedding(nn.Module):
+    """Rotary angles of `config.rope_parameters`, for every RoPE type of transformers."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: DeepConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type: str = config.rope_parameters["rope_type"]  # pyright: ignore
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        initial_parameters = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            initial_parameters = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initial_parameters(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: DeepConfig, **kwargs: Any) -> tuple[Tensor, float]:
+        """Frequencies theta^(-2i/E) for i = 0 … E/2 - 1, and a scaling of 1."""
+        assert config.head_dim is not None
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0  # pyright: ignore
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, N, E/2) in fp32 for positions (B, N), on the device of `x`."""
+        # In fp64, q·k depends on the offset alone at large positions too; MPS has no fp64.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        angles = position_ids[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
+        scaling = self.attention_scaling
+        return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DeepRotaryEmbedding":
+        # `model.to(torch.bfloat16)` must move the frequencies without rounding them: at position
+        # 1000 a bf16 frequency is off by several full turns.
+        before = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            if getattr(self, name).dtype != exact.dtype:
+                setattr(self, name, exact.to(getattr(self, name).device))
+        return self
 
 
 def eager_attention(
@@ -49,7 +97,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: softmax(q·kᵀ·scaling + mask)·v, which also gives the weights.
+    """Attention in plain PyTorch, softmax(q·kᵀ·scaling + mask)·v, which also returns the weights.
 
     Args:
         module: The attention layer.
@@ -58,8 +106,8 @@ def eager_attention(
         v_BKME: Values.
         attention_mask: Added to the scores, broadcastable to (B, H, N, M).
         scaling: Factor of the scores.
-        dropout: Probability to drop a weight.
-        **kwargs: Settings of other backends.
+        dropout: Probability of dropping a weight.
+        **kwargs: Settings of other backends; ignored.
 
     Returns:
         Output (B, N, H, E) and weights (B, H, N, M).
@@ -76,53 +124,6 @@ def eager_attention(
     return (weights_BHNM @ v_BHME).transpose(1, 2).contiguous(), weights_BHNM
 
 
-class DeepRotaryEmbedding(nn.Module):
-    """Rotary angles of `config.rope_parameters`, of any type that transformers knows."""
-
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-
-    def __init__(self, config: DeepConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.rope_type: str = config.rope_parameters["rope_type"]  # pyright: ignore
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        start = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            start = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = start(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: DeepConfig, **kwargs: Any) -> tuple[Tensor, float]:
-        """Frequencies theta^(-2i/E) for i = 0 … E/2 - 1, and the scaling 1 of cosines and sines."""
-        assert config.head_dim is not None
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0  # pyright: ignore
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, N, E/2) in fp32 of positions (B, N), on the device of `x`."""
-        # fp64 keeps q·k a function of the offset alone at large positions; MPS has no fp64.
-        dtype = torch.float32 if x.device.type == "mps" else torch.float64
-        angles = position_ids[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
-        scaling = self.attention_scaling
-        return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "DeepRotaryEmbedding":
-        # `model.to(torch.bfloat16)` must move the frequencies but not round them: at position 1000
-        # a bf16 frequency is off by whole turns.
-        before = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
-        super()._apply(fn, recurse)
-        for name, exact in before.items():
-            if getattr(self, name).dtype != exact.dtype:
-                setattr(self, name, exact.to(getattr(self, name).device))
-        return self
-
-
 class ComplexityAttention(nn.Module):
     """Causal grouped-query attention; each query and key head is RMS-normalised, then rotated."""
 
@@ -130,27 +131,28 @@ class ComplexityAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        heads, kv_heads, head_dim = (
-            config.num_attention_heads,
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        kv_heads, head_dim, layer_types = (
             config.num_key_value_heads,
             config.head_dim,
+            config.layer_types,
         )
         assert kv_heads is not None
         assert head_dim is not None
-        assert config.layer_types is not None
-        # The names that transformers' attention backends read.
+        assert layer_types is not None
+        # The attention backends of transformers read these names.
         self.head_dim = head_dim
         self.num_key_value_groups = heads // kv_heads
         self.scaling = head_dim**-0.5
         self.is_causal = True
-        slides = config.layer_types[layer_idx] == "sliding_attention"
+        slides = layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
 
-        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
-        # `_init_weights` asks for this: it sees one module alone.
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        # Read by `_init_weights`, which gets single modules without their names.
         self.o_proj.writes_to_stream = True  # pyright: ignore[reportArgumentType]
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
@@ -163,14 +165,14 @@ class ComplexityAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to this and the earlier tokens.
+        """Attend to the current and all earlier tokens.
 
         Args:
             x_BND: Normalised hidden states.
             position_embeddings: Cosines and sines, each (B, N, E/2).
-            attention_mask: What the mask function of the backend made; `None` where it needs none.
-            past_key_values: Cache that is read and extended.
-            **kwargs: Passed on to the backend.
+            attention_mask: Mask in the form of the attention backend; `None` if it needs none.
+            past_key_values: Cache to read and extend.
+            **kwargs: Settings of the attention backend.
 
         Returns:
             The output (B, N, D) and, from the eager backend, the weights (B, H, N, M).
@@ -208,11 +210,6 @@ class ComplexityAttention(nn.Module):
         return self.o_proj(out_BNHE.flatten(-2)), weights_BHNM
 
 
-# One layer of the complexity language model: attention, MLP, and INL dynamics between them.
-#
-# Shape suffixes: B batch · N tokens · D hidden.
-
-
 class DeepMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
@@ -221,32 +218,19 @@ class DeepMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        # `_init_weights` asks for this: it sees one module alone.
         self.down_proj.writes_to_stream = True  # pyright: ignore[reportArgumentType]
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Transform each token of (B, N, D) by itself."""
+        """Transform each token of (B, N, D) independently."""
         return self.down_proj(ops.swiglu(self.gate_proj(x_BND), self.up_proj(x_BND)))
-
-
-def _build_mlp(config: DeepConfig) -> DeepMLP | TokenRoutedMLP:
-    if config.num_experts == 0:
-        return DeepMLP(config.hidden_size, config.intermediate_size)
-    assert config.expert_intermediate_size is not None
-    return TokenRoutedMLP(
-        config.hidden_size,
-        config.expert_intermediate_size,
-        config.num_experts,
-        config.shared_intermediate_size,
-    )
 
 
 @contextmanager
 def _own_random_stream() -> Iterator[None]:
-    """Random numbers drawn inside do not move those drawn outside.
+    """Keep random numbers drawn inside from moving the generators outside.
 
-    So a model with dynamics and one without start from the same backbone. The stream inside begins
-    elsewhere too: a mere fork would repeat the numbers that the next matrix outside is made of.
+    A model with dynamics and one without thus start from the same backbone. The inner stream gets
+    a seed of its own: a plain fork would repeat the numbers of the next matrix outside.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
@@ -283,7 +267,7 @@ def _build_dynamics(config: DeepConfig) -> INLDynamics | INLDynamicsLite:
 
 
 class DeepDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP on a residual stream, with INL dynamics where the config places it.
+    """Attention and MLP on a residual stream, with INL dynamics where the config places them.
 
     ========  ====================================================================================
     stream    h += attn(norm h);  h += mlp(norm h);  (h, v) = INL(h, v)
@@ -301,7 +285,16 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = ComplexityAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = _build_mlp(config)
+        if config.num_experts == 0:
+            self.mlp = DeepMLP(config.hidden_size, config.intermediate_size)
+        else:
+            assert config.expert_intermediate_size is not None
+            self.mlp = TokenRoutedMLP(
+                config.hidden_size,
+                config.expert_intermediate_size,
+                config.num_experts,
+                config.shared_intermediate_size,
+            )
         if self.placement != "none":
             self.dynamics = _build_dynamics(config)
         if self.placement == "force":
@@ -314,13 +307,13 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         plan: RoutingPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer of depth.
+        """Apply the layer.
 
         Args:
             h_BND: Hidden states ("position").
             v_BND: Velocity from the layer below; `None` means zero.
-            plan: Which expert each token goes to; `None` with the dense MLP.
-            **kwargs: What `ComplexityAttention.forward` takes.
+            plan: Assignment of tokens to experts; `None` with the dense MLP.
+            **kwargs: Arguments of `ComplexityAttention.forward`.
 
         Returns:
             The next hidden states and velocity; the velocity is `None` without dynamics.
@@ -351,29 +344,8 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         return dynamics(h_BND, v_BND, force=force_BND)
 
 
-def start_dynamics(module: INLDynamics | INLDynamicsLite) -> None:
-    """Give every parameter its exact start, except those that a checkpoint filled.
-
-    transformers marks the filled ones; `reset_parameters` writes through views, which have no mark.
-    """
-    filled = {
-        name: parameter.clone()
-        for name, parameter in module.named_parameters(recurse=False)
-        if getattr(parameter, "_is_hf_initialized", False)
-    }
-    with _own_random_stream():
-        module.reset_parameters()
-    for name, value in filled.items():
-        module.get_parameter(name).copy_(value)
-
-
-# What the complexity models share: the start of their weights, loading, the routing table.
-#
-# `DeepPreTrainedModel` is the base of `DeepModel` and `DeepForCausalLM`.
-
-
 class DeepPreTrainedModel(PreTrainedModel):
-    """What the complexity models share: the start of every weight, and what transformers asks."""
+    """Base of `DeepModel` and `DeepForCausalLM`: initial weights, loading, the routing table."""
 
     config: DeepConfig
     config_class = DeepConfig
@@ -392,57 +364,77 @@ class DeepPreTrainedModel(PreTrainedModel):
     }
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start the weights of `module` that no checkpoint filled.
+        """Initialise the weights of `module` that no checkpoint filled.
 
         Matrices and the embedding are normal with `initializer_range`; those that write to the
-        residual stream are smaller by sqrt(2 · layers), as in GPT-2, so that the stream's variance
-        does not grow with depth. Dynamics start at exactly the coefficients of the config.
+        residual stream are smaller by sqrt(2 · layers), as in GPT-2, so that the variance of the
+        stream does not grow with depth. Dynamics start at exactly the coefficients of the config.
         """
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, (INLDynamics, INLDynamicsLite)):
-            start_dynamics(module)
+            # `reset_parameters` writes through views, which lack transformers' mark of parameters
+            # that a checkpoint filled: put those back.
+            filled = {
+                name: parameter.clone()
+                for name, parameter in module.named_parameters(recurse=False)
+                if getattr(parameter, "_is_hf_initialized", False)
+            }
+            with _own_random_stream():
+                module.reset_parameters()
+            for name, value in filled.items():
+                module.get_parameter(name).copy_(value)
         elif isinstance(module, TokenRoutedMLP):
             for name, parameter in module.named_parameters(recurse=False):
                 is_down = name in ("down", "shared_down")
-                std = residual_std if is_down else self.config.initializer_range
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(parameter, std=residual_std if is_down else std)
         elif isinstance(table := getattr(module, "routing_table", None), Tensor):
-            _start_routing_table(table, self.config)
+            if not getattr(table, "_is_hf_initialized", False):
+                self._init_routing_table(table)
         elif getattr(module, "writes_to_stream", False):
             nn.init.normal_(module.weight, std=residual_std)  # pyright: ignore[reportArgumentType]
         else:
             super()._init_weights(module)
 
+    def _init_routing_table(self, table: Tensor) -> None:
+        if self.config.routing_scheme == "balanced":
+            raise ValueError(
+                "a balanced routing table needs the token counts of a corpus: make the model with "
+                "routing_scheme='modulo', then call model.balance_experts(counts)"
+            )
+        table.copy_(build_routing_table(self.config.vocab_size, self.config.num_experts))
+
     @staticmethod
     def _load_pretrained_model(
         model: "DeepPreTrainedModel", state_dict: Any, files: Any, load_config: Any, *args: Any
     ) -> Any:
-        """Load weights as transformers does; where shapes differ the error names them."""
+        """Load weights as transformers does, with an error that names tensors of another shape."""
         info, offloaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, files, load_config, *args
         )
         if info.mismatched_keys and not load_config.ignore_mismatched_sizes:
-            name, found, wanted = min(info.mismatched_keys)
+            name, saved, expected = min(info.mismatched_keys)
             raise ValueError(
-                f"the checkpoint is of another shape: {name} is {tuple(found)} there and "
-                f"{tuple(wanted)} by the configuration, and {len(info.mismatched_keys) - 1} more; "
-                "use the config.json that was saved with it"
+                f"{len(info.mismatched_keys)} tensors of the checkpoint do not fit the "
+                f"configuration, among them {name}: {tuple(saved)} in the checkpoint, "
+                f"{tuple(expected)} by the configuration; use the config.json saved with it"
             )
         return info, offloaded
 
     def balance_experts(self, counts: Tensor | Sequence[float]) -> None:
-        """Spread the token ids over the experts so that each gets its share of a corpus.
+        """Assign token ids to experts so that each expert gets an equal share of a corpus.
 
-        Made before training: it changes which expert a token goes to.
+        Call it before training: it changes which expert a token uses.
 
         Args:
-            counts: How often each token id occurs in the corpus (V,).
+            counts: Occurrences of each token id in the corpus (V,).
 
         Raises:
-            ValueError: The model has no experts, or `counts` are not those of its vocabulary.
+            ValueError: The model has no experts, or `counts` does not match its vocabulary.
 
         Warns:
-            UserWarning: One id holds more than 1 / num_experts of the corpus; the message names it.
+            UserWarning: One id makes up more than 1 / num_experts of the corpus; the message names
+                it.
         """
         table = self.base_model.routing_table
         if not isinstance(table, Tensor):
@@ -452,9 +444,9 @@ class DeepPreTrainedModel(PreTrainedModel):
         self.config.routing_scheme = "balanced"
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Change the size of the vocabulary, as in transformers; the routing table follows.
+        """Change the size of the vocabulary as in transformers, and of the routing table with it.
 
-        Ids that stay keep their expert; new ones go to id modulo `num_experts`.
+        Remaining ids keep their expert; new ids go to expert id modulo `num_experts`.
 
         Args:
             *args: As in `PreTrainedModel.resize_token_embeddings`.
@@ -473,64 +465,11 @@ class DeepPreTrainedModel(PreTrainedModel):
         return embedding
 
 
-def _start_routing_table(table: Tensor, config: DeepConfig) -> None:
-    """Fill the table of a new model; one that a checkpoint filled stays."""
-    if getattr(table, "_is_hf_initialized", False):
-        return
-    if config.routing_scheme == "balanced":
-        raise ValueError(
-            "a balanced routing table needs the token counts of a corpus: make the model with "
-            "routing_scheme='modulo', then call model.balance_experts(counts)"
-        )
-    table.copy_(build_routing_table(config.vocab_size, config.num_experts))
-
-
-_MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-
-
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Cross-entropy of each token given those before it, in nats.
-
-    What transformers computes for causal language models, except that fp64 logits stay fp64.
-
-    Args:
-        logits: (B, N, vocabulary).
-        labels: (B, N) token ids; the label of a position is the id that follows it.
-        vocab_size: Size of the vocabulary.
-        num_items_in_batch: Divisor of the sum, as `Trainer` gives it under gradient accumulation;
-            `None` means the number of labels that count.
-        ignore_index: Label that does not count.
-        shift_labels: (B, N) labels already moved one to the left; `None` means made from `labels`.
-        **kwargs: Ignored.
-
-    Returns:
-        A scalar.
-    """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
-    return fixed_cross_entropy(
-        logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index
-    )
-
-
 class DeepModel(DeepPreTrainedModel):
-    """The decoder without its head: token ids to normalised hidden states.
+    """The decoder without a head: token ids to normalised hidden states.
 
-    With experts, `routing_table` holds the expert of each token id (V,).
+    With experts, `routing_table` (V,) holds the expert of each token id. It is shared by all layers
+    and saved with the weights.
     """
 
     routing_table: Tensor | None
@@ -543,7 +482,6 @@ class DeepModel(DeepPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepRotaryEmbedding(config)
-        # The expert of each token id: one table for all layers, saved with the weights.
         table = torch.empty(config.vocab_size, dtype=torch.long) if config.num_experts else None
         self.register_buffer("routing_table", table)
         self.gradient_checkpointing = False
@@ -566,25 +504,25 @@ class DeepModel(DeepPreTrainedModel):
 
         Args:
             input_ids: Token ids (B, N).
-            attention_mask: (B, M) with 1 at tokens and 0 at padding; `None` means no padding. Or
-                what `generate` prepared: ready masks by layer type.
-            position_ids: Positions (B, N); `None` counts on from the cache.
+            attention_mask: (B, M), 1 at tokens and 0 at padding; `None` means no padding. Also the
+                masks by layer type that `generate` prepares.
+            position_ids: Positions (B, N); `None` continues from the cache.
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Embeddings (B, N, D) instead of `input_ids`.
-            routing_ids: Token ids (B, N) that choose the experts; `None` means `input_ids`. A
-                dense model needs none.
-            use_cache: Whether to return the cache; `None` asks the config.
+            routing_ids: Token ids (B, N) that select the experts; `None` means `input_ids`. Unused
+                by a dense model.
+            use_cache: Whether to return the cache; `None` means `config.use_cache`.
             **kwargs: `output_hidden_states`, `output_attentions`, and settings of the attention
                 backend.
 
         Returns:
-            `last_hidden_state` (B, N, D) and, if asked for, `past_key_values`, `hidden_states` and
+            `last_hidden_state` (B, N, D) and, on request, `past_key_values`, `hidden_states` and
             `attentions`.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, a routed model
-                has no ids to route by, or an id is beyond the vocabulary (checked in eager mode on
-                the CPU only: elsewhere the look would make the program wait for the device).
+                has no ids to route by, or an id is outside the vocabulary (checked in eager mode
+                on the CPU only: elsewhere the check would wait for the device).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -597,8 +535,8 @@ class DeepModel(DeepPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start
             position_ids = position_ids[None]
 
         masks = attention_mask
@@ -616,9 +554,9 @@ class DeepModel(DeepPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         h_BND = inputs_embeds
-        # Zero is `None`, which costs nothing. In training it is spelt out, so that the parameters
-        # of the first layer that act on the velocity have a gradient (of zero) like all others:
-        # DistributedDataParallel waits for each of them.
+        # `None` is a zero velocity that costs nothing. Training uses real zeros, which give the
+        # velocity parameters of the first layer a gradient (of zero): DistributedDataParallel
+        # waits for a gradient of every parameter.
         has_velocity = self.config.dynamics_placement != "none"
         v_BND = torch.zeros_like(h_BND) if self.training and has_velocity else None
         assert self.config.layer_types is not None
@@ -649,13 +587,13 @@ class DeepModel(DeepPreTrainedModel):
         ids = input_ids if routing_ids is None else routing_ids
         if ids is None:
             raise ValueError(
-                "this model routes each token by its id: give routing_ids (B, N) beside "
+                "this model routes each token by its id: give routing_ids (B, N) in addition to "
                 f"inputs_embeds of shape {tuple(inputs_embeds.shape)}"
             )
         if ids.shape != inputs_embeds.shape[:2]:
             raise ValueError(
                 f"routing_ids of shape {tuple(ids.shape)} must be {tuple(inputs_embeds.shape[:2])},"
-                " one id a token"
+                " one id per token"
             )
         if table.shape != (self.config.vocab_size,):
             raise ValueError(
@@ -670,12 +608,48 @@ class DeepModel(DeepPreTrainedModel):
         if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
             return
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
+        size = self.config.vocab_size
+        if low < 0 or high >= size:
             raise ValueError(
-                f"token id {low if low < 0 else high} is beyond the vocabulary of "
-                f"{self.config.vocab_size} ids (0 to {self.config.vocab_size - 1}): do tokenizer "
-                "and model belong together?"
+                f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids (0 "
+                f"to {size - 1}): check that the tokenizer belongs to the model"
             )
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Cross-entropy of each token given the tokens before it, in nats.
+
+    As transformers computes it for causal language models, except that fp64 logits stay fp64.
+
+    Args:
+        logits: (B, N, V).
+        labels: Token ids (B, N); the target of a position is the id that follows it.
+        vocab_size: Size of the vocabulary.
+        num_items_in_batch: Divisor of the sum, which `Trainer` passes under gradient accumulation;
+            `None` means the number of labels that count.
+        ignore_index: Label that does not count.
+        shift_labels: Labels (B, N) already shifted left by one; `None` means made from `labels`.
+        **kwargs: Ignored.
+
+    Returns:
+        A scalar.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    return fixed_cross_entropy(
+        logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index
+    )
 
 
 class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
@@ -704,7 +678,7 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits and, with labels, the loss; what is not named here is `DeepModel`'s.
+        """Compute next-token logits and, with labels, the loss.
 
         Args:
             input_ids: Token ids (B, N).
@@ -712,17 +686,18 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
             position_ids: Positions (B, N).
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Embeddings (B, N, D) instead of `input_ids`.
-            routing_ids: Token ids (B, N) that choose the experts; `None` means `input_ids`.
-            labels: Token ids (B, N), usually `input_ids` themselves: the shift by one happens here.
+            routing_ids: Token ids (B, N) that select the experts; `None` means `input_ids`.
+            labels: Token ids (B, N), usually `input_ids` themselves: they are shifted by one here.
                 -100 does not count.
-            use_cache: Whether to return the cache.
-            logits_to_keep: Only the last so many positions get logits, or those named by a tensor;
-                0 means all.
-            **kwargs: Also what the loss takes: `num_items_in_batch`, `shift_labels`.
+            use_cache: Whether to return the cache; `None` means `config.use_cache`.
+            logits_to_keep: Number of last positions, or a tensor of positions, that get logits; 0
+                means all.
+            **kwargs: Other arguments of `DeepModel.forward` and of the loss (`num_items_in_batch`,
+                `shift_labels`).
 
         Returns:
-            `logits` (B, N, V), `loss` (nats a token) if `labels` were given, and what the decoder
-            returns.
+            `logits` (B, N, V), `loss` (nats per token) if `labels` are given, and the outputs of
+            the decoder.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -757,12 +732,12 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: transformers', and the ids to route by.
+        """Prepare one step of `generate` as transformers does, with the ids to route by.
 
         Args:
-            input_ids: Ids so far; without the prompt's if that came as embeddings.
+            input_ids: Ids so far; without those of a prompt that was given as embeddings.
             *args: As in transformers.
-            routing_ids: Ids (B, N) that the prompt is routed by; what is generated routes itself.
+            routing_ids: Ids (B, N) that route the prompt; generated tokens are routed by their own.
             past_key_values: Cache.
             inputs_embeds: Embeddings of the prompt.
             **kwargs: As in transformers.
@@ -771,11 +746,7 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
             Arguments of `forward`.
         """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            *args,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if routing_ids is not None:
             prompt = 0 if inputs_embeds is not None else routing_ids.shape[1]
@@ -795,6 +766,6 @@ __all__ = [
     "DeepModel",
     "DeepPreTrainedModel",
     "DeepRotaryEmbedding",
+    "causal_lm_loss",
     "eager_attention",
-    "start_dynamics",
 ]

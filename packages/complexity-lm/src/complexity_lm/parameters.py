@@ -1,4 +1,4 @@
-"""What the parameters of a model are: how many there are, how many act on a token, which decay."""
+"""Parameters of a model: their number, those active per token, and those with weight decay."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters.
 
     Attributes:
-        total: All of them; a tied output head counts once.
-        active: Those that act on one token: all but the routed experts that its id does not choose.
+        total: All parameters; a tied output head counts once.
+        active: Those that act on one token: all but the routed experts that its id does not select.
     """
 
     total: int
@@ -24,7 +24,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(config: DeepConfig) -> ParameterCount:
-    """Count the parameters that a configuration makes, without memory for one of them.
+    """Count the parameters of a configuration without allocating them.
 
     Args:
         config: Any configuration.
@@ -44,16 +44,17 @@ def count_parameters(config: DeepConfig) -> ParameterCount:
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay acts on: the matrices of the backbone.
+    """List the parameters that get weight decay: the matrices of the backbone.
 
-    Left out are vectors (norms, biases) and everything of the dynamics: its equilibrium, its
-    coefficients and its controller rest at the paper's values, and zero means others.
+    Excluded are vectors (norms, biases) and all parameters of the dynamics: the equilibrium, the
+    coefficients and the controller encode the paper's values when they are at rest, and zero would
+    mean other values.
 
     Args:
         model: A model, bare or wrapped (`DeepForCausalLM`, a PEFT model, a sharded one).
 
     Returns:
-        Names as in ``model.named_parameters()``; what `Trainer.get_decay_parameter_names` returns.
+        Names as in ``model.named_parameters()``, for `Trainer.get_decay_parameter_names`.
     """
     dynamics = {
         id(parameter)

@@ -1,11 +1,11 @@
-"""How well a model predicts text: nats over documents, in windows of the model's context.
+"""Scores of a model on text: the sum of nats over documents, in windows of the model's context.
 
-Each document is scored by itself. Its first token is predicted from the separator, every other one
-from what stands before it in its window. Windows advance by `stride` tokens: with the stride equal
-to the context each token is scored in a window of its own block (and the last window reaches back
-to be full); a smaller stride gives every token a longer past and costs more. The separators are
-never scored: they have no bytes. lm-eval's `loglikelihood_rolling` makes the same windows when the
-stride is the context.
+Each document is scored on its own. Its first token is predicted from the separator, every other
+token from the tokens before it in its window. Windows advance by `stride` tokens: with a stride
+equal to the context, windows are disjoint blocks (and the last one reaches back to be full); a
+smaller stride gives tokens a longer past and takes more time. Separators are not scored, because
+they have no bytes. `loglikelihood_rolling` of lm-eval makes the same windows if the stride is the
+context.
 """
 
 import math
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from complexity_lm.data import fingerprint, separator_id
+from complexity_lm.data import fingerprint
+from complexity_lm.tokenizer import separator_id
 from inl_core.run.errors import UserError
 
 
@@ -28,8 +29,8 @@ class Score:
     """The sum of -log p over a text.
 
     Attributes:
-        nats: Of all scored tokens.
-        tokens: How many tokens were scored.
+        nats: Sum over all scored tokens.
+        tokens: Number of scored tokens.
         bytes: Length of the scored text in UTF-8.
     """
 
@@ -39,28 +40,28 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss; depends on the tokenizer."""
+        """exp(loss); depends on the tokenizer."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of text; comparable across tokenizers."""
+        """Bits per byte of text; comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs ``begin:end`` of a document with its separator in front.
+    """Inputs ``begin:end`` of a document that begins with its separator.
 
     Attributes:
         begin: First input.
-        end: Behind the last input.
-        scored: How many of its predictions count, the last ones.
+        end: One past the last input.
+        scored: Number of predictions that count, the last ones.
     """
 
     begin: int
@@ -69,11 +70,11 @@ class Window:
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """The windows in which a document's tokens are predicted, each token once.
+    """Split a document into windows that score each token once.
 
     Args:
-        tokens: Tokens to predict; the inputs are the separator and all of them but the last.
-        context: Longest window.
+        tokens: Number of tokens to predict; the inputs are the separator and all but the last.
+        context: Maximum length of a window.
         stride: Tokens scored by each window after the first.
     """
     done = 0
@@ -99,20 +100,20 @@ def score_texts(
         tokenizer: The model's.
         texts: Documents.
         context: Tokens of a window; at most the model's.
-        stride: Tokens scored by each window after a document's first; None means `context`.
-        batch_size: Windows run at once.
-        progress: Whether to show a bar.
+        stride: Tokens scored by each window after the first of a document; None means `context`.
+        batch_size: Number of windows run at once.
+        progress: Whether to show a progress bar.
 
     Raises:
         UserError: `context` or `stride` is out of range, there is no text, or the tokenizer loses
-            some of it (its ids decode to another text, so their bits are not those of the bytes).
+            some of it (its ids decode to another text, whose bytes are not those that count).
     """
     longest = int(model.config.max_position_embeddings)
     if not 1 <= context <= longest:
-        raise UserError(f"context is {context}; this model takes 1 to {longest} tokens")
+        raise UserError(f"context is {context}; this model accepts 1 to {longest} tokens")
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        raise UserError(f"stride is {stride}; expected 1 to the context, {context}")
+        raise UserError(f"stride is {stride}; expected 1 to {context}, the context")
     documents = [_encode(tokenizer, text) for text in texts]
     jobs = [
         (document, window)
@@ -121,7 +122,7 @@ def score_texts(
     ]
     if not jobs:
         raise UserError("there is no text to score")
-    # Windows of like length together: only short documents are padded, and little.
+    # Windows of similar length share a batch: only short documents are padded, and little.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     nats = torch.zeros((), dtype=torch.float64)
     for first in tqdm(
@@ -136,7 +137,7 @@ def score_texts(
 
 
 def score_report(score: Score, texts: Sequence[str]) -> dict[str, Any]:
-    """A score as the keys of a `result.json`."""
+    """Convert a score to the keys of `result.json`."""
     return {
         "metrics": {
             "loss": score.loss,
@@ -154,9 +155,8 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
         raise UserError(
-            f"the tokenizer loses some of the text that begins {text[:40]!r} (decoding its ids "
-            "gives another text): bits per byte would be those of a different text; use a "
-            "byte-level tokenizer"
+            f"the tokenizer loses some of the text that begins with {text[:40]!r} (its ids decode "
+            "to another text), so bits per byte would be wrong; use a byte-level tokenizer"
         )
     return torch.tensor([separator_id(tokenizer), *ids])
 
@@ -165,17 +165,19 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 def _batch_nats(model: PreTrainedModel, jobs: Sequence[tuple[Tensor, Window]]) -> Tensor:
     longest = max(window.end - window.begin for _, window in jobs)
     ids = torch.zeros(len(jobs), longest, dtype=torch.int64)
-    seen = torch.zeros_like(ids)
+    mask = torch.zeros_like(ids)
     targets = torch.full_like(ids, -100)
     for row, (document, window) in enumerate(jobs):
         length = window.end - window.begin
         ids[row, :length] = document[window.begin : window.end]
-        seen[row, :length] = 1
+        mask[row, :length] = 1
         begin = length - window.scored
         targets[row, begin:length] = document[window.begin + begin + 1 : window.end + 1]
-    # Attention is causal and padding is on the right: it changes no scored position.
-    mask = None if bool(seen.all()) else seen.to(model.device)
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False).logits
+    # Attention is causal and padding is on the right: it does not affect scored positions.
+    attention_mask = None if bool(mask.all()) else mask.to(model.device)
+    logits = model(
+        input_ids=ids.to(model.device), attention_mask=attention_mask, use_cache=False
+    ).logits
     if logits.dtype != torch.float64:
         logits = logits.float()
     losses = F.cross_entropy(

@@ -1,9 +1,8 @@
-"""Training: text to tokenizer, blocks, model, Trainer, a model folder and its numbers."""
+"""Training: from text to tokenizer, blocks, model, a model folder and its measurements."""
 
 import csv
 import dataclasses
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.config import TrainConfig
@@ -30,117 +28,50 @@ from complexity_lm.data import (
     count_tokens,
     load_corpus,
     pack,
-    separator_id,
     tokenize,
 )
+from complexity_lm.hub import report_errors
 from complexity_lm.loading import load, versions, weights_hash
 from complexity_lm.modeling_complexity import DeepForCausalLM
 from complexity_lm.scoring import score_report, score_texts
-from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash, train_tokenizer
+from complexity_lm.tokenizer import (
+    check_tokenizer,
+    load_tokenizer,
+    separator_id,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
 from inl_core.run.checkpoints import checkpoint_to_resume, lock_folder, step_of
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
 from inl_core.run.workers import on_main, report_dead_workers
 
-# The folder of a run: one run at a time writes in it, and where that run goes on from.
-
 STATE_FILE = "trainer_state.json"
-"""What Trainer writes into every checkpoint."""
-
-
-@contextmanager
-def open_run_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
-    """Hold a run's folder for this run, cleared of what a killed one left half-written.
-
-    Args:
-        out: The folder; made if it is not there.
-        resume: auto, none, or a checkpoint folder.
-        processes: Of the run; the main one holds the folder.
-
-    Yields:
-        The checkpoint to go on from, its checksums compared; None for a fresh start.
-
-    Raises:
-        UserError: Another run writes there, the folder is not free, there is no such checkpoint, or
-            it is damaged.
-    """
-    with ExitStack() as held:
-
-        def claim() -> Path | None:
-            if resume not in ("auto", "none") and not (Path(resume) / STATE_FILE).is_file():
-                raise UserError(
-                    f"--resume {resume} is no checkpoint folder (no {STATE_FILE} in it)"
-                )
-            held.enter_context(lock_folder(out))
-            for folder in (out, out / "checkpoints"):
-                remove_partial_writes(folder)
-            return checkpoint_to_resume(out, resume, STATE_FILE)
-
-        yield on_main(claim, processes.is_main_process, processes.num_processes)
-
-
-# Pictures of numbers: the loss curve.
-
-matplotlib.use("Agg")  # no screen is needed or wanted
-
-
-def plot_loss(log: Path, heldout: Path, target: Path) -> None:
-    """Draw the training loss over steps with its running mean, and the held-out loss.
-
-    Args:
-        log: A run's `train_log.csv`.
-        heldout: Its `heldout_log.csv`; may have no rows.
-        target: The PNG to write (aside, then renamed).
-    """
-    steps, losses = _columns(log, "loss")
-    window = max(1, len(steps) // 50)
-    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
-    at, held = _columns(heldout, "loss")
-    if len(at):
-        axes.plot(at, held, "o-", color="C1", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="nats a token", ylim=(0.9 * min([*smooth, *held]), None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(target) as aside:
-        figure.savefig(aside, format="png", dpi=120)
-    plt.close(figure)
-
-
-def _columns(path: Path, value: str) -> tuple[np.ndarray, np.ndarray]:
-    with path.open(newline="") as file:
-        rows = [(int(row["step"]), float(row[value])) for row in csv.DictReader(file)]
-    steps, values = np.array(rows).reshape(-1, 2).T
-    return steps, values
-
-
-logger = logging.getLogger(__name__)
+"""File that Trainer writes into every checkpoint."""
 
 _PROBE_BLOCKS = 4
 
 
 def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = None) -> Path:
-    """Run one training, or go on with it.
+    """Run a training, or continue it.
 
-    Writes into `out`: `config.yaml`, `tokenizer/`, `train_log.csv` (a row a step),
-    `heldout_log.csv`, `dynamics.csv` (a row a layer and look), `logs/` (tensorboard),
-    `checkpoints/step-XXXXXXXX/`, and at the end `model/` (a transformers folder with its
+    Writes into `out`: `config.yaml`, `tokenizer/`, `train_log.csv` (one row per step),
+    `heldout_log.csv`, `dynamics.csv` (one row per layer and record), `logs/` (tensorboard),
+    `checkpoints/step-XXXXXXXX/`, and at the end `model/` (a transformers folder with the
     tokenizer), `loss.png` and `result.json`.
 
     Args:
-        config: The whole run.
-        build: Makes the network from (config, tokenizer, tokens); `build_model` by default. Another
-            causal language model, known to transformers' Auto classes, trains in the same loop.
+        config: The run.
+        build: Creates the network from (config, tokenizer, tokens); `build_model` by default. Any
+            causal language model that transformers' Auto classes know can be trained this way.
 
     Returns:
         The folder of the finished model.
 
     Raises:
-        UserError: For bad input, a folder that another run writes in, a damaged checkpoint, a loss
-            that is not finite, a disk that is full, or a process of the run that is gone.
+        UserError: The input is invalid, another run writes into the folder, the checkpoint is
+            damaged, a loss is not finite, the disk is full, or a process of the run died.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available())
     try:
@@ -153,27 +84,57 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         processes.destroy_process_group()  # nothing may wait after it
 
 
+@contextmanager
+def open_run_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
+    """Lock a run's folder and remove partial files that a killed run left.
+
+    Args:
+        out: The folder; created if it does not exist.
+        resume: auto, none, or a checkpoint folder.
+        processes: Processes of the run; the main one holds the lock.
+
+    Yields:
+        The checkpoint to continue from, with its checksums verified; None for a new run.
+
+    Raises:
+        UserError: Another run writes there, the folder is not empty, or the checkpoint does not
+            exist or is damaged.
+    """
+    with ExitStack() as lock:
+
+        def open_on_main() -> Path | None:
+            lock.enter_context(lock_folder(out))
+            for folder in (out, out / "checkpoints"):
+                remove_partial_writes(folder)
+            return checkpoint_to_resume(out, resume, STATE_FILE)
+
+        yield on_main(open_on_main, processes.is_main_process, processes.num_processes)
+
+
 def _train(
     config: TrainConfig,
     build: Callable[..., PreTrainedModel],
     processes: PartialState,
     checkpoint: Path | None,
 ) -> Path:
-    out = Path(config.out)
+    out, context = Path(config.out), config.data.context
     start_step = step_of(checkpoint) if checkpoint else 0
-    measures = bool(config.data.heldout_source or config.data.holdout)
-    args = training_arguments(config, processes.num_processes, measures)
-    assert args.world_size == processes.num_processes  # or the batch would be another one
+    has_heldout = bool(config.data.heldout_source or config.data.holdout)
+    args = training_arguments(config, processes.num_processes, has_heldout)
+    assert args.world_size == processes.num_processes  # or the batch size would be another
     corpus = load_corpus(config.data)
-    with processes.main_process_first():  # one trains the tokenizer, the others read it
+    with processes.main_process_first():  # it trains the tokenizer, the others read it
         tokenizer = _tokenizer(config, corpus, out)
     tokens = tokenize(corpus.sample, tokenizer)
     heldout = tokenize(corpus.heldout, tokenizer) if corpus.heldout is not None else None
     model = build(config, tokenizer, tokens)
-    blocks = _training_blocks(config, corpus, tokens, tokenizer)
+    if corpus.streamed:
+        blocks = BlockStream(pack(tokenize(corpus.train, tokenizer), context), config.batch_size)
+    else:
+        blocks = pack(tokens, context)
     heldout_blocks = None
     if heldout is not None:
-        heldout_blocks = pack(heldout, config.data.context, "held-out")
+        heldout_blocks = pack(heldout, context, "held-out")
         heldout_blocks = heldout_blocks.take(min(config.eval_blocks, len(heldout_blocks)))
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
@@ -182,11 +143,12 @@ def _train(
         _bytes_per_token(corpus, heldout), start_step, args,
     )  # fmt: skip
     if config.dynamics_every:
-        probe = pack(tokens, config.data.context) if heldout_blocks is None else heldout_blocks
-        trainer.add_callback(_monitor(config, trainer, probe, start_step))
+        source = pack(tokens, context) if heldout_blocks is None else heldout_blocks
+        probe = collate([source[i] for i in range(min(_PROBE_BLOCKS, len(source)))])["input_ids"]
+        trainer.add_callback(DynamicsMonitor(trainer, probe, start_step))
     if processes.is_main_process:
-        with atomic_file(out / "config.yaml") as aside:
-            aside.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        with atomic_file(out / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     folder = trainer.save_final(out / "model")
@@ -200,15 +162,15 @@ def _train(
 def build_model(
     config: TrainConfig, tokenizer: PreTrainedTokenizerFast, tokens: datasets.Dataset
 ) -> DeepForCausalLM:
-    """The network of a config, with its ids those of the tokenizer.
+    """Create the network of a run, with the vocabulary of its tokenizer.
 
     Args:
-        config: The run; its seed draws the weights.
-        tokenizer: Gives the vocabulary and the special ids.
-        tokens: Tokenised training text, which balanced routing counts.
+        config: The run; its seed determines the weights.
+        tokenizer: Provides the vocabulary and the special ids.
+        tokens: Tokenised training text, counted for balanced routing.
 
     Raises:
-        UserError: The settings do not make a model, or the vocabulary is smaller than the
+        UserError: The settings are not those of a model, or the vocabulary is smaller than the
             tokenizer.
     """
     settings: dict[str, Any] = {
@@ -222,86 +184,59 @@ def build_model(
         "num_experts": config.model.num_experts,
     }
     torch.manual_seed(config.seed)
-    try:
-        made = DeepConfig.from_preset(config.model.preset, **(settings | config.model.overrides))
-        model = DeepForCausalLM(made)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"this model cannot be built: {error}") from error
-    check_tokenizer(tokenizer, made, trained_with=None)
-    if config.data.context > made.max_position_embeddings:
+    with report_errors(
+        "cannot build this model", kinds=(TypeError, ValueError, StrictDataclassError)
+    ):
+        overrides = settings | config.model.overrides
+        model_config = DeepConfig.from_preset(config.model.preset, **overrides)
+        model = DeepForCausalLM(model_config)
+    check_tokenizer(tokenizer, model_config, trained_with=None)
+    if config.data.context > model_config.max_position_embeddings:
         raise UserError(
-            f"data.context is {config.data.context}, and the model is made for "
-            f"{made.max_position_embeddings} tokens (max_position_embeddings)"
+            f"data.context is {config.data.context}, but the model is made for "
+            f"{model_config.max_position_embeddings} tokens (max_position_embeddings)"
         )
-    if made.num_experts and config.model.routing_scheme == "balanced":
-        model.balance_experts(count_tokens(tokens, made.vocab_size))
+    if model_config.num_experts and config.model.routing_scheme == "balanced":
+        model.balance_experts(count_tokens(tokens, model_config.vocab_size))
     return model.to(getattr(torch, config.model.dtype))
 
 
 def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedTokenizerFast:
-    """The run's tokenizer, saved in its folder once: a resumed run must not train another."""
+    """Return the run's tokenizer, saved once so that a resumed run does not train another."""
     folder = out / "tokenizer"
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     if not folder.is_dir():
-        made = given or train_tokenizer(corpus.sample["text"], config.tokenizer.vocab_size)
-        with atomic_folder(folder) as aside:
-            made.save_pretrained(aside)
+        new = given or train_tokenizer(corpus.sample["text"], config.tokenizer.vocab_size)
+        with atomic_folder(folder) as partial:
+            new.save_pretrained(partial)
     tokenizer = load_tokenizer(folder)
     if given is not None and tokenizer_hash(given) != tokenizer_hash(tokenizer):
         raise UserError(
-            f"{config.tokenizer.path} is not the tokenizer that this run began with ({folder}); "
+            f"{config.tokenizer.path} is not the tokenizer that this run started with ({folder}); "
             "leave tokenizer.path as it was, or choose another --out"
         )
     return tokenizer
 
 
-def _training_blocks(
-    config: TrainConfig,
-    corpus: Corpus,
-    tokens: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-) -> datasets.Dataset | BlockStream:
-    if not corpus.streamed:
-        return pack(tokens, config.data.context, "training")
-    blocks = pack(tokenize(corpus.train, tokenizer), config.data.context)
-    return BlockStream(blocks, config.batch_size)
-
-
 def _bytes_per_token(corpus: Corpus, heldout: datasets.Dataset | None) -> float:
-    """Of the held-out text, separators counted as tokens: the blocks have them too."""
+    """Average over the held-out text, with separators as tokens because the blocks contain them."""
     if heldout is None or corpus.heldout is None:
         return math.nan
     size = sum(len(text.encode()) for text in corpus.heldout["text"])
     return size / sum(map(len, heldout["input_ids"]))
 
 
-def _monitor(
-    config: TrainConfig, trainer: LMTrainer, blocks: datasets.Dataset, start_step: int
-) -> DynamicsMonitor:
-    probe = collate([blocks[i] for i in range(min(_PROBE_BLOCKS, len(blocks)))])["input_ids"]
-    return DynamicsMonitor(
-        Path(config.out) / "dynamics.csv",
-        probe,
-        config.dynamics_every,
-        start_step,
-        trainer.log_to_tracker,
-        lambda: trainer.accelerator.autocast(),
-        trainer.is_world_process_zero(),
-    )
-
-
 def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
-    """Measure the saved model, not the one in memory, on all held-out text."""
-    with (Path(config.out) / "train_log.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    """Measure the saved model, rather than the one in memory, on all held-out text."""
+    losses = _read_columns(Path(config.out) / "train_log.csv", "loss")[1].tolist()
     last = losses[-max(1, len(losses) // 50) :]
-    result: dict[str, Any] = {"metrics": {"train_loss": sum(last) / len(last)}}
+    result: dict[str, Any] = {"metrics": {}}
     loaded = load(str(folder))
     if corpus.heldout is not None:
         texts = list(corpus.heldout["text"])
         score = score_texts(loaded.model, loaded.tokenizer, texts, config.data.context)
         result = score_report(score, texts)
-        result["metrics"]["train_loss"] = sum(last) / len(last)
+    result["metrics"]["train_loss"] = sum(last) / len(last)
     result |= {
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "tokens_trained": config.steps * config.batch_size * config.data.context,
@@ -309,5 +244,38 @@ def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
         "versions": versions(),
         "weights_sha256": weights_hash(loaded.model),
     }
-    with atomic_file(Path(config.out) / "result.json") as aside:
-        aside.write_text(json.dumps(result, indent=2) + "\n")
+    with atomic_file(Path(config.out) / "result.json") as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def plot_loss(log: Path, heldout_log: Path, target: Path) -> None:
+    """Plot the training loss over steps with its running mean, and the held-out loss.
+
+    Args:
+        log: A run's `train_log.csv`.
+        heldout_log: Its `heldout_log.csv`; may have no rows.
+        target: The PNG to write.
+    """
+    steps, losses = _read_columns(log, "loss")
+    window = max(1, len(steps) // 50)
+    mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} steps")
+    heldout_steps, heldout = _read_columns(heldout_log, "loss")
+    if len(heldout):
+        axes.plot(heldout_steps, heldout, "o-", color="C1", markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="nats per token", ylim=(0.9 * min([*mean, *heldout]), None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(target) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _read_columns(path: Path, value: str) -> tuple[np.ndarray, np.ndarray]:
+    """The step column of a CSV log, and another one."""
+    with path.open(newline="") as file:
+        rows = [(int(row["step"]), float(row[value])) for row in csv.DictReader(file)]
+    steps, values = np.array(rows).reshape(-1, 2).T
+    return steps, values

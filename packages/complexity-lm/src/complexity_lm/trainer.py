@@ -1,18 +1,16 @@
-"""`transformers.Trainer` with this package's rules: order of data, weight decay, whole checkpoints.
+"""`transformers.Trainer` with this package's data order, weight decay, logs and checkpoints.
 
-A checkpoint folder `step-XXXXXXXX` holds what Trainer writes: the weights as safetensors with the
-tokenizer (it loads with `from_pretrained`), and, to go on from it, `trainer_state.json`,
+A checkpoint folder `step-XXXXXXXX` contains what Trainer writes: the weights as safetensors with
+the tokenizer (it loads with `from_pretrained`), and, to resume, `trainer_state.json`,
 `optimizer.pt`, `scheduler.pt` and `rng_state*.pth`. The last three are PyTorch files, which Trainer
 reads with `weights_only=True`: that unpickler builds tensors, numbers and containers and runs no
 code (for the generator states it may build numpy arrays too). `training_args.bin`, a full pickle
-that nothing reads, is removed. `SHA256SUMS` lists them all; it is compared before a run goes on.
+that nothing reads, is removed. `SHA256SUMS` lists all files and is verified before a run resumes.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from complexity_lm.config import TrainConfig
 from complexity_lm.data import BlockOrder, BlockStream, collate
 from complexity_lm.loading import check_dynamics, check_shapes, write_training_file
 from complexity_lm.parameters import decay_parameter_names
+from complexity_lm.sources import is_streamed
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.checkpoints import (
     drop_old_checkpoints,
@@ -47,147 +46,41 @@ from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
 
-# The curve of a run's steps: gathered on the device, written in batches.
-
-
-class StepLog:
-    """Loss and gradient norm of every step, kept on the device until a flush writes them out.
-
-    Asking for each loss at once would make the device wait for the host at every step.
-
-    Args:
-        path: The CSV, a row a step.
-        accelerator: Averages the losses of the processes.
-        start_step: The step that the run starts behind.
-    """
-
-    fields = ("step", "loss", "grad_norm", "lr")
-
-    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
-        self.accelerator = accelerator
-        self.file = CsvLog(path, self.fields, start_step) if accelerator.is_main_process else None
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss, grad_norm, lr))
-
-    def flush(self) -> list[tuple[int, float, float, float]]:
-        """Write what was added and return it, losses averaged over the processes.
-
-        Rows from the first that is not finite on are returned but not written.
-        """
-        if not self.pending:
-            return []
-        numbers = torch.stack(
-            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.pending]
-        ).double()
-        means: Any = self.accelerator.reduce(numbers, "mean")
-        rows = [
-            (step, loss, norm, lr)
-            for (step, _, _, lr), (loss, norm) in zip(self.pending, means.tolist(), strict=True)
-        ]
-        self.pending.clear()
-        finite = means.isfinite().all(dim=1).tolist()
-        if self.file:
-            self.file.write(rows[: finite.index(False)] if False in finite else rows)
-        return rows
-
-
-# Watching the dynamics during training: a fixed text, seen through the model every n steps.
-
-
-class DynamicsMonitor(TrainerCallback):
-    """Every `every` steps: a row a layer into a CSV, and the same numbers to the tracker.
-
-    Args:
-        path: The CSV; columns are step, layer and inl_core's `DYNAMICS_COLUMNS`.
-        probe: Token ids (B, N), the same at every look.
-        every: Steps between looks.
-        start_step: The step that a resumed run starts behind.
-        log: Sends numbers to the tracker.
-        autocast: Makes the context of the training's forward.
-        is_main: Whether this process writes; all of them run the forward, which may be sharded.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        probe: Tensor,
-        every: int,
-        start_step: int,
-        log: Callable[[dict[str, float]], None],
-        autocast: Callable[[], AbstractContextManager],
-        is_main: bool,
-    ) -> None:
-        self.probe, self.every, self.log, self.autocast = probe, every, log, autocast
-        fields = ("step", "layer", *DYNAMICS_COLUMNS)
-        self.file = CsvLog(path, fields, start_step) if is_main else None
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Look, if it is time."""
-        if state.global_step % self.every:
-            return
-        model = kwargs["model"]
-        with self.autocast():
-            probe = {"input_ids": self.probe.to(model.device), "use_cache": False}
-            found = read_dynamics(model, probe)
-        if self.file and found:
-            self.file.write(
-                [state.global_step, name, *(stats[key] for key in DYNAMICS_COLUMNS)]
-                for name, stats in found.items()
-            )
-            self.log(
-                {
-                    f"dynamics/{name}/{key}": value
-                    for name, stats in found.items()
-                    for key, value in stats.items()
-                }
-            )
-
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
-    """A run's settings in Trainer's words.
+    """Translate the settings of a run for Trainer.
 
     Args:
         config: The run.
-        processes: How many processes train.
-        evaluate: Whether there is held-out text to measure on the way.
+        processes: Number of training processes.
+        evaluate: Whether there is held-out text to measure during training.
 
     Raises:
-        UserError: The batch cannot be split, or a number is out of range.
+        UserError: The batch cannot be split evenly.
     """
-    share = processes * config.gradient_accumulation_steps
-    if config.batch_size < 1 or config.batch_size % share:
+    parts = processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
             f"{processes} x {config.gradient_accumulation_steps}"
         )
-    for name in ("steps", "log_every", "checkpoint_every", "eval_blocks"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; expected at least 1")
     optim = config.optim
     return TrainingArguments(
-        # Trainer writes here, and whole checkpoints are moved out of it.
+        # Trainer writes here; complete checkpoints are moved out of it.
         output_dir=str(Path(config.out) / "checkpoints" / ".trainer.partial"),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // share,
-        per_device_eval_batch_size=max(1, config.batch_size // share),
+        per_device_train_batch_size=config.batch_size // parts,
+        per_device_eval_batch_size=config.batch_size // parts,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        # A streamed source finds its place by itself.
-        ignore_data_skip=config.data.source.startswith("hub:"),
+        # A stream restores its position itself.
+        ignore_data_skip=is_streamed(config.data.source),
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),
         bf16=config.mixed_precision == "bf16",
         torch_compile=config.compile,
         activation_checkpointing=config.gradient_checkpointing,
-        # The model gives every parameter a gradient, so that nobody has to look for unused ones.
+        # The model gives every parameter a gradient, so there is no need to search for unused ones.
         ddp_find_unused_parameters=False,
         optim="adamw_torch_fused",
         learning_rate=optim.lr,
@@ -209,6 +102,49 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
     )
 
 
+class StepLog:
+    """Loss and gradient norm of every step, kept on the device until they are flushed.
+
+    Reading each loss at once would make the device wait for the host at every step.
+
+    Args:
+        path: The CSV, one row per step.
+        accelerator: Averages the losses of the processes.
+        start_step: Step of the checkpoint that the run continues from, or 0.
+    """
+
+    fields = ("step", "loss", "grad_norm", "lr")
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.file = CsvLog(path, self.fields, start_step) if accelerator.is_main_process else None
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss, grad_norm, lr))
+
+    def flush(self) -> list[tuple[int, float, float, float]]:
+        """Write the pending rows and return them, losses averaged over the processes.
+
+        From the first row that is not finite on, rows are returned but not written.
+        """
+        if not self.pending:
+            return []
+        numbers = torch.stack(
+            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.pending]
+        ).double()
+        means: Any = self.accelerator.reduce(numbers, "mean")
+        rows = [
+            (step, loss, norm, lr)
+            for (step, _, _, lr), (loss, norm) in zip(self.pending, means.tolist(), strict=True)
+        ]
+        self.pending.clear()
+        finite = means.isfinite().all(dim=1).tolist()
+        if self.file:
+            self.file.write(rows[: finite.index(False)] if False in finite else rows)
+        return rows
+
+
 class LMTrainer(Trainer):
     """Trainer for packed blocks.
 
@@ -217,10 +153,10 @@ class LMTrainer(Trainer):
         model: The network.
         tokenizer: Saved with every checkpoint.
         train: Blocks in memory or a `BlockStream`.
-        heldout: Held-out blocks measured on the way, None for none.
-        bytes_per_token: Of the held-out text, to turn its loss into bits per byte.
-        start_step: The step that a resumed run starts behind.
-        args: What `training_arguments` made.
+        heldout: Held-out blocks to measure during training, or None.
+        bytes_per_token: Of the held-out text, to convert its loss to bits per byte.
+        start_step: Step of the checkpoint that the run continues from, or 0.
+        args: Result of `training_arguments`.
     """
 
     def __init__(
@@ -253,9 +189,9 @@ class LMTrainer(Trainer):
             self.heldout_log = CsvLog(self.folder / "heldout_log.csv", fields, start_step)
         self._step_loss: Tensor | None = None
         self.remove_callback(ProgressCallback)
-        self.add_callback(_Watch(self))
+        self.add_callback(_Progress(self))
 
-    # Order, decay, losses -----------------------------------------------------------------------
+    # Data order, weight decay, losses -----------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.stream is not None:
@@ -264,13 +200,13 @@ class LMTrainer(Trainer):
         return BlockOrder(len(self.train_dataset), draws, self.config.seed)  # pyright: ignore[reportArgumentType]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The model's documented rule instead of Trainer's guess by names."""
+        """Apply the documented rule of the model instead of Trainer's guess by names."""
         return decay_parameter_names(model)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Trainer's own, noting the loss."""
+        """Run Trainer's step and record the loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
@@ -285,7 +221,7 @@ class LMTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own, with bits per byte beside the held-out loss."""
+        """Log as Trainer does, with bits per byte in addition to the held-out loss."""
         if "eval_loss" in logs:
             bits = logs["eval_loss"] / math.log(2) / self.bytes_per_token
             logs["eval_bits_per_byte"] = bits
@@ -294,28 +230,28 @@ class LMTrainer(Trainer):
         super().log(logs, start_time)
 
     def log_to_tracker(self, logs: dict[str, float]) -> None:
-        """To the tracker only: what `log` gets, `trainer_state.json` keeps for ever.
+        """Send numbers to the tracker only; those passed to `log` stay in `trainer_state.json`.
 
-        Not by way of the callback handler, which would take this for the step's own log and drop
-        that one, here and not in the other processes.
+        The callbacks are called directly: the callback handler would take this for the log of the
+        step and drop the latter, in this process but not in the others.
         """
         for callback in self.callback_handler.callbacks:
             callback.on_log(self.args, self.state, self.control, logs=logs)
 
     def stop_if_not_finite(self) -> float | None:
-        """Write pending losses; returns the last one.
+        """Write pending losses and return the last one.
 
         Raises:
-            UserError: Naming the first step whose loss or gradient norm is not finite.
+            UserError: A loss or gradient norm is not finite; names the first such step.
         """
         rows = self.steps_log.flush()
         for step, loss, norm, _ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = latest_checkpoint(self.folder / "checkpoints")
+                last = latest_checkpoint(self.folder / "checkpoints")
                 optim = self.config.optim
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {norm}; training stopped. The last "
-                    f"good checkpoint is {kept or 'none'}: lower --optim.lr (now {optim.lr:g}) or "
+                    f"good checkpoint is {last or 'none'}: lower --optim.lr (now {optim.lr:g}) or "
                     f"raise --optim.warmup_steps (now {optim.warmup_steps}), then --resume auto"
                 )
         return rows[-1][1] if rows else None
@@ -323,85 +259,88 @@ class LMTrainer(Trainer):
     # Checkpoints --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's own into a scratch folder, renamed when every process has written its part."""
+        """Save as Trainer does, into a partial folder that is renamed once all processes wrote."""
         checkpoints = self.folder / "checkpoints"
         partial = Path(str(self.args.output_dir))
         step = self.state.global_step
         target = folder_of_step(checkpoints, step)
-        main = self.is_world_process_zero()
-        if main:
+        is_main = self.is_world_process_zero()
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if main:
+            if is_main:
                 written = partial / f"checkpoint-{step}"
-                (written / "training_args.bin").unlink(missing_ok=True)
-                write_training_file(written, self.config.data, self.tokenizer)
+                self._complete(written)
                 if self.stream is not None:
                     self.stream.save(written, step * self.config.batch_size)
                 write_sums(written)
                 _move(written, target)
                 drop_old_checkpoints(checkpoints, self.config.keep_last)
-        except (
-            Exception
-        ) as error:  # safetensors and torch report a full disk as errors of their own
-            kept = latest_checkpoint(checkpoints)
+        # safetensors and torch raise errors of their own for a full disk.
+        except Exception as error:
+            last = latest_checkpoint(checkpoints)
             raise UserError(
-                f"could not write {target}: {error}; the last good checkpoint is {kept or 'none'}: "
-                "free space (or choose another --out) and go on with --resume auto"
+                f"could not write {target}: {error}; the last good checkpoint is {last or 'none'}: "
+                "free space (or choose another --out) and continue with --resume auto"
             ) from error
         finally:
-            if main:
+            if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def save_final(self, target: Path) -> Path:
-        """Write the model folder: weights, tokenizer, and what it was trained with.
+        """Write the model folder: weights, tokenizer, and the training file.
 
-        Every process calls it; a sharded model is gathered.
+        To be called in every process, because a sharded model is gathered.
         """
         partial = target.with_name(f".trainer.{target.name}.partial")
         self.save_model(str(partial), _internal_call=True)
         if self.is_world_process_zero():
-            (partial / "training_args.bin").unlink(missing_ok=True)
-            write_training_file(partial, self.config.data, self.tokenizer)
+            self._complete(partial)
             _move(partial, target)
             shutil.rmtree(partial)
         return target
+
+    def _complete(self, folder: Path) -> None:
+        """Remove the pickle that Trainer wrote into a model folder, and add the training file."""
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        write_training_file(folder, self.config.data, self.tokenizer)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         assert isinstance(self.model, PreTrainedModel)
-        check_dynamics(self.model.config, Path(resume_from_checkpoint))
-        check_shapes(self.model, Path(resume_from_checkpoint))
+        checkpoint = Path(resume_from_checkpoint)
+        check_dynamics(self.model.config, checkpoint)
+        check_shapes(self.model, checkpoint)
         if self.stream is not None:
-            self.stream.load(Path(resume_from_checkpoint))
+            self.stream.load(checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _move(written: Path, target: Path) -> None:
-    """Give what Trainer has written its final name, whole or not at all."""
+    """Move the files that Trainer wrote to their final folder, all or none."""
     with atomic_folder(target) as folder:
         for path in written.iterdir():
             path.replace(folder / path.name)
 
 
-class _Watch(ProgressCallback):
-    """The bar, and a look at the losses before anything is logged, measured or saved."""
+class _Progress(ProgressCallback):
+    """Progress bar, and a check of the losses before anything is logged, measured or saved."""
 
     def __init__(self, trainer: LMTrainer) -> None:
         super().__init__()
         self.trainer = trainer
-        self.first_step, self.begin = 0, 0.0
+        self.first_step, self.start = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.first_step, self.begin = state.global_step, time.perf_counter()
+        self.first_step, self.start = state.global_step, time.perf_counter()
         self.current_step = state.global_step
         if self.training_bar is not None:
             self.training_bar.set_description("training")
@@ -414,21 +353,54 @@ class _Watch(ProgressCallback):
         if control.should_log or control.should_evaluate or control.should_save:
             loss = self.trainer.stop_if_not_finite()
             if self.training_bar is not None and loss is not None:
-                speed = self.tokens_per_second(state)
+                config = self.trainer.config
+                steps = state.global_step - self.first_step
+                tokens = steps * config.batch_size * config.data.context
+                speed = tokens / (time.perf_counter() - self.start)
                 self.training_bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:.0f}")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Say nothing: the bar carries the loss, the files and the tracker the rest."""
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing: the bar shows the loss, the files and the tracker get the rest."""
 
-    def tokens_per_second(self, state: TrainerState) -> float:
-        """Tokens trained a second since this call of `train` began."""
-        config = self.trainer.config
-        done = (state.global_step - self.first_step) * config.batch_size * config.data.context
-        return done / (time.perf_counter() - self.begin)
+
+class DynamicsMonitor(TrainerCallback):
+    """Record the dynamics on a fixed text, one row per layer in `dynamics.csv`, and in the tracker.
+
+    The columns are step, layer and `inl_core.DYNAMICS_COLUMNS`. All processes run the forward pass,
+    because the model may be sharded.
+
+    Args:
+        trainer: The trainer, whose config names the folder and the interval.
+        probe: Token ids (B, N).
+        start_step: Step of the checkpoint that the run continues from, or 0.
+    """
+
+    def __init__(self, trainer: LMTrainer, probe: Tensor, start_step: int) -> None:
+        self.trainer, self.probe = trainer, probe
+        self.file = None
+        if trainer.is_world_process_zero():
+            fields = ("step", "layer", *DYNAMICS_COLUMNS)
+            self.file = CsvLog(trainer.folder / "dynamics.csv", fields, start_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the dynamics every `dynamics_every` steps."""
+        if state.global_step % self.trainer.config.dynamics_every:
+            return
+        model = kwargs["model"]
+        with self.trainer.accelerator.autocast():
+            probe = {"input_ids": self.probe.to(model.device), "use_cache": False}
+            layers = read_dynamics(model, probe)
+        if self.file and layers:
+            self.file.write(
+                [state.global_step, name, *(stats[key] for key in DYNAMICS_COLUMNS)]
+                for name, stats in layers.items()
+            )
+            self.trainer.log_to_tracker(
+                {
+                    f"dynamics/{name}/{key}": value
+                    for name, stats in layers.items()
+                    for key, value in stats.items()
+                }
+            )
