@@ -11,6 +11,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 from complexity_lm.config import (
@@ -57,6 +59,20 @@ def lively_model(attn_implementation: str = "sdpa", **overrides) -> DeepForCausa
     return model
 
 
+def word_tokenizer(*words: str, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; the first one stands for unknown words."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+@pytest.fixture
+def words() -> Callable[..., PreTrainedTokenizerFast]:
+    """Create a tokenizer of whole words."""
+    return word_tokenizer
+
+
 @pytest.fixture
 def tiny() -> Callable[..., DeepConfig]:
     """Create a configuration with three layers of width 32 and 64 ids."""
@@ -67,6 +83,25 @@ def tiny() -> Callable[..., DeepConfig]:
 def lively() -> Callable[..., DeepForCausalLM]:
     """Create a model of that size whose weights all affect the logits."""
     return lively_model
+
+
+@pytest.fixture
+def fit() -> Callable[..., list[float]]:
+    """Train a model on one batch with AdamW; returns the losses."""
+
+    def run(model: torch.nn.Module, ids: torch.Tensor, steps: int, lr: float) -> list[float]:
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=lr)
+        losses = []
+        for _ in range(steps):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    return run
 
 
 @pytest.fixture

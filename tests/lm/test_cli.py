@@ -165,6 +165,9 @@ def test_invalid_input_exits_with_status_2_and_a_message(command, trained, texts
         ([*start, tmp_path / "e", "--model.preset=2m"], "choose from: 15m"),
         ([*start, tmp_path / "f", "--optim.lr=1e30", "--steps=8"], "training stopped"),
         ([*start, tmp_path / "g", "--tokenizer.path", tmp_path / "none"], "no such folder"),
+        ([*start, tmp_path / "h", "--steps=0"], "steps is 0; expected at least 1"),
+        ([*start, tmp_path / "h", "--data.context=1"], "data.context is 1; a block needs"),
+        (["evaluate", trained, "--data.holdout=2"], "data.holdout is 2"),
     ]  # fmt: skip
     for arguments, words in cases:
         status, _, err = command(*arguments)

@@ -6,10 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-pytestmark = [
-    # torch's own imports while compiling.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
 
 
 @pytest.mark.slow
@@ -45,7 +42,7 @@ def test_compiled_generation_gives_the_eager_text(lively, ids, experts) -> None:
 
 # PEFT uses a deprecated name of transformers.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_trains_its_weights_only_and_merges(lively, ids) -> None:
+def test_lora_trains_its_weights_only_and_merges(lively, ids, fit) -> None:
     peft = pytest.importorskip("peft")
     base = lively(num_experts=3).double()
     before = copy.deepcopy(base)
@@ -57,14 +54,7 @@ def test_lora_trains_its_weights_only_and_merges(lively, ids) -> None:
     assert len(trained) == 3 * 3 * 2
     assert all("lora_" in name for name in trained)
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(model, ids, 12, 1e-2)
     assert losses[-1] < losses[0] - 0.1
 
     model.eval()

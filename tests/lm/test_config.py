@@ -18,12 +18,9 @@ def test_defaults() -> None:
     config = DeepConfig()
     assert config.model_type == "complexity-deep"
     assert (config.dynamics_placement, config.dynamics_adaptive) == ("force_mlp", "channel")
-    assert (ModelConfig.dynamics_placement, ModelConfig.dynamics_adaptive) == (
-        config.dynamics_placement,
-        config.dynamics_adaptive,
-    )
-    assert (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate) == (0.5, 0.01, 0.99)
-    assert config.dynamics_dt == 1.0
+    run = ModelConfig()
+    assert (run.dynamics_placement, run.dynamics_adaptive) == ("force_mlp", "channel")
+    assert coefficients(config) == (0.5, 0.01, 0.99, 1.0)
     assert (config.dynamics_beta_max, config.dynamics_velocity_max) == (2.0, 10.0)
     assert (config.dynamics_mu_min, config.dynamics_mu_max) == (0.0, 2.0)
     assert config.num_experts == 0
@@ -32,12 +29,14 @@ def test_defaults() -> None:
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def coefficients(config: DeepConfig) -> tuple:
+    return tuple(getattr(config, f"dynamics_{name}") for name in ("alpha", "beta", "gate", "dt"))
+
+
 def test_placements_of_the_paper_have_its_coefficients() -> None:
     for placement in ("stream", "branch"):
         config = DeepConfig(dynamics_placement=placement, dynamics_adaptive="token")
-        values = (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate)
-        assert values == (0.9, 0.1, 0.5)
-        assert config.dynamics_dt == 0.1
+        assert coefficients(config) == (0.9, 0.1, 0.5, 0.1)
 
 
 def test_a_saved_config_contains_its_dynamics(tmp_path: Path) -> None:
@@ -53,9 +52,7 @@ def test_a_saved_config_contains_its_dynamics(tmp_path: Path) -> None:
 
 
 def test_force_has_its_own_defaults_and_explicit_values_take_precedence() -> None:
-    config = DeepConfig(dynamics_placement="force")
-    values = (config.dynamics_alpha, config.dynamics_beta, config.dynamics_gate, config.dynamics_dt)
-    assert values == (0.5, 0.01, 0.99, 1.0)
+    assert coefficients(DeepConfig(dynamics_placement="force")) == (0.5, 0.01, 0.99, 1.0)
     explicit = DeepConfig(dynamics_placement="force", dynamics_alpha=0.7, dynamics_dt=1)
     assert (explicit.dynamics_alpha, explicit.dynamics_dt) == (0.7, 1.0)
     assert isinstance(explicit.dynamics_dt, float)
@@ -78,21 +75,16 @@ def test_a_window_makes_every_layer_slide_by_default() -> None:
     assert set(DeepConfig(sliding_window=8).layer_types or []) == {"sliding_attention"}
 
 
+FIXED = {
+    "dynamics_placement": "force", "dynamics_adaptive": "lite", "dynamics_alpha": 0,
+    "dynamics_beta": 0, "dynamics_gate": 1, "dynamics_beta_max": None,
+    "dynamics_velocity_max": None, "dynamics_mu_min": None, "dynamics_mu_max": None,
+}  # fmt: skip
 SETTINGS = [
     {},
     {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "num_experts": 4},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
-    {
-        "dynamics_placement": "force",
-        "dynamics_adaptive": "lite",
-        "dynamics_alpha": 0,
-        "dynamics_beta": 0,
-        "dynamics_gate": 1,
-        "dynamics_beta_max": None,
-        "dynamics_velocity_max": None,
-        "dynamics_mu_min": None,
-        "dynamics_mu_max": None,
-    },
+    FIXED,
     {"dynamics_placement": "none", "eos_token_id": [1, 2], "tie_word_embeddings": False},
     {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
     {"num_experts": 3, "expert_intermediate_size": 512, "routing_scheme": "balanced"},

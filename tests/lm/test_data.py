@@ -172,6 +172,11 @@ def test_empty_files_are_rejected(tmp_path):
         load_corpus(DataConfig(source=f"text:{tmp_path}"))
 
 
+def block_stream(rows, tokenizer) -> BlockStream:
+    corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
+    return BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
+
+
 def test_a_stream_is_split_by_content(rows):
     config = DataConfig(source=f"hub:{rows}", heldout_documents=20, sample_documents=100)
     corpus = load_corpus(config)
@@ -187,44 +192,37 @@ def test_a_stream_is_split_by_content(rows):
 def test_a_stream_resumes_where_it_stopped(rows, tokenizer, tmp_path_factory):
     checkpoint = tmp_path_factory.mktemp("checkpoint")
 
-    def stream() -> BlockStream:
-        corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
-        return BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
-
     def ids(blocks):
         return [list(block["input_ids"]) for block in blocks]
 
-    once = ids(islice(iter(stream()), 900))
+    once = ids(islice(iter(block_stream(rows, tokenizer)), 900))
     assert len({tuple(block) for block in once}) < 900  # the stream restarted
     for stop, read_ahead in ((8, 0), (40, 3), (44, 11), (700, 16)):
-        first = stream()
+        first = block_stream(rows, tokenizer)
         assert ids(islice(iter(first), stop + read_ahead)) == once[: stop + read_ahead]
         first.save(checkpoint, stop)
-        second = stream()
+        second = block_stream(rows, tokenizer)
         second.load(checkpoint)
         assert ids(islice(iter(second), 100)) == once[stop : stop + 100]
 
 
 def test_an_interrupted_stream_names_the_block(rows, tokenizer, monkeypatch):
-    corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
-    blocks = pack(tokenize(corpus.train, tokenizer), 24)
-    stream = BlockStream(blocks, every=8)
-    real = type(blocks).__iter__
+    stream = block_stream(rows, tokenizer)
+    blocks = type(stream.blocks)
+    real = blocks.__iter__
 
     def breaking(self):
         yield from islice(real(self), 5)
         raise ConnectionError("the network is gone")
 
-    monkeypatch.setattr(type(blocks), "__iter__", breaking)
+    monkeypatch.setattr(blocks, "__iter__", breaking)
     with pytest.raises(UserError, match=r"after block 5: the network is gone.*--resume auto"):
         list(islice(iter(stream), 9))
 
 
 def test_a_missing_stream_position_is_rejected(rows, tokenizer, tmp_path_factory):
-    corpus = load_corpus(DataConfig(source=f"hub:{rows}"))
-    stream = BlockStream(pack(tokenize(corpus.train, tokenizer), 24), every=8)
     with pytest.raises(UserError, match="cannot read the position"):
-        stream.load(tmp_path_factory.mktemp("empty"))
+        block_stream(rows, tokenizer).load(tmp_path_factory.mktemp("empty"))
 
 
 @pytest.mark.parametrize(

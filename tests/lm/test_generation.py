@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -13,15 +12,14 @@ from transformers import (
     pipeline,
 )
 
-WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 64))]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(words) -> PreTrainedTokenizerFast:
     """A tokenizer with sixty-two words, an end and a padding token."""
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    names = (f"w{i}" for i in range(2, 64))
+    return words("<pad>", "<eos>", *names, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture(params=[0, 3], ids=["dense", "routed"])
@@ -54,10 +52,9 @@ def test_a_batch_of_mixed_lengths_equals_single_texts(model, ids) -> None:
     for row, text in enumerate(texts):
         batch[row, -len(text) :] = text
         mask[row, -len(text) :] = 1
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    together = model.double().generate(batch, attention_mask=mask, **how)
+    together = model.double().generate(batch, attention_mask=mask, **GREEDY)
     for row, text in enumerate(texts):
-        alone = model.generate(text[None], attention_mask=torch.ones(1, len(text)), **how)
+        alone = model.generate(text[None], attention_mask=torch.ones(1, len(text)), **GREEDY)
         assert torch.equal(together[row, -6:], alone[0, -6:]), lengths[row]
 
 
@@ -85,9 +82,10 @@ def test_beam_search_finds_a_better_text_than_greedy(model, ids) -> None:
             scores = model(text).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
         return scores.gather(-1, text[:, ids.shape[1] :, None]).sum((1, 2))
 
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    greedy = log_likelihood(model.generate(ids, **how))
-    out = model.generate(ids, **how, num_beams=4, return_dict_in_generate=True, output_scores=True)
+    greedy = log_likelihood(model.generate(ids, **GREEDY))
+    out = model.generate(
+        ids, **GREEDY, num_beams=4, return_dict_in_generate=True, output_scores=True
+    )
     beam = log_likelihood(out.sequences)
     # The score summed over cached, reordered steps equals that of one full forward.
     torch.testing.assert_close(out.sequences_scores * 6, beam, rtol=1e-4, atol=1e-4)
@@ -105,18 +103,17 @@ def test_assisted_decoding_gives_the_greedy_text(model, lively, ids) -> None:
 
 def test_generation_from_embeddings(model, ids) -> None:
     embeddings = model.get_input_embeddings()(ids)
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    want = model.generate(ids, **how)[:, ids.shape[1] :]
+    want = model.generate(ids, **GREEDY)[:, ids.shape[1] :]
     for beams in (1, 2):
-        got = model.generate(inputs_embeds=embeddings, routing_ids=ids, num_beams=beams, **how)
+        got = model.generate(inputs_embeds=embeddings, routing_ids=ids, num_beams=beams, **GREEDY)
         if beams == 1:
             assert torch.equal(got, want)
         else:
-            alike = model.generate(ids, num_beams=beams, **how)[:, ids.shape[1] :]
+            alike = model.generate(ids, num_beams=beams, **GREEDY)[:, ids.shape[1] :]
             assert torch.equal(got, alike)
     if model.config.num_experts:
         with pytest.raises(ValueError, match="give routing_ids"):
-            model.generate(inputs_embeds=embeddings, **how)
+            model.generate(inputs_embeds=embeddings, **GREEDY)
 
 
 def test_routing_ids_may_differ_from_the_input_ids(lively, ids) -> None:

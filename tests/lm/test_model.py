@@ -27,7 +27,6 @@ def assert_exact_start(dynamics: INLDynamics, alpha: float, beta: float, gate: f
     assert dynamics.mu.eq(0).all()
 
 
-# ------------------------------------------------------------------------------------------------
 # Initial weights
 
 
@@ -105,19 +104,15 @@ def test_loading_keeps_saved_weights_and_initialises_missing_ones(lively, tmp_pa
             assert torch.equal(partly.state_dict()[name], value), name
 
 
-# ------------------------------------------------------------------------------------------------
 # Outputs
 
 
 def test_force_without_inertia_and_spring_equals_the_plain_residual(lively, ids) -> None:
     plain = lively(dynamics_placement="none").double()
-    settings = {"dynamics_alpha": 0, "dynamics_beta": 0, "dynamics_gate": 1, "dynamics_dt": 1}
     force = lively(
-        dynamics_placement="force",
-        dynamics_adaptive="lite",
-        dynamics_velocity_max=None,
-        **settings,
-    ).double()
+        dynamics_placement="force", dynamics_adaptive="lite", dynamics_velocity_max=None,
+        dynamics_alpha=0, dynamics_beta=0, dynamics_gate=1, dynamics_dt=1,
+    ).double()  # fmt: skip
     force.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         assert torch.equal(force(ids).logits, plain(ids).logits)
@@ -222,7 +217,6 @@ def test_every_rope_type_of_transformers_works(lively, ids, rope_type) -> None:
     assert (moved.abs().max() > 1e-3) == (rope_type != "dynamic")
 
 
-# ------------------------------------------------------------------------------------------------
 # Gradients and dtypes
 
 
@@ -275,22 +269,13 @@ def test_every_placement_trains_under_autocast(lively, ids) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_model_overfits_a_small_text(tiny, ids, placement) -> None:
+def test_the_model_overfits_a_small_text(tiny, ids, fit, placement) -> None:
     torch.manual_seed(0)
-    model = DeepForCausalLM(tiny(dynamics_placement=placement)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    losses = []
-    for _ in range(40):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(DeepForCausalLM(tiny(dynamics_placement=placement)).train(), ids, 40, 2e-2)
     assert losses[0] == pytest.approx(math.log(64), rel=0.05)
     assert losses[-1] < 1.0
 
 
-# ------------------------------------------------------------------------------------------------
 # Vocabulary and invalid input
 
 
@@ -319,13 +304,11 @@ def test_an_id_outside_the_vocabulary_is_rejected(lively, ids, bad) -> None:
 
 def test_ids_and_embeddings_exclude_each_other(lively, ids) -> None:
     model = lively()
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model()
-    torch.testing.assert_close(
-        model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits
-    )
+    embeddings = model.get_input_embeddings()(ids)
+    for inputs in ({"input_ids": ids, "inputs_embeds": embeddings}, {}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**inputs)
+    torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
 
 
 def test_a_checkpoint_of_another_shape_is_rejected(lively, tiny, tmp_path) -> None:

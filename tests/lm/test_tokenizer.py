@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from complexity_lm import DeepConfig
 from complexity_lm.config import DataConfig
@@ -70,19 +69,14 @@ def test_a_vocabulary_smaller_than_the_bytes_is_rejected(texts):
         train_tokenizer(["ka"], 100)
 
 
-def test_a_missing_padding_token_becomes_the_end_token(tmp_path):
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "ka": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(tmp_path)
+def test_a_missing_padding_token_becomes_the_end_token(words, tmp_path):
+    words("<unk>", "<end>", "ka", unk_token="<unk>", eos_token="<end>").save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == "<end>"
 
 
-def test_a_tokenizer_without_end_token_is_rejected(tmp_path):
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "ka": 1}, unk_token="<unk>"))
+def test_a_tokenizer_without_end_token_is_rejected(words):
     with pytest.raises(UserError, match=r"no end-of-text \(eos\) token"):
-        separator_id(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+        separator_id(words("<unk>", "ka", unk_token="<unk>"))
 
 
 def test_a_tokenizer_of_another_model_is_rejected(tokenizer):

@@ -63,9 +63,7 @@ def assert_same_run(current: Path, expected: Path) -> None:
         assert rows_of(current / name)
         assert (current / name).read_text() == (expected / name).read_text(), name
     a, b = (latest_checkpoint(run / "checkpoints") for run in (current, expected))
-    assert a is not None
-    assert b is not None
-    assert a.name == b.name
+    assert a.name == b.name  # pyright: ignore[reportOptionalMemberAccess]
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     moments = [torch.load(c / "optimizer.pt", weights_only=True)["state"] for c in (a, b)]
     assert moments[0]
@@ -74,29 +72,20 @@ def assert_same_run(current: Path, expected: Path) -> None:
             assert value.equal(moments[1][parameter][name])
 
 
-def test_resume_is_bit_identical(small_run, tmp_path):
+@pytest.mark.parametrize("streamed", [False, True], ids=["files", "stream"])
+def test_resume_is_bit_identical(small_run, tmp_path, texts, streamed):
     run = dataclasses.replace(small_run, gradient_accumulation_steps=2, **LARGE_STEPS)
+    if streamed:
+        (tmp_path / "rows").mkdir()
+        rows = [json.dumps({"text": path.read_text()}) for path in sorted(texts.iterdir())]
+        (tmp_path / "rows" / "rows.jsonl").write_text("\n".join(rows))
+        run.data = dataclasses.replace(run.data, source=f"hub:{tmp_path / 'rows'}")
     train(dataclasses.replace(run, out=str(tmp_path / "straight")))
     stopped = dataclasses.replace(run, out=str(tmp_path / "stopped"))
     stop_after(stopped, 4)
     train(dataclasses.replace(stopped, resume="auto"))
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
     assert len(set(losses(tmp_path / "straight"))) == 6
-
-
-def test_resume_of_a_stream_is_bit_identical(small_run, tmp_path, texts):
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    with (folder / "rows.jsonl").open("w") as file:
-        for path in sorted(texts.iterdir()):
-            file.write(json.dumps({"text": path.read_text()}) + "\n")
-    data = dataclasses.replace(small_run.data, source=f"hub:{folder}")
-    run = dataclasses.replace(small_run, data=data, **LARGE_STEPS)
-    train(dataclasses.replace(run, out=str(tmp_path / "straight")))
-    stopped = dataclasses.replace(run, out=str(tmp_path / "stopped"))
-    stop_after(stopped, 4)
-    train(dataclasses.replace(stopped, resume="auto"))
-    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_files_and_measurements_of_a_run(small_run):
@@ -106,10 +95,8 @@ def test_files_and_measurements_of_a_run(small_run):
         "checkpoints", "config.yaml", "dynamics.csv", "heldout_log.csv", "loss.png", "model",
         "result.json", "tokenizer", "train_log.csv",
     ]  # fmt: skip
-    assert [p.name for p in all_checkpoints(out / "checkpoints")] == [
-        "step-00000004",
-        "step-00000008",
-    ]
+    steps = [p.name for p in all_checkpoints(out / "checkpoints")]
+    assert steps == ["step-00000004", "step-00000008"]
     # There are no pickles that run code, and no partial files.
     names = {path.name for path in out.rglob("*")}
     assert "training_args.bin" not in names
@@ -144,10 +131,8 @@ def test_dynamics_are_recorded(small_run, placement, adaptive, alpha, dt):
     )
     train(dataclasses.replace(small_run, dynamics_every=2, model=model))
     rows = rows_of(Path(small_run.out) / "dynamics.csv")
-    assert [(row["step"], row["layer"][-10:]) for row in rows[:2]] == [
-        ("2", "0.dynamics"),
-        ("2", "1.dynamics"),
-    ]
+    first = [(row["step"], row["layer"][-10:]) for row in rows[:2]]
+    assert first == [("2", "0.dynamics"), ("2", "1.dynamics")]
     assert len(rows) == 4 * 2
     assert set(rows[0]) == {"step", "layer", *DYNAMICS_STATS, "spectral_radius"}
     for row in rows:
@@ -183,19 +168,17 @@ def test_plain_model_records_no_dynamics(small_run):
     assert rows_of(Path(small_run.out) / "dynamics.csv") == []
 
 
-def test_gradient_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
-    train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
-    train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_accumulation_steps=2))
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
-
-
-def test_gradient_checkpointing_and_bf16_give_nearly_the_same_losses(small_run, tmp_path):
-    train(dataclasses.replace(small_run, out=str(tmp_path / "a")))
-    train(dataclasses.replace(small_run, out=str(tmp_path / "b"), gradient_checkpointing=True))
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
-    train(dataclasses.replace(small_run, out=str(tmp_path / "c"), mixed_precision="bf16"))
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=0.03)
-    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+def test_options_that_save_memory_or_time_give_nearly_the_same_losses(small_run, tmp_path):
+    options = {
+        "plain": ({}, 0.0),
+        "accumulation": ({"gradient_accumulation_steps": 2}, 1e-4),
+        "checkpointing": ({"gradient_checkpointing": True}, 1e-5),
+        "bf16": ({"mixed_precision": "bf16"}, 0.03),
+    }
+    for name, (changes, tolerance) in options.items():
+        train(dataclasses.replace(small_run, out=str(tmp_path / name), **changes))
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / name), rel=tolerance)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "bf16")
 
 
 def test_loss_decreases(small_run):
@@ -252,8 +235,7 @@ def test_nan_loss_stops_the_run_and_names_the_step(small_run, monkeypatch):
         train(small_run)
     out = Path(small_run.out)
     checkpoint = latest_checkpoint(out / "checkpoints")
-    assert checkpoint is not None
-    assert checkpoint.name == "step-00000004"
+    assert checkpoint == out / "checkpoints" / "step-00000004"
     assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
     assert all(math.isfinite(loss) for loss in losses(out))
     monkeypatch.undo()
@@ -352,17 +334,14 @@ def test_settings_out_of_range(small_run, changes, words):
         ({"vocab_size": 200}, "the tokenizer has 300 ids, the model 200"),
         ({"max_position_embeddings": 16}, "data.context is 24.*16 tokens"),
         ({"hidden_size": "wide"}, "cannot build this model"),
+        ({"preset": "2m"}, r"unknown preset '2m', choose from: 15m"),
     ],
 )
 def test_invalid_model_settings(small_run, overrides, words):
+    preset = overrides.pop("preset", "15m")
     config = with_overrides(small_run, **overrides)
+    config.model.preset = preset
     texts = load_split(config.data, "train")
     tokenizer = train_tokenizer(texts["text"], 300)
     with pytest.raises(UserError, match=words):
         build_model(config, tokenizer, tokenize(texts, tokenizer))
-
-
-def test_unknown_preset(small_run):
-    config = dataclasses.replace(small_run, model=dataclasses.replace(small_run.model, preset="2m"))
-    with pytest.raises(UserError, match=r"unknown preset '2m', choose from: 15m"):
-        train(config)

@@ -17,7 +17,9 @@ _TIMEOUT_S = 4.0
 def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
     """Return the path that a name means, or None for a Hub id, once the Hub has answered.
 
-    A name is a path if such a folder exists, or if it begins with ".", "/" or "~".
+    A name is a path if such a folder exists, or if it begins with ".", "/" or "~". For a Hub id the
+    front page of the Hub is requested first, because without a network the libraries would retry
+    for 23 s; with ``HF_HUB_OFFLINE=1`` it is not, and the cache is used.
 
     Args:
         name: Path or Hub id.
@@ -29,33 +31,21 @@ def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
     """
     if os.path.isdir(name) or name.startswith((".", "/", "~")):
         return Path(name).expanduser()
-    require_hub(wanted or name, hint)
-    return None
-
-
-def require_hub(wanted: str, hint: str) -> None:
-    """Request the front page of the Hub: without a network, libraries would retry for 23 s.
-
-    With ``HF_HUB_OFFLINE=1`` nothing is requested: what is cached can be read.
-
-    Raises:
-        UserError: The Hub does not answer.
-    """
     if is_offline():
-        return
+        return None
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
-            return
+            return None
     except urllib.error.HTTPError as error:
         reason: object = error
         if error.code < 500:
-            return
+            return None
     except OSError as error:
         reason = getattr(error, "reason", error)
     raise UserError(
-        f"{wanted}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set HF_HUB_OFFLINE=1 "
-        "if it is in the cache of this machine"
+        f"{wanted or name}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set "
+        "HF_HUB_OFFLINE=1 if it is in the cache of this machine"
     )
 
 

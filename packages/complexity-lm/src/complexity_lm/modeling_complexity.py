@@ -137,9 +137,7 @@ class ComplexityAttention(nn.Module):
             config.head_dim,
             config.layer_types,
         )
-        assert kv_heads is not None
-        assert head_dim is not None
-        assert layer_types is not None
+        assert kv_heads and head_dim and layer_types  # noqa: PT018
         # The attention backends of transformers read these names.
         self.head_dim = head_dim
         self.num_key_value_groups = heads // kv_heads
