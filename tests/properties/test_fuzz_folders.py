@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from complexity_dit import labels
-from complexity_dit.app import server as app_guard
+from complexity_dit.app import server
 from complexity_dit.cli import convert
 from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
 from complexity_dit.data import latents
@@ -295,10 +295,10 @@ def app_event(folder: Path) -> Parser:
     good = {"data": ["a", 1, None], "event_data": None, "fn_index": 0, "session_hash": "x"}
 
     def parse(body: bytes) -> None:
-        if why := app_guard._unfit(body):
-            raise UserError(why)
+        if error := server.event_error(body):
+            raise UserError(error)
 
-    return Parser(mangled_json([good]), parse, [app_guard], (UserError,))
+    return Parser(mangled_json([good]), parse, [server], (UserError,))
 
 
 @ROWS.row

@@ -1,37 +1,26 @@
-"""Pictures, arrays and settings within PNGs: any input gives a value or a plain error.
+"""Fuzzing of the parsers of images and arrays: any input gives a value or a `UserError`.
 
-One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
-adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run) and
+appends a line to the file `COMPLEXITY_FUZZ_LOG`.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from complexity_dit.app import gallery as gallery_png
-from complexity_dit.app.gallery import Settings
-from complexity_dit.data import pictures as images
+from complexity_dit.data import pictures
 from complexity_dit.evaluation import image_sets
-from complexity_dit.evaluation import image_sets as statistics_files
 from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
-from support.mangled import (
-    mangled_bytes,
-    mangled_json,
-    npz_bytes,
-    picture_bytes,
-    png_bytes,
-)
+from support.mangled import mangled_bytes, npz_bytes, picture_bytes, png_bytes
 
-ROOT = Path(__file__).parents[2]
 ROWS = Rows()
 pytestmark = MARKS
 
 
-def odd_npz(names: list[str]) -> st.SearchStrategy[bytes]:
+def strange_npz(names: list[str]) -> st.SearchStrategy[bytes]:
     arrays = st.one_of(
         st.sampled_from([np.eye(3), np.zeros(3), np.zeros((2, 4, 4, 3), np.uint8), np.array("x")]),
         st.sampled_from([np.zeros((0,)), np.array(5), np.array([5, 6]), np.full((3, 3), np.nan)]),
@@ -46,13 +35,18 @@ def odd_npz(names: list[str]) -> st.SearchStrategy[bytes]:
 
 @ROWS.row
 def statistics_npz(folder: Path) -> Parser:
-    ours = {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(9), "fingerprint": np.array("f")}
-    told = {key: np.array("x") for key in statistics_files.IDENTITY_KEYS}
+    current = {
+        "mu": np.zeros(3),
+        "sigma": np.eye(3),
+        "n": np.array(9),
+        "fingerprint": np.array("f"),
+    }
+    identity = {key: np.array("x") for key in image_sets.IDENTITY_KEYS}
     adm = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
-    good = [npz_bytes(zipped, **ours, **told, **adm) for zipped in (False, True)]
-    cases = st.one_of(mangled_bytes(good), odd_npz([*ours, *told, *adm]))
-    parse = of_file(folder / "s.npz", statistics_files.read_statistics)
-    return Parser(cases, parse, [statistics_files], (UserError,))
+    good = [npz_bytes(zipped, **current, **identity, **adm) for zipped in (False, True)]
+    cases = st.one_of(mangled_bytes(good), strange_npz([*current, *identity, *adm]))
+    parse = of_file(folder / "s.npz", image_sets.read_statistics)
+    return Parser(cases, parse, [image_sets], (UserError,))
 
 
 @ROWS.row
@@ -61,14 +55,12 @@ def images_npz(folder: Path) -> Parser:
     good = [npz_bytes(zipped, arr_0=pictures) for zipped in (False, True)]
 
     def parse(path: Path) -> None:
-        found = image_sets.npz_images(path)
-        if found is not None:
-            found.read([0, len(found) - 1])
+        images = image_sets.npz_images(path)
+        if images is not None:
+            images.read([0, len(images) - 1])
 
-    cases = st.one_of(mangled_bytes(good), odd_npz(["arr_0"]))
-    return Parser(
-        cases, of_file(folder / "i.npz", parse), [image_sets, statistics_files], (UserError,)
-    )
+    cases = st.one_of(mangled_bytes(good), strange_npz(["arr_0"]))
+    return Parser(cases, of_file(folder / "i.npz", parse), [image_sets], (UserError,))
 
 
 PICTURES = [
@@ -94,27 +86,7 @@ def image_folder(folder: Path) -> Parser:
 @ROWS.row
 def training_picture(folder: Path) -> Parser:
     cases = mangled_bytes(PICTURES)
-    return Parser(cases, lambda data: images.square_pixels(data, 4), [images], (UserError,))
-
-
-@ROWS.row
-def gallery_png_settings(folder: Path) -> Parser:
-    from PIL import PngImagePlugin
-
-    told = {
-        "settings": Settings(labels={"style": "a"}).as_dict(), "picture": 0,
-        "pipeline_sha256": "0", "versions": {"torch": "2"},
-    }  # fmt: skip
-
-    def png(text: bytes) -> bytes:
-        about = PngImagePlugin.PngInfo()
-        about.add_text(gallery_png.CHUNK, text.decode("utf-8", "replace"))
-        return png_bytes(pnginfo=about)
-
-    whole = png(json.dumps(told).encode())
-    bombs = st.sampled_from([b"x" * 2**20, b" " * 2**24])
-    cases = st.one_of(mangled_bytes([whole]), mangled_json([told]).map(png), bombs.map(png))
-    return Parser(cases, gallery_png.read_png, [gallery_png], (UserError,))
+    return Parser(cases, lambda data: pictures.square_pixels(data, 4), [sources], (UserError,))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -15,8 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from complexity_dit import __main__ as dit
-from complexity_dit import distributed as parallel_evaluation
-from complexity_dit.app.gallery import Settings
+from complexity_dit import distributed
 from complexity_dit.config import TrainConfig
 from complexity_dit.data.dataset import in_split, read_labels
 from complexity_dit.labels import resolve_label
@@ -24,8 +23,8 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import run_in_fixed_batches
 from complexity_dit.training.batches import random_batch_indices
 from inl_core import build_routing_table, make_routing_plan
-from inl_core.run import json_files as bounded
 from inl_core.run.errors import UserError
+from inl_core.run.json_files import parse_json
 
 NAMES = st.text(min_size=1, max_size=8)
 
@@ -53,26 +52,11 @@ def test_a_config_comes_back_from_its_yaml(
     assert asdict(TrainConfig(**options)) == asdict(config)
 
 
-@given(
-    st.builds(
-        Settings,
-        labels=st.dictionaries(NAMES, NAMES, max_size=3),
-        strip=st.none() | NAMES,
-        seed=st.integers(0, 2**32 - 1),
-        guidance_scale=st.floats(0, 20),
-        side=st.none() | st.integers(1, 512),
-    )
-)
-def test_settings_come_back_from_json(settings):
-    text = json.dumps(settings.as_dict())
-    assert Settings.from_dict(bounded.parse_json(text)) == settings
-
-
 @given(st.recursive(st.none() | st.booleans() | st.integers() | NAMES,
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner),
                     max_leaves=10))  # fmt: skip
 def test_bounded_json_reads_what_json_writes(value):
-    assert bounded.parse_json(json.dumps(value)) == value
+    assert parse_json(json.dumps(value)) == value
 
 
 @given(
@@ -198,8 +182,8 @@ def test_the_processes_of_an_evaluation_share_the_images(monkeypatch, count, blo
     found = []
     for rank in range(world):
         state = SimpleNamespace(process_index=rank, num_processes=world)
-        monkeypatch.setattr(parallel_evaluation, "process_state", lambda state=state: state)
-        runs = parallel_evaluation.own_blocks(count, block)
+        monkeypatch.setattr(distributed, "process_state", lambda state=state: state)
+        runs = distributed.own_blocks(count, block)
         assert all(run[0] % block == 0 and len(run) <= block for run in runs)
         found += [number for run in runs for number in run]
     assert sorted(found) == list(range(count))

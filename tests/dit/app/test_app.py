@@ -1,7 +1,8 @@
-"""The gallery's server and page: what it answers, and from click to file in a browser."""
+"""The addresses that the gallery's server answers, and a session in a browser."""
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from complexity_dit.app.gallery import Gallery, read_png
+from complexity_dit.app.gallery import CHUNK, Gallery, Settings
 from complexity_dit.app.server import MAX_BODY, Guard, page_files
 from complexity_dit.config import AppConfig
 
@@ -22,12 +23,12 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 
 def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-    """Status of a request, and the body that reached the server behind the guard."""
-    seen, sent = [], []
+    """Send a request to the guard; its status, and the body that the guarded server received."""
+    received, sent = [], []
 
     async def server(scope, receive, send):
         message = await receive()
-        seen.append(message["body"])
+        received.append(message["body"])
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def receive():
@@ -38,7 +39,7 @@ def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
 
     scope = {"type": "http", "method": method, "path": path}
     asyncio.run(Guard(server, frozenset({"/assets/a.js"}))(scope, receive, send))
-    return sent[0]["status"], seen[0] if seen else b""
+    return sent[0]["status"], received[0] if received else b""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         ("POST", "/gradio_api/cancel"),
     ],
 )
-def test_the_guard_lets_the_page_through(method, path):
+def test_the_guard_passes_on_requests_of_the_page(method, path):
     assert answer(method, path, b"{}") == (200, b"{}")
 
 
@@ -72,11 +73,11 @@ def test_the_guard_lets_the_page_through(method, path):
         ("DELETE", "/"),
     ],
 )
-def test_the_guard_knows_no_other_address(method, path):
+def test_the_guard_refuses_other_addresses(method, path):
     assert answer(method, path)[0] == 404
 
 
-def test_the_guard_takes_plain_values_only():
+def test_the_guard_accepts_only_plain_values():
     join = "/gradio_api/queue/join"
     assert answer("POST", join, b'{"data": [1, "a", null, 2.5, true]}')[0] == 200
     file = b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}'
@@ -85,7 +86,7 @@ def test_the_guard_takes_plain_values_only():
     assert answer("POST", join, b'{"data": ["' + b"a" * MAX_BODY + b'"]}')[0] == 413
 
 
-def test_page_files_are_addresses(tmp_path):
+def test_page_files_are_given_as_addresses(tmp_path):
     (tmp_path / "assets" / "deep").mkdir(parents=True)
     (tmp_path / "assets" / "deep" / "a.js").touch()
     (tmp_path / "index.html").touch()
@@ -94,7 +95,7 @@ def test_page_files_are_addresses(tmp_path):
 
 @pytest.fixture
 def address(pipe, tmp_path) -> Iterator[str]:
-    """A gallery as a user starts it, on a free port of this machine."""
+    """A gallery started by the command, on a free port."""
     pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
     pipe.save_pretrained(tmp_path / "pipeline")
     with socket.socket() as free:
@@ -120,15 +121,15 @@ def address(pipe, tmp_path) -> Iterator[str]:
 
 def test_the_server_serves_its_page_and_no_file(pipe):
     pytest.importorskip("gradio", reason="the gallery needs the extra [app]")
-    asyncio.run(look_around(Gallery(pipe)))
+    asyncio.run(request_addresses(Gallery(pipe)))
 
 
-async def look_around(gallery: Gallery) -> None:
+async def request_addresses(gallery: Gallery) -> None:
     import httpx
 
     from complexity_dit.app.server import build_server
 
-    # Built where a loop runs: gradio makes loops of its own elsewhere, and leaves them open.
+    # Built inside a running loop: gradio would create loops of its own, and not close them.
     transport = httpx.ASGITransport(app=build_server(gallery, AppConfig()))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         page = await client.get("/")
@@ -160,10 +161,10 @@ def browser():
 
 
 @pytest.mark.slow
-def test_from_click_to_file(address, browser, pipe, tmp_path):
+def test_a_session_in_a_browser(address, browser, pipe, tmp_path):
     page = browser.new_page()
-    asked, errors = [], []
-    page.on("request", lambda request: asked.append(request.url))
+    urls, errors = [], []
+    page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
 
@@ -180,33 +181,36 @@ def test_from_click_to_file(address, browser, pipe, tmp_path):
         page.click("#paint")
         page.wait_for_selector(state)
 
-    def saved(selector: str) -> bytes:
+    def saved(selector: str) -> tuple[Image.Image, Settings, int | None]:
         with page.expect_download() as download:
             page.locator(selector).first.click()
         file = tmp_path / download.value.suggested_filename
         download.value.save_as(file)
-        return file.read_bytes()
+        image = Image.open(file)
+        content = json.loads(image.text[CHUNK])
+        return image, Settings(**content["settings"]), content["picture"]
 
-    # a grid, whose file paints the same bits again
+    # A grid, whose settings in the file reproduce the same bits.
     choose("Style", "Fauvism")
+    page.click("#dice")
     write("Seed", "5")
     paint("[data-state=done]")
     assert page.locator(".wall figure").count() == 4
-    told = read_png(saved(".wall figure a"))
-    assert (told.settings.labels, told.settings.seed) == ({"style": "Fauvism"}, 5)
-    *_, frame = Gallery(pipe).paint(told.settings)
-    picture = np.asarray(Image.open(tmp_path / "gallery-Fauvism-seed-5-1.png"))
-    np.testing.assert_array_equal(picture, frame.images[told.picture])
+    image, settings, picture = saved(".wall figure a")
+    assert (settings.labels, settings.seed) == ({"style": "Fauvism"}, 5)
+    *_, frame = Gallery(pipe).paint(settings)
+    np.testing.assert_array_equal(np.asarray(image), frame.images[picture])
+    assert (tmp_path / "gallery-Fauvism-seed-5-1.png").is_file()
 
-    # a strip over all styles
+    # A strip over all styles.
     choose("Show", "Every style, one seed")
     page.click("#paint")
     page.wait_for_function("document.querySelectorAll('.wall figure').length == 3")
     page.wait_for_selector("[data-state=done]")
     assert "Ukiyo e" in page.inner_text(".wall")
-    assert read_png(saved("a.download")).settings.strip == "style"
+    assert saved("a.download")[1].strip == "style"
 
-    # refusals say what to do; painting can be stopped, and goes on afterwards
+    # A refusal names what to do; sampling can be stopped, and started again.
     page.get_by_text("How it is painted").click()
     write("Size in pixels", "9")
     paint(".refusal")
@@ -215,10 +219,9 @@ def test_from_click_to_file(address, browser, pipe, tmp_path):
     write("Steps", "100")
     paint("[data-state=denoising]")
     page.click("#stop")
-    page.wait_for_selector("[data-state=stopped]")
     write("Size in pixels", "8")
     write("Steps", "2")
     paint("[data-state=done]")
 
     assert not errors
-    assert {url for url in asked if not url.startswith(("data:", f"{address}/"))} == set()
+    assert {url for url in urls if not url.startswith(("data:", f"{address}/"))} == set()

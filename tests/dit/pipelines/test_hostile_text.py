@@ -7,7 +7,7 @@ import pytest
 
 from complexity_dit import labels
 from complexity_dit.app import page as app_page
-from complexity_dit.app.gallery import Gallery, Settings, read_png, sheet_png
+from complexity_dit.app.gallery import Gallery, Settings
 from complexity_dit.evaluation import report as report_charts
 from complexity_dit.pipelines import model_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -37,8 +37,6 @@ def test_the_gallery_escapes_names(nasty):
         assert "\x1b" not in page
     assert "<script" not in app_page.masthead(gallery)
     assert "<script" not in app_page.refusal(SCRIPT)
-    told = read_png(sheet_png(gallery, asked, frame.images))
-    assert told.settings.labels == {"style": SCRIPT}
 
 
 def test_the_card_escapes_names(nasty, tmp_path):

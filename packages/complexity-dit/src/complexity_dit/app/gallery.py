@@ -1,15 +1,14 @@
-"""What the gallery paints: settings that are checked, and pictures that appear step by step.
+"""What the gallery samples: checked settings, images step by step, PNGs that hold their settings.
 
-No widget here. A picture is a function of its settings and the pipeline's weights: picture i of a
-grid has the noise that `complexity-dit sample` gives image i of the same seed, and all pictures of
-a strip have the noise of image 0, so that only the label differs.
+No widgets here. The images are a function of the settings and the pipeline's weights: image i of a
+grid has the noise that `complexity-dit sample` gives image i of the same seed, and all images of a
+strip have the noise of image 0, so that only the label differs.
 """
 
 import contextlib
 import copy
 import io
 import json
-import math
 import queue
 import shlex
 import threading
@@ -26,22 +25,25 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from complexity_dit.config import Limits
-from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.grids import draw_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import pipeline_hash
 from complexity_dit.pipelines.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from inl_core.run.errors import UserError
-from inl_core.run.json_files import filled, one_line, parse_json
+from inl_core.run.json_files import one_line
 
 MAX_SEED = 2**32 - 1
-"""Browsers hold whole numbers exactly up to 2^53; this is what a person can read aloud."""
+"""Short enough to type; JavaScript represents integers exactly up to 2^53."""
 
 PREVIEW_SECONDS = 0.2
-"""Least time between two looks at unfinished pictures: looking must not slow the painting."""
+"""Least time between two previews, each of which costs a decoding."""
 
-# Of diffusers' schedulers for the DDPM objectives those that draw no random number on the way.
+CHUNK = "complexity-dit"
+"""Keyword of the text chunk of a PNG: JSON with settings, picture (index of the image; null for a
+sheet), pipeline_sha256 and versions."""
+
+# Deterministic schedulers of diffusers for the DDPM objectives.
 _DETERMINISTIC = (
     "DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
@@ -50,19 +52,19 @@ _DETERMINISTIC = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the pictures depend on besides the pipeline."""
+    """Everything that the images depend on besides the pipeline."""
 
     labels: dict[str, str] = field(default_factory=dict)
-    """A name for each label field that is asked for."""
+    """The name for each label field that is conditioned on."""
 
     strip: str | None = None
-    """Label field of a strip, a picture for each of its names from the same noise; None: a grid."""
+    """Label field of a strip, one image for each of its names from the same noise; None: a grid."""
 
     seed: int = 0
-    """The noise of picture i comes from (seed, i), as in `complexity-dit sample`."""
+    """The noise of image i comes from (seed, i), as in `complexity-dit sample`."""
 
     num_images: int = 4
-    """Pictures of a grid; a strip has as many as its field has names."""
+    """Images of a grid; a strip has as many as its field has names."""
 
     num_inference_steps: int = 20
     """Denoising steps."""
@@ -77,46 +79,32 @@ class Settings:
     """Height and width in pixels; None is the size of training."""
 
     chunk_size: int = 4
-    """Pictures in a network call, part of the bits as in `complexity-dit sample`."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """Settings from `as_dict`; unknown names and values of another type are refused."""
-        try:
-            return filled(cls, values)
-        except ValueError as error:
-            raise UserError(f"these are no settings of this version: {error}") from error
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    """Images per network call; the bits depend on it, as in `complexity-dit sample`."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The pictures at one moment."""
+    """The images after some of the steps."""
 
     step: int
     """Steps done."""
 
     steps: int
-    """Steps asked for."""
+    """Steps in all."""
 
     images: NDArray[np.uint8]
-    """(N, Y, X, 3): noise at first, paintings at the end."""
-
-    stopped: bool = False
-    """Whether somebody stopped the painting before its end."""
+    """(N, Y, X, 3): noise at first, samples at the end."""
 
     @property
     def done(self) -> bool:
-        return self.step == self.steps and not self.stopped
+        return self.step == self.steps
 
 
 class Gallery:
-    """A pipeline, what can be asked of it, and where that ends.
+    """A pipeline and the limits of a request.
 
     Args:
-        pipe: The pipeline, on the device that paints.
+        pipe: The pipeline, on the device that samples.
         limits: The most that one request may ask for.
     """
 
@@ -133,7 +121,7 @@ class Gallery:
 
     @property
     def schedulers(self) -> list[str]:
-        """Class names that fit the model and draw no random numbers, the pipeline's own first."""
+        """Class names of the deterministic schedulers that fit the model, its own first."""
         if is_flow(self.pipe.scheduler):
             fitting = list(FLOW_SCHEDULERS)
         else:
@@ -143,17 +131,17 @@ class Gallery:
         return [own, *(name for name in fitting if name != own)]
 
     def captions(self, settings: Settings) -> list[str]:
-        """A line under each picture: its name in a strip, its number in a grid."""
+        """The line under each image: its name in a strip, its number in a grid."""
         if settings.strip is not None:
             return [one_line(name.replace("_", " ")) for name in self.label_names[settings.strip]]
         return [f"{i + 1}" for i in range(settings.num_images)]
 
     def check(self, settings: Settings) -> Settings:
-        """Refuse what cannot be painted or is over a limit.
+        """Check that settings are valid and within the limits.
 
         Returns:
-            The settings with nothing left open: scheduler and side are named, and a strip asks for
-            no label of its own field.
+            The settings with scheduler and side filled in and, for a strip, without a label of its
+            own field.
 
         Raises:
             UserError: Naming the value, what was expected and what to do.
@@ -162,39 +150,31 @@ class Gallery:
         multiple *= self.pipe.vae_scale_factor
         side = self.pipe.sample_size if settings.side is None else settings.side
         scheduler = settings.scheduler or self.own_scheduler
-        _whole("seed", settings.seed, 0, MAX_SEED)
-        _whole("number of pictures", settings.num_images, 1, limits.max_images, "--max_images")
-        _whole("number of steps", settings.num_inference_steps, 1, limits.max_steps, "--max_steps")
-        _whole("size", side, multiple, limits.max_side, "--max_side")
-        _whole("chunk_size", settings.chunk_size, 1, limits.max_images)
-        if side % multiple:
-            raise UserError(
-                f"size {side} must be a multiple of {multiple}: take {side - side % multiple} or "
-                f"{side - side % multiple + multiple}"
-            )
-        scale = settings.guidance_scale
-        if (
-            isinstance(scale, bool)
-            or not isinstance(scale, int | float)
-            or not math.isfinite(scale)
+        for name, value, low, high, limit in (
+            ("seed", settings.seed, 0, MAX_SEED, ""),
+            ("number of pictures", settings.num_images, 1, limits.max_images, "max_images"),
+            ("number of steps", settings.num_inference_steps, 1, limits.max_steps, "max_steps"),
+            ("size", side, multiple, limits.max_side, "max_side"),
+            ("chunk_size", settings.chunk_size, 1, limits.max_images, ""),
+            ("guidance", settings.guidance_scale, 0, limits.max_guidance, ""),
         ):
+            kinds = (int, float) if name == "guidance" else (int,)
+            if type(value) not in kinds or not low <= value <= high:  # NaN is refused too
+                kind = "a number" if name == "guidance" else "a whole number"
+                option = f" (--{limit} of the command)" if limit else ""
+                raise UserError(f"{name} {value!r} must be {kind} from {low} to {high}{option}")
+        if side % multiple:
+            lower = side - side % multiple
             raise UserError(
-                f"guidance {scale!r} must be a number from 0 to {limits.max_guidance:g}"
-            )
-        if not 0 <= scale <= limits.max_guidance:
-            raise UserError(
-                f"guidance {scale:g} must be from 0 to {limits.max_guidance:g}; 1 is off, 2 to 4 "
-                "are usual"
+                f"size {side} must be a multiple of {multiple}: take {lower} or {lower + multiple}"
             )
         if scheduler not in self.schedulers:
             raise UserError(f"scheduler {scheduler!r} must be one of {', '.join(self.schedulers)}")
         self.pipe.get_label_ids(**settings.labels)
         if settings.strip is not None:
             if settings.strip not in self.label_names:
-                fields_known = ", ".join(self.label_names) or "none"
-                raise UserError(
-                    f"a strip over {settings.strip!r}: the label fields are {fields_known}"
-                )
+                names = ", ".join(self.label_names) or "none"
+                raise UserError(f"strip {settings.strip!r} must be a label field: {names}")
             count = len(self.label_names[settings.strip])
             if count > limits.max_images:
                 raise UserError(
@@ -205,34 +185,33 @@ class Gallery:
         labels = {name: v for name, v in settings.labels.items() if name != settings.strip}
         return replace(settings, labels=labels, scheduler=scheduler, side=side)
 
-    def paint(self, settings: Settings, stop: threading.Event | None = None) -> Iterator[Frame]:
-        """Paint, showing the pictures on the way.
+    def paint(self, settings: Settings) -> Iterator[Frame]:
+        """Sample, with previews on the way.
 
-        The painting runs in a thread of its own and never waits for whoever looks: a look that
-        comes late sees the newest pictures.
+        Sampling runs in its own thread and never waits for the caller, who gets the newest preview.
+        Closing the iterator ends the sampling after its current step.
 
         Args:
-            settings: What to paint.
-            stop: Set it to end after the current step.
+            settings: What to sample.
 
         Yields:
-            Frames; the last has `done`, or `stopped` if `stop` was set before the end.
+            Frames, the last of which is `done`.
 
         Raises:
-            UserError: The settings are refused, or the pictures are not finite.
+            UserError: If the settings are refused, or the images are not finite.
         """
-        settings, stop = self.check(settings), stop or threading.Event()
+        settings, stop = self.check(settings), threading.Event()
         newest: queue.Queue[Frame | Exception] = queue.Queue(maxsize=1)
 
         def show(item: Frame | Exception) -> None:
             with contextlib.suppress(queue.Empty):
-                newest.get_nowait()  # nobody looked: this one is newer
+                newest.get_nowait()  # an older frame that was not fetched
             newest.put_nowait(item)
 
         def work() -> None:
             try:
                 show(self._paint(settings, stop, show))
-            except Exception as error:  # whatever it is, it is raised again where it is awaited
+            except Exception as error:  # raised again in the caller's thread
                 show(error)
 
         painter = threading.Thread(target=work, name="painter", daemon=True)
@@ -243,38 +222,34 @@ class Gallery:
                 if isinstance(item, Exception):
                     raise item
                 yield item
-                if item.done or item.stopped:
+                if item.done:
                     return
         finally:
-            stop.set()  # whoever looked is gone: the next painting must not share the machine
-            painter.join()
+            stop.set()
+            painter.join()  # two samplings must not share the machine
 
     def _paint(self, settings: Settings, stop: threading.Event, show: Any) -> Frame:
-        pipe = copy.copy(self.pipe)  # its interrupt, scheduler and progress bar are this call's
+        pipe = copy.copy(self.pipe)  # with an interrupt, scheduler and progress bar of its own
         pipe.set_progress_bar_config(disable=True)
         if settings.scheduler == self.own_scheduler:
             pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
         else:
             pipe.scheduler = named_scheduler(self.pipe.scheduler, settings.scheduler)
-        labels, noise = self._rows(settings)
-        steps, done = settings.num_inference_steps, 0
-        last_look = 0.0
+        labels, noise = self._conditions(settings)
+        steps, last_preview = settings.num_inference_steps, 0.0
 
-        def after_step(running: Any, step: int, _: Tensor, tensors: dict) -> dict:
-            # A second-order scheduler calls twice a step: the share of calls is what is shown.
-            nonlocal last_look, done
-            done = (step + 1) * steps // running.num_timesteps
-            if stop.is_set():
-                running._interrupt = True
-            elif (
-                time.monotonic() - last_look >= PREVIEW_SECONDS and step + 1 < running.num_timesteps
-            ):
-                x = tensors["latents"]
-                chunks = NetworkBatches(settings.chunk_size, 0)
-                pixels = running._decode(x.to(running.transformer.dtype), chunks)
+        def after_step(running: Any, call: int, _: Tensor, tensors: dict) -> dict:
+            nonlocal last_preview
+            running._interrupt = stop.is_set()
+            is_last = call + 1 == running.num_timesteps
+            if not is_last and time.monotonic() - last_preview >= PREVIEW_SECONDS:
+                x = tensors["latents"].to(running.transformer.dtype)
+                pixels = running._decode(x, NetworkBatches(settings.chunk_size, 0))
                 images = running.image_processor.postprocess(pixels, output_type="np")
-                show(Frame(min(done, steps - 1), steps, _to_uint8(np.nan_to_num(images))))
-                last_look = time.monotonic()
+                # A second-order scheduler makes two calls per step.
+                step = (call + 1) * steps // running.num_timesteps
+                show(Frame(min(step, steps - 1), steps, _to_uint8(np.nan_to_num(images))))
+                last_preview = time.monotonic()
             return {}
 
         images = pipe(
@@ -291,12 +266,12 @@ class Gallery:
         if not np.isfinite(images).all():
             raise UserError(
                 f"the pictures hold values that are not finite; lower the guidance "
-                f"({settings.guidance_scale:g}), or look at the pipeline's weights"
+                f"({settings.guidance_scale:g}), or check the pipeline's weights"
             )
-        return Frame(done, steps, _to_uint8(images), stopped=pipe.interrupt)
+        return Frame(steps, steps, _to_uint8(images))
 
-    def _rows(self, settings: Settings) -> tuple[Tensor, list[int]]:
-        """Label ids (N, F), and for each picture the number of its noise."""
+    def _conditions(self, settings: Settings) -> tuple[Tensor, list[int]]:
+        """Label ids (N, F), and the index of the noise of each image."""
         row = self.pipe.get_label_ids(**settings.labels)
         if settings.strip is None:
             return row.repeat(settings.num_images, 1), list(range(settings.num_images))
@@ -310,55 +285,18 @@ def _to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     return (images * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _whole(name: str, value: Any, low: int, high: int, option: str | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{name} {value!r} must be a whole number from {low} to {high}")
-    if not low <= value <= high:
-        more = (
-            f"; the gallery can be started with a higher {option}"
-            if option and value > high
-            else ""
-        )
-        raise UserError(f"{name} {value} must be from {low} to {high}{more}")
-
-
-# PNGs that remember how they were painted, and reading that back.
-
-CHUNK = "complexity-dit"
-"""Keyword of the text chunk."""
-
-_VERSIONS = ("complexity-dit", "diffusers", "torch")
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """What a PNG of the gallery says about itself."""
-
-    settings: Settings
-    """How its picture, or all pictures of a sheet, were painted."""
-
-    picture: int | None
-    """Which picture of the grid or strip it is; None for a whole sheet."""
-
-    pipeline_sha256: str
-    """Of the networks' configs and weights."""
-
-    versions: dict[str, str]
-    """Of the packages that painted."""
-
-
 def picture_png(
     gallery: Gallery, settings: Settings, image: NDArray[np.uint8], picture: int
 ) -> bytes:
-    """One picture at its own size, uint8 (Y, X, 3), as PNG bytes with its settings."""
+    """Encode one image, uint8 (Y, X, 3), as a PNG that holds its settings."""
     return _encode(Image.fromarray(image), gallery, settings, picture)
 
 
 def sheet_png(gallery: Gallery, settings: Settings, images: NDArray[np.uint8]) -> bytes:
-    """All pictures, uint8 (N, Y, X, 3), on one sheet as PNG bytes with their settings."""
-    columns = sheet_columns(len(images))
+    """Encode all images, uint8 (N, Y, X, 3), as one PNG that holds their settings."""
     captions = gallery.captions(settings) if settings.strip is not None else []
-    return _encode(draw_grid(images, columns, below=captions), gallery, settings, None)
+    sheet = draw_grid(images, sheet_columns(len(images)), below=captions)
+    return _encode(sheet, gallery, settings, None)
 
 
 def sheet_columns(count: int) -> int:
@@ -366,31 +304,8 @@ def sheet_columns(count: int) -> int:
     return next(columns for columns in range(1, count + 1) if columns * columns >= count)
 
 
-def read_png(data: bytes) -> Remembered:
-    """What a PNG of the gallery says about itself.
-
-    Raises:
-        UserError: It is no PNG, or not one of the gallery.
-    """
-    try:
-        with bombs_refused(), Image.open(io.BytesIO(data), formats=["PNG"]) as file:
-            text = file.info.get(CHUNK)
-    # Pillow's parsers raise almost anything on broken bytes.
-    except Exception as error:
-        raise UserError(f"not a PNG that can be read: {error}") from error
-    if text is None:
-        raise UserError(f"the PNG has no {CHUNK} text: it is not of the gallery, or was re-saved")
-    try:
-        told = parse_json(text)
-        if not isinstance(told, dict):
-            raise ValueError("it is no object")
-        return filled(Remembered, told | {"settings": Settings.from_dict(told["settings"])})
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the PNG's {CHUNK} text is not the gallery's: {error}") from error
-
-
 def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELINE") -> str | None:
-    """The command that paints the pictures of a grid again, bit for bit; a strip has none."""
+    """The command that samples the images of a grid again, bit for bit; None for a strip."""
     if settings.strip is not None:
         return None
     words = ["complexity-dit", "sample", pipeline, "--out", "pictures"]
@@ -406,14 +321,14 @@ def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELI
 
 
 def _encode(image: Image.Image, gallery: Gallery, settings: Settings, picture: int | None) -> bytes:
-    told = {
-        "settings": settings.as_dict(),
+    about = PngImagePlugin.PngInfo()
+    content = {
+        "settings": asdict(settings),
         "picture": picture,
         "pipeline_sha256": gallery.pipeline_sha256,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {name: version(name) for name in ("complexity-dit", "diffusers", "torch")},
     }
-    about = PngImagePlugin.PngInfo()
-    about.add_text(CHUNK, json.dumps(told))
+    about.add_text(CHUNK, json.dumps(content))
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=about)
     return file.getvalue()

@@ -1,7 +1,8 @@
-"""The look of the gallery: HTML made of settings and pictures, and one style sheet.
+"""HTML of the gallery and its style sheet.
 
-Pictures are data in the page, not files on a server: nothing is written, and no address leads to a
-file. All text that comes from labels or errors is escaped.
+Pictures travel inside the page. `gr.Gallery` would write each frame to a file that any client can
+fetch by its address, and encode it again without the settings that our PNGs hold. Text from labels
+and errors is escaped.
 """
 
 import base64
@@ -24,7 +25,7 @@ from complexity_dit.app.gallery import (
 )
 
 PREVIEW_SIDE = 256
-"""Unfinished pictures are shown at this size at most: they are sent several times a second."""
+"""Largest side of a preview in pixels; several are sent per second."""
 
 CSS = """
 .gradio-container { max-width: 1240px !important; --quiet: #6b6459; }
@@ -85,7 +86,7 @@ _EASEL = (
 
 
 def masthead(gallery: Gallery) -> str:
-    """The name of the page and what is painted with."""
+    """Name of the page, and the size of the model."""
     parameters = sum(p.numel() for p in gallery.pipe.transformer.parameters())
     labels = ", ".join(f"{len(names)} of {name}" for name, names in gallery.label_names.items())
     side = gallery.pipe.sample_size
@@ -94,7 +95,7 @@ def masthead(gallery: Gallery) -> str:
 
 
 def empty_wall() -> str:
-    """Before anything is painted."""
+    """The wall before the first picture."""
     return _wall(
         f'<div class="empty">{_EASEL}Choose what to paint and press <b>Paint</b>. The same seed '
         "gives the same pictures, here and on the command line.</div>"
@@ -102,21 +103,15 @@ def empty_wall() -> str:
 
 
 def refusal(message: str) -> str:
-    """Why nothing was painted."""
+    """The wall with an error message."""
     return _wall(
         '<div class="refusal" role="alert"><b>Not painted</b>'
         f"{html.escape(message[:1].upper() + message[1:])}</div>"
     )
 
 
-def waiting(before: int) -> str:
-    """While others are painted."""
-    others = "one painting is" if before == 1 else f"{before} paintings are"
-    return _wall(f'<div class="empty" data-state="waiting">Waiting: {others} before yours.</div>')
-
-
 def wall(gallery: Gallery, settings: Settings, frame: Frame) -> str:
-    """The pictures of a frame: a look while they are painted, links to PNGs when they are done."""
+    """The wall with the images of a frame: previews, or links to PNGs when they are done."""
     captions = gallery.captions(settings)
     pictures = []
     for i, (image, caption) in enumerate(zip(frame.images, captions, strict=True)):
@@ -142,7 +137,7 @@ def wall(gallery: Gallery, settings: Settings, frame: Frame) -> str:
 
 
 def file_name(settings: Settings, caption: str | None = None) -> str:
-    """A name that says what is in the file, of letters, digits and hyphens."""
+    """A descriptive file name of letters, digits and hyphens."""
     words = ["gallery", *settings.labels.values()]
     words += [f"seed-{settings.seed}", *([caption] if caption else [])]
     return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-") for word in words) + ".png"
@@ -158,11 +153,10 @@ def _status(gallery: Gallery, settings: Settings, frame: Frame) -> str:
         name = html.escape(file_name(settings))
         right = f'<a class="download" href="{sheet}" download="{name}">Download PNG</a>'
         return f'<div class="line" data-state="done">{about}{right}</div>'
-    state = "stopped" if frame.stopped else "denoising"
-    right = f"<span>{state}, step {frame.step} of {frame.steps}</span>"
+    right = f"<span>step {frame.step} of {frame.steps}</span>"
     share = 100 * frame.step // frame.steps
     return (
-        f'<div class="line" data-state="{state}">{about}{right}</div>'
+        f'<div class="line" data-state="denoising">{about}{right}</div>'
         f'<div class="bar"><i style="width: {share}%"></i></div>'
     )
 
