@@ -1,6 +1,4 @@
-"""The Hugging Face Hub: whether it can be reached, and uploads of a folder."""
-
-from __future__ import annotations
+"""The Hugging Face Hub: a quick check that it answers, and uploads of a folder."""
 
 import os
 import urllib.error
@@ -13,51 +11,41 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from inl_core.run.errors import UserError
 
-_HUB_TIMEOUT_S = 4.0
+_TIMEOUT_SECONDS = 4.0
 _SOURCE_HINT = "download it elsewhere and use source=imagefolder:PATH"
+_UPLOAD_HINT = "save_pretrained(FOLDER) works offline, and `hf upload REPO FOLDER` uploads it later"
 
 
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def reach_hub(what: str, hint: str = _SOURCE_HINT) -> None:
-    """Ask the hub for its front page, so that no network means one line and not 23 s of retries.
+def reach_hub(action: str, hint: str = _SOURCE_HINT) -> None:
+    """Check that the Hub answers, since its client retries for 23 s; offline mode passes.
 
     Args:
-        what: What is wanted of it, to start the message with.
-        hint: What to do without it.
+        action: What needs the Hub; the start of the message.
+        hint: What to do without the Hub.
 
     Raises:
-        UserError: If the hub does not answer.
+        UserError: If the Hub does not answer, or answers with a server error.
     """
-    if constants.HF_HUB_OFFLINE or _is_on("HF_DATASETS_OFFLINE"):
+    offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+    if constants.HF_HUB_OFFLINE or offline:
         return
+    reason: Any = None
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
-            return
+        urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError as error:
-        said: Any = error
-        if error.code < 500:
-            return
+        reason = error if error.code >= 500 else None
     except OSError as error:
-        said = getattr(error, "reason", error)
-    raise UserError(
-        f"{what}: cannot reach {constants.ENDPOINT} ({said}); {hint}, or set "
-        "HF_HUB_OFFLINE=1 if this machine has already cached it"
-    )
-
-
-_UPLOAD_HINT = "save_pretrained(FOLDER) works without, and `hf upload REPO FOLDER` sends it later"
+        reason = getattr(error, "reason", error)
+    if reason is not None:
+        raise UserError(
+            f"{action}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set "
+            "HF_HUB_OFFLINE=1 if this machine has already cached it"
+        )
 
 
 def check_reachable(repo_id: str) -> None:
-    """Raise at once where an upload would only fail after many tries.
-
-    Raises:
-        UserError: If the Hub is switched off or does not answer.
-    """
+    """Raise a `UserError` if an upload cannot work because the Hub is off or does not answer."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"cannot upload {repo_id}: HF_HUB_OFFLINE is set; {_UPLOAD_HINT}")
     reach_hub(f"upload {repo_id}", _UPLOAD_HINT)
@@ -72,36 +60,33 @@ def upload(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Create the repository if need be, and upload a folder.
+    """Upload a folder, to a new repository if there is none of that name.
 
     Args:
-        folder: What to upload.
-        message: The commit's, unless `commit_message` is given.
-        repo_id: The folder's name by default.
-        private: Whether a new repository is.
-        token: Of the Hub; the one that is logged in by default.
-        commit_message: The commit's.
-        create_pr: Propose the upload instead.
+        folder: The folder.
+        message: Default of `commit_message`.
+        repo_id: "user/name" or a name of your own; by default the folder's name.
+        private: Whether a new repository is private.
+        token: Access token; by default the one that is logged in.
+        commit_message: Message of the commit.
+        create_pr: Open a pull request instead of committing.
 
     Returns:
-        Where it is.
+        URL of the upload.
 
     Raises:
-        UserError: If the Hub is out of reach, refuses, or nobody is logged in.
+        UserError: If the Hub does not answer or refuses, or nobody is logged in.
     """
     repo_id = repo_id or folder.name
     check_reachable(repo_id)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        return str(
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or message,
-                create_pr=create_pr,
-            )
-        )
+        url = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message or message,
+            create_pr=create_pr,
+        )  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot upload {repo_id}: {said}; {_UPLOAD_HINT}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot upload {repo_id}: {reason}; {_UPLOAD_HINT}") from error
+    return str(url)
