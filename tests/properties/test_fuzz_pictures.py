@@ -86,7 +86,7 @@ def image_folder(folder: Path) -> Parser:
 @ROWS.row
 def training_picture(folder: Path) -> Parser:
     cases = mangled_bytes(PICTURES)
-    return Parser(cases, lambda data: pictures.square_pixels(data, 4), [sources], (UserError,))
+    return Parser(cases, lambda data: pictures.square_pixels(data, 4), [pictures], (UserError,))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -218,7 +218,8 @@ def test_a_session_in_a_browser(address, browser, pipe, tmp_path):
     write("Size in pixels", "128")
     write("Steps", "100")
     paint("[data-state=denoising]")
-    page.click("#stop")
+    with page.expect_response("**/gradio_api/cancel"):  # after the step under way
+        page.click("#stop")
     write("Size in pixels", "8")
     write("Steps", "2")
     paint("[data-state=done]")

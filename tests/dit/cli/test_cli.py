@@ -1,4 +1,4 @@
-"""The command line as typed: what works, and what wrong input says and returns."""
+"""Commands as typed: results, exit statuses and error messages."""
 
 import shutil
 from pathlib import Path
@@ -29,8 +29,8 @@ def paintings(tmp_path):
         for i in range(3):
             pixels = draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / style / f"{i}.png")
-    whole = (folder / "Cubism" / "0.png").read_bytes()
-    (folder / "Cubism" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "Cubism" / "0.png").read_bytes()
+    (folder / "Cubism" / "truncated.png").write_bytes(data[: len(data) // 2])
     Image.new("RGB", (8, 8)).save(folder / "Fauvism" / "small.png")
     return folder
 
@@ -57,7 +57,7 @@ def test_train_sample_and_evaluate(command, tmp_path):
     assert (tmp_path / "eval" / "result.json").exists()
 
 
-def test_demo_yaml_is_the_defaults():
+def test_demo_yaml_equals_the_defaults():
     with open("configs/dit/demo.yaml") as file:
         assert TrainConfig(**cli_parsed(yaml.safe_load(file))) == TrainConfig()
 
@@ -103,7 +103,7 @@ def test_encode_and_train(command, paintings, tmp_path):
         assert message in error
 
 
-def test_help_explains_every_field(command):
+def test_help_shows_the_docstrings_of_fields(command):
     _, text, _ = command("train", "--help")
     for words in ("Peak learning rate", "Fraction held out", "Where INL dynamics act"):
         assert words in " ".join(text.split())
@@ -115,7 +115,7 @@ def test_version(command):
     assert __version__ in command("--version")[1]
 
 
-def test_broken_and_small_images_are_named_and_counted(command, paintings, tmp_path, caplog):
+def test_broken_and_small_images_are_reported(command, paintings, tmp_path, caplog):
     source = f"--data.source=imagefolder:{paintings}"
     args = [*SMALL, source, "--data.holdout=0", "--out", tmp_path / "run"]
     assert command("train", *args)[0] == 0
@@ -127,7 +127,7 @@ def test_broken_and_small_images_are_named_and_counted(command, paintings, tmp_p
     assert "truncated.png" in err or "small.png" in err
 
 
-def test_wrong_input_exits_with_2_and_says_what_to_do(command, tmp_path, paintings):
+def test_wrong_input_exits_with_2_and_a_hint(command, tmp_path, paintings):
     out = tmp_path / "run"
     assert command("train", "--out", out, *SMALL)[0] == 0
     pipeline = out / "pipeline"
@@ -155,7 +155,7 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(command, tmp_path, paintin
         assert "Traceback" not in err
 
 
-def test_label_lists_reach_the_sampler():
+def test_label_lists_are_joined():
     assert cli._join_labels(["--labels.style", "A", "B", "--seed", "1", "--labels.genre=x"]) == [
         '--labels.style=["A", "B"]', "--seed", "1", '--labels.genre=["x"]',
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Misspelt fields and wrong values: exit status 2, one line, the nearest name, no traceback."""
+"""Misspelt fields and wrong values: exit status 2 and one line that names the nearest field."""
 
 import pytest
 import yaml
@@ -33,7 +33,7 @@ IN_YAML = [
 ]
 
 
-def fails(monkeypatch, capsys, arguments):
+def error_of(monkeypatch, capsys, arguments):
     monkeypatch.setattr("sys.argv", ["complexity-dit", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -45,28 +45,26 @@ def fails(monkeypatch, capsys, arguments):
 
 
 @pytest.mark.parametrize(("arguments", "words"), CASES)
-def test_on_the_command_line(monkeypatch, capsys, arguments, words):
-    assert words in fails(monkeypatch, capsys, arguments)
+def test_errors_on_the_command_line(monkeypatch, capsys, arguments, words):
+    assert words in error_of(monkeypatch, capsys, arguments)
 
 
 @pytest.mark.parametrize(("values", "words"), IN_YAML)
-def test_in_a_yaml(monkeypatch, capsys, tmp_path, values, words):
+def test_errors_in_a_yaml_file(monkeypatch, capsys, tmp_path, values, words):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    assert words in fails(
-        monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"]
-    )  # fmt: skip
+    assert words in error_of(monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"])
 
 
-def test_a_broken_yaml(monkeypatch, capsys, tmp_path):
+def test_a_broken_yaml_file(monkeypatch, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text("a: [1\nb: }")
-    assert "line 2" in fails(monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"])
+    assert "line 2" in error_of(monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"])
 
 
 @pytest.mark.parametrize(
     ("written", "meant"),
     [("no", "no"), ("regional", "regional"), ("false", "no"), ("true", "regional")],
 )
-def test_compile_by_name_and_by_the_switch_it_was(tmp_path, written, meant):
+def test_compile_by_name_and_by_its_former_boolean(tmp_path, written, meant):
     (tmp_path / "run.yaml").write_text(f"compile: {written}\n")
     for argument in (f"--config={tmp_path}/run.yaml", f"--compile={written}"):
         parser = cli.build_parser()

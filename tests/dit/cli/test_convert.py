@@ -1,6 +1,6 @@
-"""The authors' checkpoint layout: what maps computes what it computed there, the rest is named.
+"""Conversion of the research code's checkpoints: equal outputs of parts, and a complete report.
 
-`Theirs` is written from the published forward of complexity-diffusion, piece by piece, in fp64.
+`Source` is written from the published forward of complexity-diffusion, part by part, in fp64.
 """
 
 from functools import partial
@@ -21,8 +21,8 @@ from inl_core.run.errors import UserError
 from support.authors import GRID, HEADS, KV, PATCH, C, D, E, checkpoint
 
 
-class Theirs:
-    """Pieces of their forward, of block 1."""
+class Source:
+    """Parts of the source network's forward, of block 1."""
 
     def __init__(self, tensors):
         self.t = {name: x.double() for name, x in tensors.items()}
@@ -82,58 +82,58 @@ class Theirs:
 
 
 @torch.no_grad()
-def test_each_piece_computes_what_it_did_there():
+def test_each_part_computes_the_same_as_in_the_source():
     tensors = checkpoint(routed=False)
-    theirs, ours = Theirs(tensors), from_state_dict(tensors).network.double()
-    block = ours.blocks[1]
+    source, network = Source(tensors), from_state_dict(tensors).network.double()
+    block = network.blocks[1]
     draw = torch.Generator().manual_seed(1)
     picture = torch.randn(2, C, GRID * PATCH, GRID * PATCH, generator=draw).double()
     x = torch.randn(2, GRID * GRID, D, generator=draw).double()
     c, v = torch.randn(2, D, generator=draw).double(), torch.randn(x.shape, generator=draw).double()
 
-    embed = F.conv2d(picture, theirs.t["patch_embed.proj.weight"],
-                     theirs.t["patch_embed.proj.bias"], stride=PATCH)  # fmt: skip
+    embed = F.conv2d(picture, source.t["patch_embed.proj.weight"],
+                     source.t["patch_embed.proj.bias"], stride=PATCH)  # fmt: skip
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # weights are fp32
-    close(ours.patch_embed(patchify(picture, PATCH)), embed.flatten(2).transpose(1, 2))
+    close(network.patch_embed(patchify(picture, PATCH)), embed.flatten(2).transpose(1, 2))
 
     chunks = block.adaln(F.silu(c)).chunk(6, dim=-1)
     for which, norm in enumerate((block.norm1, block.norm2)):
         shift, scale, gate = chunks[3 * which : 3 * which + 3]
-        expected, expected_gate = theirs.modulated(x, c, which)
+        expected, expected_gate = source.modulated(x, c, which)
         close(norm(x, shift, scale), expected)
         close(gate, expected_gate)
 
-    cos, sin = rotary_2d(GRID, GRID, E, theta=ours.config.rope_theta)
-    close(block.attn(x, cos, sin)[0], theirs.attention(x))
-    for found, expected in zip(block.dynamics(x, v), theirs.dynamics(x, v), strict=True):
-        close(found, expected)
-    gate, up, down = (theirs.t[f"blocks.1.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+    cos, sin = rotary_2d(GRID, GRID, E, theta=network.config.rope_theta)
+    close(block.attn(x, cos, sin)[0], source.attention(x))
+    for actual, expected in zip(block.dynamics(x, v), source.dynamics(x, v), strict=True):
+        close(actual, expected)
+    gate, up, down = (source.t[f"blocks.1.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
     close(block.mlp(x), F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
 
-    shift, scale = ours.adaln_out(F.silu(c)).chunk(2, dim=-1)
-    last = unpatchify(ours.proj_out(ours.norm_out(x, shift, scale)), PATCH, GRID, GRID)
-    close(last, theirs.last(x, c))
+    shift, scale = network.adaln_out(F.silu(c)).chunk(2, dim=-1)
+    last = unpatchify(network.proj_out(network.norm_out(x, shift, scale)), PATCH, GRID, GRID)
+    close(last, source.last(x, c))
 
 
-def test_every_tensor_is_taken_or_named():
+def test_every_tensor_is_converted_or_reported():
     for routed in (True, False):
         tensors = checkpoint(routed)
         done = from_state_dict(tensors)
         used = {source for sources in done.taken.values() for source in sources}
         assert used.isdisjoint(done.left_out)
         assert used | set(done.left_out) == set(tensors)
-        ours = {name for name, _ in done.network.named_parameters()}
-        assert set(done.taken) | set(done.fresh) == ours
+        parameters = {name for name, _ in done.network.named_parameters()}
+        assert set(done.taken) | set(done.fresh) == parameters
         assert "no counterpart was found" not in done.fresh.values()
         assert any(".mlp." in name for name in done.fresh) == routed
-        assert done.left_out["blocks.0.self_attn.mu_to_q.weight"].startswith("no mu goes")
+        assert done.left_out["blocks.0.self_attn.mu_to_q.weight"].startswith("mu is not passed")
     strange = from_state_dict(tensors | {"surprise": torch.zeros(1)})
-    assert strange.left_out["surprise"] == "the checkpoint is of another layout"
+    assert strange.left_out["surprise"] == "the checkpoint has another layout"
 
 
-def test_the_command_writes_a_folder_that_training_starts_from(tmp_path, capsys):
-    save_file(checkpoint(), tmp_path / "theirs.safetensors")
-    run(["convert", str(tmp_path / "theirs.safetensors"), "--out", str(tmp_path / "out")])
+def test_training_starts_from_the_written_folder(tmp_path, capsys):
+    save_file(checkpoint(), tmp_path / "source.safetensors")
+    run(["convert", str(tmp_path / "source.safetensors"), "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     for words in ("left out: t_embed.mlp.0.bias and 3 more", "--model.dynamics_placement stream",
                   "rope_theta: 10000.0", "experts", "prediction_type epsilon"):  # fmt: skip
@@ -146,7 +146,7 @@ def test_the_command_writes_a_folder_that_training_starts_from(tmp_path, capsys)
     weight = pipe.transformer.blocks[1].attn.to_q.weight
     assert torch.equal(new.blocks[1].attn.to_q.weight, weight)
     with pytest.raises(UserError, match="exists"):
-        convert(tmp_path / "theirs.safetensors", tmp_path / "out")
+        convert(tmp_path / "source.safetensors", tmp_path / "out")
 
 
 def test_pickles_and_other_layouts_are_refused(tmp_path):
@@ -156,15 +156,15 @@ def test_pickles_and_other_layouts_are_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read"):
         convert(tmp_path / "broken.safetensors", tmp_path / "out")
-    whole = checkpoint()
+    good = checkpoint()
     for change, words in (
-        ({"patch_embed.proj.weight": None}, "no checkpoint of their ComplexityDiT"),
-        ({"blocks.0.self_attn.q_norm.weight": None}, "without QK-norm"),
+        ({"patch_embed.proj.weight": None}, "not a checkpoint of the research code"),
+        ({"blocks.0.self_attn.q_norm.weight": None}, "no QK-norm"),
         ({"blocks.1.dynamics.mu": None}, "has no blocks.1.dynamics.mu"),
         ({"blocks.1.dynamics.mu": torch.zeros(5)}, r"blocks.1.dynamics.mu \(5,\) cannot become"),
     ):
-        tensors = {k: v for k, v in (whole | change).items() if v is not None}
+        tensors = {k: v for k, v in (good | change).items() if v is not None}
         with pytest.raises(UserError, match=words):
             from_state_dict(tensors)
-    with pytest.raises(UserError, match="heads of 8 make 4"):
-        from_state_dict(whole, num_attention_heads=8)
+    with pytest.raises(UserError, match="8 must be 4: heads are 8 wide"):
+        from_state_dict(good, num_attention_heads=8)

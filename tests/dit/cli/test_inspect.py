@@ -1,4 +1,4 @@
-"""`inspect` tells a run, a checkpoint and a pipeline by what is in them."""
+"""`inspect` of a run, a checkpoint and a pipeline."""
 
 import pytest
 import yaml
@@ -14,29 +14,29 @@ def run(small_run):
     return small_run
 
 
-def test_a_run_its_checkpoint_and_its_pipeline_are_the_same_model(run, tmp_path):
+def test_a_run_its_checkpoint_and_its_pipeline_give_the_same_model(run, tmp_path):
     out = tmp_path / "run"
     newest = max((out / "checkpoints").iterdir())
-    told = [inspect(str(p)) for p in (out, out / "pipeline", newest)]
-    assert len({one["weights_sha256"] for one in told}) == 1
-    assert told[0]["sizes"]["hidden_size"] == 32
-    assert told[0]["trained_on"]["source"] == "art"
-    assert told[0]["labels"].keys() == {"style", "genre"}
+    models = [inspect(str(p)) for p in (out, out / "pipeline", newest)]
+    assert len({model["weights_sha256"] for model in models}) == 1
+    assert models[0]["sizes"]["hidden_size"] == 32
+    assert models[0]["trained_on"]["source"] == "art"
+    assert models[0]["labels"].keys() == {"style", "genre"}
 
 
 def test_the_dynamics_are_described_layer_by_layer(run, tmp_path):
-    told = inspect(str(tmp_path / "run"))
-    assert len(told["layers"]) == told["sizes"]["num_layers"]
-    layer = told["layers"]["blocks.0.dynamics"]
+    model = inspect(str(tmp_path / "run"))
+    assert len(model["layers"]) == model["sizes"]["num_layers"]
+    layer = model["layers"]["blocks.0.dynamics"]
     assert 0 < layer["alpha_mean"] < 1
-    assert told["certificate"]["frozen_points_stable"] is True
-    assert told["certificate"]["gain_along_the_path"] > 0
-    yaml.safe_dump(told)  # plain values only
+    assert model["certificate"]["frozen_points_stable"] is True
+    assert model["certificate"]["gain_along_the_path"] > 0
+    yaml.safe_dump(model)  # plain values only
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pipeline"):
+    with pytest.raises(UserError, match="does not hold a pipeline"):
         inspect(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="no pipeline folder"):
         inspect(str(tmp_path / "absent"))

@@ -1,4 +1,4 @@
-"""The demo: train a small model on the embedded art set, paint with it, measure what it painted."""
+"""`complexity-dit demo`: train a small model on the embedded art set, sample and evaluate it."""
 
 import csv
 import os
@@ -19,11 +19,11 @@ from complexity_dit.training.train import train
 from inl_core.run.files import atomic_file
 
 NUM_EVALUATED = 256
-"""Images of each side of the demo's FID: few, so that two cores need minutes and not an hour."""
+"""Generated and real images of the demo's FID; few, so that it takes minutes on two cores."""
 
 
 def demo(out: str) -> None:
-    """Train, paint and measure; a second call goes on where the first one was stopped.
+    """Train, sample and evaluate; a second call resumes an interrupted one.
 
     Writes what `train` writes, and `samples.png`, `loss.png`, `result.json` and `report.html`.
 
@@ -32,8 +32,7 @@ def demo(out: str) -> None:
     """
     start = time.perf_counter()
     config, folder = TrainConfig(out=out, resume="auto"), Path(out)
-    # Drawing is what more processes speed up; how many is no setting of the run, which finds the
-    # pictures in the cache.
+    # Fill the cache with several processes; their number is not part of the run's settings.
     load_data(replace(config.data, num_workers=os.cpu_count() or 1), "train")
     pipeline = train(config)
     plot_loss(folder / "train_log.csv", folder / "loss.png")
@@ -42,20 +41,20 @@ def demo(out: str) -> None:
     sampling = SampleConfig()
     labels = grid_labels(pipe, columns=8)
     images = np.concatenate([batch for _, batch in iter_samples(pipe, labels, sampling)])
-    schools = [name.replace("_", " ") for name in next(iter(pipe.label_names.values()))]
-    save_grid(images, 8, schools, folder / "samples.png")
+    row_names = [name.replace("_", " ") for name in next(iter(pipe.label_names.values()))]
+    save_grid(images, 8, row_names, folder / "samples.png")
 
-    measured = EvalConfig(num_images=NUM_EVALUATED, floors=True, overwrite=True)
-    evaluate(pipeline, "art", out, measured, sampling)
+    evaluation = EvalConfig(num_images=NUM_EVALUATED, floors=True, overwrite=True)
+    evaluate(pipeline, "art", out, evaluation, sampling)
     write_card(pipeline, folder / "result.json", folder / "samples.png", "complexity-dit-demo")
     print(
         f"""
 The demo took {(time.perf_counter() - start) / 60:.1f} minutes. In {folder}:
-  samples.png    what the model paints: a row for each school
+  samples.png    samples, one row per school
   loss.png       the training loss
   result.json    FID, KID and every setting they depend on
-  report.html    the same, to look at in a browser
-  pipeline/      the model; any process loads it with
+  report.html    the same, for the browser
+  pipeline/      the model; load it with
                  DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)
 
 Next:
@@ -66,11 +65,11 @@ Next:
 
 
 def plot_loss(log: Path, target: Path) -> None:
-    """Draw the loss over steps, with its running mean over 2 % of the run.
+    """Plot the loss over steps, with its running mean over 2 % of the run.
 
     Args:
         log: A run's `train_log.csv`.
-        target: The PNG to write (aside, then renamed).
+        target: The PNG to write.
     """
     with log.open(newline="") as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
@@ -84,5 +83,5 @@ def plot_loss(log: Path, target: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0.9 * smooth.min(), 1.1 * smooth.max()))
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_file(target) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    with atomic_file(target) as path:
+        figure.savefig(path, format="png", dpi=120)

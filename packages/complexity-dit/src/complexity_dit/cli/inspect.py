@@ -1,4 +1,4 @@
-"""`complexity-dit inspect`: what a pipeline or checkpoint holds, and what its dynamics became."""
+"""`complexity-dit inspect`: the contents of a pipeline or checkpoint, and its learned dynamics."""
 
 import json
 from pathlib import Path
@@ -18,22 +18,22 @@ from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels t at which the network is looked at, on an input of pure noise and no labels."""
+"""Noise levels t at which the dynamics are measured, on an input of pure noise without labels."""
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """Open a model and describe it.
+    """Describe a model.
 
     Args:
         path: A pipeline folder or Hub id, a checkpoint, or the folder of a run (its finished
             pipeline, else its newest checkpoint).
 
     Returns:
-        Plain values: sizes, parameters, labels, the dynamics layer by layer, the figures of
-        `inl_core.certify`, the VAE, the data it was trained on.
+        Plain values: sizes, parameters, labels, the dynamics of each layer, the figures of
+        `inl_core.certify`, the VAE and the training data.
 
     Raises:
-        UserError: If there is no such thing.
+        UserError: If there is no model at the path.
     """
     folder = _pipeline_of(Path(path))
     pipe = load_pipeline(str(folder) if folder else path)
@@ -53,7 +53,7 @@ def inspect(path: str) -> dict[str, Any]:
         "scheduler": type(pipe.scheduler).__name__,
         "vae": None if vae is None else type(vae).__name__,
         "dynamics": {k: v for k, v in model.config.items() if k.startswith("dynamics_")},
-        **_learned(model),
+        **_dynamics(model),
         "trained_on": json.loads(trained_on.read_text())
         if trained_on and trained_on.is_file()
         else None,
@@ -62,24 +62,24 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def _pipeline_of(path: Path) -> Path | None:
-    """The pipeline folder that a local path means; None leaves it to be a Hub id."""
+    """The pipeline folder of a local path; None if the path may be a Hub id."""
     if not path.exists():
         return None
     if any((path / name).is_file() for name in (ComplexityDiTPipeline.config_name, ADAPTER_FILE)):
         return path
     newest = latest_checkpoint(path / "checkpoints")
-    for holder in (path, newest):
+    for parent in (path, newest):
         for kind in (SavedPipeline, SavedAdapter):
-            if holder is not None and (holder / kind.folder_name).is_dir():
-                return holder / kind.folder_name
+            if parent is not None and (parent / kind.folder_name).is_dir():
+                return parent / kind.folder_name
     raise UserError(
-        f"{path} holds no pipeline; give a pipeline folder, a checkpoint (step-XXXXXXXX) or the "
-        "folder of a run"
+        f"{path} does not hold a pipeline; give a pipeline folder, a checkpoint (step-XXXXXXXX) or "
+        "the folder of a run"
     )
 
 
-def _learned(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
-    """What each layer's dynamics do with noise, and the certificate along it."""
+def _dynamics(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
+    """Statistics of each layer's dynamics on noise, and the stability certificate."""
     if not dynamics_modules(model):
         return {}
     side, count = model.config.sample_size, len(PROBE_LEVELS)
