@@ -1,4 +1,4 @@
-"""How long properties are looked for: COMPLEXITY_HYPOTHESIS=long tries 50 times as many cases."""
+"""Hypothesis profiles; COMPLEXITY_HYPOTHESIS=long tries 50 times as many cases."""
 
 import os
 

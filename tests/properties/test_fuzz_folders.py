@@ -1,7 +1,8 @@
-"""Folders of pipelines, checkpoints, caches, models: any input gives a value or a plain error.
+"""Fuzzing of the parsers of folders: any input gives a value or a `UserError`.
 
-One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
-adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+Each row is a parser of a file of a pipeline, checkpoint, cache or model. It runs for
+`COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run) and appends a line to the file
+`COMPLEXITY_FUZZ_LOG`.
 """
 
 import contextlib
@@ -25,33 +26,19 @@ from complexity_dit.app import server
 from complexity_dit.cli import convert
 from complexity_dit.config import DataConfig, ObjectiveConfig, TrainConfig
 from complexity_dit.data import latents
-from complexity_dit.data import latents as latent_parts
-from complexity_dit.evaluation import image_sets as subjects
-from complexity_dit.evaluation import networks as vision_models
-from complexity_dit.evaluation import report as compare
+from complexity_dit.evaluation import image_sets, networks, report
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines import pipeline as pipeline_labels
-from complexity_dit.pipelines import sampling as sample
-from complexity_dit.pipelines import saving as pipeline_files
+from complexity_dit.pipelines import pipeline, sampling, saving
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training import state
 from complexity_dit.training.objective import build_scheduler
-from complexity_lm import data as stream
-from complexity_lm import generate, loading
-from complexity_lm import loading as checkpoints
+from complexity_lm import data, generate, loading
 from inl_core.run import csv_log
 from inl_core.run.errors import UserError
-from inl_core.run.errors import UserError as LMUserError
 from support.authors import checkpoint
 from support.fuzzing import MARKS, Parser, Rows, of_file
-from support.mangled import (
-    ODD,
-    mangled_bytes,
-    mangled_json,
-    mangled_values,
-)
+from support.mangled import ODD, mangled_bytes, mangled_json, mangled_values
 
-ROOT = Path(__file__).parents[2]
 ROWS = Rows()
 pytestmark = MARKS
 
@@ -84,18 +71,18 @@ def safetensors_header(folder: Path) -> Parser:
     def parse(path: Path) -> None:
         with contextlib.suppress(UserError):
             convert._read(path)
-        checkpoints.check_shapes(network, path.parent)
+        loading.check_shapes(network, path.parent)
 
     cases = st.one_of(mangled_bytes(whole), mangled_values([good]).map(header))
     parse_file = of_file(folder / "model.safetensors", parse)
-    return Parser(cases, parse_file, [convert, checkpoints], (LMUserError,))
+    return Parser(cases, parse_file, [convert, loading], (UserError,))
 
 
 @ROWS.row
 def converters_state_dict(folder: Path) -> Parser:
     shapes = {name: list(value.shape) for name, value in checkpoint(routed=False).items()}
     sizes = st.lists(st.integers(0, 3) | st.sampled_from([16, 33, 64]), max_size=5)
-    sizes = sizes.filter(lambda shape: math.prod(shape) < 10**6)  # of a file that exists
+    sizes = sizes.filter(lambda shape: math.prod(shape) < 10**6)  # as in a real file
 
     @st.composite
     def cases(draw: st.DrawFn) -> dict[str, list[int]]:
@@ -122,12 +109,12 @@ def label_tables(folder: Path) -> Parser:
     ]
 
     def parse(case: tuple[Any, Any]) -> None:
-        table = pipeline_labels.read_id2label(case[0], network)
+        table = pipeline.read_id2label(case[0], network)
         for field, names in table.items():
             labels.resolve_label([names[i] for i in range(len(names))], case[1], field)
 
     cases = st.tuples(mangled_values(good), ODD | st.sampled_from(["a", "A", "1", "²", "٣"]))
-    return Parser(cases, parse, [pipeline_labels, labels], (UserError,))
+    return Parser(cases, parse, [pipeline, labels], (UserError,))
 
 
 @ROWS.row
@@ -136,8 +123,8 @@ def model_index(folder: Path) -> Parser:
     path = folder / "pipeline" / "model_index.json"
     good = json.loads(path.read_text())
     foreign = good | {"transformer": ["os", "system"], "vae": ["builtins", "eval"]}
-    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parent)).label_names)
-    modules: list[ModuleType] = [sample, pipeline_files, pipeline_labels]
+    parse = of_file(path, lambda path: sampling.load_pipeline(str(path.parent)).label_names)
+    modules: list[ModuleType] = [sampling, saving, pipeline]
     return Parser(mangled_json([good, good, foreign]), parse, modules, (UserError,))
 
 
@@ -146,21 +133,21 @@ def network_config(folder: Path) -> Parser:
     small_pipeline().save_pretrained(folder / "pipeline")
     path = folder / "pipeline" / "transformer" / "config.json"
     good = json.loads(path.read_text())
-    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parents[1])).label_names)
-    return Parser(mangled_json([good]), parse, [sample], (UserError,))
+    parse = of_file(path, lambda path: sampling.load_pipeline(str(path.parents[1])).label_names)
+    return Parser(mangled_json([good]), parse, [sampling], (UserError,))
 
 
 @ROWS.row
 def adapter_json(folder: Path) -> Parser:
     small_pipeline().save_pretrained(folder / "base")
     (folder / "adapter").mkdir()
-    base = sample.load_pipeline(str(folder / "base"))
-    sha256 = sample.weights_sha256(base.transformer)
+    base = sampling.load_pipeline(str(folder / "base"))
+    sha256 = sampling.weights_sha256(base.transformer)
     good = {"base": "../base", "base_sha256": sha256, "labels": {"style": ["d"]}}
-    path = folder / "adapter" / sample.ADAPTER_FILE
-    parse = of_file(path, lambda path: sample.load_pipeline(str(path.parent)))
-    # There are no matrices beside it: a good file ends with that sentence.
-    return Parser(mangled_json([good]), parse, [sample], (UserError,), gives_values=False)
+    path = folder / "adapter" / sampling.ADAPTER_FILE
+    parse = of_file(path, lambda path: sampling.load_pipeline(str(path.parent)))
+    # The folder has no matrices, so that a good file ends with an error too.
+    return Parser(mangled_json([good]), parse, [sampling], (UserError,), gives_values=False)
 
 
 @ROWS.row
@@ -176,7 +163,7 @@ def latent_cache(folder: Path) -> Parser:
     kinds |= {"label_style": datasets.Value("int64")}
     kinds |= {"latents": datasets.List(datasets.Value("float16"), length=32)}
     features = datasets.Features(kinds)
-    with ArrowWriter(path=str(latent_parts.part_path(folder, 0)), features=features) as writer:
+    with ArrowWriter(path=str(latents.part_path(folder, 0)), features=features) as writer:
         writer.write_table(datasets.Dataset.from_dict(rows, features=features).data.table)
         writer.finalize()
     good = {
@@ -190,11 +177,11 @@ def latent_cache(folder: Path) -> Parser:
 
     def parse(path: Path) -> None:
         latents.source_config(asked)
-        data = latents.load_training_data(asked)
-        data.clean([0, len(data) - 1], torch.zeros(2, dtype=torch.bool))
+        images = latents.load_training_data(asked)
+        images.clean([0, len(images) - 1], torch.zeros(2, dtype=torch.bool))
 
     parse_file = of_file(folder / latents.CACHE_FILE, parse)
-    return Parser(mangled_json([good]), parse_file, [latents, latent_parts], (UserError,))
+    return Parser(mangled_json([good]), parse_file, [latents], (UserError,))
 
 
 @ROWS.row
@@ -233,7 +220,7 @@ def checkpoint_weights(folder: Path) -> Parser:
 
 
 def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    """A checkpoint, and going on from it."""
+    """A checkpoint, and a function that resumes from it."""
     from complexity_dit.training.state import SavedPipeline, build_state
 
     pipe = small_pipeline()
@@ -244,7 +231,7 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     parts = SavedPipeline(pipe.scheduler, pipe.id2label, asdict(config.data))
     checkpoint = run.save(folder / "checkpoints", parts, asdict(config))
     for sums in checkpoint.glob("SHA256SUMS*"):
-        sums.unlink()  # a hostile folder has fitting ones, or none
+        sums.unlink()  # a hostile folder has matching ones, or none
 
     def resume() -> None:
         build_state(pipe.transformer, config).load(checkpoint, parts, pipe.label_names)
@@ -255,8 +242,8 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
 @ROWS.row
 def data_json(folder: Path) -> Parser:
     good = asdict(DataConfig())
-    parse = of_file(folder / subjects.DATA_FILE, lambda path: subjects.trained_on(path.parent))
-    return Parser(mangled_json([good]), parse, [subjects], (UserError,))
+    parse = of_file(folder / image_sets.DATA_FILE, lambda path: image_sets.trained_on(path.parent))
+    return Parser(mangled_json([good]), parse, [image_sets], (UserError,))
 
 
 @ROWS.row
@@ -267,8 +254,8 @@ def result_json(folder: Path) -> Parser:
     }  # fmt: skip
     other = folder / "other.json"
     other.write_text(json.dumps(good))
-    parse = of_file(folder / "result.json", lambda path: compare.compare(path, other, ["sample"]))
-    return Parser(mangled_json([good]), parse, [compare], (UserError,))
+    parse = of_file(folder / "result.json", lambda path: report.compare(path, other, ["sample"]))
+    return Parser(mangled_json([good]), parse, [report], (UserError,))
 
 
 @ROWS.row
@@ -284,10 +271,8 @@ def csv_curve(folder: Path) -> Parser:
 def preprocessor_json(folder: Path) -> Parser:
     good = {"crop_size": {"height": 8}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     path = folder / "preprocessor_config.json"
-    parse = of_file(path, lambda path: vision_models._preprocessing(path.parent))
-    return Parser(
-        mangled_json([good, {**good, "crop_size": 8}]), parse, [vision_models], (UserError,)
-    )
+    parse = of_file(path, lambda path: networks._preprocessing(path.parent))
+    return Parser(mangled_json([good, {**good, "crop_size": 8}]), parse, [networks], (UserError,))
 
 
 @ROWS.row
@@ -308,7 +293,7 @@ def training_json(folder: Path) -> Parser:
     good = {"data": asdict(Text()), "tokenizer_sha256": "0"}
     path = folder / loading.TRAINING_FILE
     parse = of_file(path, lambda path: loading.read_training_file(path.parent))
-    return Parser(mangled_json([good]), parse, [loading], (LMUserError,))
+    return Parser(mangled_json([good]), parse, [loading], (UserError,))
 
 
 @ROWS.row
@@ -316,7 +301,7 @@ def prompts_file(folder: Path) -> Parser:
     good = [b'a line\n"a \\u00e9 string"\n', b'"\\ud800"\n', b"x\x00y\n\x1b[2J\n"]
     path = folder / "prompts.txt"
     parse = of_file(path, lambda path: generate.read_prompts(None, str(path), io.StringIO()))
-    return Parser(mangled_bytes(good), parse, [generate], (LMUserError,))
+    return Parser(mangled_bytes(good), parse, [generate], (UserError,))
 
 
 @ROWS.row
@@ -325,11 +310,11 @@ def stream_position(folder: Path) -> Parser:
     good = {"consumed": 2, "noted": 2, "state": rows.state_dict()}
 
     def parse(path: Path) -> None:
-        blocks = stream.BlockStream(rows, 2)
+        blocks = data.BlockStream(rows, 2)
         blocks.load(path.parent)
 
-    parse_file = of_file(folder / stream.POSITION_FILE, parse)
-    return Parser(mangled_json([good]), parse_file, [stream], (LMUserError,))
+    parse_file = of_file(folder / data.POSITION_FILE, parse)
+    return Parser(mangled_json([good]), parse_file, [data], (UserError,))
 
 
 @pytest.mark.parametrize("name", ROWS)

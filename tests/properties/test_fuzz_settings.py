@@ -1,7 +1,7 @@
-"""Settings in YAML and on the command line: any input gives a value or a plain error.
+"""Fuzzing of YAML files and command lines: any input gives a value or a `UserError`.
 
-One row a parser; each runs for `COMPLEXITY_FUZZ_SECONDS` (a few by default, 300 in earnest) and
-adds a line to `COMPLEXITY_FUZZ_LOG`. A new parser is a new row.
+Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run) and
+appends a line to the file `COMPLEXITY_FUZZ_LOG`.
 """
 
 import contextlib
@@ -15,22 +15,14 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from complexity_dit import (
-    __main__ as dit,
-)
-from complexity_dit.cli import commands as cli_errors
+from complexity_dit import __main__ as dit
+from complexity_dit.cli import commands
 from complexity_dit.config import DataConfig, TrainConfig
 from complexity_lm import __main__ as lm
 from complexity_lm.config import TrainConfig as LMTrainConfig
 from inl_core.run.errors import UserError
-from inl_core.run.errors import UserError as LMUserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
-from support.mangled import (
-    ODD,
-    mangled_bytes,
-    mangled_json,
-    mangled_values,
-)
+from support.mangled import ODD, mangled_bytes, mangled_json, mangled_values
 
 ROOT = Path(__file__).parents[2]
 ROWS = Rows()
@@ -53,7 +45,7 @@ def train_yaml(folder: Path) -> Parser:
     good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/dit").glob("*"))]
     good.append(asdict(TrainConfig()))
     parse = of_file(folder / "run.yaml", lambda path: dit_parse(["train", "--config", str(path)]))
-    return Parser(yaml_files(good), parse, [dit, cli_errors], (UserError,))
+    return Parser(yaml_files(good), parse, [dit, commands], (UserError,))
 
 
 @ROWS.row
@@ -61,23 +53,23 @@ def lm_train_yaml(folder: Path) -> Parser:
     good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/lm").glob("*"))]
     good.append(asdict(LMTrainConfig()))
     parse = of_file(folder / "run.yaml", lambda path: lm_parse(["train", "--config", str(path)]))
-    return Parser(yaml_files(good), parse, [lm], (LMUserError,))
+    return Parser(yaml_files(good), parse, [lm], (UserError,))
 
 
 @ROWS.row
 def evaluate_yaml(folder: Path) -> Parser:
-    """As `--data TEXT`: the evaluation has no file of settings."""
+    """YAML as the value of `--data`, since `evaluate` has no `--config`."""
     good = [asdict(DataConfig()), {"source": "art", "resolution": 16}]
     words = ["evaluate", "x", "--reference", "art"]
 
     def parse(text: bytes) -> Any:
         return dit_parse([*words, f"--data={text.decode('utf-8', 'replace')}"])
 
-    return Parser(yaml_files(good), parse, [dit, cli_errors], (UserError,))
+    return Parser(yaml_files(good), parse, [dit, commands], (UserError,))
 
 
 dit_parser, lm_parser = cache(dit.build_parser), cache(lm.build_parser)
-"""Built once: that takes longer than to parse."""
+"""Built once: building takes longer than parsing."""
 
 
 def dit_parse(words: list[str]) -> Any:
@@ -85,18 +77,18 @@ def dit_parse(words: list[str]) -> Any:
 
 
 def lm_parse(words: list[str]) -> Any:
-    """As the shell would: the parser's own refusals are exits with status 2 and a message."""
-    said = io.StringIO()
+    """Parse as in a shell, where the parser reports errors by a message and exit status 2."""
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return lm.parse(words, lm_parser())
     except SystemExit as stop:
-        if stop.code != 2 or "error" not in said.getvalue():
+        if stop.code != 2 or "error" not in errors.getvalue():
             raise
-        raise LMUserError(said.getvalue().splitlines()[-1]) from None
+        raise UserError(errors.getvalue().splitlines()[-1]) from None
 
 
-def command_lines(commands: list[str], options: list[str]) -> st.SearchStrategy[list[str]]:
+def command_lines(names: list[str], options: list[str]) -> st.SearchStrategy[list[str]]:
     values = st.one_of(
         st.text(max_size=8),
         st.sampled_from(
@@ -110,31 +102,31 @@ def command_lines(commands: list[str], options: list[str]) -> st.SearchStrategy[
         lambda x: [f"--{x[0]}", x[2]] if x[1] == " " else [f"--{x[0]}={x[2]}"]
     )
     rest = st.lists(st.one_of(option, values.map(lambda value: [value])), max_size=4)
-    first = st.one_of(st.sampled_from(commands), st.text(max_size=6))
+    first = st.one_of(st.sampled_from(names), st.text(max_size=6))
     lines = st.tuples(first, rest).map(lambda x: [x[0], *(word for part in x[1] for word in part)])
-    asks = ("-h", "--h", "--p", "--v")  # help, completion, version: they print and end
+    asks = ("-h", "--h", "--p", "--v")  # help, completion, version: they print and exit
     return lines.filter(lambda line: not any(word.startswith(asks) for word in line))
 
 
 @ROWS.row
 def dit_arguments(folder: Path) -> Parser:
-    commands = ["train", "sample", "evaluate", "compare", "app", "plan", "encode", "convert"]
+    names = ["train", "sample", "evaluate", "compare", "app", "plan", "encode", "convert"]
     options = [
         "out", "seed", "steps", "data", "data.source", "data.label_fields", "model.overrides", "lr",
         "model.size", "optim.lr", "lora.labels.style", "labels.style", "labels", "config", "allow",
         "num_images", "sample", "sample.seed", "reference", "measures", "port", "compile", "résumé",
     ]  # fmt: skip
-    return Parser(command_lines(commands, options), dit_parse, [dit, cli_errors], (UserError,))
+    return Parser(command_lines(names, options), dit_parse, [dit, commands], (UserError,))
 
 
 @ROWS.row
 def lm_arguments(folder: Path) -> Parser:
-    commands = ["train", "generate", "evaluate", "tokenizer", "inspect"]
+    names = ["train", "generate", "evaluate", "tokenizer", "inspect"]
     options = [
         "out", "seed", "data", "data.source", "model.size", "config", "prompt", "temperature",
         "top_p", "stop_strings", "suppress_tokens", "eos_token_id", "tasks", "vocab_size",
     ]  # fmt: skip
-    return Parser(command_lines(commands, options), lm_parse, [lm], (LMUserError,))
+    return Parser(command_lines(names, options), lm_parse, [lm], (UserError,))
 
 
 @pytest.mark.parametrize("name", ROWS)

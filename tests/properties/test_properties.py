@@ -1,4 +1,4 @@
-"""What holds for all inputs: configs, shapes, labels, splits, routing tables, chunks and shards."""
+"""Properties of configs, shapes, labels, splits, routing tables, batches and shards."""
 
 import contextlib
 import hashlib
@@ -39,7 +39,7 @@ def parser():
     source=st.text(min_size=1, max_size=20), fields=st.none() | st.lists(NAMES, max_size=3),
     labels=st.dictionaries(NAMES, NAMES, max_size=2), decay=st.floats(0, 1),
 )  # fmt: skip
-def test_a_config_comes_back_from_its_yaml(
+def test_a_config_survives_a_round_trip_through_yaml(
     parser, tmp_path, steps, lr, flip, source, fields, labels, decay
 ):
     config = TrainConfig(steps=steps)
@@ -55,7 +55,7 @@ def test_a_config_comes_back_from_its_yaml(
 @given(st.recursive(st.none() | st.booleans() | st.integers() | NAMES,
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner),
                     max_leaves=10))  # fmt: skip
-def test_bounded_json_reads_what_json_writes(value):
+def test_parse_json_inverts_json_dumps(value):
     assert parse_json(json.dumps(value)) == value
 
 
@@ -78,7 +78,7 @@ def test_the_output_has_the_shape_of_the_input(height, width, patch, batch, chan
 
 
 @given(st.lists(NAMES, min_size=1, max_size=12, unique=True))
-def test_every_name_and_id_of_a_table_is_found(names):
+def test_every_name_and_id_of_a_table_resolves(names):
     for i, name in enumerate(names):
         assert resolve_label(names, name, "style") == i
         assert resolve_label(names, i, "style") == i
@@ -88,13 +88,13 @@ def test_every_name_and_id_of_a_table_is_found(names):
 
 
 @given(st.lists(NAMES, max_size=8, unique=True), st.text(max_size=8) | st.integers() | st.none())
-def test_a_label_is_an_id_or_an_error(names, value):
+def test_any_value_resolves_to_an_id_or_raises(names, value):
     with contextlib.suppress(UserError):
         assert -1 <= resolve_label(names, value, "style") < max(len(names), 1)
 
 
 @given(st.lists(st.none() | st.sampled_from(["", " a", "a", "b ", "é", "-1"]), min_size=1))
-def test_read_labels_numbers_what_is_there(column):
+def test_read_labels_numbers_the_names_of_a_column(column):
     present = sorted({text.strip() for text in column if text and text.strip()})
     assume(present)
     rows = datasets.Dataset.from_dict({"style": column})
@@ -113,7 +113,7 @@ def test_splits_are_disjoint_covering_and_stable(files, holdout, more):
     assert not held & train
     assert held | train == set(hashes)
     assert all(in_split(sha, holdout, "all") for sha in hashes)
-    # More held out takes from training only: nothing goes the other way.
+    # A larger hold-out only adds images to it.
     larger = max(holdout, more)
     assert held <= {sha for sha in hashes if in_split(sha, larger, "heldout")}
 
@@ -122,13 +122,13 @@ def test_splits_are_disjoint_covering_and_stable(files, holdout, more):
     count=st.integers(1, 40), seed=st.integers(0, 2**31), start=st.integers(0, 100),
     parts=st.lists(st.integers(0, 30), max_size=4),
 )  # fmt: skip
-def test_the_order_of_a_training_is_one_however_it_is_cut(count, seed, start, parts):
-    whole = random_batch_indices(count, seed, start, sum(parts))
+def test_the_data_order_does_not_depend_on_interruptions(count, seed, start, parts):
+    expected = random_batch_indices(count, seed, start, sum(parts))
     pieces, at = [], start
     for part in parts:
         pieces.append(random_batch_indices(count, seed, at, part))
         at += part
-    assert torch.equal(whole, torch.cat([whole[:0], *pieces]))
+    assert torch.equal(expected, torch.cat([expected[:0], *pieces]))
     epoch = random_batch_indices(count, seed, count * (start // count), count)
     assert sorted(epoch.tolist()) == list(range(count))
 
@@ -138,10 +138,10 @@ def test_the_order_of_a_training_is_one_however_it_is_cut(count, seed, start, pa
     tokens=st.lists(st.integers(0, 10**6), min_size=1, max_size=40),
     scheme=st.sampled_from(["modulo", "balanced"]),
 )  # fmt: skip
-def test_a_token_has_one_expert_and_segments_invert(experts, weights, tokens, scheme):
+def test_each_token_has_one_expert_and_the_order_inverts(experts, weights, tokens, scheme):
     assume(scheme == "modulo" or sum(weights))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of one token that outweighs all others
+        warnings.simplefilter("ignore", UserWarning)  # about one token that outweighs all others
         counts = weights if scheme == "balanced" else None
         table = build_routing_table(len(weights), experts, scheme, counts)
     assert table.shape == (len(weights),)
@@ -162,7 +162,7 @@ def test_a_token_has_one_expert_and_segments_invert(experts, weights, tokens, sc
     count=st.integers(1, 20), chunk=st.integers(1, 8), offset=st.integers(0, 20),
     cut=st.integers(0, 20),
 )  # fmt: skip
-def test_chunks_give_every_row_once_wherever_a_batch_is_cut(count, chunk, offset, cut):
+def test_fixed_batches_give_every_row_once_however_they_are_split(count, chunk, offset, cut):
     rows, sizes = torch.arange(count, dtype=torch.float64)[:, None], []
 
     def network(x):
@@ -173,17 +173,17 @@ def test_chunks_give_every_row_once_wherever_a_batch_is_cut(count, chunk, offset
     assert set(sizes) == {chunk}
     cut = min(cut, count)
     parts = [(rows[:cut], offset), (rows[cut:], offset + cut)]
-    again = [run_in_fixed_batches(network, chunk, at, part) for part, at in parts if len(part)]
-    assert torch.equal(torch.cat(again), 2 * rows)
+    outputs = [run_in_fixed_batches(network, chunk, at, part) for part, at in parts if len(part)]
+    assert torch.equal(torch.cat(outputs), 2 * rows)
 
 
 @given(count=st.integers(0, 60), block=st.integers(1, 9), world=st.integers(1, 5))
-def test_the_processes_of_an_evaluation_share_the_images(monkeypatch, count, block, world):
-    found = []
+def test_own_blocks_partition_the_images(monkeypatch, count, block, world):
+    numbers = []
     for rank in range(world):
         state = SimpleNamespace(process_index=rank, num_processes=world)
         monkeypatch.setattr(distributed, "process_state", lambda state=state: state)
         runs = distributed.own_blocks(count, block)
         assert all(run[0] % block == 0 and len(run) <= block for run in runs)
-        found += [number for run in runs for number in run]
-    assert sorted(found) == list(range(count))
+        numbers += [number for run in runs for number in run]
+    assert sorted(numbers) == list(range(count))

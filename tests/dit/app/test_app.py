@@ -215,7 +215,7 @@ def test_a_session_in_a_browser(address, browser, pipe, tmp_path):
     write("Size in pixels", "9")
     paint(".refusal")
     assert "take 8 or 10" in page.inner_text(".refusal")
-    write("Size in pixels", "128")
+    write("Size in pixels", "64")
     write("Steps", "100")
     paint("[data-state=denoising]")
     with page.expect_response("**/gradio_api/cancel"):  # after the step under way

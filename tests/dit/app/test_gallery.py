@@ -111,8 +111,10 @@ def test_closing_the_iterator_ends_the_sampling(gallery, monkeypatch):
     monkeypatch.setattr(gallery_module, "PREVIEW_SECONDS", 0.0)
     painting = gallery.paint(replace(ASKED, num_inference_steps=100))
     assert next(painting).step < 100
+    (painter,) = [thread for thread in threading.enumerate() if thread.name == "painter"]
     painting.close()
-    assert "painter" not in {thread.name for thread in threading.enumerate()}
+    painter.join(timeout=10)
+    assert not painter.is_alive()
 
 
 def test_sampling_does_not_change_the_pipeline(gallery):

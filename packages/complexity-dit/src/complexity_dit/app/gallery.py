@@ -113,6 +113,7 @@ class Gallery:
         self.limits = limits or Limits()
         self.label_names = pipe.label_names
         self.pipeline_sha256 = pipeline_hash(pipe)
+        self._sampling = threading.Lock()  # two samplings must not share the machine
 
     @property
     def own_scheduler(self) -> str:
@@ -189,7 +190,7 @@ class Gallery:
         """Sample, with previews on the way.
 
         Sampling runs in its own thread and never waits for the caller, who gets the newest preview.
-        Closing the iterator ends the sampling after its current step.
+        Closing the iterator returns at once and ends the sampling after its current step.
 
         Args:
             settings: What to sample.
@@ -210,12 +211,12 @@ class Gallery:
 
         def work() -> None:
             try:
-                show(self._paint(settings, stop, show))
+                with self._sampling:
+                    show(self._paint(settings, stop, show))
             except Exception as error:  # raised again in the caller's thread
                 show(error)
 
-        painter = threading.Thread(target=work, name="painter", daemon=True)
-        painter.start()
+        threading.Thread(target=work, name="painter", daemon=True).start()
         try:
             while True:
                 item = newest.get()
@@ -226,7 +227,6 @@ class Gallery:
                     return
         finally:
             stop.set()
-            painter.join()  # two samplings must not share the machine
 
     def _paint(self, settings: Settings, stop: threading.Event, show: Any) -> Frame:
         pipe = copy.copy(self.pipe)  # with an interrupt, scheduler and progress bar of its own
