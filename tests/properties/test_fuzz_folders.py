@@ -66,14 +66,14 @@ def safetensors_header(folder: Path) -> Parser:
         "bias": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
     }
     network = torch.nn.Linear(2, 2)
-    whole = [header(good), save(network.state_dict())]
+    files = [header(good), save(network.state_dict())]
 
     def parse(path: Path) -> None:
         with contextlib.suppress(UserError):
             convert._read(path)
         loading.check_shapes(network, path.parent)
 
-    cases = st.one_of(mangled_bytes(whole), mangled_values([good]).map(header))
+    cases = st.one_of(mangled_bytes(files), mangled_values([good]).map(header))
     parse_file = of_file(folder / "model.safetensors", parse)
     return Parser(cases, parse_file, [convert, loading], (UserError,))
 

@@ -38,18 +38,18 @@ def gallery(pipe) -> Gallery:
     return Gallery(pipe)
 
 
-def painted(gallery: Gallery, settings: Settings) -> np.ndarray:
+def final_images(gallery: Gallery, settings: Settings) -> np.ndarray:
     *_, last = gallery.paint(settings)
     assert last.done
     return last.images
 
 
 def test_equal_settings_give_equal_bits_and_others_do_not(gallery):
-    first = painted(gallery, ASKED)
+    first = final_images(gallery, ASKED)
     assert first.shape == (3, 8, 8, 3)
-    np.testing.assert_array_equal(first, painted(gallery, ASKED))
+    np.testing.assert_array_equal(first, final_images(gallery, ASKED))
     for other in ({"seed": 8}, {"labels": {}}, {"guidance_scale": 5.0}, {"num_inference_steps": 4}):
-        assert not np.array_equal(first, painted(gallery, replace(ASKED, **other))), other
+        assert not np.array_equal(first, final_images(gallery, replace(ASKED, **other))), other
 
 
 @uses_dpm_solvers
@@ -63,13 +63,13 @@ def test_the_command_on_the_page_samples_the_same_bits(gallery, tmp_path):
     cli.run(words[1:])
     files = sorted((tmp_path / "pictures").glob("*.png"))
     images = np.stack([np.asarray(Image.open(file)) for file in files])
-    np.testing.assert_array_equal(images, painted(gallery, settings))
+    np.testing.assert_array_equal(images, final_images(gallery, settings))
 
 
 @pytest.mark.parametrize("picture", [2, None], ids=["picture", "sheet"])
 def test_a_png_holds_the_settings_that_reproduce_it(gallery, picture):
     def png(settings: Settings) -> bytes:
-        images = painted(gallery, settings)
+        images = final_images(gallery, settings)
         if picture is None:
             return sheet_png(gallery, settings, images)
         return picture_png(gallery, settings, images[picture], picture)
@@ -86,11 +86,11 @@ def test_a_png_holds_the_settings_that_reproduce_it(gallery, picture):
 def test_a_strip_differs_only_in_its_label(gallery):
     strip = replace(ASKED, labels={"style": "Cubism", "genre": "portrait"}, strip="style")
     assert gallery.check(strip).labels == {"genre": "portrait"}
-    images = painted(gallery, strip)
+    images = final_images(gallery, strip)
     assert gallery.captions(strip) == ["Cubism", "Fauvism", "Ukiyo e"]
     for name, image in zip(("Cubism", "Fauvism", "Ukiyo_e"), images, strict=True):
         labels = {"style": name, "genre": "portrait"}
-        alone = painted(gallery, replace(ASKED, labels=labels, num_images=1))[0]
+        alone = final_images(gallery, replace(ASKED, labels=labels, num_images=1))[0]
         # Another position in the network's batch: rounding differs by at most one level.
         assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1
     assert not np.array_equal(images[0], images[1])
@@ -102,7 +102,7 @@ def test_previews_approach_the_result(gallery, monkeypatch):
     previews = []
     gallery._paint(gallery.check(ASKED), threading.Event(), previews.append)
     assert [(frame.step, frame.done) for frame in previews] == [(1, False), (2, False)]
-    result = painted(gallery, ASKED).astype(float)
+    result = final_images(gallery, ASKED).astype(float)
     distances = [np.abs(frame.images - result).mean() for frame in previews]
     assert distances[0] > distances[1] > 0
 
@@ -120,8 +120,8 @@ def test_closing_the_iterator_ends_the_sampling(gallery, monkeypatch):
 def test_sampling_does_not_change_the_pipeline(gallery):
     scheduler = gallery.pipe.scheduler
     before = dict(vars(scheduler))
-    painted(gallery, ASKED)
-    painted(gallery, replace(ASKED, scheduler="UniPCMultistepScheduler"))
+    final_images(gallery, ASKED)
+    final_images(gallery, replace(ASKED, scheduler="UniPCMultistepScheduler"))
     assert gallery.pipe.scheduler is scheduler
     assert vars(scheduler).keys() == before.keys()
     assert torch.equal(scheduler.timesteps, before["timesteps"])
@@ -138,7 +138,9 @@ def test_every_scheduler_on_offer_is_deterministic(pipe, objective):
     assert len(gallery.schedulers) >= 4
     for name in gallery.schedulers:
         settings = replace(ASKED, num_images=1, num_inference_steps=4, scheduler=name)
-        np.testing.assert_array_equal(painted(gallery, settings), painted(gallery, settings), name)
+        np.testing.assert_array_equal(
+            final_images(gallery, settings), final_images(gallery, settings), name
+        )
 
 
 @pytest.mark.parametrize(
