@@ -1,17 +1,14 @@
-"""Ahead-of-time compilation without a GPU: registers, shared memory and spills of a kernel.
+"""Ahead-of-time compilation without a GPU: registers, shared memory and spills of every kernel.
 
-``python -m benchmarks.speed.kernel_aot [--arch 80 90] [--match inl_step] [--json]`` prints the
-table of
-every specification that the kernel files export as ``AOT``. The interpreter must be off: it
-replaces the kernels by Python functions, which have nothing to compile.
+``python -m benchmarks.speed.kernel_aot [--arch 80 90] [--match inl_step] [--json]`` prints them.
+Triton's interpreter must be off: it replaces the kernels by Python functions, which cannot be
+compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import pkgutil
 import re
 import signal
 import subprocess
@@ -19,17 +16,34 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import inl_core.kernels
-from inl_core.kernels._common import INTERPRETED, AotSpec
+from inl_core.kernels import (
+    _common,
+    add_rms_norm,
+    gated_residual,
+    gated_residual_norm,
+    inl_branch_epilogue,
+    inl_controlled_step,
+    inl_step,
+    modulated_rms_norm,
+    qk_norm_rope,
+    rms_norm,
+    routed_mlp,
+    swiglu,
+)
 
 ARCHITECTURES = (80, 90)
 """A100 and H100/H200."""
@@ -38,6 +52,211 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SPILL = re.compile(r"\b(STL|LDL)(?:\.\w+)*\b")
 _BITS = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+# ------------------------------------------------------------------------------------------------
+# What is compiled: every kernel at its default shapes, mostly D = 768 and D = 1152
+
+AotSpec = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int]
+"""(kernel, signature, constexprs, attrs, num_warps): one ahead-of-time compilation."""
+
+_FLOATS = {
+    "eps", "dt", "beta_max", "velocity_max", "mu_min", "mu_max",
+    "alpha_number", "beta_number", "gate_number",
+}  # fmt: skip
+_COUNTS = {"rows", "q_rows", "k_rows", "blocks", "parts", "tiles", "walkers", "programs"}
+
+
+def aot_spec(
+    kernel: Any, constants: Mapping[str, Any], num_warps: int, types: Mapping[str, str]
+) -> AotSpec:
+    """Describe one ahead-of-time compilation, aligned as at a launch with default shapes.
+
+    Args:
+        kernel: The jitted function.
+        constants: Value of every constexpr; None for an optional pointer left out.
+        num_warps: As at the launch.
+        types: Triton types of other arguments where they differ from the default: pointers are
+            "*bf16", strides and sizes "i32:16", counts "i32", the remaining numbers "fp32".
+            Pointers and "i32:16" are multiples of 16; without that mark loads stay scalar.
+
+    Raises:
+        ValueError: If a constexpr of the kernel is missing, or it has no argument of a given name.
+    """
+    needed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    if wrong := sorted(needed - set(constants) | {*constants, *types} - set(kernel.arg_names)):
+        raise ValueError(f"arguments of {kernel.__name__} missing or unknown: {wrong}")
+    signature, attrs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else types.get(name) or _default_type(name)
+        signature[name] = kind.removesuffix(":16")
+        if kind.startswith("*") or kind.endswith(":16"):
+            attrs[index,] = [["tt.divisibility", 16]]
+    return kernel, signature, dict(constants), attrs, num_warps
+
+
+def _default_type(name: str) -> str:
+    if name.endswith("_ptr"):
+        return "*bf16"
+    return "fp32" if name in _FLOATS else "i32" if name in _COUNTS else "i32:16"
+
+
+def _spec(kernel: Any, constants: Mapping[str, Any], warps: int, fp32: str, **types: str) -> Any:
+    """`aot_spec` with what concerns this kernel of constants, fp32 pointers and other types."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types |= {f"{name}_ptr": "*fp32" for name in fp32.split()}
+    known = set(kernel.arg_names) - set(constants)
+    return aot_spec(
+        kernel, constants, warps, {name: kind for name, kind in types.items() if name in known}
+    )
+
+
+def _row_specs(module: ModuleType, **absent: None) -> list[AotSpec]:
+    specs = []
+    for width in (768, 1152):
+        block_r, block_d, warps = _common.row_config(width)
+        sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
+        specs.append(_spec(module._forward, sizes, warps, "weight"))
+        specs.append(_spec(module._backward, sizes | absent, warps, "weight dweight"))
+    return specs
+
+
+def _sample_specs(module: ModuleType) -> list[AotSpec]:
+    specs = []
+    for width in (768, 1152):
+        _, block_r, block_d, warps = modulated_rms_norm.sample_blocks(256, width)
+        sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None}
+        for kernel in (module._forward, module._backward):
+            specs.append(_spec(kernel, sizes, warps, "dgate dshift sums"))
+    return specs
+
+
+def _swiglu_specs() -> list[AotSpec]:
+    sizes = {"BLOCK": swiglu.BLOCK}
+    return [_spec(k, sizes, swiglu.WARPS, "") for k in (swiglu._forward, swiglu._backward)]
+
+
+def _qk_norm_rope_specs() -> list[AotSpec]:
+    specs = []
+    for width, heads in ((64, 12), (72, 16)):
+        block_r, block_h, warps = qk_norm_rope._config(width // 2)
+        sizes = {
+            "HEADS": heads, "K_HEADS": heads, "HALF": width // 2, "BLOCK_R": block_r,
+            "BLOCK_H": block_h,
+        }  # fmt: skip
+        types = {"tokens": "i32"}
+        if width % 32:  # the row of a table is then no multiple of 16
+            types["table_token_stride"] = "i32"
+        fp32 = "q_weight k_weight dq_weight dk_weight cos sin"
+        for kernel in (qk_norm_rope._forward, qk_norm_rope._backward):
+            specs.append(_spec(kernel, sizes, warps, fp32, **types))
+    return specs
+
+
+def _routed_mlp_specs() -> list[AotSpec]:
+    width, inner, experts = 768, 2048, 8
+    by_rows = ("gate_up", "d_inner", "down", "d_x")
+    specs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        launches = []
+        for name in by_rows:
+            kernel = getattr(routed_mlp, f"{name}_kernel")
+            options = routed_mlp._tile_options(kernel, experts, inner, width, dtype)
+            launches.append((kernel, options))
+        for sizes in ((inner, width, False), (width, inner, True)):
+            launches.append((routed_mlp.d_weight_kernel, routed_mlp._weight_options(*sizes, dtype)))
+        for kernel, options in launches:
+            pointers = (name for name in kernel.arg_names if name.endswith("_ptr"))
+            types = {} if dtype == torch.bfloat16 else dict.fromkeys(pointers, "*fp32")
+            types |= {"order_ptr": "*i64", "offsets_ptr": "*i32"}
+            specs.append(_spec(kernel, options, options.pop("num_warps"), "", **types))
+    return specs
+
+
+def _inl_step_specs() -> list[AotSpec]:
+    token, channel, layer = inl_step.TOKEN, inl_step.CHANNEL, inl_step.LAYER
+    specs = []
+    for width, kind, dtype, force in (
+        (768, token, "bf16", False),
+        (768, token, "bf16", True),
+        (768, token, "fp32", True),
+        (768, channel, "bf16", False),
+        (768, layer, "bf16", False),
+        (1152, token, "bf16", True),
+        (1152, channel, "bf16", False),
+    ):
+        block_r, block_d, warps = inl_step.tile(width)
+        kinds = {"KIND_A": kind, "KIND_B": kind, "KIND_C": kind}
+        absent = {} if force else {"force_ptr": None}
+        constants = absent | kinds | {"CLIP": True, "BLOCK_R": block_r, "BLOCK_D": block_d}
+        fp32 = "mu dmu" if kind == token else "mu dmu a b c da db dc"
+        if dtype == "fp32":
+            fp32 += " h v a b c force h_out v_out dh_next dv_next dh dv da db dc dforce"
+        for kernel in (inl_step.forward_kernel, inl_step.backward_kernel):
+            specs.append(_spec(kernel, constants, warps, fp32))
+        if not force:
+            block_p, block_c, warps = inl_step.FINISH
+            parts = ("a_parts_ptr", "b_parts_ptr", "c_parts_ptr") if kind == token else ()
+            last = dict.fromkeys(parts) | kinds | {"BLOCK_P": block_p, "BLOCK_C": block_c}
+            fp32 = "mu_parts a_parts b_parts c_parts mu a b c dmu da db dc"
+            specs.append(_spec(inl_step.finish_kernel, last, warps, fp32))
+    return specs
+
+
+def _inl_controlled_step_specs() -> list[AotSpec]:
+    module = inl_controlled_step
+    constants = {
+        "CLIP": True, "DOT": tl.bfloat16, "BLOCK_R": module.BLOCK_R, "BLOCK_C": module._block_c(64),
+    }  # fmt: skip
+    columns = {
+        module.forward_kernel: module.FORWARD_COLUMNS,
+        module.rows_kernel: module.BACKWARD_COLUMNS,
+        module.columns_kernel: module.BACKWARD_COLUMNS,
+    }
+    fp32 = "weight bias mu dweight dbias dmu"
+    return [
+        _spec(kernel, constants | absent | {"BLOCK_D": block_d}, module.NUM_WARPS, fp32)
+        for absent in ({"force_ptr": None}, {})
+        for kernel, block_d in columns.items()
+    ]
+
+
+def _inl_branch_epilogue_specs() -> list[AotSpec]:
+    fp32 = "alpha beta gate mu dalpha dbeta dgate dmu drho dshift sums"
+    coefficients = ("alpha_ptr", "beta_ptr", "gate_ptr", "dalpha_ptr", "dbeta_ptr", "dgate_ptr")
+    specs = []
+    for width, kind in product((768, 1152), ("channel", "layer", "lite")):
+        _, block_r, block_d, warps = modulated_rms_norm.sample_blocks(256, width)
+        constants = dict.fromkeys(("ALPHA", "BETA", "GATE"), kind == "channel") | {
+            "CLIP": True, "D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None,
+        }  # fmt: skip
+        if kind == "lite":
+            constants |= dict.fromkeys(coefficients)
+        for kernel in (inl_branch_epilogue.forward_kernel, inl_branch_epilogue.backward_kernel):
+            specs.append(_spec(kernel, constants, warps, fp32))
+    return specs
+
+
+@cache
+def all_specs() -> dict[str, list[AotSpec]]:
+    """What is compiled of every kernel file, by file name without suffix."""
+    return {
+        "add_rms_norm": _row_specs(add_rms_norm, b_ptr=None, dresidual_ptr=None),
+        "gated_residual": _sample_specs(gated_residual),
+        "gated_residual_norm": _sample_specs(gated_residual_norm),
+        "inl_branch_epilogue": _inl_branch_epilogue_specs(),
+        "inl_controlled_step": _inl_controlled_step_specs(),
+        "inl_step": _inl_step_specs(),
+        "modulated_rms_norm": _sample_specs(modulated_rms_norm),
+        "qk_norm_rope": _qk_norm_rope_specs(),
+        "rms_norm": _row_specs(rms_norm),
+        "routed_mlp": _routed_mlp_specs(),
+        "swiglu": _swiglu_specs(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Compilation
 
 
 @contextmanager
@@ -64,7 +283,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if pending:  # a limit around ours, such as a test runner's, goes on with what is left of it
+        if pending:  # an enclosing limit, such as a test runner's, continues with what is left
             left = max(pending - (time.monotonic() - start), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, left, interval)
 
@@ -77,23 +296,23 @@ def _cuobjdump(flag: str, cubin: Path, timeout: float) -> str:
 
 
 def compile_report(spec: AotSpec, arch: int, timeout: float = 120.0) -> dict[str, int]:
-    """Compile one kernel for one architecture and say what it uses.
+    """Compile one kernel for one architecture and report the resources it uses.
 
     Args:
-        spec: (kernel, signature, constexprs, attrs, num_warps), as `aot_spec` makes it.
+        spec: As made by `aot_spec`.
         arch: Compute capability times ten: 80 or 90.
         timeout: Seconds for the compilation (ptxas may take minutes on a kernel that spills).
 
     Returns:
-        ``registers`` a thread, ``shared`` bytes a program, ``stack`` bytes a thread, and
+        ``registers`` and ``stack`` bytes per thread, ``shared`` bytes per program, and
         ``spills_store`` / ``spills_load``: bytes moved to and from local memory by the
         instructions of the machine code, each counted once.
 
     Raises:
-        RuntimeError: In the interpreter, and outside the main thread.
+        RuntimeError: In the interpreter, or outside the main thread.
         TimeoutError: If the compilation takes longer than `timeout`.
     """
-    if INTERPRETED:
+    if _common.INTERPRETED:
         raise RuntimeError("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
     kernel, signature, constexprs, attrs, num_warps = spec
     source = ASTSource(kernel, signature, constexprs, attrs)
@@ -122,7 +341,7 @@ def compile_report(spec: AotSpec, arch: int, timeout: float = 120.0) -> dict[str
 
 
 def describe(spec: AotSpec) -> str:
-    """Name a specification: element type, then the constants that tell it from its siblings."""
+    """Element type, constants and warps of a specification, as one string."""
     _, signature, constexprs, _, num_warps = spec
     pointers = [kind for kind in signature.values() if kind.startswith("*")]
     dtype = pointers[0][1:] if pointers else "none"
@@ -133,32 +352,12 @@ def describe(spec: AotSpec) -> str:
     return f"{dtype} {' '.join(shown)} warps={num_warps}"
 
 
-def all_specs() -> dict[str, list[AotSpec]]:
-    """Collect the list ``AOT`` of every kernel file.
-
-    Returns:
-        File name without suffix -> its specifications; files without the list are left out.
-    """
-    found: dict[str, list[AotSpec]] = {}
-    for module in sorted(pkgutil.iter_modules(inl_core.kernels.__path__), key=lambda m: m.name):
-        if module.name == "aot":
-            continue
-        specs = getattr(importlib.import_module(f"inl_core.kernels.{module.name}"), "AOT", None)
-        if specs:
-            found[module.name] = list(specs)
-    return found
-
-
 def reports(match: str = "", archs: tuple[int, ...] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
-    """Compile every specification.
-
-    Args:
-        match: Only files whose name contains this text.
-        archs: Architectures to compile for.
+    """Compile every specification of the files whose name contains `match`.
 
     Yields:
-        A row a specification and architecture: ``file``, ``kernel``, ``variant``, ``arch`` and what
-        `compile_report` gives.
+        One row per specification and architecture: ``file``, ``kernel``, ``variant``, ``arch`` and
+        the values of `compile_report`.
     """
     for file, specs in all_specs().items():
         if match not in file:
@@ -176,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--match", default="", help="only kernel files with this in their name")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args(arguments)
     spilled = False
     for row in reports(options.match, tuple(options.arch)):

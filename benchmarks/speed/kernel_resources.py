@@ -1,7 +1,7 @@
-"""What every kernel takes of a GPU, found by compiling it: no GPU is needed.
+"""Table of the registers, shared memory and spills of every kernel; needs no GPU.
 
-Compiles each specification that the kernel files export for sm_80 and sm_90 and writes a table of
-registers, shared memory and spills. The exit status is 1 if a kernel spills.
+Compiles the specifications of `kernel_aot` for sm_80 and sm_90. The exit status is 1 if a kernel
+spills.
 
     python -m benchmarks.speed.kernel_resources --out benchmarks/kernels.md
 """

@@ -19,7 +19,7 @@ import pytest
 # The modules share checks.py and are imported under importlib mode, which adds no folder.
 sys.path.insert(0, str(Path(__file__).parent))
 
-PLAIN = {"test_aot.py", "test_ops_switch.py"}
+PLAIN = {"test_ops_switch.py"}
 """Modules that need no interpreter."""
 
 TIME_LIMIT = 280

@@ -6,7 +6,6 @@ also what makes Triton's interpreter exact for bf16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -102,9 +101,6 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, on CPU tensors; settled by the first import."""
-
-AotSpec = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int]
-"""(kernel, signature, constexprs, attrs, num_warps): one ahead-of-time compilation."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,40 +204,6 @@ def row_config(width: int) -> tuple[int, int, int]:
     block_r = max(1, min(16, 1024 // block_d))
     num_warps = min(16, max(1, block_r * block_d // 256))
     return block_r, block_d, num_warps
-
-
-def aot_spec(
-    kernel: Any, types: Mapping[str, str], constexprs: Mapping[str, Any], num_warps: int
-) -> AotSpec:
-    """Describe one ahead-of-time compilation, aligned as at a launch with default shapes.
-
-    Args:
-        kernel: The jitted function.
-        types: Triton type of every argument that is no constant: "*bf16", "*fp32", "i32", "fp32".
-            Pointers, and integers marked "i32:16" (or "i64:16"), are multiples of 16; without that
-            mark loads stay scalar.
-        constexprs: Value of every other argument; None for an optional pointer left out.
-        num_warps: As at the launch.
-
-    Returns:
-        The specification that `benchmarks.speed.kernel_aot.compile_report` takes.
-
-    Raises:
-        ValueError: If an argument of the kernel is in neither mapping, or one in them is unknown.
-    """
-    names = list(kernel.arg_names)
-    if set(names) != set(types) | set(constexprs):
-        difference = sorted(set(names) ^ (set(types) | set(constexprs)))
-        raise ValueError(f"arguments of {kernel.__name__} missing or unknown: {difference}")
-    signature = {
-        name: "constexpr" if name in constexprs else types[name].split(":")[0] for name in names
-    }
-    attrs = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name in types and (types[name].startswith("*") or types[name].endswith(":16"))
-    }
-    return kernel, signature, dict(constexprs), attrs, num_warps
 
 
 # ------------------------------------------------------------------------------------------------

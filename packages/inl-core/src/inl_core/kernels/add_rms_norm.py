@@ -24,7 +24,7 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
 
-__all__ = ["AOT", "add_rms_norm", "add_rms_norm_bwd", "add_rms_norm_fwd"]
+__all__ = ["add_rms_norm", "add_rms_norm_bwd", "add_rms_norm_fwd"]
 
 
 @triton.jit
@@ -230,26 +230,3 @@ def add_rms_norm(
     _common.check_rows("add_rms_norm", x, ("residual", residual))
     _common.check_weight("add_rms_norm", "weight", weight, x.shape[-1])
     return add_rms_norm_fwd(x, residual, weight, eps)
-
-
-def _specs(width: int) -> list[_common.AotSpec]:
-    block_r, block_d, warps = _common.row_config(width)
-    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
-    forward = {
-        "x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32", "y_ptr": "*bf16",
-        "total_ptr": "*bf16", "rows": "i32", "x_stride": "i32:16", "residual_stride": "i32:16",
-        "eps": "fp32",
-    }  # fmt: skip
-    backward = {
-        "dy_ptr": "*bf16", "dtotal_ptr": "*bf16", "a_ptr": "*bf16", "weight_ptr": "*fp32",
-        "dx_ptr": "*bf16", "dweight_ptr": "*fp32", "rows": "i32", "dy_stride": "i32:16",
-        "dtotal_stride": "i32:16", "a_stride": "i32:16", "b_stride": "i32:16", "eps": "fp32",
-    }  # fmt: skip
-    absent = {"b_ptr": None, "dresidual_ptr": None}
-    return [
-        _common.aot_spec(_forward, forward, sizes, warps),
-        _common.aot_spec(_backward, backward, sizes | absent, warps),
-    ]
-
-
-AOT = [spec for width in (768, 1152) for spec in _specs(width)]

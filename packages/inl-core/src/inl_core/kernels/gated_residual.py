@@ -21,7 +21,7 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks, sum_parts
 
-__all__ = ["AOT", "gated_residual", "gated_residual_bwd", "gated_residual_fwd"]
+__all__ = ["gated_residual", "gated_residual_bwd", "gated_residual_fwd"]
 
 
 @triton.jit
@@ -144,23 +144,3 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     _common.check_rows("gated_residual", residual, ("x", x))
     gate = _common.per_sample("gated_residual", "gate", gate, residual)
     return gated_residual_fwd(residual, x, gate)
-
-
-def _specs(width: int) -> list[_common.AotSpec]:
-    _, block_r, block_d, warps = sample_blocks(256, width)
-    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
-    x, rows = "*bf16", "i32:16"
-    common = {"x_ptr": x, "gate_ptr": x, "tokens": rows, "x_stride": rows, "gate_stride": rows}
-    forward = common | {
-        "residual_ptr": x, "total_ptr": x, "blocks": "i32", "residual_stride": rows,
-    }  # fmt: skip
-    backward = common | {
-        "dtotal_ptr": x, "dx_ptr": x, "dgate_ptr": "*fp32", "parts": "i32", "dtotal_stride": rows,
-    }  # fmt: skip
-    return [
-        _common.aot_spec(_forward, forward, sizes, warps),
-        _common.aot_spec(_backward, backward, sizes, warps),
-    ]
-
-
-AOT = [spec for width in (768, 1152) for spec in _specs(width)]

@@ -30,7 +30,7 @@ from inl_core.kernels.modulated_rms_norm import (
 )
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
-__all__ = ["AOT", "gated_residual_norm", "gated_residual_norm_bwd", "gated_residual_norm_fwd"]
+__all__ = ["gated_residual_norm", "gated_residual_norm_bwd", "gated_residual_norm_fwd"]
 
 
 @triton.jit
@@ -273,29 +273,3 @@ def gated_residual_norm(
             f"got {tuple(gate.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}"
         )
     return gated_residual_norm_fwd(residual, x, gate, shift, scale, weight, eps)
-
-
-def _specs(width: int) -> list[_common.AotSpec]:
-    _, block_r, block_d, warps = sample_blocks(256, width)
-    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None}
-    x, partials, rows = "*bf16", "*fp32", "i32:16"
-    common = {
-        "residual_ptr": x, "x_ptr": x, "gate_ptr": x, "scale_ptr": x, "tokens": rows,
-        "residual_stride": rows, "x_stride": rows, "gate_stride": rows, "scale_stride": rows,
-        "eps": "fp32",
-    }  # fmt: skip
-    forward = common | {
-        "shift_ptr": x, "y_ptr": x, "total_ptr": x, "blocks": "i32", "shift_stride": rows,
-    }  # fmt: skip
-    backward = common | {
-        "dy_ptr": x, "dtotal_ptr": x, "dresidual_ptr": x, "dx_ptr": x, "dgate_ptr": partials,
-        "dshift_ptr": partials, "sums_ptr": partials, "parts": "i32", "dy_stride": rows,
-        "dtotal_stride": rows,
-    }  # fmt: skip
-    return [
-        _common.aot_spec(_forward, forward, sizes, warps),
-        _common.aot_spec(_backward, backward, sizes, warps),
-    ]
-
-
-AOT = [spec for width in (768, 1152) for spec in _specs(width)]

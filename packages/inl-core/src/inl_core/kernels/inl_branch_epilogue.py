@@ -21,7 +21,6 @@ from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 from inl_core.reference import bounded_clamp
 
 __all__ = [
-    "AOT",
     "inl_branch_epilogue",
     "inl_branch_epilogue_bwd",
     "inl_branch_epilogue_fwd",
@@ -510,42 +509,3 @@ def inl_branch_epilogue(
         h, v, *coefficients, bounded_clamp(mu, mu_min, mu_max), residual, *given, weight, *numbers,
         dt, math.inf if velocity_max is None else velocity_max, eps,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# Ahead of time
-
-
-def _specs(width: int, kind: str) -> list[_common.AotSpec]:
-    _, block_r, block_d, warps = sample_blocks(256, width)
-    by_channel = kind == "channel"
-    fixed: dict[str, Any] = {
-        "ALPHA": by_channel, "BETA": by_channel, "GATE": by_channel, "CLIP": True,
-        "D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None,
-    }  # fmt: skip
-    if kind == "lite":
-        fixed |= {f"{d}{name}_ptr": None for d in ("", "d") for name in ("alpha", "beta", "gate")}
-    wide = {"alpha", "beta", "gate", "mu", "dalpha", "dbeta", "dgate", "dmu"}
-    wide |= {"drho", "dshift", "sums"}
-
-    def type_of(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*fp32" if name.removesuffix("_ptr") in wide else "*bf16"
-        if name in ("blocks", "parts"):
-            return "i32"
-        return "i32:16" if name == "tokens" or name.endswith("_stride") else "fp32"
-
-    specs = []
-    for kernel in (forward_kernel, backward_kernel):
-        used = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-        types = {name: type_of(name) for name in kernel.arg_names if name not in used}
-        specs.append(_common.aot_spec(kernel, types, used, warps))
-    return specs
-
-
-AOT = [
-    spec
-    for width in (768, 1152)
-    for kind in ("channel", "layer", "lite")
-    for spec in _specs(width, kind)
-]

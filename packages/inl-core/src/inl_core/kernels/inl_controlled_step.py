@@ -27,7 +27,6 @@ from inl_core.kernels.inl_step import (
 )
 
 __all__ = [
-    "AOT",
     "inl_controlled_step",
     "inl_controlled_step_bwd",
     "inl_controlled_step_fwd",
@@ -485,36 +484,3 @@ def inl_controlled_step(
         -math.inf if mu_min is None else mu_min,
         math.inf if mu_max is None else mu_max,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# Ahead of time
-
-
-def _specs(force: bool) -> list[_common.AotSpec]:
-    constants: dict[str, Any] = {
-        "CLIP": True, "DOT": tl.bfloat16, "BLOCK_R": BLOCK_R, "BLOCK_C": _block_c(64),
-    }  # fmt: skip
-    if not force:
-        constants["force_ptr"] = None
-    rowwise = ("h", "v", "hidden", "force", "dh_next", "dv_next", "dh", "dv", "dforce", "dhidden")
-    in_dtype = {f"{name}_ptr" for name in (*rowwise, "h_out", "v_out")}
-
-    def kind(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*bf16" if name in in_dtype else "*fp32"
-        return "i32:16" if name in ("R", "D", "C") or name.startswith("stride") else "fp32"
-
-    specs = []
-    for kernel, columns in (
-        (forward_kernel, FORWARD_COLUMNS),
-        (rows_kernel, BACKWARD_COLUMNS),
-        (columns_kernel, BACKWARD_COLUMNS),
-    ):
-        fixed = constants | {"BLOCK_D": columns}
-        types = {name: kind(name) for name in kernel.arg_names if name not in fixed}
-        specs.append(_common.aot_spec(kernel, types, fixed, NUM_WARPS))
-    return specs
-
-
-AOT = [*_specs(force=False), *_specs(force=True)]

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels._common import (
-    aot_spec,
     as_rows,
     check_inputs,
     check_width,
@@ -543,57 +542,3 @@ def inl_step(
         -math.inf if mu_min is None else mu_min,
         math.inf if mu_max is None else mu_max,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# Ahead of time
-
-
-def _aot() -> list[Any]:
-    specs = []
-    numbers = ("dt", "beta_max", "velocity_max", "mu_min", "mu_max")
-    states = ("h", "v", "force")
-    for width, way, dtype, given in (
-        (768, TOKEN, "bf16", ("v",)),
-        (768, TOKEN, "bf16", ("v", "force")),
-        (768, TOKEN, "fp32", ("v", "force")),
-        (768, CHANNEL, "bf16", ("v",)),
-        (768, LAYER, "bf16", ("v",)),
-        (1152, TOKEN, "bf16", ("v", "force")),
-        (1152, CHANNEL, "bf16", ("v",)),
-    ):
-        block_r, block_d, num_warps = tile(width)
-        state, raw = f"*{dtype}", f"*{dtype}" if way == TOKEN else "*fp32"
-        absent = [name for name in ("v", "force") if name not in given]
-        fixed: dict[str, Any] = {f"{name}_ptr": None for name in absent}
-        ways = {"KIND_A": way, "KIND_B": way, "KIND_C": way}
-        blocks = ways | {"CLIP": True, "BLOCK_R": block_r, "BLOCK_D": block_d}
-        common = {f"{name}_ptr": state for name in states if name not in absent}
-        common |= {f"{name}_ptr": raw for name in "abc"}
-        common |= {"mu_ptr": "*fp32", "R": "i32:16", "D": "i32:16"} | dict.fromkeys(numbers, "fp32")
-        common |= {f"stride_{name}": "i32:16" for name in "hvabcf"}
-        forward = common | {"h_out_ptr": state, "v_out_ptr": state}
-        specs.append(aot_spec(forward_kernel, forward, fixed | blocks, num_warps))
-        backward = common | {"stride_dh": "i32:16", "stride_dv": "i32:16", "dmu_ptr": "*fp32"}
-        backward |= {f"{name}_ptr": state for name in ("dh_next", "dv_next", "dh")}
-        backward |= {f"d{name}_ptr": state for name in ("v", "force")}
-        backward |= {f"d{name}_ptr": state if way == TOKEN else "*fp32" for name in "abc"}
-        specs.append(aot_spec(backward_kernel, backward, fixed | blocks, num_warps))
-        if dtype == "bf16" and len(given) == 1:
-            block_p, block_c, warps = FINISH
-            types = {
-                f"{name}{end}": "*fp32"
-                for name in ("mu", "a", "b", "c")
-                for end in ("_parts_ptr", "_ptr")
-            }
-            types |= {f"d{name}_ptr": "*fp32" for name in ("mu", "a", "b", "c")}
-            types |= {"walkers": "i32", "programs": "i32", "D": "i32:16"}
-            types |= dict.fromkeys(("beta_max", "mu_min", "mu_max"), "fp32")
-            gone = {f"{name}_parts_ptr": None for name in "abc"} if way == TOKEN else {}
-            types = {name: kind for name, kind in types.items() if name not in gone}
-            last = gone | ways | {"BLOCK_P": block_p, "BLOCK_C": block_c}
-            specs.append(aot_spec(finish_kernel, types, last, warps))
-    return specs
-
-
-AOT = _aot()

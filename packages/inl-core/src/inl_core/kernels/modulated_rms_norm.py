@@ -24,7 +24,7 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
 
-__all__ = ["AOT", "modulated_rms_norm", "modulated_rms_norm_bwd", "modulated_rms_norm_fwd"]
+__all__ = ["modulated_rms_norm", "modulated_rms_norm_bwd", "modulated_rms_norm_fwd"]
 
 
 @triton.jit
@@ -240,25 +240,3 @@ def modulated_rms_norm(
             f"got {tuple(shift.shape)} and {tuple(scale.shape)}"
         )
     return modulated_rms_norm_fwd(x, shift, scale, weight, eps)
-
-
-def _specs(width: int) -> list[_common.AotSpec]:
-    _, block_r, block_d, warps = sample_blocks(256, width)
-    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None}
-    forward = {
-        "x_ptr": "*bf16", "shift_ptr": "*bf16", "scale_ptr": "*bf16", "y_ptr": "*bf16",
-        "tokens": "i32:16", "blocks": "i32", "x_stride": "i32:16", "shift_stride": "i32:16",
-        "scale_stride": "i32:16", "eps": "fp32",
-    }  # fmt: skip
-    backward = {
-        "dy_ptr": "*bf16", "x_ptr": "*bf16", "scale_ptr": "*bf16", "dx_ptr": "*bf16",
-        "dshift_ptr": "*fp32", "sums_ptr": "*fp32", "tokens": "i32:16", "parts": "i32",
-        "dy_stride": "i32:16", "x_stride": "i32:16", "scale_stride": "i32:16", "eps": "fp32",
-    }  # fmt: skip
-    return [
-        _common.aot_spec(_forward, forward, sizes, warps),
-        _common.aot_spec(_backward, backward, sizes, warps),
-    ]
-
-
-AOT = [spec for width in (768, 1152) for spec in _specs(width)]

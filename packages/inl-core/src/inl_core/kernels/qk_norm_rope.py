@@ -23,7 +23,7 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR
 
-__all__ = ["AOT", "qk_norm_rope", "qk_norm_rope_bwd", "qk_norm_rope_fwd", "takes"]
+__all__ = ["qk_norm_rope", "qk_norm_rope_bwd", "qk_norm_rope_fwd", "takes"]
 
 OP = "qk_norm_rope"
 
@@ -386,29 +386,3 @@ def qk_norm_rope(
             f"inl_core.reference.{OP} does"
         )
     return qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps)
-
-
-def _specs(width: int, heads: int) -> list[_common.AotSpec]:
-    block_r, block_h, warps = _config(width // 2)
-    sizes = {
-        "HEADS": heads, "K_HEADS": heads, "HALF": width // 2, "BLOCK_R": block_r,
-        "BLOCK_H": block_h,
-    }  # fmt: skip
-
-    def kind(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*fp32" if "weight" in name or name in ("cos_ptr", "sin_ptr") else "*bf16"
-        if name == "table_token_stride":  # Dh/2 may be 36
-            return "i32:16" if width % 32 == 0 else "i32"
-        return "i32:16" if name.endswith("_stride") else "fp32" if name == "eps" else "i32"
-
-    return [
-        _common.aot_spec(
-            kernel, {n: kind(n) for n in kernel.arg_names if n not in sizes}, sizes, warps
-        )
-        for kernel in (_forward, _backward)
-    ]
-
-
-# Dh = 64 with 12 heads makes D = 768, Dh = 72 with 16 heads makes D = 1152.
-AOT = [*_specs(64, 12), *_specs(72, 16)]

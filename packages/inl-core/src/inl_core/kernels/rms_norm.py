@@ -21,7 +21,7 @@ from torch import Tensor
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 
-__all__ = ["AOT", "rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
+__all__ = ["rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
 
 WARPS_PER_PROCESSOR = 32
 """Warps of a persistent launch on each multiprocessor: enough loads in flight to fill the memory
@@ -182,24 +182,3 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     _common.check_rows("rms_norm", x)
     _common.check_weight("rms_norm", "weight", weight, x.shape[-1])
     return rms_norm_fwd(x, weight, eps)
-
-
-def _specs(width: int) -> list[_common.AotSpec]:
-    block_r, block_d, warps = _common.row_config(width)
-    sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
-    forward = {
-        "x_ptr": "*bf16", "weight_ptr": "*fp32", "y_ptr": "*bf16",
-        "rows": "i32", "x_stride": "i32:16", "eps": "fp32",
-    }  # fmt: skip
-    backward = {
-        "dy_ptr": "*bf16", "x_ptr": "*bf16", "weight_ptr": "*fp32", "dx_ptr": "*bf16",
-        "dweight_ptr": "*fp32", "rows": "i32", "dy_stride": "i32:16", "x_stride": "i32:16",
-        "eps": "fp32",
-    }  # fmt: skip
-    return [
-        _common.aot_spec(_forward, forward, sizes, warps),
-        _common.aot_spec(_backward, backward, sizes, warps),
-    ]
-
-
-AOT = [spec for width in (768, 1152) for spec in _specs(width)]

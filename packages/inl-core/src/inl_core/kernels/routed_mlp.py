@@ -24,7 +24,7 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, sigmoid, store
 from inl_core.segments import RoutingPlan, check_routed_mlp
 
-__all__ = ["AOT", "routed_mlp", "routed_mlp_bwd", "routed_mlp_fwd"]
+__all__ = ["routed_mlp", "routed_mlp_bwd", "routed_mlp_fwd"]
 
 
 # Grouped matrix products over the segments of a routing plan: the kernels of `routed_mlp`.
@@ -402,27 +402,3 @@ def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Ten
     rows = x.reshape(-1, x.shape[-1])
     y, _, _ = routed_mlp_fwd(rows, plan.order, plan.offsets, gate, up, down, keep)
     return y.reshape(x.shape)
-
-
-def _specs(width: int, inner: int, experts: int, dtype: torch.dtype) -> list[_common.AotSpec]:
-    kind = "*fp32" if dtype == torch.float32 else "*bf16"
-    known = {"order_ptr": "*i64", "offsets_ptr": "*i32", "tiles": "i32"}
-
-    def spec(kernel: Any, options: dict[str, Any]) -> _common.AotSpec:
-        warps = options.pop("num_warps")
-        types = {
-            name: known.get(name, kind if name.endswith("_ptr") else "i32:16")
-            for name in kernel.arg_names
-            if name not in options
-        }
-        return _common.aot_spec(kernel, types, options, warps)
-
-    over_rows = (gate_up_kernel, d_inner_kernel, down_kernel, d_x_kernel)
-    return [
-        *(spec(k, _tile_options(k, experts, inner, width, dtype)) for k in over_rows),
-        spec(d_weight_kernel, _weight_options(inner, width, False, dtype)),
-        spec(d_weight_kernel, _weight_options(width, inner, True, dtype)),
-    ]
-
-
-AOT = _specs(768, 2048, 8, torch.bfloat16) + _specs(768, 2048, 8, torch.float32)

@@ -22,7 +22,7 @@ from torch import Tensor
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 
-__all__ = ["AOT", "swiglu", "swiglu_bwd", "swiglu_fwd"]
+__all__ = ["swiglu", "swiglu_bwd", "swiglu_fwd"]
 
 BLOCK = 1024
 WARPS = 4
@@ -149,15 +149,3 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
     return swiglu_fwd(gate, up)
-
-
-_SIZES = {"width": "i32:16", "blocks": "i32", "gate_stride": "i32:16", "up_stride": "i32:16"}
-_FORWARD = _SIZES | {"gate_ptr": "*bf16", "up_ptr": "*bf16", "y_ptr": "*bf16"}
-_BACKWARD = _SIZES | {
-    "dy_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16", "dgate_ptr": "*bf16",
-    "dup_ptr": "*bf16", "dy_stride": "i32:16",
-}  # fmt: skip
-AOT = [
-    _common.aot_spec(_forward, _FORWARD, {"BLOCK": BLOCK}, WARPS),
-    _common.aot_spec(_backward, _BACKWARD, {"BLOCK": BLOCK}, WARPS),
-]
