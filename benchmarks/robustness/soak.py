@@ -43,7 +43,7 @@ from complexity_dit.config import (
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
 from complexity_dit.training.train import train
-from inl_core.run.checkpoints import damage, latest_checkpoint
+from inl_core.run.checkpoints import find_damage, latest_checkpoint
 from inl_core.run.files import atomic_file
 
 STEPS, EVERY = 60, 5
@@ -200,7 +200,7 @@ def one_round(run, log, usual, chance, pipe):
         raise Wrong(f"a training failed: {log.read_text()[-3000:]}")
     trained = time.monotonic()
     last = latest_checkpoint(run / "checkpoints")
-    if wrong := damage(last):
+    if wrong := find_damage(last):
         raise Wrong(f"{last.name} is damaged: {wrong}")
     if left := [path.name for path in run.rglob(".*")]:
         raise Wrong(f"scratch is left: {left}")

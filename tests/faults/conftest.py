@@ -1,8 +1,8 @@
-"""Runs of seconds that are damaged, starved and killed: one of each package."""
+"""Runs of seconds, one of each package, to be damaged, starved and killed."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no waiting for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
 import dataclasses
 import shutil
@@ -30,12 +30,9 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["dit", "lm"])
 def package(request, texts) -> SimpleNamespace:
-    """What a test of both packages needs of one.
-
-    `run(out, **fields)` makes a config, `train(config)` trains, `use(checkpoint)` loads what is
-    sampled from, `STATE_FILE` is in every checkpoint; `outcome(out)` is what a finished run ends
-    with, bits by file.
-    """
+    """One of the two packages: `run(out, **fields)` makes a config, `train(config)` trains,
+    `use(checkpoint)` loads it for sampling, `STATE_FILE` is in every checkpoint, `outcome(out)` has
+    the bytes of a finished run by file name."""
     name = f"complexity_{request.param}"
     module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
     train = module("training.train" if request.param == "dit" else "train").train
@@ -55,7 +52,7 @@ def package(request, texts) -> SimpleNamespace:
 
     def outcome(out: Path) -> dict[str, bytes]:
         last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
-        # optimizer.pt is a zip, which has times in it.
+        # Not optimizer.pt: a zip with times in it.
         files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
         return {path.name: path.read_bytes() for path in files}
 
@@ -73,7 +70,7 @@ def finished_runs() -> dict:
 
 @pytest.fixture
 def finished(package, finished_runs, tmp_path_factory, tmp_path) -> Path:
-    """A copy of a finished run, trained once a package and session."""
+    """A copy of a finished run, trained once per package and session."""
     if package.name not in finished_runs:
         out = tmp_path_factory.mktemp(f"finished-{package.name}") / "run"
         package.train(package.run(out))
@@ -84,9 +81,9 @@ def finished(package, finished_runs, tmp_path_factory, tmp_path) -> Path:
 
 @pytest.fixture
 def resumed(package) -> Callable[..., Path]:
-    """Go on with a run's folder."""
+    """Function that continues a run in its folder."""
 
-    def go_on(out: Path, resume: str | Path = "auto", **fields) -> Path:
+    def resume_run(out: Path, resume: str | Path = "auto", **fields) -> Path:
         return package.train(dataclasses.replace(package.run(out), resume=str(resume), **fields))
 
-    return go_on
+    return resume_run

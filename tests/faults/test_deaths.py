@@ -1,4 +1,4 @@
-"""Processes that die: the others stop with a message, and nothing hangs."""
+"""Processes that are killed: the others stop with a message, and nothing hangs."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from support.processes import ENVIRONMENT
 from support.small_runs import dit_run
 
 BOUND = 400
-"""Seconds: far more than a run of 8 steps needs here, far less than torch's timeouts."""
+"""Seconds: much more than a run of 8 steps needs, much less than the timeouts of torch."""
 
 RANK = """
 import os, signal, sys
@@ -71,8 +71,8 @@ cli.main()
 """
 
 
-def told_by_the_other(command, victim, folder):
-    """Two processes run a command, whose last word is the victim; what the other one says."""
+def message_of_the_survivor(command, victim, folder):
+    """Run a command, whose last argument is the victim, in two processes: the other's output."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -83,11 +83,11 @@ def told_by_the_other(command, victim, folder):
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
             }  # fmt: skip
-            with (folder / f"{rank}.txt").open("w") as said:
+            with (folder / f"{rank}.txt").open("w") as output:
                 both.append(
                     subprocess.Popen(
                         [sys.executable, "-c", *map(str, command), str(victim)],
-                        env=os.environ | ENVIRONMENT | of_rank, stdout=said, stderr=said,
+                        env=os.environ | ENVIRONMENT | of_rank, stdout=output, stderr=output,
                     )
                 )  # fmt: skip
         died = both[victim].wait(timeout=BOUND)
@@ -97,22 +97,22 @@ def told_by_the_other(command, victim, folder):
         for process in both:
             process.kill()
             process.wait()
-    told = (folder / f"{1 - victim}.txt").read_text()
-    assert status == 2, told
-    assert "another process of this run does not answer any more" in told
-    assert "Traceback" not in told
-    return told
+    text = (folder / f"{1 - victim}.txt").read_text()
+    assert status == 2, text
+    assert "another process of this run no longer responds" in text
+    assert "Traceback" not in text
+    return text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_other_process_stops_and_says_how_to_resume(package, texts, tmp_path, victim):
+def test_a_training_stops_and_says_how_to_resume(package, texts, tmp_path, victim):
     command = [RANK, package.name, tmp_path / "run", texts]
-    assert "--resume auto" in told_by_the_other(command, victim, tmp_path)
+    assert "--resume auto" in message_of_the_survivor(command, victim, tmp_path)
     last = checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert last.name == "step-00000004"
-    assert checkpoints.damage(last) == []
+    assert checkpoints.find_damage(last) == []
 
 
 @pytest.mark.slow
@@ -122,12 +122,12 @@ def test_an_evaluation_stops(tmp_path, victim):
     folders = [write_folder(tmp_path / name, pictures(4, 1)) for name in ("a", "b")]
     command = [EVALUATION, "evaluate", folders[0], "--reference", folders[1]]
     command += ["--out", tmp_path / "result", "--weights", "random", "--cache", "false"]
-    told = told_by_the_other(command, victim, tmp_path)
-    assert "start the same command again" in told
+    message = message_of_the_survivor(command, victim, tmp_path)
+    assert "start the same command again" in message
     assert not (tmp_path / "result").exists()
 
 
-def test_a_loader_process_that_dies_is_told(tmp_path, monkeypatch):
+def test_a_killed_data_loader_worker_is_reported(tmp_path, monkeypatch):
     real = StepBatches.__getitem__
 
     def item(self, step):

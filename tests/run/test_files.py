@@ -1,14 +1,17 @@
-"""Files and folders are whole or absent, wherever a kill -9 falls."""
+"""Files and folders are complete or absent after a kill -9 or a disk error at any moment."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
 from inl_core.run import files
+from inl_core.run.checkpoints import find_damage, write_sums
 from inl_core.run.files import atomic_file, atomic_folder, remove_folder, remove_partial_writes
+from support.disk import CHANGES, failing, small_files
 
-# One child for each file-system operation of the writer: it is killed right before that one.
+# One child process for each file-system operation of the writer, killed right before it.
 KILLED_EVERYWHERE = """
 import importlib.util, os, signal, sys
 from pathlib import Path
@@ -31,13 +34,13 @@ def write(target):
     if work == "remove":
         return files.remove_folder(target)
     if work == "file":
-        with files.atomic_file(target / "a") as aside:
-            aside.write_text("new")
+        with files.atomic_file(target / "a") as partial:
+            partial.write_text("new")
         return
-    with files.atomic_folder(target) as aside:
-        fill(aside, "new")
+    with files.atomic_folder(target) as partial:
+        fill(partial, "new")
 
-def whole(text):
+def both(text):
     return {"a": text, "b/c": text}
 
 kills = 0
@@ -67,16 +70,16 @@ while True:
     files.remove_partial_writes(folder)
     files.remove_partial_writes(target) if target.is_dir() else None
     assert {p.name for p in folder.iterdir()} <= {"thing"}, (kills, list(folder.iterdir()))
-    found = contents(target) if target.exists() else None
-    fine = {
-        "fresh": (None, whole("new")),
-        "replace": (whole("old"), whole("new")),
-        "remove": (whole("old"), None),
-        "file": (whole("old"), whole("old") | {"a": "new"}),
+    result = contents(target) if target.exists() else None
+    allowed = {
+        "fresh": (None, both("new")),
+        "replace": (both("old"), both("new")),
+        "remove": (both("old"), None),
+        "file": (both("old"), both("old") | {"a": "new"}),
     }[work]
-    assert found in fine, (kills, found)
+    assert result in allowed, (kills, result)
     if status == 0:
-        assert found == fine[1]
+        assert result == allowed[1]
         break
     assert os.WTERMSIG(status) == signal.SIGKILL
     kills += 1
@@ -93,23 +96,87 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, record_property, wo
     record_property("injected", int(done.stdout))
 
 
-def test_an_error_leaves_the_old_one_and_nothing_beside_it(tmp_path):
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def both(text):
+    return {"a": text, "b/c": text}
+
+
+def fill(folder, text):
+    (folder / "a").write_text(text)
+    (folder / "b").mkdir(exist_ok=True)
+    (folder / "b" / "c").write_text(text)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_disk_error_at_any_operation_leaves_the_old_or_the_new(
+    tmp_path, record_property, number, has_old
+):
+    before = both("old") if has_old else None
+    failed = 0
+    while True:
+        folder = tmp_path / str(failed)
+        target = folder / "thing"
+        target.mkdir(parents=True)
+        fill(target, "old") if has_old else target.rmdir()
+        left = failed
+
+        def rule(event, path, writes, folder=folder):
+            nonlocal left
+            if not str(path).startswith(str(folder)) or not (writes or event in CHANGES):
+                return None
+            left -= 1
+            return OSError(number, "injected") if left < 0 else None  # and for all later ones
+
+        try:
+            with failing(rule), atomic_folder(target) as partial:
+                fill(partial, "new")
+                write_sums(partial)
+            succeeded = True
+        except OSError:
+            succeeded = False
+        remove_partial_writes(folder)
+        assert {p.name for p in folder.iterdir()} <= {"thing"}, failed
+        result = contents(target) if target.exists() else None
+        if result and "SHA256SUMS" in result:
+            assert find_damage(target) == []
+            del result["SHA256SUMS"]
+        assert result in (before, both("new")), failed
+        assert result == both("new") or not succeeded
+        if left >= 0:
+            break
+        failed += 1
+    assert failed >= 6
+    record_property("injected", failed)
+
+
+def test_a_full_disk_keeps_the_previous_file(tmp_path):
+    result = tmp_path / "result.json"
+    result.write_text("before")
+    with small_files(100), pytest.raises(OSError, match="too large"), atomic_file(result) as file:
+        file.write_text("x" * 1000)
+    assert contents(tmp_path) == {"result.json": "before"}
+
+
+def test_an_exception_leaves_the_old_version_and_no_temporary_files(tmp_path):
     with atomic_folder(tmp_path / "thing") as folder:
         (folder / "a").write_text("first")
-    for aside in (atomic_folder(tmp_path / "thing"), atomic_file(tmp_path / "thing" / "a")):
-        path = aside.__enter__()
+    for write in (atomic_folder(tmp_path / "thing"), atomic_file(tmp_path / "thing" / "a")):
+        path = write.__enter__()
         (path / "a" if path.is_dir() else path).write_text("second")
-        assert not aside.__exit__(RuntimeError, RuntimeError(), None)
-    assert (tmp_path / "thing" / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.rglob("*")] == ["thing", "a"]
+        assert not write.__exit__(RuntimeError, RuntimeError(), None)
+    assert contents(tmp_path) == {"thing/a": "first"}
 
 
-def test_recover_leaves_what_is_not_scratch(tmp_path):
+def test_only_temporary_files_are_removed(tmp_path):
     (tmp_path / ".lock").write_text("held")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "mine.partial").write_text("no dot in front")
-    (tmp_path / ".curve.csv.partial.x1.csv").write_text("scratch")
-    (tmp_path / "gone").mkdir()
-    remove_folder(tmp_path / "gone")
+    (tmp_path / ".curve.csv.partial.x1.csv").write_text("temporary")
+    (tmp_path / "folder").mkdir()
+    remove_folder(tmp_path / "folder")
     remove_partial_writes(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {".lock", ".hidden", "mine.partial"}

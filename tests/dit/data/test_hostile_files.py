@@ -299,7 +299,7 @@ def test_a_table_that_names_files_is_read_within_its_folder_only(tmp_path):
 def test_a_foreign_csv_is_not_replaced(tmp_path, text):
     path = tmp_path / "train_log.csv"
     path.write_text(text)
-    with pytest.raises(UserError, match="is no log of such a run"):
+    with pytest.raises(UserError, match="is not a log of such a run"):
         CsvLog(path, ["step", "loss"], 5)
     assert path.read_text() == text
 

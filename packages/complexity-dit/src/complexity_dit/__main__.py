@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from complexity_dit import __version__
 from complexity_dit.cli.commands import COMMANDS, explain
 from inl_core.run.errors import RunStopped, UserError
-from inl_core.run.json_files import printable, unreadable
+from inl_core.run.json_files import describe_settings_error, printable
 
 
 def build_parser(with_options: Container[str] = COMMANDS) -> ArgumentParser:
@@ -65,7 +65,7 @@ def parse(
     except UserError:
         raise
     except Exception as error:  # values can make the parser raise exceptions of any type
-        raise UserError(unreadable(error)) from error
+        raise UserError(describe_settings_error(error)) from error
     return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 

@@ -21,7 +21,7 @@ from complexity_lm.config import (
     TrainConfig,
 )
 from inl_core.run.errors import UserError
-from inl_core.run.json_files import printable, unreadable
+from inl_core.run.json_files import describe_settings_error, printable
 
 _EXCLUDED_OPTIONS = {
     # Objects, settings of assistant models, and of encoder-decoder models.
@@ -146,7 +146,7 @@ def parse(
     except UserError:
         raise
     except Exception as error:  # jsonargparse passes on what it does not expect
-        raise UserError(unreadable(error)) from error
+        raise UserError(describe_settings_error(error)) from error
     return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 

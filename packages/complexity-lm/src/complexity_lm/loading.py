@@ -25,7 +25,7 @@ from transformers import (
 from complexity_lm.config import DataConfig
 from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
-from inl_core.run.checkpoints import refuse_damage_in_use
+from inl_core.run.checkpoints import check_damage
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
 
@@ -74,7 +74,7 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     folder = locate(name, "give the path of a model folder")
     if folder is not None:
         folder = _model_folder(folder)
-        refuse_damage_in_use(folder)
+        check_damage(folder)
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
         if folder is not None:

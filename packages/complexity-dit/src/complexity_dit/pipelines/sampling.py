@@ -22,7 +22,7 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
-from inl_core.run.checkpoints import refuse_damage_in_use
+from inl_core.run.checkpoints import check_damage
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
@@ -252,7 +252,7 @@ def load_pipeline(path: str) -> ComplexityDiTPipeline:
             checkpoint's, or the adapter's base is gone or another than it was.
     """
     folder = Path(path)
-    refuse_damage_in_use(folder)
+    check_damage(folder)
     if (folder / ADAPTER_FILE).is_file():
         return _load_with_adapter(folder)
     looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))

@@ -1,4 +1,4 @@
-"""What both trainers need around a model: files, checkpoint folders, logs, dead workers.
+"""What both trainers share besides the model: files, checkpoint folders, logs, worker errors.
 
-Standard library and torch only. `import inl_core` loads nothing of it.
+Standard library and torch only; `import inl_core` loads none of it.
 """

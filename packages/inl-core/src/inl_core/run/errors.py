@@ -1,25 +1,25 @@
-"""The two exceptions that the command line prints plainly, without a traceback."""
+"""The two exceptions that the command line prints as a message, without a traceback."""
 
 import signal
 
 
 class UserError(ValueError):
-    """Bad input, bad data or a run that cannot go on; the message says what to do.
+    """Bad input, bad data, or a run that cannot continue; the message says what to do.
 
-    The command line prints the message without a traceback and exits with status 2. Anything
-    else that escapes is a defect of ours and keeps its traceback.
+    The command line prints the message and exits with status 2. Any other exception is a bug and
+    keeps its traceback.
     """
 
 
 class RunStopped(Exception):
-    """A training that SIGTERM or SIGINT ended, after it had saved a checkpoint.
+    """A training ended by SIGTERM or SIGINT, after it saved a checkpoint.
 
-    The command line prints the message and exits with status 128 + the signal's number, as a shell
-    reports it: 143 for SIGTERM, 130 for SIGINT.
+    The command line prints the message and exits with status 128 + `number`, as a shell reports
+    it: 143 for SIGTERM, 130 for SIGINT.
 
     Args:
-        number: The signal's number.
-        done: What was reached and saved.
+        number: Number of the signal.
+        done: What was reached and saved, to complete the message.
     """
 
     def __init__(self, number: int, done: str) -> None:

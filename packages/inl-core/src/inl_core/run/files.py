@@ -1,11 +1,11 @@
-"""Files and folders that are whole or absent, also after a kill -9 or a power loss.
+"""Files and folders that are complete or absent, also after kill -9 or a power loss.
 
-Everything is written under a scratch name in the same folder, flushed to disk and renamed. Scratch
-names begin with a dot; `remove_partial_writes` clears them after a kill:
+Everything is written under a temporary name in the same folder, flushed to disk and renamed.
+Temporary names begin with a dot; `remove_partial_writes` clears them after a kill:
 
-    .NAME.partial[...]   being written: worth nothing
-    .NAME.old            whole, moved out of the way of a new NAME that is whole too
-    .NAME.removed        being removed: worth nothing
+    .NAME.partial[...]   being written, incomplete
+    .NAME.old            the previous NAME, complete, moved away for a new NAME
+    .NAME.removed        being removed, incomplete
 """
 
 import os
@@ -18,64 +18,61 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a scratch path beside `target` that becomes `target` when the block ends well.
+    """Yield a temporary path that replaces `target` if the block succeeds.
 
-    Readers see the old file or the whole new one; an error leaves the old one as it was. The
-    scratch file has a name of its own, so two processes may write the same target.
+    Readers see either the old or the complete new file. The temporary name is unique, so two
+    processes may write the same target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.name}.partial.", suffix=target.suffix
     )
     os.close(handle)
-    aside = Path(name)
+    partial = Path(name)
     try:
-        yield aside
-        _flush(aside)
-        aside.chmod(0o644)
-        aside.replace(target)
+        yield partial
+        _flush(partial)
+        partial.chmod(0o644)
+        partial.replace(target)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `target` when the block ends well.
+    """Yield a temporary folder that replaces `target` if the block succeeds.
 
-    On an error the scratch folder is removed and `target` is as it was. A folder cannot be replaced
-    in one step as a file can: a kill between the two renames leaves the old one whole as
-    `.NAME.old`, and `remove_partial_writes`, or the next call for the same target, gives it its
-    name back.
+    On an error the temporary folder is removed and `target` is unchanged. A folder, unlike a file,
+    cannot be replaced in one step: a kill between the two renames leaves the old one as
+    `.NAME.old`, and `remove_partial_writes`, or the next call for the same target, restores it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (
-        target.with_name(f".{target.name}.partial"),
-        target.with_name(f".{target.name}.old"),
-    )
-    _put_back(old, target)
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
+    _restore(old, target)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        aside.mkdir()
-        yield aside
-        for path in aside.rglob("*"):
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
             _flush(path)
-        _flush(aside)
+        _flush(partial)
         if target.exists():
             target.replace(old)
         try:
-            aside.replace(target)
+            partial.replace(target)
         except BaseException:
-            _put_back(old, target)
+            _restore(old, target)
             raise
         _flush(target.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill on the way leaves nothing half-removed under its name."""
+    """Remove a folder; a kill leaves no incomplete folder under its name."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.replace(removed)
@@ -83,9 +80,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_partial_writes(folder: Path) -> None:
-    """Clear what killed writers left in a folder that nobody else is writing in."""
+    """Remove what killed processes left in a folder; no process may be writing in it."""
     for old in folder.glob(".*.old"):
-        _put_back(old, old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+        _restore(old, old.with_name(old.name.removeprefix(".").removesuffix(".old")))
     for pattern in (".*.partial", ".*.partial.*", ".*.old", ".*.removed"):
         for stale in folder.glob(pattern):
             if stale.is_dir():
@@ -94,13 +91,13 @@ def remove_partial_writes(folder: Path) -> None:
                 stale.unlink()
 
 
-def _put_back(old: Path, target: Path) -> None:
+def _restore(old: Path, target: Path) -> None:
     if old.exists() and not target.exists():
         old.replace(target)
 
 
 def _flush(path: Path) -> None:
-    """fsync, so that a rename cannot overtake the contents at a power loss."""
+    """Fsync a file or folder, so that a power loss cannot keep the rename and lose the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

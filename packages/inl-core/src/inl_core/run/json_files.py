@@ -1,7 +1,6 @@
-"""JSON that a stranger may have written, read within limits.
+"""JSON from untrusted sources, read within limits, and text from it for messages.
 
-A text that is too large or too deep, a key that occurs twice or a number out of range is a
-`ValueError` with one sentence; the caller adds which file it is.
+Errors are a `ValueError` with one sentence; the caller adds the name of the file.
 """
 
 import dataclasses
@@ -14,50 +13,51 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 MAX_JSON_BYTES = 64 * 2**20
-"""A million label names fit."""
+"""64 MiB: enough for a million label names."""
 
 MAX_DEPTH = 50
-"""Lists and objects within each other."""
+"""Nesting of lists and objects."""
 
 T = TypeVar("T")
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: It is no JSON, over a limit, has a key twice, or NaN or an infinite number.
+        ValueError: It is not JSON, over `MAX_JSON_BYTES` or `MAX_DEPTH`, repeats a key, or has NaN
+            or an infinite number.
     """
     if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"{len(text)} bytes of JSON, and at most {MAX_JSON_BYTES} are read")
+        raise ValueError(f"{len(text)} bytes of JSON, more than the limit of {MAX_JSON_BYTES}")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-        _check(value)
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_reject)
+        _check_limits(value)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     return value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: As `parse_json`, or it is another value than an object.
+        ValueError: As `parse_json`, or the value is not an object.
         OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         value = parse_json(file.read(MAX_JSON_BYTES + 1))
     if not isinstance(value, dict):
-        raise ValueError(f"holds {_named(value)}, expected an object")
+        raise ValueError(f"holds {_short(value)}, expected an object")
     return value
 
 
-def unreadable(error: Exception) -> str:
-    """What an exception that is not the parser's own says about settings."""
+def describe_settings_error(error: Exception) -> str:
+    """Message for an exception of the settings parser that is not its own error class."""
     if isinstance(error, TypeError) and "must be a mapping" in str(error):
         return (
-            "a group of settings (such as data or optim) is null or one value: give it fields, "
-            "or leave it out"
+            "a group of settings (such as data or optim) is null or a single value: give it "
+            "fields, or leave it out"
         )
     if isinstance(error, UnicodeDecodeError):
         return f"the settings are not UTF-8 ({error.reason} at byte {error.start})"
@@ -65,22 +65,22 @@ def unreadable(error: Exception) -> str:
 
 
 def filled(cls: type[T], values: Any) -> T:
-    """A dataclass from what a JSON file holds.
+    """Build a dataclass from a parsed JSON object.
 
     Raises:
-        ValueError: `values` is no object, lacks a field, has an unknown one, or a value of the
-            wrong type.
+        ValueError: `values` is not an object, lacks a field, or has an unknown one or a value of
+            the wrong type.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"holds {_named(values)}, expected an object")
+        raise ValueError(f"holds {_short(values)}, expected an object")
     kinds = get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(known)}")
+        if name not in names:
+            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(names)}")
         if not fits(value, kinds[name]):
             kind = getattr(kinds[name], "__name__", None) or str(kinds[name])
-            raise ValueError(f"{name} is {_named(value)}, expected {kind}")
+            raise ValueError(f"{name} is {_short(value)}, expected {kind}")
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.name not in values and field.default is field.default_factory is MISSING:
             raise ValueError(f"no {field.name}")
@@ -88,7 +88,7 @@ def filled(cls: type[T], values: Any) -> T:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of an annotated type; a whole number is a float too."""
+    """Whether a parsed JSON value has the annotated type `kind`; an integer is a float too."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -112,30 +112,30 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def printable(text: str) -> str:
-    """A message for a terminal: control characters are written out, line ends and tabs stay."""
+    """Escape the control characters of a terminal message, except line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """A name for a caption: without line ends and control characters."""
+    """Put a name on one line for a caption, control characters escaped."""
     return " ".join(printable(text).split())
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return made
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} occurs twice")
+    return value
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+def _reject(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
-def _check(value: Any) -> None:
-    """No deeper than `MAX_DEPTH`, and no number that only overflow made infinite."""
+def _check_limits(value: Any) -> None:
+    """Raise for nesting deeper than `MAX_DEPTH` and for numbers that overflowed to infinity."""
     level: Iterable[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
@@ -145,14 +145,15 @@ def _check(value: Any) -> None:
             elif isinstance(one, list):
                 inner.extend(one)
             elif isinstance(one, float) and not math.isfinite(one):
-                raise ValueError("a number is beyond what a float can hold")
+                raise ValueError("a number is too large for a float")
         if not inner:
             return
         level = inner
     raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
-def _named(value: Any) -> str:
-    """A value for a message: short, and of one line."""
-    shown = ascii(value) if isinstance(value, str | int | float | bool | None) else ""
-    return shown[:60] if shown else f"a {type(value).__name__}"
+def _short(value: Any) -> str:
+    """A value for a message: one line of at most 60 characters."""
+    if isinstance(value, str | int | float | bool | None):
+        return ascii(value)[:60]
+    return f"a {type(value).__name__}"

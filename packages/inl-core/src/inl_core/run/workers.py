@@ -1,4 +1,4 @@
-"""Processes of one run: work that the main one does for all, and errors about those that died."""
+"""Processes of one run: work done once by the main process, and errors about dead processes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RESUME_HINT = "go on from the last checkpoint with --resume auto"
+RESUME_HINT = "resume from the last checkpoint with --resume auto"
 
-# torch's errors about a partner that does not answer have no type of their own, only these words.
+# torch has no exception type for a lost connection, only messages with these words.
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "socket", "tcpstore", "broken pipe")
 
 
 def on_main(
     work: Callable[[], T], is_main: bool, count: int, group: ProcessGroup | None = None
 ) -> T:
-    """Call a function in the main process; all processes wait for it and get its result.
+    """Call a function in the main process only; all processes wait and get its result.
 
     Args:
         work: Called in the main process. The result is pickled for the others.
@@ -64,10 +64,10 @@ def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
     """Translate torch's errors about a dead data loader worker or process of the run.
 
     Args:
-        hint: What the user can do then.
+        hint: What the user can do, to complete the message.
 
     Raises:
-        UserError: Naming what died, as far as torch says it.
+        UserError: Naming what died, as far as torch reports it.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
             ) from error
         if any(word in text.lower() for word in _CONNECTION_WORDS):
             raise UserError(
-                f"another process of this run does not answer any more ({first_line}): its own "
-                f"messages say why, or it was killed, for instance for lack of memory; {hint}"
+                f"another process of this run no longer responds ({first_line}): see its own "
+                f"messages, or it was killed, for instance for lack of memory; {hint}"
             ) from error
         raise
