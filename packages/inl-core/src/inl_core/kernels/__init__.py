@@ -1,5 +1,5 @@
-"""Triton kernels, one file an operation; `inl_core.ops` is their only user.
+"""Triton kernels, one file per operation; used by `inl_core.ops` only.
 
-Importing this package imports nothing: triton is missing on some platforms, and its interpreter
-(``TRITON_INTERPRET=1``) has to be chosen before a kernel file is imported.
+Importing this package imports no kernel: triton is missing on some platforms, and its interpreter
+(``TRITON_INTERPRET=1``) must be selected before a kernel file is imported.
 """

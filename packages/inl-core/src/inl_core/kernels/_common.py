@@ -1,7 +1,7 @@
-"""What several kernel files share: limits, shapes, launch sizes, and helpers used inside kernels.
+"""Shared code of the kernel files: argument checks, launch sizes, and device functions.
 
-Everything inside a kernel is fp32: every load is followed at once by ``.to(tl.float32)``, which is
-also what makes Triton's interpreter exact for bf16.
+Everything inside a kernel is fp32: every load is converted at once by ``.to(tl.float32)``, which
+also makes Triton's interpreter exact for bf16.
 """
 
 from __future__ import annotations
@@ -16,19 +16,56 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-# Shapes of the row kernels' arguments: checks, and rows grouped by sample.
+MAX_WIDTH = 16384
+"""Largest D that the row kernels hold in one block."""
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Without fp64: the kernels compute in fp32 and would silently lose digits."""
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter, on CPU tensors; fixed by the first import."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Argument checks
+
+
+def check_inputs(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError on arguments that the kernels cannot compute; None is skipped.
+
+    These are dtypes outside `SUPPORTED_DTYPES`, two devices, and CPU tensors outside the
+    interpreter.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            names = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+            raise ValueError(
+                f"the Triton kernel of {op} takes {names}, got {tensor.dtype}; "
+                f"inl_core.reference.{op} takes any floating-point dtype"
+            )
+        if tensor.device != given[0].device:
+            raise ValueError(f"{op} got tensors on {given[0].device} and on {tensor.device}")
+    if given and given[0].device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"the Triton kernel of {op} got a tensor on cpu; move it to a GPU, use "
+            "inl_core.reference, or set TRITON_INTERPRET=1 before the first import"
+        )
+
+
+def check_width(op: str, width: int) -> None:
+    """Raise ValueError if `width` is outside 1 … `MAX_WIDTH`."""
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"the Triton kernel of {op} takes 1 <= D <= {MAX_WIDTH}, got D = {width}")
 
 
 def check_rows(op: str, x: Tensor, *same: tuple[str, Tensor]) -> None:
-    """Refuse rows that a kernel cannot take, and companions that are not shaped like them.
+    """Raise ValueError if D of `x` (..., D) is out of range or a tensor is not shaped like `x`.
 
     Args:
         op: Name of the operation, for the message.
-        x: The tensor (..., D) whose rows are worked on.
-        *same: (name, tensor) of each argument that must be shaped like `x`.
-
-    Raises:
-        ValueError: If D is out of range or a shape differs.
+        x: Rows of the operation.
+        *same: (name, tensor) of each argument that must have the shape of `x`.
     """
     if x.ndim == 0:
         raise ValueError(f"{op} needs at least one dimension, got a 0-dimensional tensor")
@@ -41,27 +78,17 @@ def check_rows(op: str, x: Tensor, *same: tuple[str, Tensor]) -> None:
 
 
 def check_weight(op: str, name: str, weight: Tensor | None, width: int) -> None:
-    """Refuse a weight that is neither None nor (width,).
-
-    Args:
-        op: Name of the operation, for the message.
-        name: Name of the argument, for the message.
-        weight: The weight.
-        width: Size D of a row.
-
-    Raises:
-        ValueError: If the shape differs.
-    """
+    """Raise ValueError if a weight is neither None nor (width,)."""
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"{op}: {name} must have shape ({width},), got {tuple(weight.shape)}")
 
 
 def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
-    """Bring `value` to one row a sample, where the rows of `x` are grouped by sample.
+    """Expand `value` to one row per sample, for rows of `x` grouped by sample.
 
-    (B, D) is the usual case. More leading dimensions, taken from the left of those of `x`, make
-    smaller groups: with (B, N, D) every token is a sample of its own. Size 1 stands for all.
-    The result is a view, so autograd sums an expansion away by itself.
+    (B, D) is the usual case. More leading dimensions, from the left of those of `x`, make smaller
+    groups: with (B, N, D) every token is its own sample. Size 1 broadcasts. The result is a view,
+    so autograd sums over an expansion.
 
     Args:
         op: Name of the operation, for the message.
@@ -70,8 +97,7 @@ def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
         x: (B, ..., D).
 
     Returns:
-        `value` expanded to (B, ..., D) with as many leading dimensions as it has, less those of
-        size 1 at their end.
+        `value` expanded to (B, ..., D), without trailing leading dimensions of size 1.
 
     Raises:
         ValueError: If `value` does not fit.
@@ -93,79 +119,37 @@ def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(*lead, value.shape[-1]).expand(*groups, value.shape[-1])
 
 
-MAX_WIDTH = 16384
-"""Widest last dimension D that the row kernels hold in one block."""
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""fp64 is left to the reference: a kernel that computes in fp32 would silently lose digits."""
-
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter, on CPU tensors; settled by the first import."""
-
-
 # ------------------------------------------------------------------------------------------------
-# Around a launch
-
-
-def check_inputs(op: str, *tensors: Tensor | None) -> None:
-    """Refuse what the kernels cannot compute.
-
-    Args:
-        op: Name of the operation, for the message.
-        *tensors: Arguments of the operation; None is skipped.
-
-    Raises:
-        ValueError: On a dtype outside `SUPPORTED_DTYPES`, two devices, or a CPU tensor outside the
-            interpreter.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    for tensor in given:
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            names = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
-            raise ValueError(
-                f"the Triton kernel of {op} takes {names}, got {tensor.dtype}; "
-                f"inl_core.reference.{op} takes any floating-point dtype"
-            )
-        if tensor.device != given[0].device:
-            raise ValueError(f"{op} got tensors on {given[0].device} and on {tensor.device}")
-    if given and given[0].device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            f"the Triton kernel of {op} got a tensor on cpu; move it to a GPU, use "
-            "inl_core.reference, or set TRITON_INTERPRET=1 before the first import"
-        )
-
-
-def check_width(op: str, width: int) -> None:
-    """Refuse a last dimension that does not fit into one block.
-
-    Args:
-        op: Name of the operation, for the message.
-        width: Size D of the last dimension.
-
-    Raises:
-        ValueError: If width is outside 1 … `MAX_WIDTH`.
-    """
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"the Triton kernel of {op} takes 1 <= D <= {MAX_WIDTH}, got D = {width}")
+# Launches
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """View `x` (..., D) as (rows, D) with neighbouring channels adjacent; copies only if it must.
+    """View `x` (..., D) as (rows, D) with contiguous channels; copied only if that is impossible.
 
-    The row stride may exceed D, so a chunk of a wider tensor is taken as it lies.
+    The row stride may exceed D, so a chunk of a wider tensor is not copied.
     """
     # Not -1: with an empty batch and D = 0 the number of rows cannot be inferred.
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def rows_or_none(x: Tensor | None) -> Tensor | None:
+    """`as_rows` of an optional tensor."""
+    return None if x is None else as_rows(x)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An optional tensor, contiguous."""
+    return None if x is None else x.contiguous()
+
+
 def row_stride(rows: Tensor | None) -> int:
-    """Elements from one row of `rows` (R, D) to the next; 0 where there is no tensor."""
+    """Row stride of `rows` (R, D) in elements; 0 for None."""
     return 0 if rows is None else rows.stride(0)
 
 
 def launch_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of `x` current for a launch: Triton does not look where its arguments are."""
+    """Make the device of `x` current for a launch: Triton does not infer it from the arguments."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -175,30 +159,20 @@ def _processors(index: int) -> int:
 
 
 def num_programs(x: Tensor, blocks: int, per_processor: int = 4) -> int:
-    """Programs of a persistent launch over `blocks` blocks of rows of `x`.
+    """Programs of a persistent launch: min(blocks, multiprocessors of x's device * per_processor).
 
-    Args:
-        x: A tensor of the launch; its device decides.
-        blocks: Number of row blocks; at least 1 is assumed.
-        per_processor: Programs wanted on each multiprocessor at a time.
-
-    Returns:
-        min(blocks, multiprocessors * per_processor). The interpreter counts as 3 processors with
-        one program each, so that small tests sum several partials.
+    The interpreter counts as 3 multiprocessors with one program each, so that small tests add up
+    several partial sums.
     """
     wanted = _processors(x.get_device()) * per_processor if x.is_cuda else 3
     return max(1, min(blocks, wanted))
 
 
 def row_config(width: int) -> tuple[int, int, int]:
-    """Block sizes of a kernel that reduces over whole rows.
+    """(BLOCK_R, BLOCK_D, num_warps) of a kernel that reduces over rows of size `width`.
 
-    Args:
-        width: Size D of a row.
-
-    Returns:
-        (BLOCK_R, BLOCK_D, num_warps): BLOCK_D = next_power_of_2(D), narrow rows are taken several
-        at a time, and a thread holds at most 32 elements of a tensor.
+    BLOCK_D is the next power of 2; narrow rows are processed several at a time, and a thread holds
+    at most 32 elements of a tensor.
     """
     block_d = triton.next_power_of_2(width)
     block_r = max(1, min(16, 1024 // block_d))
@@ -207,12 +181,12 @@ def row_config(width: int) -> tuple[int, int, int]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Inside a kernel; all values are fp32
+# Device functions; all values are fp32
 
 
 @triton.jit
 def clamp(x, minimum, maximum):
-    """Clamp to [minimum, maximum]; NaN stays NaN, infinite bounds are none."""
+    """Clamp to [minimum, maximum]; NaN stays NaN, infinite bounds mean none."""
     x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
 

@@ -2,13 +2,13 @@
 
 With r = rsqrt(mean(s²) + eps), for each row:
 
-    s  = x + residual                                  both results come from the unrounded s
+    s  = x + residual                                  not rounded before y is computed
     y  = s · r · w
     ds = ds_out + r · (w·dy − s · r² · mean(s·w·dy))   dx = dresidual = ds
     dw = Σ_rows dy · s · r
 
-Backward reads s back instead of x and residual, 8 bytes an element in bf16, unless s was rounded to
-fewer digits than x has.
+Backward reads s instead of x and residual, 8 bytes per element in bf16, unless s was rounded to a
+dtype with fewer digits than that of x.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; `add_rms_norm` checks the arguments."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape, dtype=residual.dtype)
     if x.numel() == 0:
         return y, total
     x_rows, residual_rows = _common.as_rows(x), _common.as_rows(residual)
@@ -92,7 +92,7 @@ def add_rms_norm_fwd(
     block_r, block_d, warps = _common.row_config(width)
     with _common.launch_guard(x):
         _forward[(triton.cdiv(rows, block_r),)](
-            x_rows, residual_rows, None if weight is None else weight.contiguous(), y, total,
+            x_rows, residual_rows, _common.contiguous(weight), y, total,
             rows, x_rows.stride(0), residual_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -101,39 +101,22 @@ def add_rms_norm_fwd(
 
 @add_rms_norm_fwd.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    y = x.new_empty(x.shape)
+    return y, x.new_empty(x.shape, dtype=residual.dtype)
 
 
 @torch.library.custom_op("inl_core::add_rms_norm_bwd", mutates_args=())
 def add_rms_norm_bwd(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    residual_dtype: torch.dtype,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel.
+    dy: Tensor, dtotal: Tensor | None, a: Tensor, b: Tensor | None, weight: Tensor | None,
+    eps: float, residual_dtype: torch.dtype, need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernel: (dx, dresidual, dweight).
 
-    Args:
-        dy: Gradient of the normed result; its dtype is that of x.
-        dtotal: Gradient of the sum, or None for zero.
-        a: The sum, or x.
-        b: None, or the residual.
-        weight: As in the forward.
-        eps: As in the forward.
-        residual_dtype: Dtype of the residual.
-        need_dweight: Whether to reduce the gradient of the weight.
-
-    Returns:
-        (dx, dresidual, dweight). dresidual is empty where it equals dx, dweight where it is not
-        needed: an operator must not return one tensor twice.
+    The sum is `a`, or a + b if b is not None. dresidual is empty if it equals dx (an operator must
+    not return one tensor twice), dweight if it is not needed.
     """
     same = residual_dtype == dy.dtype
-    dx = torch.empty(a.shape, dtype=dy.dtype, device=a.device)
+    dx = a.new_empty(a.shape, dtype=dy.dtype)
     dresidual = torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device)
     width = a.shape[-1]
     dweight_dtype = torch.float32 if weight is None else weight.dtype
@@ -141,8 +124,8 @@ def add_rms_norm_bwd(
     if a.numel() == 0:
         return dx, dresidual, torch.zeros(dweight_size, dtype=dweight_dtype, device=a.device)
     dy_rows, a_rows = _common.as_rows(dy), _common.as_rows(a)
-    dtotal_rows = None if dtotal is None else _common.as_rows(dtotal)
-    b_rows = None if b is None else _common.as_rows(b)
+    dtotal_rows = _common.rows_or_none(dtotal)
+    b_rows = _common.rows_or_none(b)
     rows = a_rows.shape[0]
     block_r, block_d, warps = _common.row_config(width)
     programs = _common.num_programs(
@@ -151,10 +134,10 @@ def add_rms_norm_bwd(
     partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=a.device)
     with _common.launch_guard(a):
         _backward[(programs,)](
-            dy_rows, dtotal_rows, a_rows, b_rows, None if weight is None else weight.contiguous(),
+            dy_rows, dtotal_rows, a_rows, b_rows, _common.contiguous(weight),
             dx, None if same else dresidual, partials if need_dweight else None,
-            rows, dy_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0),
-            a_rows.stride(0), 0 if b_rows is None else b_rows.stride(0), eps,
+            rows, dy_rows.stride(0), _common.row_stride(dtotal_rows),
+            a_rows.stride(0), _common.row_stride(b_rows), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     return dx, dresidual, partials.sum(0).to(dweight_dtype)
@@ -162,19 +145,13 @@ def add_rms_norm_bwd(
 
 @add_rms_norm_bwd.register_fake
 def _(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    residual_dtype: torch.dtype,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, dtotal: Tensor | None, a: Tensor, b: Tensor | None, weight: Tensor | None,
+    eps: float, residual_dtype: torch.dtype, need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     same = residual_dtype == dy.dtype
     dweight_dtype = torch.float32 if weight is None else weight.dtype
     return (
-        torch.empty(a.shape, dtype=dy.dtype, device=a.device),
+        a.new_empty(a.shape, dtype=dy.dtype),
         torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device),
         torch.empty(a.shape[-1] if need_dweight else 0, dtype=dweight_dtype, device=a.device),
     )
@@ -213,15 +190,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """`inl_core.reference.add_rms_norm` as one kernel forward and one backward.
 
-    Args:
-        x: Sub-layer output (..., D), D from 1 to 16,384; fp32, bf16 or fp16.
-        residual: Residual stream, shaped like `x`; its dtype may differ.
-        weight: (D,), or None for ones; its dtype may differ.
-        eps: Added to the mean square.
-
-    Returns:
-        (rms_norm(x + residual) in the dtype of `x`, x + residual in the dtype of `residual`), both
-        contiguous.
+    `x` and `residual` (..., D) are fp32, bf16 or fp16, D at most 16384; dtypes may differ. The
+    results are contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

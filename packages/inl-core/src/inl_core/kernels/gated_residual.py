@@ -5,7 +5,7 @@ With one gate vector per sample:
     s = residual + gate · x
     dresidual = ds     dx = gate · ds     dgate = Σ_tokens ds · x
 
-A program of the backward walks over tokens of one sample and keeps its part of dgate.
+A program of the backward loops over tokens of one sample and keeps a partial sum of dgate.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _backward(
 @torch.library.custom_op("inl_core::gated_residual_fwd", mutates_args=())
 def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """Launch the forward kernel; `gated_residual` checks and shapes the arguments."""
-    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    total = x.new_empty(x.shape, dtype=residual.dtype)
     if x.numel() == 0:
         return total
     residual_rows, x_rows, gate_rows = (_common.as_rows(t) for t in (residual, x, gate))
@@ -83,13 +83,13 @@ def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 @gated_residual_fwd.register_fake
 def _(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    return x.new_empty(x.shape, dtype=residual.dtype)
 
 
 @torch.library.custom_op("inl_core::gated_residual_bwd", mutates_args=())
 def gated_residual_bwd(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dx, dgate)."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     if x.numel() == 0:
         return dx, torch.zeros(gate.shape, dtype=gate.dtype, device=x.device)
     dtotal_rows, x_rows, gate_rows = (_common.as_rows(t) for t in (dtotal, x, gate))
@@ -109,7 +109,7 @@ def gated_residual_bwd(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor,
 
 @gated_residual_bwd.register_fake
 def _(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     return dx, torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
 
 
@@ -129,13 +129,8 @@ gated_residual_fwd.register_autograd(_gradients, setup_context=_setup_context)
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """`inl_core.reference.gated_residual` as one kernel forward and one backward.
 
-    Args:
-        residual: (B, ..., D), D from 1 to 16,384; fp32, bf16 or fp16.
-        x: Shaped like `residual`; its dtype may differ.
-        gate: (B, D), broadcast over the tokens; a chunk of a wider tensor is taken as it lies.
-
-    Returns:
-        Tensor shaped like `residual`, in its dtype, contiguous.
+    `residual` and `x` (B, ..., D) are fp32, bf16 or fp16, D at most 16384; dtypes may differ, and a
+    gate that is a chunk of a wider tensor is read in place. The result is contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

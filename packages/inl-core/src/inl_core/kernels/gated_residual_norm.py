@@ -8,7 +8,7 @@ and n = s · r come from the unrounded s; with m = (1 + scale) · w:
     dresidual = ds     dx = gate · ds     dgate = Σ_tokens ds · x     dshift = Σ_tokens dy
     S = Σ_tokens dy · n     dscale = w · S     dw = Σ_samples (1 + scale) · S
 
-x is needed for dgate, so backward makes s again from x and the residual at no extra traffic.
+Backward needs x for dgate, so it recomputes s from x and the residual without extra traffic.
 """
 
 from __future__ import annotations
@@ -93,17 +93,12 @@ def _backward(
 
 @torch.library.custom_op("inl_core::gated_residual_norm_fwd", mutates_args=())
 def gated_residual_norm_fwd(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+    weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; `gated_residual_norm` checks and shapes the arguments."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape, dtype=residual.dtype)
     if x.numel() == 0:
         return y, total
     residual_rows, x_rows = _common.as_rows(residual), _common.as_rows(x)
@@ -114,7 +109,7 @@ def gated_residual_norm_fwd(
     with _common.launch_guard(x):
         _forward[(samples * blocks,)](
             residual_rows, x_rows, gate_rows, shift_rows, scale_rows,
-            None if weight is None else weight.contiguous(), y, total,
+            _common.contiguous(weight), y, total,
             tokens, blocks, residual_rows.stride(0), x_rows.stride(0),
             gate_rows.stride(0), shift_rows.stride(0), scale_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
@@ -123,52 +118,28 @@ def gated_residual_norm_fwd(
 
 
 @gated_residual_norm_fwd.register_fake
-def _(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+def _(residual: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, x.new_empty(x.shape, dtype=residual.dtype)
 
 
 @torch.library.custom_op("inl_core::gated_residual_norm_bwd", mutates_args=())
 def gated_residual_norm_bwd(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernel.
+    dy: Tensor, dtotal: Tensor | None, residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor,
+    weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernel: (dresidual, dx, dgate, dshift, S).
 
-    Args:
-        dy: Gradient of the normed result.
-        dtotal: Gradient of the sum, or None for zero.
-        residual: As in the forward, like the rest.
-        x: Sub-layer output.
-        gate: One row a sample.
-        scale: One row a sample.
-        weight: (D,) or None.
-        eps: Added to the mean square.
-
-    Returns:
-        (dresidual, dx, dgate, dshift, S): the last three are sums over tokens in fp32.
+    `dy` is the gradient of the normed result, `dtotal` that of the sum, None for zero. The last
+    three results are sums over tokens in fp32.
     """
-    dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = x.new_empty(x.shape, dtype=residual.dtype)
+    dx = x.new_empty(x.shape)
     if x.numel() == 0:
         zeros = torch.zeros(gate.shape, dtype=torch.float32, device=x.device)
         return dresidual, dx, zeros, zeros.clone(), zeros.clone()
     dy_rows, residual_rows, x_rows = (_common.as_rows(t) for t in (dy, residual, x))
-    dtotal_rows = None if dtotal is None else _common.as_rows(dtotal)
+    dtotal_rows = _common.rows_or_none(dtotal)
     gate_rows, scale_rows = _common.as_rows(gate), _common.as_rows(scale)
     samples, width = gate_rows.shape
     tokens = x_rows.shape[0] // samples
@@ -178,36 +149,24 @@ def gated_residual_norm_bwd(
     with _common.launch_guard(x):
         _backward[(samples * parts,)](
             dy_rows, dtotal_rows, residual_rows, x_rows, gate_rows, scale_rows,
-            None if weight is None else weight.contiguous(),
+            _common.contiguous(weight),
             dresidual, dx, partials[0], partials[1], partials[2],
-            tokens, parts, dy_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0),
+            tokens, parts, dy_rows.stride(0), _common.row_stride(dtotal_rows),
             residual_rows.stride(0), x_rows.stride(0), gate_rows.stride(0), scale_rows.stride(0),
             eps, D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
-    # Each of the three gets memory of its own: results of an operator must not share any.
+    # Three separate tensors: results of an operator must not share memory.
     dgate, dshift, sums = (partials[i].sum(1).reshape(gate.shape) for i in range(3))
     return dresidual, dx, dgate, dshift, sums
 
 
 @gated_residual_norm_bwd.register_fake
 def _(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
+    dy: Tensor, dtotal: Tensor | None, residual: Tensor, x: Tensor, gate: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = torch.empty(gate.shape, dtype=torch.float32, device=x.device)
-    return (
-        torch.empty(x.shape, dtype=residual.dtype, device=x.device),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        sums,
-        torch.empty_like(sums),
-        torch.empty_like(sums),
-    )
+    dgate, dshift, sums = (gate.new_empty(gate.shape, dtype=torch.float32) for _ in range(3))
+    dresidual = x.new_empty(x.shape, dtype=residual.dtype)
+    return dresidual, x.new_empty(x.shape), dgate, dshift, sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -220,7 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
     residual, x, gate, scale, weight = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        dy = x.new_zeros(x.shape)
     dresidual, dx, dgate, dshift, sums = gated_residual_norm_bwd(
         dy, dtotal, residual, x, gate, scale, weight, ctx.eps
     )
@@ -243,18 +202,8 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`inl_core.reference.gated_residual_norm` as one kernel forward and one backward.
 
-    Args:
-        residual: (B, ..., D), D from 1 to 16,384; fp32, bf16 or fp16.
-        x: Shaped like `residual`; its dtype may differ.
-        gate: (B, D), broadcast over the tokens; a chunk of a wider tensor is taken as it lies.
-        shift: (B, D), likewise.
-        scale: (B, D), likewise.
-        weight: (D,), or None for ones.
-        eps: Added to the mean square.
-
-    Returns:
-        (the normed and modulated sum in the dtype of `x`, the sum in the dtype of `residual`), both
-        contiguous.
+    `residual` and `x` (B, ..., D) are fp32, bf16 or fp16, D at most 16384; dtypes may differ, and
+    chunks of a wider tensor are read in place. The results are contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

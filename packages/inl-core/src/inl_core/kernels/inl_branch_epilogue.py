@@ -1,6 +1,26 @@
-"""`inl_core.reference.inl_branch_epilogue` in Triton: launches, custom ops, autograd.
+"""The step after a branch, its gated residual sum and the next norm, in one pass, in Triton.
 
-The kernels and their formulas are in `inl_core.kernels.inl_branch_epilogue`.
+Forward, with the coefficients alpha, beta, gate and the equilibrium mu as they are used, and one
+vector per sample of each of rho (the gate of the residual sum), shift and scale:
+
+    e  = h - mu                        p = alpha * v - beta * e
+    v' = clip(p, -velocity_max, velocity_max)
+    h' = h + dt * gate * v'
+    s  = residual + rho * h'           m = (1 + scale) * w
+    y  = s * rsqrt(mean(s²) + eps) * m + shift
+
+Nothing is rounded before y, s and v' are stored: 12 bytes per element in bf16, where the gated sum
+and its norm alone take 8. Backward recomputes h', s, r and n = s·r:
+
+    ds = ds_out + r·(m·dy - n·mean(n·m·dy))          dresidual = ds     dh' = rho·ds
+    dp = (dv' + dh' * dt * gate) where |p| <= velocity_max, else 0
+    dh = dh' - beta * dp                             dv = alpha * dp
+
+    sums over the tokens of a sample   drho = Σ ds·h'   dshift = Σ dy   S = Σ dy·n
+    sums over all rows   dalpha = Σ dp·v   dbeta = -Σ dp·e   dgate = Σ dh'·dt·v'   dmu = Σ beta·dp
+
+dscale and dw follow from S as in `inl_core.kernels.modulated_rms_norm`. A program loops over tokens
+of one sample and keeps a partial sum of each.
 """
 
 from __future__ import annotations
@@ -14,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels import _common
-from inl_core.kernels._common import as_rows, load, row_stride, store
+from inl_core.kernels._common import as_rows, contiguous, load, row_stride, rows_or_none, store
 from inl_core.kernels.inl_step import advance, retreat
 from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
@@ -28,35 +48,9 @@ __all__ = [
 ]
 
 
-# Triton kernels of `inl_core.reference.inl_branch_epilogue`: all of it in one pass over the row.
-#
-# Forward, with the INL coefficients alpha, beta, gate and the equilibrium mu as they are used, and
-# one vector a sample of each of rho (the gate of the residual sum), shift and scale:
-#
-#     e  = h - mu                        p = alpha * v - beta * e
-#     v' = clip(p, -velocity_max, velocity_max)
-#     h' = h + dt * gate * v'
-#     s  = residual + rho * h'           m = (1 + scale) * w
-#     y  = s * rsqrt(mean(s²) + eps) * m + shift
-#
-# Nothing is rounded before y, s and v' are stored: 12 bytes an element in bf16, where the gated sum
-# and its norm alone take 8. Backward makes h', s, r and n = s·r again:
-#
-#     ds = ds_out + r·(m·dy - n·mean(n·m·dy))          dresidual = ds     dh' = rho·ds
-#     dp = (dv' + dh' * dt * gate) where |p| <= velocity_max, else 0
-#     dh = dh' - beta * dp                             dv = alpha * dp
-#
-#     sums over the tokens of a sample   drho = Σ ds·h'   dshift = Σ dy   S = Σ dy·n
-#     sums over all rows   dalpha = Σ dp·v   dbeta = -Σ dp·e   dgate = Σ dh'·dt·v'   dmu = Σ beta·dp
-#
-# dscale and dw follow from S as in `inl_core.kernels.modulated_rms_norm`. A program walks over
-# tokens
-# of one sample and keeps its part of every sum.
-
-
 @triton.jit
 def coefficient(pointer, number, column, inside, CHANNEL: tl.constexpr):
-    """A coefficient of the layer: a row of D values, one value in memory, or a plain number."""
+    """A coefficient: a row of D values, one value in memory, or a number."""
     if pointer is None:
         value = number
     elif CHANNEL:
@@ -68,13 +62,13 @@ def coefficient(pointer, number, column, inside, CHANNEL: tl.constexpr):
 
 @triton.jit
 def vector(pointer, row, stride, column, inside, absent):
-    """A row of D values, or the number that stands for it where there is none."""
+    """A row of D values, or the number `absent` if the pointer is None."""
     return absent if pointer is None else load(pointer + row * stride + column, inside)
 
 
 @triton.jit
 def add_up(pointer, partial, column, inside, D: tl.constexpr):
-    """Store a program's part of a sum over rows, where the sum is wanted."""
+    """Store the partial sum of a program, if the pointer is not None."""
     if pointer is not None:
         total = tl.sum(partial, axis=0, keep_dims=True)
         store(pointer + tl.program_id(0).to(tl.int64) * D + column, total, inside)
@@ -89,7 +83,7 @@ def forward_kernel(
     ALPHA: tl.constexpr, BETA: tl.constexpr, GATE: tl.constexpr, CLIP: tl.constexpr,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens of one sample a program."""
+    """One block of tokens of one sample per program."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     row = sample * tokens + token
@@ -127,7 +121,7 @@ def backward_kernel(
     ALPHA: tl.constexpr, BETA: tl.constexpr, GATE: tl.constexpr, CLIP: tl.constexpr,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program walks over blocks of tokens of one sample; every sum is (programs, D) in fp32."""
+    """A program loops over token blocks of one sample; sums are (programs, D) in fp32."""
     sample = (tl.program_id(0) // parts).to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]
     inside = column < D
@@ -200,53 +194,33 @@ TENSORS = 11
 # Launches
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else as_rows(x)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _samples(*conditions: Tensor | None) -> int:
-    """Groups of rows that share a condition; all rows are one where there is none."""
+    """Number of groups of rows that share a condition; 1 without conditions."""
     return next((c.shape[:-1].numel() for c in conditions if c is not None), 1)
 
 
 @torch.library.custom_op("inl_core::inl_branch_epilogue_fwd", mutates_args=())
 def inl_branch_epilogue_fwd(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    gate: Tensor | None,
-    mu: Tensor,
-    residual: Tensor,
-    residual_gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    alpha_number: float,
-    beta_number: float,
-    gate_number: float,
-    dt: float,
-    velocity_max: float,
+    h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
+    mu: Tensor, residual: Tensor, residual_gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None,
+    alpha_number: float, beta_number: float, gate_number: float, dt: float, velocity_max: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, sum, v'). A coefficient without a tensor is its number; mu comes clamped."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, sum, v'). A coefficient that is None is its number; mu is already clamped."""
     y, total, v_out = _empty_results(h, v, residual)
     if h.numel() == 0:
         return y, total, v_out
-    x, residual_rows, v_rows = as_rows(h), as_rows(residual), _rows(v)
-    rho, shifts, scales = (_rows(c) for c in (residual_gate, shift, scale))
+    x, residual_rows, v_rows = as_rows(h), as_rows(residual), rows_or_none(v)
+    rho, shifts, scales = (rows_or_none(c) for c in (residual_gate, shift, scale))
     rows, width = x.shape
     samples = _samples(rho, shifts, scales)
     tokens = rows // samples
     blocks, block_r, block_d, warps = sample_blocks(tokens, width)
     with _common.launch_guard(h):
         forward_kernel[(samples * blocks,)](
-            x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
-            residual_rows, rho, shifts, scales, _contiguous(weight), y, total, v_out,
+            x, v_rows, *(contiguous(c) for c in (alpha, beta, gate, mu)),
+            residual_rows, rho, shifts, scales, contiguous(weight), y, total, v_out,
             tokens, blocks, x.stride(0), row_stride(v_rows), residual_rows.stride(0),
             row_stride(rho), row_stride(shifts), row_stride(scales),
             alpha_number, beta_number, gate_number, dt, velocity_max, eps,
@@ -259,9 +233,9 @@ def inl_branch_epilogue_fwd(
 def _empty_results(h: Tensor, v: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v_dtype = h.dtype if v is None else v.dtype
     return (
-        torch.empty(h.shape, dtype=h.dtype, device=h.device),
-        torch.empty(h.shape, dtype=residual.dtype, device=h.device),
-        torch.empty(h.shape, dtype=v_dtype, device=h.device),
+        h.new_empty(h.shape),
+        h.new_empty(h.shape, dtype=residual.dtype),
+        h.new_empty(h.shape, dtype=v_dtype),
     )
 
 
@@ -270,46 +244,26 @@ def _by_channel(coefficient: Tensor | None) -> bool:
 
 
 @inl_branch_epilogue_fwd.register_fake
-def _(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    gate: Tensor | None,
-    mu: Tensor,
-    residual: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    residual = rest[4]
     return _empty_results(h, v, residual)
 
 
 @torch.library.custom_op("inl_core::inl_branch_epilogue_bwd", mutates_args=())
 def inl_branch_epilogue_bwd(
-    dy: Tensor | None,
-    dtotal: Tensor | None,
-    dv_next: Tensor | None,
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    gate: Tensor | None,
-    mu: Tensor,
-    residual: Tensor,
-    residual_gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    alpha_number: float,
-    beta_number: float,
-    gate_number: float,
-    dt: float,
-    velocity_max: float,
+    dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None,
+    h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
+    mu: Tensor, residual: Tensor, residual_gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None,
+    alpha_number: float, beta_number: float, gate_number: float, dt: float, velocity_max: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (h, v, residual), then sums over rows in fp32.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Gradients of (h, v, residual), then the sums over rows, in fp32.
 
-    These are dalpha, dbeta, dgate and dmu, d(residual_gate) and dshift, and S = Σ dy·n. What
-    belongs to an argument that is None has size 0.
+    These are dalpha, dbeta, dgate, dmu, d(residual_gate), dshift and S = Σ dy·n; size 0 for an
+    argument that is None.
     """
     tensors = (h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight)
     dh, dv, dresidual, *targets = _empty_gradients(*tensors)
@@ -317,9 +271,9 @@ def inl_branch_epilogue_bwd(
         for target in targets:
             target.zero_()
         return dh, dv, dresidual, *targets  # type: ignore[return-value]
-    x, residual_rows, v_rows = as_rows(h), as_rows(residual), _rows(v)
-    dy_rows, dtotal_rows, dv_rows = (_rows(d) for d in (dy, dtotal, dv_next))
-    rho, scales = _rows(residual_gate), _rows(scale)
+    x, residual_rows, v_rows = as_rows(h), as_rows(residual), rows_or_none(v)
+    dy_rows, dtotal_rows, dv_rows = (rows_or_none(d) for d in (dy, dtotal, dv_next))
+    rho, scales = rows_or_none(residual_gate), rows_or_none(scale)
     rows, width = x.shape
     samples = _samples(residual_gate, shift, scale)
     tokens = rows // samples
@@ -334,8 +288,8 @@ def inl_branch_epilogue_bwd(
     with _common.launch_guard(h):
         backward_kernel[(samples * parts,)](
             dy_rows, dtotal_rows, dv_rows,
-            x, v_rows, *(_contiguous(c) for c in (alpha, beta, gate, mu)),
-            residual_rows, rho, scales, _contiguous(weight), dh, dv, dresidual, *partials,
+            x, v_rows, *(contiguous(c) for c in (alpha, beta, gate, mu)),
+            residual_rows, rho, scales, contiguous(weight), dh, dv, dresidual, *partials,
             tokens, parts, row_stride(dy_rows), row_stride(dtotal_rows), row_stride(dv_rows),
             x.stride(0), row_stride(v_rows), residual_rows.stride(0), row_stride(rho),
             row_stride(scales),
@@ -351,7 +305,7 @@ def inl_branch_epilogue_bwd(
 
 
 def _summed(partial: Tensor, target: Tensor) -> Tensor:
-    """Add up (samples, parts, D): over parts, over all rows, or over everything."""
+    """Sum (samples, parts, D) over the parts, over all rows, or over everything."""
     if target.numel() == 1:
         return partial.sum().reshape(target.shape)
     if target.ndim == 1:
@@ -360,42 +314,24 @@ def _summed(partial: Tensor, target: Tensor) -> Tensor:
 
 
 def _empty_gradients(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    gate: Tensor | None,
-    mu: Tensor,
-    residual: Tensor,
-    residual_gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        return h.new_empty(
-            0 if x is None else x.shape, dtype=dtype or (h if x is None else x).dtype
-        )
+    h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
+    mu: Tensor, residual: Tensor, residual_gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return h.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    wide = torch.float32
-    return (
-        like(h),
-        like(v),
-        like(residual),
-        like(alpha, wide),
-        like(beta, wide),
-        like(gate, wide),
-        like(mu, wide),
-        like(residual_gate, wide),
-        like(shift, wide),
-        like(weight if scale is None else scale, wide),
-    )
+    def sums(x: Tensor | None) -> Tensor:
+        return h.new_empty(0 if x is None else x.shape, dtype=torch.float32)
+
+    by_row = (alpha, beta, gate, mu, residual_gate, shift, weight if scale is None else scale)
+    return like(h), like(v), like(residual), *map(sums, by_row)
 
 
 @inl_branch_epilogue_bwd.register_fake
 def _(
     dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return _empty_gradients(*rest[:TENSORS])
 
 
@@ -406,7 +342,7 @@ def _(
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
+    # An unused result has no gradient; reading zeros instead would cost a pass.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS])
     ctx.numbers = inputs[TENSORS:]
@@ -438,15 +374,10 @@ inl_branch_epilogue_fwd.register_autograd(_gradients, setup_context=_setup_conte
 
 
 def takes(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    gate: Tensor | float,
-    *_: Any,
-    **__: Any,
-) -> bool:
-    """Whether the coefficients are those of a layer or of its channels, not of each token."""
+    h: Tensor, v: Any, alpha: Tensor | float, beta: Tensor | float, gate: Tensor | float,
+    *_: Any, **__: Any,
+) -> bool:  # fmt: skip
+    """Whether the coefficients are per layer or per channel, not per token."""
     vector = (*(1,) * (h.ndim - 1), h.shape[-1])
     return all(
         not isinstance(x, Tensor)
@@ -457,24 +388,11 @@ def takes(
 
 
 def inl_branch_epilogue(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    gate: Tensor | float,
-    mu: Tensor,
-    residual: Tensor,
-    residual_gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    dt: float,
-    velocity_max: float | None,
-    mu_min: float | None,
-    mu_max: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, v: Tensor | None, alpha: Tensor | float, beta: Tensor | float, gate: Tensor | float,
+    mu: Tensor, residual: Tensor, residual_gate: Tensor | None = None, shift: Tensor | None = None,
+    scale: Tensor | None = None, weight: Tensor | None = None, eps: float = 1e-6, *,
+    dt: float, velocity_max: float | None, mu_min: float | None, mu_max: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`inl_core.reference.inl_branch_epilogue` in one kernel; same arguments and results.
 
     Coefficients must be numbers, hold one value, or D values for the last dimension of `h`.

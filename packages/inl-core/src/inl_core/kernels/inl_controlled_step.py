@@ -1,6 +1,23 @@
-"""`inl_core.reference.inl_controlled_step` in Triton: launches, custom ops, autograd.
+"""The controller's up-projection and the step it controls, fused in Triton.
 
-The kernels and their formulas are in `inl_core.kernels.inl_controlled_step`.
+With W the rows of the up-projection for one coefficient and z the hidden state of the controller (C
+channels), each tile of columns computes its raw coefficients itself,
+
+    a = z·W_aᵀ + b_a        b = z·W_bᵀ + b_b        c = z·W_cᵀ + b_c
+
+and continues as in `inl_core.kernels.inl_step`: they never reach memory. The backward recomputes
+them, then da, db, dc as there, and from these
+
+    dz   = da·W_a + db·W_b + dc·W_c        a sum over columns
+    dW_a = daᵀ·z     db_a = Σ da           sums over rows, as is dmu
+
+Sums in two directions take two kernels, which both read the state: `rows_kernel` loops over the
+columns, accumulates dz and stores the gradients of the state; `columns_kernel` loops over the rows,
+accumulates the others and stores one fp32 partial sum per program. There are no atomics, and no
+other tensor of width D is stored.
+
+Matrix products take operands in DOT, the dtype of z, and sum in fp32. W is loaded again for each
+tile, mostly from the cache: kept for a whole loop, its operands would fill all registers.
 """
 
 from __future__ import annotations
@@ -34,43 +51,19 @@ __all__ = [
 ]
 
 
-# Triton kernels of `inl_core.reference.inl_controlled_step`.
-#
-# With W the rows of the up-projection for one coefficient, and z the controller's hidden state (C
-# wide), each tile of columns makes its raw coefficients itself,
-#
-#     a = z·W_aᵀ + b_a        b = z·W_bᵀ + b_b        c = z·W_cᵀ + b_c
-#
-# and goes on as `inl_core.kernels.inl_step` describes: they never reach memory. The backward
-# makes them again, then da, db, dc as there, and from these
-#
-#     dz   = da·W_a + db·W_b + dc·W_c        a sum over columns
-#     dW_a = daᵀ·z     db_a = Σ da           sums over rows, as is dmu
-#
-# Two sums in two directions are two kernels, which both read the state: `rows_kernel` walks along
-# the
-# columns, keeps dz and stores the gradients of the state; `columns_kernel` walks down the rows,
-# keeps
-# the others, and leaves an fp32 partial a program. No atomics, and nothing D-wide is stored
-# besides.
-#
-# Matrix products take operands in DOT, the dtype of z, and sum in fp32. W is read anew for each
-# tile
-# (from the cache, mostly): kept for a whole loop, its operands would fill all registers.
-
 # ------------------------------------------------------------------------------------------------
-# Parts of kernels
+# Device functions
 
 
 @triton.jit
 def load_tile(pointer, rows, stride, across, mask):
-    """A tile of a state, or 0 where there is none."""
+    """A tile of a state, or 0 if it is None."""
     return 0.0 if pointer is None else load(pointer + rows * stride + across, mask)
 
 
 @triton.jit
 def raw_coefficient(hidden, weight_ptr, bias_ptr, inside, col_mask):
-    """z·Wᵀ + b for a tile, in fp32; the pointers are those of its rows of W and of its columns."""
+    """z·Wᵀ + b of a tile, in fp32; the pointers are to the rows of W and the elements of b."""
     weight = load(weight_ptr, inside).to(hidden.dtype)
     product = tl.dot(hidden, tl.trans(weight))
     return product + load(bias_ptr, col_mask)
@@ -93,7 +86,7 @@ def step_gradients(
     raw_a, raw_b, raw_c, h, v, mu, force, dh_next, dv_next, dt, beta_max, velocity_max,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile: (h, v, force, clamped mu, a, b, c), all still to be masked."""
+    """Gradients of one tile, unmasked: (h, v, force, clamped mu, a, b, c)."""
     alpha, gate = sigmoid(raw_a), sigmoid(raw_c)
     unbounded = softplus(raw_b)
     beta = clamp(unbounded, 0.0, beta_max)
@@ -117,7 +110,7 @@ def forward_kernel(
     CLIP: tl.constexpr, DOT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile (BLOCK_R, BLOCK_D) a program; neighbouring programs take neighbouring columns."""
+    """One tile (BLOCK_R, BLOCK_D) per program; adjacent programs take adjacent columns."""
     tiles = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     cols = (pid % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -201,10 +194,10 @@ def columns_kernel(
     CLIP: tl.constexpr, DOT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of W, b and mu: a program walks down BLOCK_D columns, row blocks apart by the grid.
+    """Gradients of W, b and mu: a program loops over row blocks of BLOCK_D columns.
 
     It fills its slice of dweight (walkers, 3, C, D), dbias (walkers, 3, D) and dmu (walkers, D),
-    the last still with respect to the clamped mu.
+    the last with respect to the clamped mu.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     chans = tl.arange(0, BLOCK_C)[None, :]
@@ -259,16 +252,16 @@ def columns_kernel(
 OP = "inl_controlled_step"
 
 MAX_CONTROLLER = 64
-"""Widest controller whose hidden state and its gradient a program can keep in registers."""
+"""Widest controller whose hidden state and its gradient fit into the registers of a program."""
 
 BLOCK_R, NUM_WARPS = 64, 4
-"""Rows of a tile: 16 for each warp, which a matrix product gives to one warp whole."""
+"""Rows of a tile: 16 per warp, the unit of a matrix product."""
 
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 32, 16
-"""Columns of a tile, so that none of a dozen tiles and sums leaves the registers."""
+"""Columns of a tile, so that a dozen tiles and sums stay in registers."""
 
 PER_PROCESSOR = 4
-"""Programs a multiprocessor of the kernel that leaves partials."""
+"""Programs per multiprocessor of `columns_kernel`."""
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -278,10 +271,10 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _constants(velocity_max: float, hidden: Tensor, columns: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+    """Constants of a launch."""
     return {
         "CLIP": math.isfinite(velocity_max),
-        # The interpreter multiplies bf16 wrongly; fp32 it multiplies as it is.
+        # The interpreter multiplies bf16 incorrectly.
         "DOT": tl.float32 if _common.INTERPRETED else _OPERANDS[hidden.dtype],
         "BLOCK_R": BLOCK_R,
         "BLOCK_D": columns,
@@ -291,31 +284,22 @@ def _constants(velocity_max: float, hidden: Tensor, columns: int) -> dict[str, A
 
 
 def _block_c(controller: int) -> int:
-    return max(16, triton.next_power_of_2(controller))  # a matrix product needs 16 of everything
+    return max(16, triton.next_power_of_2(controller))  # the minimum of a matrix product
 
 
 @torch.library.custom_op("inl_core::inl_controlled_step_fwd", mutates_args=())
 def inl_controlled_step_fwd(
-    h: Tensor,
-    v: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    force: Tensor | None,
-    dt: float,
-    beta_max: float,
-    velocity_max: float,
-    mu_min: float,
+    h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
+    force: Tensor | None, dt: float, beta_max: float, velocity_max: float, mu_min: float,
     mu_max: float,
-) -> tuple[Tensor, Tensor]:
-    """(h', v'). Infinite bounds are none; `inl_controlled_step` checks the arguments."""
-    h_out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h', v'). Infinite bounds mean none; `inl_controlled_step` checks the arguments."""
+    h_out = h.new_empty(h.shape)
     v_out = torch.empty(h.shape, dtype=h.dtype if v is None else v.dtype, device=h.device)
     if h.numel() == 0:
         return h_out, v_out
     x, hidden_rows = as_rows(h), as_rows(hidden)
-    v_rows, force_rows = (None if t is None else as_rows(t) for t in (v, force))
+    v_rows, force_rows = (_common.rows_or_none(t) for t in (v, force))
     rows, width = x.shape
     tiles = triton.cdiv(rows, BLOCK_R) * triton.cdiv(width, FORWARD_COLUMNS)
     with _common.launch_guard(h):
@@ -338,22 +322,11 @@ def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("inl_core::inl_controlled_step_bwd", mutates_args=())
 def inl_controlled_step_bwd(
-    dh_next: Tensor | None,
-    dv_next: Tensor | None,
-    h: Tensor,
-    v: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    force: Tensor | None,
-    dt: float,
-    beta_max: float,
-    velocity_max: float,
-    mu_min: float,
-    mu_max: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (h, v, hidden, weight, bias, mu, force); empty for v or force None."""
+    dh_next: Tensor | None, dv_next: Tensor | None, h: Tensor, v: Tensor | None, hidden: Tensor,
+    weight: Tensor, bias: Tensor, mu: Tensor, force: Tensor | None,
+    dt: float, beta_max: float, velocity_max: float, mu_min: float, mu_max: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of (h, v, hidden, weight, bias, mu, force); size 0 where None."""
     if h.numel() == 0:
         grads = empty_gradients(h, v, hidden, weight, bias, mu, force)
         for grad in grads:
@@ -361,7 +334,7 @@ def inl_controlled_step_bwd(
         return grads
     x, hidden_rows = as_rows(h), as_rows(hidden)
     dh_rows, dv_rows, v_rows, force_rows = (
-        None if t is None else as_rows(t) for t in (dh_next, dv_next, v, force)
+        _common.rows_or_none(t) for t in (dh_next, dv_next, v, force)
     )
     (rows, width), controller = x.shape, hidden_rows.shape[1]
     row_blocks, stripes = triton.cdiv(rows, BLOCK_R), triton.cdiv(width, BACKWARD_COLUMNS)
@@ -423,9 +396,9 @@ inl_controlled_step_fwd.register_autograd(_gradients, setup_context=save_inputs)
 
 
 def takes(h: Tensor, v: Tensor | None, hidden: Tensor, *_: Any, **__: Any) -> bool:
-    """Whether the kernels compute this: a narrow controller in 16 bits, one hidden state a token.
+    """Whether the kernels support this: a narrow controller in bf16 or fp16, one state per token.
 
-    Products in fp32 are left to the matrix library, which has better ones.
+    Products in fp32 are left to the matrix library, which is faster.
     """
     narrow = 1 <= hidden.shape[-1] <= MAX_CONTROLLER and hidden.shape[:-1] == h.shape[:-1]
     return narrow and (_common.INTERPRETED or _product_dtype(hidden) in _OPERANDS)
@@ -437,20 +410,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def inl_controlled_step(
-    h: Tensor,
-    v: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    force: Tensor | None = None,
-    *,
-    dt: float,
-    beta_max: float | None,
-    velocity_max: float | None,
-    mu_min: float | None,
+    h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
+    force: Tensor | None = None, *,
+    dt: float, beta_max: float | None, velocity_max: float | None, mu_min: float | None,
     mu_max: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`inl_core.reference.inl_controlled_step` in one kernel; same arguments and results.
 
     The products take their operands in the dtype of `hidden`, or in that of autocast, bf16 or fp16,

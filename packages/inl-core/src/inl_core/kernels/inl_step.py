@@ -1,6 +1,26 @@
-"""`inl_core.reference.inl_step` in Triton: launches, custom ops, autograd and the public function.
+"""One step of the INL dynamics in Triton: one pass forward, one pass backward.
 
-The kernels and their formulas are in `inl_core.kernels.inl_step`.
+Forward, with alpha = sigmoid(a), beta = min(softplus(b), beta_max), gate = sigmoid(c):
+
+    e  = h - clamp(mu, mu_min, mu_max)
+    p  = alpha * v - beta * e + f
+    v' = clip(p, -velocity_max, velocity_max)
+    h' = h + dt * gate * v'
+
+Backward, from the gradients dh' and dv':
+
+    dp     = (dv' + dh' * dt * gate) where |p| <= velocity_max, else 0
+    dh     = dh' - beta * dp             dv = alpha * dp             df = dp
+    da     = dp * v * alpha * (1 - alpha)
+    dbeta  = -dp * e                     db = through(dbeta) * sigmoid(b)
+    dc     = dh' * dt * v' * gate * (1 - gate)
+    dmu    = through(sum over rows of beta * dp)
+
+``through`` is the gradient rule of `bounded_clamp`. A coefficient is read as it is stored: one
+value per token and channel, a vector (D,) or one number. The gradients of the latter two, and of
+mu, are sums over rows: each program stores fp32 partial sums, and a small kernel adds them up and
+applies the rule. There are no atomics, so results are reproducible bit for bit. Only inputs are
+saved for the backward.
 """
 
 from __future__ import annotations
@@ -22,42 +42,19 @@ from inl_core.kernels._common import (
     load,
     num_programs,
     row_stride,
+    rows_or_none,
     sigmoid,
     softplus,
     store,
 )
 
-# Triton kernels of `inl_core.reference.inl_step`: one pass forward, one pass backward.
-#
-# Forward, with alpha = sigmoid(a), beta = min(softplus(b), beta_max), gate = sigmoid(c):
-#
-#     e  = h - clamp(mu, mu_min, mu_max)
-#     p  = alpha * v - beta * e + f
-#     v' = clip(p, -velocity_max, velocity_max)
-#     h' = h + dt * gate * v'
-#
-# Backward, from the gradients dh' and dv':
-#
-#     dp     = (dv' + dh' * dt * gate) where |p| <= velocity_max, else 0
-#     dh     = dh' - beta * dp             dv = alpha * dp             df = dp
-#     da     = dp * v * alpha * (1 - alpha)
-#     dbeta  = -dp * e                     db = through(dbeta) * sigmoid(b)
-#     dc     = dh' * dt * v' * gate * (1 - gate)
-#     dmu    = through(sum over rows of beta * dp)
-#
-# ``through`` is the gradient rule of `bounded_clamp`. A coefficient is read as it is stored: one
-# value per token and channel, a vector (D,) or one number; the gradients of the latter two, and of
-# mu, are sums over rows: each program keeps fp32 partials, and one small kernel adds them up and
-# applies the rule. No atomics, so results repeat bit for bit. Only inputs are saved for the
-# backward.
-
 # ------------------------------------------------------------------------------------------------
-# Parts of kernels
+# Device functions
 
 
 @triton.jit
 def load_raw(pointer, rows, cols, stride, mask, col_mask, KIND: tl.constexpr):
-    """Load raw coefficients: a tile, a row of it, or one number."""
+    """Load raw coefficients: a tile, a row, or one number."""
     if KIND == 0:
         raw = load(pointer + rows * stride + cols, mask)
     elif KIND == 1:
@@ -69,7 +66,7 @@ def load_raw(pointer, rows, cols, stride, mask, col_mask, KIND: tl.constexpr):
 
 @triton.jit
 def advance(h, v, alpha, beta, gate, mu, force, dt, velocity_max, CLIP: tl.constexpr):
-    """Equations (1)-(3): returns (h', v', p, e)."""
+    """Equations (1)-(3): (h', v', p, e)."""
     error = h - mu
     free = alpha * v - beta * error + force
     v_next = free
@@ -80,7 +77,7 @@ def advance(h, v, alpha, beta, gate, mu, force, dt, velocity_max, CLIP: tl.const
 
 @triton.jit
 def retreat(dh_next, dv_next, alpha, beta, gate, free, dt, velocity_max, CLIP: tl.constexpr):
-    """Gradient of equations (2) and (3): returns (dh, dp)."""
+    """Gradient of equations (2) and (3): (dh, dp)."""
     dp = dv_next + dh_next * (dt * gate)
     if CLIP:
         dp = tl.where((free >= -velocity_max) & (free <= velocity_max), dp, 0.0)
@@ -89,7 +86,7 @@ def retreat(dh_next, dv_next, alpha, beta, gate, free, dt, velocity_max, CLIP: t
 
 @triton.jit
 def through(grad, x, minimum, maximum):
-    """Gradient of `bounded_clamp`: beyond a bound only what leads back inside passes."""
+    """Gradient of `bounded_clamp`: beyond a bound only the part that leads back inside passes."""
     blocked = ((x < minimum) & (grad > 0)) | ((x > maximum) & (grad < 0))
     return tl.where(blocked, 0.0, grad)
 
@@ -116,7 +113,7 @@ def forward_kernel(
     KIND_A: tl.constexpr, KIND_B: tl.constexpr, KIND_C: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile (BLOCK_R, BLOCK_D) a program; neighbouring programs take neighbouring columns."""
+    """One tile (BLOCK_R, BLOCK_D) per program; adjacent programs take adjacent columns."""
     tiles = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     cols = (pid % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -151,10 +148,10 @@ def backward_kernel(
     KIND_A: tl.constexpr, KIND_B: tl.constexpr, KIND_C: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program walks down one stripe of BLOCK_D columns, row blocks apart by the grid.
+    """A program loops over row blocks of one stripe of BLOCK_D columns, with the grid as stride.
 
-    Gradients of per-token inputs are stored at once. The others are summed over the program's rows:
-    dmu, da, db, dc then point to partials, (programs, D) or one number a program, still with
+    Gradients of per-token inputs are stored directly. The others are summed over the program's
+    rows: dmu, da, db, dc then point to partial sums, (programs, D) or one number per program, with
     respect to the activated coefficients and the clamped mu.
     """
     tiles = tl.cdiv(D, BLOCK_D)
@@ -164,7 +161,7 @@ def backward_kernel(
     col_mask = cols < D
     mu = clamp(load(mu_ptr + cols, col_mask), mu_min, mu_max)
     sum_mu = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    # What does not depend on the row is read and activated once.
+    # Coefficients that do not depend on the row are loaded once.
     if KIND_A != 0:
         alpha = sigmoid(load_raw(a_ptr, cols, cols, 0, col_mask, col_mask, KIND_A))
         sum_a = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -250,9 +247,9 @@ def finish_kernel(
     KIND_A: tl.constexpr, KIND_B: tl.constexpr, KIND_C: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add up the partials of mu and of every coefficient without rows, and finish the gradients.
+    """Add up the partial sums of mu and of coefficients without rows, and finish their gradients.
 
-    One number for the whole layer is a vector of width 1 here, with a partial from every program.
+    A coefficient of the layer is a vector of width 1 here, with a partial sum from every program.
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     col_mask = cols < D
@@ -292,14 +289,10 @@ TOKEN, CHANNEL, LAYER = 0, 1, 2
 
 
 def tile(width: int) -> tuple[int, int, int]:
-    """Tile of a kernel that is elementwise along the row.
+    """(BLOCK_R, BLOCK_D, num_warps) of a kernel that is elementwise along rows of size `width`.
 
-    Args:
-        width: Size D of a row.
-
-    Returns:
-        (BLOCK_R, BLOCK_D, num_warps). BLOCK_D is the widest power of two up to 512 that wastes at
-        most 1/16 of its lanes, at least 128: 256 for D = 768, 128 for D = 1152.
+    BLOCK_D is the widest power of two up to 512 that wastes at most 1/16 of its lanes, at least
+    128: 256 for D = 768, 128 for D = 1152.
     """
     block_d = min(512, triton.next_power_of_2(width))
     while block_d > 128 and 16 * (-width % block_d) > width:
@@ -308,14 +301,14 @@ def tile(width: int) -> tuple[int, int, int]:
 
 
 PER_PROCESSOR = 12
-"""Backward programs a multiprocessor: whole waves whether 2, 3, 4 or 6 of them are resident."""
+"""Backward programs per multiprocessor: whole waves with 2, 3, 4 or 6 resident ones."""
 
 FINISH = (64, 32, 4)
-"""(BLOCK_P, BLOCK_C, num_warps) of the kernel that adds up partials."""
+"""(BLOCK_P, BLOCK_C, num_warps) of `finish_kernel`."""
 
 
 def kind(raw: Tensor, h: Tensor) -> int:
-    """Say how the raw coefficient `raw` of a state `h` is stored: TOKEN, CHANNEL or LAYER."""
+    """How the raw coefficient `raw` of a state `h` is stored: TOKEN, CHANNEL or LAYER."""
     if raw.shape == h.shape:
         return TOKEN
     return LAYER if raw.numel() == 1 else CHANNEL
@@ -323,28 +316,19 @@ def kind(raw: Tensor, h: Tensor) -> int:
 
 @torch.library.custom_op("inl_core::inl_step_fwd", mutates_args=())
 def inl_step_fwd(
-    h: Tensor,
-    v: Tensor | None,
-    alpha_raw: Tensor,
-    beta_raw: Tensor,
-    gate_raw: Tensor,
-    mu: Tensor,
-    force: Tensor | None,
-    dt: float,
-    beta_max: float,
-    velocity_max: float,
-    mu_min: float,
+    h: Tensor, v: Tensor | None, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor,
+    force: Tensor | None, dt: float, beta_max: float, velocity_max: float, mu_min: float,
     mu_max: float,
-) -> tuple[Tensor, Tensor]:
-    """(h', v'). Infinite bounds are none; raw coefficients shaped like h, (D,) or (1,)."""
-    h_out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h', v'). Infinite bounds mean none; raw coefficients are shaped like h, (D,) or (1,)."""
+    h_out = h.new_empty(h.shape)
     v_out = torch.empty(h.shape, dtype=h.dtype if v is None else v.dtype, device=h.device)
     if h.numel() == 0:
         return h_out, v_out
     block_r, block_d, num_warps = tile(h.shape[-1])
     x = as_rows(h)
     rows, width = x.shape
-    v_rows, force_rows = (None if t is None else as_rows(t) for t in (v, force))
+    v_rows, force_rows = (rows_or_none(t) for t in (v, force))
     raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(width, block_d),)
     with launch_guard(h):
@@ -365,22 +349,11 @@ def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("inl_core::inl_step_bwd", mutates_args=())
 def inl_step_bwd(
-    dh_next: Tensor | None,
-    dv_next: Tensor | None,
-    h: Tensor,
-    v: Tensor | None,
-    alpha_raw: Tensor,
-    beta_raw: Tensor,
-    gate_raw: Tensor,
-    mu: Tensor,
-    force: Tensor | None,
-    dt: float,
-    beta_max: float,
-    velocity_max: float,
-    mu_min: float,
-    mu_max: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (h, v, alpha_raw, beta_raw, gate_raw, mu, force); empty for v or force None."""
+    dh_next: Tensor | None, dv_next: Tensor | None, h: Tensor, v: Tensor | None,
+    alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor, force: Tensor | None,
+    dt: float, beta_max: float, velocity_max: float, mu_min: float, mu_max: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of (h, v, alpha_raw, beta_raw, gate_raw, mu, force); size 0 where None."""
     inputs = (h, v, alpha_raw, beta_raw, gate_raw, mu, force)
     grads = empty_gradients(*inputs)
     dh, dv, da, db, dc, dmu, dforce = grads
@@ -391,9 +364,7 @@ def inl_step_bwd(
     block_r, block_d, num_warps = tile(h.shape[-1])
     x = as_rows(h)
     rows, width = x.shape
-    dh_rows, dv_rows, v_rows, force_rows = (
-        None if t is None else as_rows(t) for t in (dh_next, dv_next, v, force)
-    )
+    dh_rows, dv_rows, v_rows, force_rows = (rows_or_none(t) for t in (dh_next, dv_next, v, force))
     raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
     mu = mu.contiguous()
     tiles = triton.cdiv(width, block_d)
@@ -434,7 +405,7 @@ def _(
 def empty_gradients(
     h: Tensor, v: Tensor | None, a: Tensor, b: Tensor, c: Tensor, mu: Tensor, force: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the gradients of a step whose middle three arguments are `a`, `b` and `c`."""
+    """Empty gradients of a step whose middle three arguments are `a`, `b` and `c`."""
 
     def like(x: Tensor | None) -> Tensor:
         return h.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -457,8 +428,8 @@ def _coefficients(h: Tensor, *raw: Tensor) -> tuple[list[Tensor], list[int], lis
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the seven tensors of a step for its backward, and its numbers."""
-    # A result that nothing used has no gradient; reading zeros in its place would cost a pass.
+    """Save the seven tensors of a step for its backward, and its numbers."""
+    # An unused result has no gradient; reading zeros instead would cost a pass.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7])
     ctx.numbers = inputs[7:]
@@ -471,7 +442,7 @@ def _backward(
     grads = inl_step_bwd(dh_next, dv_next, *inputs, *ctx.numbers)
     used = list(ctx.needs_input_grad[:7])
     if inputs[1] is None:
-        used[2] = False  # without a velocity alpha touches nothing
+        used[2] = False  # alpha has no effect without a velocity
     wanted = [grad if use else None for grad, use in zip(grads, used, strict=True)]
     return (*wanted, None, None, None, None, None)
 
@@ -480,15 +451,9 @@ inl_step_fwd.register_autograd(_backward, setup_context=save_inputs)
 
 
 def takes(
-    h: Tensor,
-    v: Tensor | None,
-    alpha_raw: Tensor,
-    beta_raw: Tensor,
-    gate_raw: Tensor,
-    *_: Any,
-    **__: Any,
+    h: Tensor, v: Any, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, *_: Any, **__: Any
 ) -> bool:
-    """Whether the kernels can read the raw coefficients among the arguments of `inl_step`."""
+    """Whether the kernels support the shapes of the raw coefficients of `inl_step`."""
     vector = (*(1,) * (h.ndim - 1), h.shape[-1])
     return all(
         x.shape == h.shape or x.numel() == 1 or (*(1,) * (h.ndim - x.ndim), *x.shape) == vector
@@ -497,20 +462,11 @@ def takes(
 
 
 def inl_step(
-    h: Tensor,
-    v: Tensor | None,
-    alpha_raw: Tensor,
-    beta_raw: Tensor,
-    gate_raw: Tensor,
-    mu: Tensor,
-    force: Tensor | None = None,
-    *,
-    dt: float,
-    beta_max: float | None,
-    velocity_max: float | None,
-    mu_min: float | None,
+    h: Tensor, v: Tensor | None, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor,
+    force: Tensor | None = None, *,
+    dt: float, beta_max: float | None, velocity_max: float | None, mu_min: float | None,
     mu_max: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`inl_core.reference.inl_step` in one kernel; same arguments and results.
 
     Raw coefficients must be shaped like `h`, or hold D values for its last dimension, or one value.
@@ -533,7 +489,7 @@ def inl_step(
             f"raw coefficients have shapes {[tuple(x.shape) for x in raw]}; the kernel takes "
             f"{tuple(h.shape)}, ({h.shape[-1]},) or (1,)"
         )
-    # A leading dimension of 1 carries nothing, and one shape a kind keeps the custom op simple.
+    # Drop leading dimensions of 1: the custom op takes one shape per kind.
     flat = [x if x.shape == h.shape else x.reshape(-1) for x in raw]
     return inl_step_fwd(
         h, v, *flat, mu, force, dt,

@@ -7,8 +7,8 @@ With n = x · rsqrt(mean(x²) + eps) and m = (1 + scale) · w, for each row of a
     dshift = Σ_tokens dy     S = Σ_tokens dy · n
     dscale = w · S           dw = Σ_samples (1 + scale) · S
 
-A program walks over tokens of one sample and keeps its part of the two sums over tokens; the parts
-are added up afterwards, in a fixed order.
+A program of the backward loops over tokens of one sample and keeps partial sums, which are added up
+afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["modulated_rms_norm", "modulated_rms_norm_bwd", "modulated_rms_norm_f
 
 @triton.jit
 def modulation(weight_ptr, scale_row, column, D: tl.constexpr):
-    """(1 + scale) · w of one sample, as one row; `scale_row` points to its first channel."""
+    """(1 + scale) · w of one sample, as a row; `scale_row` points to the sample's first channel."""
     factor = 1.0 + load(scale_row + column, column < D)
     if weight_ptr is not None:
         factor *= load(weight_ptr + column, column < D)
@@ -82,14 +82,10 @@ def _backward(
 
 
 def sample_blocks(tokens: int, width: int) -> tuple[int, int, int, int]:
-    """Launch sizes for rows grouped by sample.
-
-    Args:
-        tokens: Rows of a sample, at least 1.
-        width: Size D of a row.
+    """Launch sizes for samples of `tokens` >= 1 rows of size `width`.
 
     Returns:
-        (blocks of a sample, BLOCK_R, BLOCK_D, num_warps); a block never spans two samples.
+        (blocks per sample, BLOCK_R, BLOCK_D, num_warps); a block never spans two samples.
     """
     block_r, block_d, _ = _common.row_config(width)
     block_r = min(block_r, triton.next_power_of_2(tokens))
@@ -98,24 +94,20 @@ def sample_blocks(tokens: int, width: int) -> tuple[int, int, int, int]:
 
 
 def parts_of(x: Tensor, samples: int, blocks: int, warps: int) -> int:
-    """Programs that share the tokens of one sample in a backward, each with its partial sums.
+    """Programs per sample of a backward: one wave on the device of `x`, in 1 … `blocks`.
 
     Args:
-        x: A tensor of the launch; its device decides.
+        x: A tensor of the launch.
         samples: Number of samples.
-        blocks: Blocks of tokens of a sample.
-        warps: Warps of a program.
-
-    Returns:
-        As many as fill the device in one wave, at least 1 and at most `blocks`.
+        blocks: Blocks of tokens per sample.
+        warps: Warps per program.
     """
     wave = _common.num_programs(x, samples * blocks, max(1, WARPS_PER_PROCESSOR // warps))
     return max(1, min(blocks, wave // samples))
 
 
 def sum_parts(partials: Tensor, like: Tensor) -> Tensor:
-    """Add partial sums (samples, parts, D) over the parts; shaped like `like`, in fp32."""
-    # One part is a sum already; reshape then only drops the dimension.
+    """Sum (samples, parts, D) over the parts; shaped like `like`, in fp32."""
     total = partials if partials.shape[1] == 1 else partials.sum(1)
     return total.reshape(like.shape)
 
@@ -125,7 +117,7 @@ def modulated_rms_norm_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float
 ) -> Tensor:
     """Launch the forward kernel; `modulated_rms_norm` checks and shapes the arguments."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
     x_rows, shift_rows, scale_rows = (_common.as_rows(t) for t in (x, shift, scale))
@@ -134,7 +126,7 @@ def modulated_rms_norm_fwd(
     blocks, block_r, block_d, warps = sample_blocks(tokens, width)
     with _common.launch_guard(x):
         _forward[(samples * blocks,)](
-            x_rows, shift_rows, scale_rows, None if weight is None else weight.contiguous(), y,
+            x_rows, shift_rows, scale_rows, _common.contiguous(weight), y,
             tokens, blocks, x_rows.stride(0), shift_rows.stride(0), scale_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -143,7 +135,7 @@ def modulated_rms_norm_fwd(
 
 @modulated_rms_norm_fwd.register_fake
 def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("inl_core::modulated_rms_norm_bwd", mutates_args=())
@@ -151,7 +143,7 @@ def modulated_rms_norm_bwd(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel: (dx, dshift, S), the sums over tokens in fp32."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     if x.numel() == 0:
         zeros = torch.zeros(scale.shape, dtype=torch.float32, device=x.device)
         return dx, zeros, zeros.clone()
@@ -164,7 +156,7 @@ def modulated_rms_norm_bwd(
     sums = torch.empty_like(dshift)
     with _common.launch_guard(x):
         _backward[(samples * parts,)](
-            dy_rows, x_rows, scale_rows, None if weight is None else weight.contiguous(),
+            dy_rows, x_rows, scale_rows, _common.contiguous(weight),
             dx, dshift, sums,
             tokens, parts, dy_rows.stride(0), x_rows.stride(0), scale_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
@@ -177,15 +169,15 @@ def _(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), sums, torch.empty_like(sums)
+    return x.new_empty(x.shape), sums, torch.empty_like(sums)
 
 
 def modulation_gradients(
     sums: Tensor, scale: Tensor, weight: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn S = Σ_tokens dy · n into (dscale, dweight); dweight is None where it is not needed.
+    """(dscale, dweight) from S = Σ_tokens dy · n; dweight is None if not needed.
 
-    Plain tensor operations on (B, D): a compiler fuses them with what makes the scale.
+    Plain tensor operations on (B, D): the compiler fuses them with what computes the scale.
     """
     dscale = sums if weight is None else sums * weight.float()
     if weight is None or not need_dweight:
@@ -215,15 +207,8 @@ def modulated_rms_norm(
 ) -> Tensor:
     """`inl_core.reference.modulated_rms_norm` as one kernel forward and one backward.
 
-    Args:
-        x: (B, ..., D), D from 1 to 16,384; fp32, bf16 or fp16.
-        shift: (B, D), broadcast over the tokens; a chunk of a wider tensor is taken as it lies.
-        scale: (B, D), likewise. Both may have dtypes of their own.
-        weight: (D,), or None for ones.
-        eps: Added to the mean square.
-
-    Returns:
-        Tensor shaped like `x`, in its dtype, contiguous.
+    `x` (B, ..., D) is fp32, bf16 or fp16, D at most 16384; shift and scale may have other dtypes,
+    and chunks of a wider tensor are read in place. The result is contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

@@ -1,13 +1,13 @@
 """RMS norm of every query and key head and rotary embedding in Triton, in one pass.
 
-A head is held as its two halves, since channel i turns with channel i + Dh/2. With
-r = rsqrt(mean(x²) + eps), n = x · r and z = n · w, all three of them in halves 1 and 2:
+A head is held as its two halves 1 and 2, because channel i rotates with channel i + Dh/2. With
+r = rsqrt(mean(x²) + eps), n = x · r and z = n · w:
 
     y1 = z1 · cos − z2 · sin                y2 = z2 · cos + z1 · sin
     dz1 = dy1 · cos + dy2 · sin             dz2 = dy2 · cos − dy1 · sin
     dx = r · (w·dz − n · mean(n·w·dz))      dw = Σ_rows dz · n
 
-One launch does queries and keys, read at their strides: slices of one projection are not copied.
+One launch covers queries and keys, read at their strides: slices of a projection are not copied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _offsets(
     block, tokens, batch_stride, token_stride, head_stride,
     HEADS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Row numbers of a block, their batch and token, and where they start in memory."""
+    """Row numbers of a block, their batch and token indices, and their offsets in memory."""
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     batch = (row // HEADS // tokens).to(tl.int64)
     token = (row // HEADS % tokens).to(tl.int64)
@@ -174,36 +174,31 @@ def _backward(
 
 
 def _config(half: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_H, num_warps): heads are narrow, so a program takes several."""
+    """(BLOCK_R, BLOCK_H, num_warps); heads are narrow, so a program takes several."""
     block_h = triton.next_power_of_2(half)
     block_r = max(1, min(32, 1024 // block_h))
     return block_r, block_h, min(16, max(1, block_r * block_h // 256))
 
 
 def _heads(x: Tensor) -> Tensor:
-    """`x` (B, N, H, Dh) with neighbouring channels adjacent, by a copy only if need be."""
+    """`x` (B, N, H, Dh) with contiguous channels; copied only if they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Both tables as (B, N, Dh/2) views with the same strides."""
+    """Both tables as (B, N, Dh/2) views with equal strides."""
     size = (batch, *cos.shape[-2:])
     return cos.contiguous().expand(size), sin.contiguous().expand(size)
 
 
 @torch.library.custom_op("inl_core::qk_norm_rope_fwd", mutates_args=())
 def qk_norm_rope_fwd(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor,
+    sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; `qk_norm_rope` checks the arguments."""
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = q.new_empty(q.shape)
+    k_out = k.new_empty(k.shape)
     if q.numel() + k.numel() == 0:
         return q_out, k_out
     q, k = _heads(q), _heads(k)
@@ -214,8 +209,8 @@ def qk_norm_rope_fwd(
     programs = triton.cdiv(q_rows, block_r) + triton.cdiv(k_rows, block_r)
     with _common.launch_guard(q):
         _forward[(programs,)](
-            q, k, None if q_weight is None else q_weight.contiguous(),
-            None if k_weight is None else k_weight.contiguous(), cos, sin, q_out, k_out,
+            q, k, _common.contiguous(q_weight),
+            _common.contiguous(k_weight), cos, sin, q_out, k_out,
             q_rows, k_rows, tokens, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], eps,
             HEADS=heads, K_HEADS=k.shape[2], HALF=width // 2, BLOCK_R=block_r, BLOCK_H=block_h,
             num_warps=warps,
@@ -224,37 +219,21 @@ def qk_norm_rope_fwd(
 
 
 @qk_norm_rope_fwd.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return q_out, torch.empty(k.shape, dtype=k.dtype, device=k.device)
+def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.custom_op("inl_core::qk_norm_rope_bwd", mutates_args=())
 def qk_norm_rope_bwd(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernel: (dq, dk, dq_weight, dk_weight).
 
-    The gradients of the weights are in fp32, and of size 0 where there is no weight.
+    The gradients of the weights are fp32, of size 0 if there is no weight.
     """
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dq = q.new_empty(q.shape)
+    dk = k.new_empty(k.shape)
     batch, tokens, heads, width = q.shape
     sizes = [0 if weight is None else width for weight in (q_weight, k_weight)]
     if q.numel() + k.numel() == 0:
@@ -269,8 +248,8 @@ def qk_norm_rope_bwd(
     partials = [torch.empty(programs, size, dtype=torch.float32, device=q.device) for size in sizes]
     with _common.launch_guard(q):
         _backward[(programs,)](
-            dq_out, dk_out, q, k, None if q_weight is None else q_weight.contiguous(),
-            None if k_weight is None else k_weight.contiguous(), cos, sin, dq, dk,
+            dq_out, dk_out, q, k, _common.contiguous(q_weight),
+            _common.contiguous(k_weight), cos, sin, dq, dk,
             None if q_weight is None else partials[0], None if k_weight is None else partials[1],
             q_rows, k_rows, tokens, *dq_out.stride()[:3], *dk_out.stride()[:3],
             *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], eps,
@@ -282,22 +261,11 @@ def qk_norm_rope_bwd(
 
 @qk_norm_rope_bwd.register_fake
 def _(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, *weights: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq_weight, dk_weight = (
-        torch.empty(0 if w is None else q.shape[-1], dtype=torch.float32, device=q.device)
-        for w in (q_weight, k_weight)
-    )
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return dq, torch.empty(k.shape, dtype=k.dtype, device=k.device), dq_weight, dk_weight
+    sizes = [0 if weight is None else q.shape[-1] for weight in weights[:2]]
+    dq_weight, dk_weight = (q.new_empty(size, dtype=torch.float32) for size in sizes)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -310,30 +278,18 @@ def _gradients(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None,
     dq, dk, dq_weight, dk_weight = qk_norm_rope_bwd(
         dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, ctx.eps
     )
-    return (
-        dq,
-        dk,
-        None if q_weight is None else dq_weight.to(q_weight.dtype),
-        None if k_weight is None else dk_weight.to(k_weight.dtype),
-        None,
-        None,
-        None,
-    )
+    dq_weight = None if q_weight is None else dq_weight.to(q_weight.dtype)
+    dk_weight = None if k_weight is None else dk_weight.to(k_weight.dtype)
+    return dq, dk, dq_weight, dk_weight, None, None, None
 
 
 qk_norm_rope_fwd.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def takes(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, q_weight: Any, k_weight: Any, cos: Tensor, sin: Tensor, *_: Any
 ) -> bool:
-    """Whether the kernel computes these: heads (B, N, H, Dh), and a table that is not learned."""
+    """Whether the kernel supports these: heads (B, N, H, Dh) and a table that is not learned."""
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     return q.ndim == k.ndim == 4 and cos.ndim in (2, 3) and not learned
 
@@ -349,17 +305,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """`inl_core.reference.qk_norm_rope` as one kernel forward and one backward.
 
-    Args:
-        q: Queries (B, N, H, Dh); fp32, bf16 or fp16, read at their strides.
-        k: Keys (B, N, Hk, Dh); Hk may differ from H.
-        q_weight: (Dh,), or None for ones.
-        k_weight: (Dh,), or None for ones.
-        cos: Cosines (N, Dh/2), or (B, N, Dh/2). They get no gradient.
-        sin: Sines, shaped like `cos`.
-        eps: Added to the mean square.
-
-    Returns:
-        (q, k), shapes and dtypes kept, contiguous.
+    `q` and `k` are fp32, bf16 or fp16 and read at their strides; cos and sin get no gradient. The
+    results are contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit, or the table needs a gradient.

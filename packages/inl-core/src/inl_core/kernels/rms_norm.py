@@ -6,7 +6,7 @@ With r = rsqrt(mean(x²) + eps), for each row:
     dx = r · (w·dy − x · r² · mean(x·w·dy))
     dw = Σ_rows dy · x · r
 
-The weight stands inside the bracket of dx: taken out of it, dx is wrong by a third.
+The weight belongs inside the bracket of dx.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from inl_core.kernels._common import load, store
 __all__ = ["rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
 
 WARPS_PER_PROCESSOR = 32
-"""Warps of a persistent launch on each multiprocessor: enough loads in flight to fill the memory
-pipe, with few enough partial sums."""
+"""Warps of a persistent launch per multiprocessor: enough loads in flight to saturate memory, and
+few partial sums."""
 
 
 @triton.jit
 def inverse_rms(x, live, eps, D: tl.constexpr):
     """rsqrt(mean(x²) + eps) of every row; columns beyond D must hold 0.
 
-    A row beyond the last one is all zeros, and with eps = 0 its r would be infinite: where `live`
-    is false r is 1, so that nothing but zeros goes from there into a sum over rows.
+    A row beyond the last is all zeros, and with eps = 0 its r would be infinite: where `live` is
+    false r is 1, so that such rows add only zeros to a sum over rows.
     """
     mean = tl.sum(x * x, axis=1, keep_dims=True) / D
     return tl.rsqrt(tl.where(live, mean + eps, 1.0))
@@ -41,7 +41,7 @@ def inverse_rms(x, live, eps, D: tl.constexpr):
 
 @triton.jit
 def norm_gradient(normed, r, dnormed, D: tl.constexpr):
-    """Gradient of the rows x behind normed = x · r, where dnormed = w·dy holds the weight."""
+    """Gradient of the rows x of normed = x · r, given dnormed = w · dy."""
     return r * (dnormed - normed * (tl.sum(normed * dnormed, axis=1, keep_dims=True) / D))
 
 
@@ -89,7 +89,7 @@ def _backward(
 @torch.library.custom_op("inl_core::rms_norm_fwd", mutates_args=())
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Launch the forward kernel; `rms_norm` checks the arguments."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
     x_rows = _common.as_rows(x)
@@ -97,7 +97,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     block_r, block_d, warps = _common.row_config(width)
     with _common.launch_guard(x):
         _forward[(triton.cdiv(rows, block_r),)](
-            x_rows, None if weight is None else weight.contiguous(), y,
+            x_rows, _common.contiguous(weight), y,
             rows, x_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -106,15 +106,15 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 @rms_norm_fwd.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("inl_core::rms_norm_bwd", mutates_args=())
 def rms_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel: (dx, dweight), dweight of size 0 where it is not needed."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Launch the backward kernel: (dx, dweight), dweight of size 0 if not needed."""
+    dx = x.new_empty(x.shape)
     width = x.shape[-1]
     dweight_dtype = torch.float32 if weight is None else weight.dtype
     dweight_size = width if need_dweight else 0
@@ -129,7 +129,7 @@ def rms_norm_bwd(
     partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=x.device)
     with _common.launch_guard(x):
         _backward[(programs,)](
-            dy_rows, x_rows, None if weight is None else weight.contiguous(), dx,
+            dy_rows, x_rows, _common.contiguous(weight), dx,
             partials if need_dweight else None,
             rows, dy_rows.stride(0), x_rows.stride(0), eps,
             D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
@@ -146,7 +146,7 @@ def _(
         dtype=torch.float32 if weight is None else weight.dtype,
         device=x.device,
     )
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dweight
+    return x.new_empty(x.shape), dweight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,13 +167,8 @@ rms_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`inl_core.reference.rms_norm` as one kernel forward and one backward.
 
-    Args:
-        x: (..., D), D from 1 to 16,384; fp32, bf16 or fp16.
-        weight: (D,), or None for ones; its dtype may differ from that of `x`.
-        eps: Added to the mean square.
-
-    Returns:
-        Tensor shaped like `x`, in its dtype, contiguous.
+    `x` (..., D) is fp32, bf16 or fp16, D at most 16384; the weight may have another dtype. The
+    result is contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

@@ -8,7 +8,14 @@ For the rows of expert e, with σ the logistic function, s = σ(g) and tokens in
     dgateₑ = dgᵀ·x     dupₑ = duᵀ·x     ddownₑ = dyᵀ·h      summed over the rows of e
 
 Two launches forward (x to h, h to y), two backward for dx and one for each weight. g and u are
-kept for the backward, in the dtype of x; h is computed again there.
+saved for the backward, in the dtype of x; h is recomputed there.
+
+A tile is BLOCK_T rows of one expert. Tokens are read and written through `order` inside the
+products, so there are no permuted copies of x, y or their gradients. The number of tiles is known
+on the device only; the grid has the largest possible number, and a program without a tile returns.
+
+Operands keep their dtype until the dot, which loads them by asynchronous copies. WIDE converts them
+to fp32 first: for fp32 (with PRECISION "ieee") and in the interpreter.
 """
 
 from __future__ import annotations
@@ -27,15 +34,6 @@ from inl_core.segments import RoutingPlan, check_routed_mlp
 __all__ = ["routed_mlp", "routed_mlp_bwd", "routed_mlp_fwd"]
 
 
-# Grouped matrix products over the segments of a routing plan: the kernels of `routed_mlp`.
-#
-# A tile is BLOCK_T rows of one expert. Tokens are read and written through `order` inside the
-# products, so no permuted copy of x, y or their gradients exists. The number of tiles is known on
-# the device only; the grid has the most there can be, and a program without a tile ends at once.
-#
-# Operands keep their dtype until the dot, which takes them by asynchronous copies. WIDE turns them
-# to fp32 first: for fp32 (with PRECISION "ieee") and in the interpreter.
-
 GROUP = tl.constexpr(8)
 
 
@@ -43,9 +41,9 @@ GROUP = tl.constexpr(8)
 def find_tile(
     offsets_ptr, tiles, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """(expert, first row, end of the expert, column tile) of a program; expert >= E: it has none.
+    """(expert, first row, end of the expert, column tile) of a program; no tile if expert >= E.
 
-    GROUP row tiles share their column tiles in time, so that weights are read from the cache.
+    GROUP row tiles run through the same column tiles together, so that weights stay in the cache.
     """
     program = tl.program_id(0)
     first = program // (GROUP * columns) * GROUP
@@ -79,7 +77,7 @@ def gate_up_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """inner = silu(x·gateᵀ) * (x·upᵀ) for grouped rows, tokens gathered; keeps both products."""
+    """inner = silu(x·gateᵀ) * (x·upᵀ) of grouped rows, gathered by token; stores both products."""
     expert, first, end, column = find_tile(
         offsets_ptr, tiles, tl.cdiv(I, BLOCK_N), E, BLOCK_E, BLOCK_T
     )
@@ -143,7 +141,7 @@ def d_inner_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_inner = dy·down, tokens gathered, then through SwiGLU; inner itself once more if wanted."""
+    """d_inner = dy·down, gathered by token, then the SwiGLU backward; optionally inner again."""
     expert, first, end, column = find_tile(
         offsets_ptr, tiles, tl.cdiv(I, BLOCK_N), E, BLOCK_E, BLOCK_T
     )
@@ -211,7 +209,7 @@ def d_weight_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dweight_e = aᵀ·b over the rows of expert e; a or else b is ordered by token and gathered."""
+    """dweight_e = aᵀ·b over the rows of expert e; a or b is ordered by token and gathered."""
     across = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) % (tl.cdiv(M, BLOCK_M) * across)
     expert = tl.program_id(0) // (tl.cdiv(M, BLOCK_M) * across)
@@ -237,7 +235,7 @@ def d_weight_kernel(
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(rows, columns, depth, warps) of a tile: at most 96 KiB of shared memory in three stages."""
     if _common.INTERPRETED:
-        return 16, 32, 16, 4  # small tensors in tests have several tiles
+        return 16, 32, 16, 4  # so that small tensors in tests have several tiles
     return (64, 64, 32, 8) if dtype == torch.float32 else (128, 128, 64, 8)
 
 
@@ -249,7 +247,7 @@ def _dot_options(dtype: torch.dtype) -> dict[str, Any]:
 def _tile_options(
     kernel: Any, experts: int, inner: int, width: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Constants of a launch over row tiles. A kernel with more to hold takes a smaller tile."""
+    """Constants of a launch over row tiles; kernels with more operands take smaller tiles."""
     rows, columns, depth, warps = _blocks(dtype)
     if kernel in (gate_up_kernel, d_inner_kernel):  # two accumulators; one and two more operands
         columns //= 2
@@ -263,11 +261,11 @@ def _tile_options(
 
 
 def _over_rows(kernel: Any, tensors: list[Tensor | None], strides: list[int], gate: Tensor) -> None:
-    """Launch `kernel` over every row tile that T tokens can make, whatever their experts."""
+    """Launch `kernel` over the largest number of row tiles that T tokens can have."""
     experts, inner, width = gate.shape
     options = _tile_options(kernel, experts, inner, width, gate.dtype)
     tokens = next(t.shape[0] for t in tensors if t is not None)
-    # An expert that has tokens wastes less than one tile.
+    # Each expert with tokens wastes less than one tile.
     used = min(experts, tokens)
     tiles = (tokens + used * (options["BLOCK_T"] - 1)) // options["BLOCK_T"]
     made = inner if kernel in (gate_up_kernel, d_inner_kernel) else width
@@ -298,8 +296,8 @@ def _d_weight(a: Tensor, b: Tensor, order: Tensor, offsets: Tensor, by_token: bo
 def routed_mlp_fwd(
     x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernels on rows (T, D): (y, g, u), g and u without rows unless `keep`."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Launch the forward kernels on rows (T, D): (y, g, u); g and u have no rows unless `keep`."""
+    y = x.new_empty(x.shape)
     tokens, inner = x.shape[0], gate.shape[1]
     gated, upped = (x.new_empty(tokens if keep else 0, inner) for _ in range(2))
     if tokens == 0:
@@ -317,7 +315,7 @@ def routed_mlp_fwd(
 def _(
     x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     gated, upped = (x.new_empty(x.shape[0] if keep else 0, gate.shape[1]) for _ in range(2))
     return y, gated, upped
 
@@ -330,7 +328,7 @@ def routed_mlp_bwd(
     """Launch the backward kernels: (dx, dgate, dup, ddown), of size 0 where not needed."""
     dx, dgate, dup, ddown = (x.new_empty(0) for _ in range(4))
     if need_dx:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dx = x.new_empty(x.shape)
     if x.shape[0] == 0:
         if need_dw:
             dgate, dup, ddown = (x.new_zeros(weight.shape) for weight in (gate, up, down))
@@ -364,7 +362,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:6], *output[1:])
-    ctx.set_materialize_grads(False)  # g and u are outputs for this backward alone
+    ctx.set_materialize_grads(False)  # g and u are outputs only for this backward
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -380,18 +378,9 @@ routed_mlp_fwd.register_autograd(_gradients, setup_context=_setup_context)
 def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`inl_core.reference.routed_mlp` in two launches forward and five backward.
 
-    The products take operands in the dtype of `x` and add up in fp32; h, and for the backward g and
-    u, are rounded to that dtype, as an MLP of ``nn.Linear`` rounds them.
-
-    Args:
-        x: (..., D) with T rows; fp32, bf16 or fp16.
-        plan: Plan of T tokens and E experts.
-        gate: (E, I, D), in the dtype of `x`.
-        up: (E, I, D), likewise.
-        down: (E, D, I), likewise.
-
-    Returns:
-        Tensor shaped like `x`, in its dtype, contiguous.
+    The products take operands in the dtype of `x` (fp32, bf16 or fp16), which is also that of the
+    weights, and sum in fp32; h, and for the backward g and u, are rounded to that dtype, as an MLP
+    of ``nn.Linear`` rounds them. The result is contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.

@@ -1,4 +1,4 @@
-"""Gated activation in Triton, element by element.
+"""SwiGLU in Triton, element by element.
 
 With s = 1 / (1 + exp(−g)):
 
@@ -6,8 +6,8 @@ With s = 1 / (1 + exp(−g)):
     dg  = dy · u · s · (1 + g · (1 − s))
     du  = dy · g · s
 
-Gate and up are usually the two halves of one projection, so rows are taken at their own stride;
-where everything is contiguous the whole tensor is one row.
+Gate and up are usually the two halves of one projection, so rows are read at their own stride; a
+contiguous tensor is a single row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _backward(
 
 
 def _as_lines(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
-    """Rows of each tensor, and how many of what width; one row where all are contiguous."""
+    """Rows of each tensor, their number and width; a single row if all are contiguous."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.reshape(1, -1) for tensor in tensors], 1, tensors[0].numel()
     lines = [_common.as_rows(tensor) for tensor in tensors]
@@ -75,7 +75,7 @@ def _as_lines(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
 @torch.library.custom_op("inl_core::swiglu_fwd", mutates_args=())
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """Launch the forward kernel; `swiglu` checks the arguments."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = gate.new_empty(gate.shape)
     if gate.numel() == 0:
         return y
     (gate_rows, up_rows), rows, width = _as_lines(gate, up)
@@ -90,14 +90,14 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
 
 @swiglu_fwd.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.custom_op("inl_core::swiglu_bwd", mutates_args=())
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dgate, dup)."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    dgate = gate.new_empty(gate.shape)
+    dup = up.new_empty(up.shape)
     if gate.numel() == 0:
         return dgate, dup
     (dy_rows, gate_rows, up_rows), rows, width = _as_lines(dy, gate, up)
@@ -113,8 +113,8 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 @swiglu_bwd.register_fake
 def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return dgate, torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    dgate = gate.new_empty(gate.shape)
+    return dgate, up.new_empty(up.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,13 +131,8 @@ swiglu_fwd.register_autograd(_gradients, setup_context=_setup_context)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`inl_core.reference.swiglu` as one kernel forward and one backward.
 
-    Args:
-        gate: Any shape with at least one dimension; fp32, bf16 or fp16. A half of a wider tensor is
-            taken as it lies.
-        up: Shaped like `gate`; its dtype may differ.
-
-    Returns:
-        Tensor shaped like `gate`, in its dtype, contiguous.
+    `gate` and `up`, of at least one dimension, are fp32, bf16 or fp16; dtypes may differ, and
+    halves of a wider tensor are read in place. The result is contiguous.
 
     Raises:
         ValueError: If a dtype, a device or a shape does not fit.
