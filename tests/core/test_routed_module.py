@@ -109,7 +109,7 @@ def test_errors_carry_the_numbers() -> None:
     mlp = TokenRoutedMLP(12, 20, 4)
     with pytest.raises(ValueError, match=r"\(2, 5, 11\), expected \(\.\.\., 12\)"):
         mlp(randn(2, 5, 11), make_routing_plan(IDS, 4))
-    with pytest.raises(ValueError, match="for 5 experts, the weights are of 4"):
+    with pytest.raises(ValueError, match="for 5 experts, the weights for 4"):
         mlp(randn(2, 5, 12), make_routing_plan(IDS, 5))
 
 

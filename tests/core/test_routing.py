@@ -247,7 +247,7 @@ def test_operation_errors_name_the_shapes() -> None:
         ((x[..., :3], plan, gate, up, down), r"agree in D, got shapes \(2, 5, 3\)"),
         ((x, plan, gate, up[:, 1:], down), r"up must have that shape.*got \(4, 19, 12\)"),
         ((x, plan, gate, up, down.mT), r"down \(4, 12, 20\), got .* \(4, 20, 12\)"),
-        ((x, plan, gate[1:], up[1:], down[1:]), "for 4 experts, the weights are of 3"),
+        ((x, plan, gate[1:], up[1:], down[1:]), "for 4 experts, the weights for 3"),
         ((x[:1], plan, gate, up, down), r"for 10 tokens, x of shape \(1, 5, 12\) has 5"),
         ((x.float(), plan, gate, up, down), "one floating-point dtype, got torch.float32, torch"),
     ):

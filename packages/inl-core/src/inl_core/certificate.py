@@ -1,12 +1,12 @@
-"""What can be said about the stability of a model's dynamics: three figures, none implies another.
+"""Stability of the dynamics of a model: three measures, none of which implies another.
 
-1. *Frozen points*: each (alpha, beta, gate) that a layer uses, taken as constant, is stable or not
+1. *Frozen points*: whether each (alpha, beta, gate) that a layer uses is stable when held constant
    (`inl_core.stability`). For coefficients that vary from layer to layer this certifies nothing.
 2. *Reach*: with a velocity clip no layer moves a channel by more than dt * gate * velocity_max,
-   so all of them together by no more than the sum. True for any input; usually loose.
-3. *Gain* along real inputs: how much each layer, its clip included, stretches the pairs
-   (h - mu, v) that it really meets, and the product of the frozen matrices along each token's own
-   path. A force comes from outside, so it is left out: what it adds says nothing about stability.
+   and all layers together by no more than the sum. Valid for any input; usually loose.
+3. *Gain* along given inputs: the factor by which each layer, including its clip, stretches the
+   pairs (h - mu, v) of these inputs, and the norm of the product of the frozen matrices along the
+   path of each token. Forces are external and left out.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ __all__ = ["Certificate", "LayerCertificate", "certify"]
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """The figures of one dynamics module.
+    """Measures of one dynamics module.
 
     Attributes:
         name: The module's name in the model.
-        points: How many frozen points were looked at.
-        stable_share: Share of them that Jury's test calls stable.
-        spectral_radius: The largest among them.
-        always_stable: Whether every point that the module's bounds allow is stable, in exact
-            numbers. In fp32 a sigmoid beyond about 17 is 1, which is marginal: `stable_share` of
-            real inputs counts such a point.
-        reach: dt * gate * velocity_max, with the largest gate that the module can have; infinite
-            without a velocity clip.
-        gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens, of the layer left alone by
-            any force; None without inputs.
+        points: Number of frozen points examined.
+        stable_share: Share of them that is stable by Jury's test.
+        spectral_radius: The largest of them.
+        always_stable: Whether every point within the module's bounds is stable, in exact
+            arithmetic. In fp32 a sigmoid beyond about 17 is 1, which is marginal: `stable_share`
+            counts such a point as not stable.
+        reach: dt * gate * velocity_max, with the largest possible gate; infinite without a velocity
+            clip.
+        gain: The largest |(h' - mu, v')| / |(h - mu, v)| over tokens, without a force; None without
+            inputs.
     """
 
     name: str
@@ -57,13 +57,13 @@ class LayerCertificate:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The figures of a model.
+    """Measures of a model.
 
     Attributes:
-        layers: One entry for each dynamics module, in the order in which they run.
+        layers: One entry per dynamics module, in order of execution.
         path_gain: The largest spectral norm, over tokens and channels, of the product of the
-            frozen matrices in that order; None without inputs or when shapes differ on the way. It
-            is what happens to a small disturbance of (h, v) that only the dynamics carry on.
+            frozen matrices in that order; None without inputs or if shapes differ between layers.
+            It is the growth of a small disturbance of (h, v) carried by the dynamics alone.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -71,7 +71,7 @@ class Certificate:
 
     @property
     def frozen_stable(self) -> bool:
-        """Whether every frozen point that was looked at is stable."""
+        """Whether every examined frozen point is stable."""
         return all(layer.stable_share == 1.0 for layer in self.layers)
 
     @property
@@ -80,8 +80,8 @@ class Certificate:
         return sum(layer.reach for layer in self.layers)
 
     def summary(self) -> dict[str, Any]:
-        """The figures by name, as plain values; gains only where there were inputs."""
-        found: dict[str, Any] = {
+        """Measures by name, as plain values; gains only if there were inputs."""
+        result: dict[str, Any] = {
             "frozen_points_stable": self.frozen_stable,
             "largest_spectral_radius": max(layer.spectral_radius for layer in self.layers),
             "stable_whatever_the_coefficients": all(layer.always_stable for layer in self.layers),
@@ -89,12 +89,12 @@ class Certificate:
         }
         gains = [layer.gain for layer in self.layers if layer.gain is not None]
         if gains:
-            found["largest_gain_of_a_layer"] = max(gains)
-            found["gain_along_the_path"] = self.path_gain
-        return found
+            result["largest_gain_of_a_layer"] = max(gains)
+            result["gain_along_the_path"] = self.path_gain
+        return result
 
     def __str__(self) -> str:
-        """A table, one line a layer, and the three figures under it."""
+        """A table with one line per layer, and the three measures below it."""
         width = max([len(layer.name) for layer in self.layers] + [5])
         lines = [f"{'layer':{width}}   points  stable  radius  always   reach    gain"]
         for layer in self.layers:
@@ -116,23 +116,23 @@ class Certificate:
 def certify(
     model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | None = None
 ) -> Certificate:
-    """Look at every dynamics module of a model.
+    """Measure the stability of every dynamics module of a model.
 
     Args:
         model: Any module with `INLDynamics` or `INLDynamicsLite` in it.
         inputs: Arguments of one forward of the model: keywords as a mapping, or positional ones as
-            a sequence. It runs in eval mode without gradients. None looks at the parameters alone;
-            of a token controller that is the one point at which its hidden layer is silent.
+            a sequence. It runs in eval mode without gradients. None uses the parameters alone; for
+            a token controller that is the single point at which its hidden layer is zero.
 
     Returns:
-        The figures; `print` shows them as a table.
+        The measures; `print` shows them as a table.
 
     Raises:
-        ValueError: If the model has no dynamics, or the forward never ran one of them.
+        ValueError: If the model has no dynamics, or the forward did not run one of them.
     """
     modules = {module: name for name, module in dynamics_modules(model).items()}
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no INLDynamics: there is nothing to certify")
+        raise ValueError(f"{type(model).__name__} has no INLDynamics or INLDynamicsLite to certify")
     with torch.no_grad():
         if inputs is None:
             layers = [
@@ -149,12 +149,12 @@ def _along_inputs(
     layers: list[LayerCertificate] = []
     product: list[Tensor | None] = []
 
-    def look(module: Any, args: tuple[Any, ...], kwargs: dict, outputs: Any) -> None:
+    def measure(module: Any, args: tuple[Any, ...], kwargs: dict, outputs: Any) -> None:
         given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
         h, v = given["h"], given.get("v")
         point = _point(module, h, v)
         if given.get("force") is not None:
-            outputs = module.forward(h, v)  # not a call, which would come back to this hook
+            outputs = module.forward(h, v)  # a call would run this hook again
         layers.append(_layer(modules[module], module, point, _gain(module, h, v, outputs)))
         alpha, beta, gate = (x.expand(h.shape) for x in point)
         matrix = transition_matrix(alpha, beta, gate, module.dt)
@@ -164,7 +164,7 @@ def _along_inputs(
             same = product[0].shape == matrix.shape
             product[0] = matrix @ product[0] if same else None
 
-    handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
+    handles = [module.register_forward_hook(measure, with_kwargs=True) for module in modules]
     try:
         run_watched(model, inputs)
     finally:
@@ -172,7 +172,7 @@ def _along_inputs(
             handle.remove()
     idle = sorted(set(modules.values()) - {layer.name for layer in layers})
     if idle:
-        raise ValueError(f"the forward of these inputs never ran {', '.join(idle)}")
+        raise ValueError(f"the forward of these inputs did not run {', '.join(idle)}")
     path = product[0]
     norm = None if path is None else float(torch.linalg.matrix_norm(path, ord=2).max())
     return Certificate(tuple(layers), norm)
@@ -214,7 +214,7 @@ def _layer(
 ) -> LayerCertificate:
     alpha, beta, gate = torch.broadcast_tensors(*point)
     learned = isinstance(module, INLDynamics)
-    # A token controller can ask for any gate below 1, whatever these inputs made it ask for.
+    # A token controller can reach any gate below 1, also beyond those of these inputs.
     gate_max = 1.0 if learned and module.adaptive == "token" else float(gate.max())
     clip = math.inf if module.velocity_max is None else module.velocity_max
     stable = is_stable(alpha, beta, gate, module.dt)

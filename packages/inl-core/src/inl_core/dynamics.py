@@ -1,8 +1,8 @@
 """INL dynamics as modules: `INLDynamics` learns its coefficients, `INLDynamicsLite` fixes them.
 
-Both move (h, v) by equations (1)-(3) of `inl_core.reference`, with every coefficient bounded. All
-learned tensors are raw parameters of the module itself, never children such as ``nn.Linear``: a
-parent that walks its sub-modules and re-initialises the linear ones cannot reset them.
+Both update (h, v) by equations (1)-(3) of `inl_core.reference`, with every coefficient bounded. All
+learned tensors are parameters of the module itself, never children such as ``nn.Linear``: a parent
+that re-initialises its linear sub-modules cannot reset them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from inl_core import ops
 
 Adaptive = Literal["token", "channel", "layer"]
-"""What the coefficients depend on: the state of each token, the channel, or the layer alone."""
+"""What the coefficients depend on: the state of each token, the channel, or only the layer."""
 
 DYNAMICS_STATS = (
     "mu_min", "mu_max", "mu_clip_fraction",
@@ -28,8 +28,8 @@ DYNAMICS_STATS = (
     "gate_mean", "gate_min", "gate_max",
     "velocity_abs_mean", "velocity_abs_max", "velocity_rms", "velocity_clip_fraction",
 )  # fmt: skip
-"""What `get_dynamics_stats` reports after a forward inside `collect_dynamics_stats`, in a fixed
-order: the columns of a log."""
+"""Names that `get_dynamics_stats` reports after a forward inside `collect_dynamics_stats`, in order
+for the columns of a log."""
 
 
 def _logit(probability: float) -> float:
@@ -41,7 +41,7 @@ def _inverse_softplus(value: float) -> float:
 
 
 class _Dynamics(nn.Module):
-    """What both modules share: the equilibrium, the bounds and the statistics."""
+    """Base of both modules: the equilibrium, the bounds and the statistics."""
 
     def __init__(
         self,
@@ -57,7 +57,9 @@ class _Dynamics(nn.Module):
         if not 0.0 < dt < math.inf:
             raise ValueError(f"dt must be positive and finite, got {dt}")
         if velocity_max is not None and not velocity_max > 0.0:
-            raise ValueError(f"velocity_max must be positive, or None for none, got {velocity_max}")
+            raise ValueError(
+                f"velocity_max must be positive, or None for no bound, got {velocity_max}"
+            )
         if mu_min is not None and mu_max is not None and not mu_min <= mu_max:
             raise ValueError(f"mu_min {mu_min} must not be above mu_max {mu_max}")
         self.hidden_size = hidden_size
@@ -74,17 +76,16 @@ class _Dynamics(nn.Module):
         nn.init.zeros_(self.mu)
 
     def get_dynamics_stats(self) -> dict[str, float]:
-        """Summaries to watch during training.
-
-        Always there: ``mu_min`` and ``mu_max`` of the raw parameter, and ``mu_clip_fraction``, the
-        share of its channels outside their bounds (what the update uses is clamped). After a
-        forward inside `collect_dynamics_stats` also, of the last such forward: ``alpha_*``,
-        ``beta_*`` and ``gate_*`` (mean, min, max), ``beta_clip_fraction`` (share of softplus
-        outputs above beta_max), ``velocity_abs_mean``, ``velocity_abs_max``, ``velocity_rms`` and
-        ``velocity_clip_fraction`` (share of the new velocity at its bound).
+        """Statistics of the parameters and of the last collected forward.
 
         Returns:
-            Plain floats. On an accelerator this call waits for the device; forward never does.
+            Floats by name. Always ``mu_min`` and ``mu_max`` of the raw parameter and
+            ``mu_clip_fraction``, the share of its channels outside the bounds (the update uses the
+            clamped mu). After a forward inside `collect_dynamics_stats` also ``alpha_*``,
+            ``beta_*`` and ``gate_*`` (mean, min, max), ``beta_clip_fraction`` (share of softplus
+            outputs above beta_max), ``velocity_abs_mean``, ``velocity_abs_max``, ``velocity_rms``
+            and ``velocity_clip_fraction`` (share of the new velocity at its bound). On an
+            accelerator this call waits for the device; forward never does.
         """
         mu = self.mu.detach().float()
         outside = torch.zeros_like(mu, dtype=torch.bool)
@@ -102,7 +103,7 @@ class _Dynamics(nn.Module):
         return dict(zip(stats, values, strict=True))
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         return (
             f"{self.hidden_size}, dt={self.dt}, velocity_max={self.velocity_max}, "
             f"mu_min={self.mu_min}, mu_max={self.mu_max}"
@@ -124,7 +125,7 @@ class _Dynamics(nn.Module):
     def _record(
         self, alpha: Tensor, beta: Tensor, gate: Tensor, beta_max: float | None, v_next: Tensor
     ) -> None:
-        """Keep 0-dimensional summaries; `beta` comes unclipped."""
+        """Store 0-dimensional statistics; `beta` is not clipped yet."""
         if v_next.numel() == 0:
             return
         ceiling = math.inf if beta_max is None else beta_max
@@ -139,7 +140,7 @@ class _Dynamics(nn.Module):
         seen["velocity_rms"] = speed.square().mean().sqrt()
         at_bound = torch.zeros_like(speed)
         if self.velocity_max is not None:
-            # The bound as the dtype of v can hold it: a clipped bf16 velocity sits exactly there.
+            # The bound rounded to the dtype of v: a clipped bf16 velocity equals it exactly.
             bound = torch.full((), self.velocity_max, dtype=v_next.dtype, device=v_next.device)
             at_bound = (speed >= bound.float()).float()
         seen["velocity_clip_fraction"] = at_bound.mean()
@@ -151,12 +152,12 @@ class INLDynamics(_Dynamics):
 
     With ``adaptive="token"`` a small controller reads the state of each token,
     (a, b, c) = W_o·silu(W_h·h + W_v·v + b_i) + b_o, and alpha = sigmoid(a),
-    beta = min(softplus(b), beta_max), gate = sigmoid(c). W_o starts at 0, so at first every token
-    has exactly the initial coefficients. ``"channel"`` learns a, b, c as vectors (D,) and
+    beta = min(softplus(b), beta_max), gate = sigmoid(c). W_o starts at 0, so every token starts
+    with exactly the initial coefficients. ``"channel"`` learns a, b, c as vectors (D,) and
     ``"layer"`` as three numbers.
 
-    A parent's init over its ``nn.Linear`` children leaves this module alone. One that walks all
-    parameters instead must call `reset_parameters` afterwards.
+    A parent's init over its ``nn.Linear`` children does not affect this module. An init over all
+    parameters must be followed by `reset_parameters`.
 
     Args:
         hidden_size: Channels D.
@@ -191,7 +192,7 @@ class INLDynamics(_Dynamics):
     ) -> None:
         super().__init__(hidden_size, dt, velocity_max, mu_min, mu_max)
         if beta_max is not None and not beta_max > 0.0:
-            raise ValueError(f"beta_max must be positive, or None for none, got {beta_max}")
+            raise ValueError(f"beta_max must be positive, or None for no bound, got {beta_max}")
         for name, value in (("init_alpha", init_alpha), ("init_gate", init_gate)):
             if not 0.0 < value < 1.0:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
@@ -209,14 +210,14 @@ class INLDynamics(_Dynamics):
         self.adaptive: Adaptive = adaptive
         self.controller_hidden = controller_hidden
         if adaptive == "token":
-            # Not "weight_v": transformers takes that for a weight norm of old and renames it.
+            # Not "weight_v": transformers renames that as an old weight norm.
             self.weight_in_h = nn.Parameter(torch.empty(controller_hidden, hidden_size))
             self.weight_in_v = nn.Parameter(torch.empty(controller_hidden, hidden_size))
             self.bias_in = nn.Parameter(torch.empty(controller_hidden))
             self.weight_out = nn.Parameter(torch.empty(3 * hidden_size, controller_hidden))
             self.bias_out = nn.Parameter(torch.empty(3 * hidden_size))
         else:
-            # Shape (1,), not (): sharding wrappers refuse parameters without a dimension.
+            # Shape (1,), not (): sharding wrappers require a dimension.
             size = hidden_size if adaptive == "channel" else 1
             self.alpha_raw = nn.Parameter(torch.empty(size))
             self.beta_raw = nn.Parameter(torch.empty(size))
@@ -224,9 +225,9 @@ class INLDynamics(_Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set every parameter to its start: exactly the initial coefficients, mu = 0."""
+        """Reset every parameter: exactly the initial coefficients, mu = 0."""
         super().reset_parameters()
-        # Python floats are fp64: the only rounding is the one into the parameter's dtype.
+        # Python floats are fp64: the only rounding is to the dtype of the parameter.
         raw = (_logit(self.init_alpha), _inverse_softplus(self.init_beta), _logit(self.init_gate))
         if self.adaptive == "token":
             # The range of nn.Linear over [h; v], whose 2·D inputs these two matrices split.
@@ -244,7 +245,7 @@ class INLDynamics(_Dynamics):
     def forward(
         self, h: Tensor, v: Tensor | None = None, force: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Move the state by one step.
+        """Advance the state by one step.
 
         Args:
             h: Position (..., D).
@@ -252,8 +253,8 @@ class INLDynamics(_Dynamics):
             force: External force, shaped like `h`; None means zero.
 
         Returns:
-            (h_next, v_next): h_next in the dtype of `h`, v_next in the dtype of `v` (of `h` when v
-            is None).
+            (h_next, v_next): h_next in the dtype of `h`, v_next in the dtype of `v` (of `h` if v is
+            None).
 
         Raises:
             ValueError: If a shape does not fit.
@@ -274,9 +275,9 @@ class INLDynamics(_Dynamics):
             h_next, v_next = ops.inl_step(
                 h, v, self.alpha_raw, self.beta_raw, self.gate_raw, self.mu, force, **bounds
             )
-        # In this order the compiler stops at the constant and puts no guard on the switch.
+        # In this order the compiler stops at the constant and does not guard on the switch.
         if not torch.compiler.is_compiling() and self._collecting:
-            self._note(h, v, v_next)
+            self._collect(h, v, v_next)
         return h_next, v_next
 
     def _hidden(self, h: Tensor, v: Tensor | None) -> Tensor:
@@ -287,7 +288,7 @@ class INLDynamics(_Dynamics):
         return F.silu(hidden)
 
     def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw coefficients, as the step makes them for itself."""
+        """Raw coefficients, as computed inside the step."""
         if self.adaptive != "token":
             return self.alpha_raw, self.beta_raw, self.gate_raw
         raw = F.linear(self._hidden(h, v), self.weight_out, self.bias_out)
@@ -295,12 +296,12 @@ class INLDynamics(_Dynamics):
         return alpha_raw, beta_raw, gate_raw
 
     @torch.no_grad()
-    def _note(self, h: Tensor, v: Tensor | None, v_next: Tensor) -> None:
+    def _collect(self, h: Tensor, v: Tensor | None, v_next: Tensor) -> None:
         raw = self._coefficients(h, v)
         self._record(*ops.inl_coefficients(*raw, beta_max=None), self.beta_max, v_next)
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         controller = f", controller_hidden={self.controller_hidden}"
         return (
             f"{super().extra_repr()}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, "
@@ -352,44 +353,29 @@ class INLDynamicsLite(_Dynamics):
     def forward(
         self, h: Tensor, v: Tensor | None = None, force: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Move the state by one step; arguments and results as in `INLDynamics.forward`."""
+        """Advance the state by one step; arguments and results as in `INLDynamics.forward`."""
         self._check_inputs(h, v, force)
         h_next, v_next = ops.inl_update(
-            h,
-            v,
-            self.alpha,
-            self.beta,
-            self.gate,
-            self.mu,
-            force,
-            dt=self.dt,
-            velocity_max=self.velocity_max,
-            mu_min=self.mu_min,
-            mu_max=self.mu_max,
-        )
+            h, v, self.alpha, self.beta, self.gate, self.mu, force, dt=self.dt,
+            velocity_max=self.velocity_max, mu_min=self.mu_min, mu_max=self.mu_max,
+        )  # fmt: skip
         if not torch.compiler.is_compiling() and self._collecting:
             fixed = torch.tensor([self.alpha, self.beta, self.gate], device=v_next.device)
             self._record(fixed[0], fixed[1], fixed[2], None, v_next)
         return h_next, v_next
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         return f"{super().extra_repr()}, alpha={self.alpha}, beta={self.beta}, gate={self.gate}"
 
 
 @contextmanager
 def collect_dynamics_stats(model: nn.Module) -> Iterator[None]:
-    """Let every dynamics module inside `model` note its coefficients and velocities.
+    """Let every dynamics module of `model` collect statistics; blocks may nest.
 
-    Inside the block each eager forward keeps a few 0-dimensional tensors on its device, without
-    waiting for it; `get_dynamics_stats` turns them into floats, also after the block. A compiled
-    forward notes nothing, and a forward under a ``torch.func`` transform must not run inside.
-
-    Args:
-        model: Any module; a model without dynamics is fine.
-
-    Yields:
-        None. On exit every module is as it was before, so blocks may nest.
+    Inside the block each eager forward stores a few 0-dimensional tensors on its device without
+    waiting for it; `get_dynamics_stats` converts them to floats, also after the block. A compiled
+    forward collects nothing, and a forward under a ``torch.func`` transform must not run inside.
     """
     modules = [module for module in model.modules() if isinstance(module, _Dynamics)]
     before = [module._collecting for module in modules]
@@ -402,9 +388,6 @@ def collect_dynamics_stats(model: nn.Module) -> Iterator[None]:
             module._collecting = collecting
 
 
-# What follows a branch in placement "branch": step, gated sum, next norm, modulate; one call.
-
-
 def branch_epilogue(
     dynamics: INLDynamics | INLDynamicsLite,
     x: Tensor,
@@ -414,14 +397,14 @@ def branch_epilogue(
     weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move a sub-layer's output by `dynamics`, add it to the residual stream, normalise the sum.
+    """Apply `dynamics` to a sub-layer's output, add it to the residual stream, normalise the sum.
 
-    With coefficients of a channel or a layer, or fixed ones, this is `ops.inl_branch_epilogue`: one
-    pass over the row. A token controller has its product in `ops.inl_controlled_step`, so there it
-    is that and one pass more. A subclass is called as it is: its step may be another.
+    With coefficients per channel or layer, or fixed ones, this is `ops.inl_branch_epilogue`: one
+    pass over the row. With a token controller it is `ops.inl_controlled_step` and another pass. A
+    subclass, whose step may differ, is called as a module.
 
     Args:
-        dynamics: The module that moves `x`.
+        dynamics: The module applied to `x`.
         x: Sub-layer output (B, ..., D).
         v: Velocity, shaped like `x`; None means zero.
         residual: Residual stream, shaped like `x`.
@@ -432,9 +415,13 @@ def branch_epilogue(
     Returns:
         (the normed sum in the dtype of `x`, the sum in the dtype of `residual`, the velocity).
     """
-    noted = not torch.compiler.is_compiling() and dynamics._collecting
-    ours = type(dynamics) in (INLDynamics, INLDynamicsLite)
-    if noted or not ours or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token"):
+    collecting = not torch.compiler.is_compiling() and dynamics._collecting
+    own_class = type(dynamics) in (INLDynamics, INLDynamicsLite)
+    if (
+        collecting
+        or not own_class
+        or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token")
+    ):
         x, v_next = dynamics(x, v)
         if conditions is None:
             return *ops.add_rms_norm(x, residual, weight, eps), v_next
@@ -446,16 +433,7 @@ def branch_epilogue(
         coefficients = dynamics.alpha, dynamics.beta, dynamics.gate
     dynamics._check_inputs(x, v, None)
     return ops.inl_branch_epilogue(
-        x,
-        v,
-        *coefficients,
-        dynamics.mu,
-        residual,
-        *(conditions or (None, None, None)),
-        weight,
-        eps,
-        dt=dynamics.dt,
-        velocity_max=dynamics.velocity_max,
-        mu_min=dynamics.mu_min,
-        mu_max=dynamics.mu_max,
-    )
+        x, v, *coefficients, dynamics.mu, residual, *(conditions or (None, None, None)), weight,
+        eps, dt=dynamics.dt, velocity_max=dynamics.velocity_max,
+        mu_min=dynamics.mu_min, mu_max=dynamics.mu_max,
+    )  # fmt: skip

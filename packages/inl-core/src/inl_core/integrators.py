@@ -1,4 +1,4 @@
-"""Four ways to move the dynamics by one step of size dt, for comparison with the paper's own.
+"""Four integrators of the dynamics, for comparison with the one of the paper.
 
 The update of the paper is semi-implicit Euler on the ordinary differential equation
 
@@ -6,16 +6,16 @@ The update of the paper is semi-implicit Euler on the ordinary differential equa
     dv/dt = -((1 - alpha) / dt) * v - (beta / dt) * (h - mu)
 
 whose coefficients carry the step size: one step of size dt is exactly equations (2)-(3) of
-`inl_core.reference`. The other three solve the same equation better (paper §10: "RK4 or symplectic
-methods"); local error in brackets:
+`inl_core.reference`. The other three are more accurate (paper §10: "RK4 or symplectic methods");
+local error in brackets:
 
     semi_implicit_euler   v first, then h with the new v (dt²)
     leapfrog              half a kick, drift, half a kick; friction split evenly (dt³)
     rk4                   the classical Runge-Kutta method (dt⁵)
     exact                 the matrix exponential, in closed form
 
-They are plain functions without bounds and without a force: the bounded, fused step that models use
-is `INLDynamics`. All arguments broadcast together; floats or tensors, any floating dtype.
+They have no bounds and no force; models use the bounded, fused step of `INLDynamics`. All arguments
+broadcast together; floats or tensors of any floating dtype.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def semi_implicit_euler(
     Args:
         h: Position.
         v: Velocity.
-        alpha: Inertia; 1 is no friction.
+        alpha: Inertia; 1 means no friction.
         beta: Correction strength.
         gate: Share of the velocity that moves the position.
         mu: Equilibrium.
@@ -103,7 +103,7 @@ def exact(
 
 def _cosh_and_sinhc(s2: Tensor) -> tuple[Tensor, Tensor]:
     """cosh(s) and sinh(s)/s as functions of s², which may be negative; smooth through 0."""
-    # Near 0 the roots have no derivative: there the series is exact to the last bit of fp64.
+    # Near 0 the root has no derivative; the series is exact to the last bit of fp64 there.
     near = s2.abs() < 1e-3
     root = torch.where(near, torch.ones_like(s2), s2.abs()).sqrt()
     grows = s2 > 0
@@ -120,4 +120,4 @@ INTEGRATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "rk4": rk4,
     "exact": exact,
 }
-"""By name, for ablations."""
+"""Integrators by name, for ablations."""

@@ -1,4 +1,4 @@
-"""RMS norms as modules: `RMSNorm` has a weight, `ModulatedRMSNorm` is steered by a condition."""
+"""RMS norm modules: `RMSNorm` with a weight, `ModulatedRMSNorm` with shift and scale per sample."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         return f"{self.hidden_size}, eps={self.eps}, elementwise_affine={self.weight is not None}"
 
 
 class ModulatedRMSNorm(nn.Module):
     """rms_norm(x) * (1 + scale) + shift, with shift and scale per sample (AdaLN; DiT, 2022).
 
-    It has no weight of its own: the scale plays that part.
+    It has no weight: the scale takes its place.
 
     Args:
         hidden_size: Size D of the last dimension.
@@ -80,5 +80,5 @@ class ModulatedRMSNorm(nn.Module):
         return ops.modulated_rms_norm(x, shift, scale, eps=self.eps)
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         return f"{self.hidden_size}, eps={self.eps}"

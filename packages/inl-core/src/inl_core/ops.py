@@ -1,22 +1,22 @@
-"""One public name per operation: the only place that chooses an implementation.
+"""One public function per operation; selects the implementation.
 
-Modules call ``ops.inl_step(...)`` and know nothing of backends. There are two of them:
+Modules call ``ops.inl_step(...)`` independently of the backend. There are two:
 
 * "reference", the definition in `inl_core.reference`: plain PyTorch, transparent to the compiler,
   which fuses it with its neighbours;
 * "triton", the kernels in `inl_core.kernels`: custom ops with their own backward, one pass over
   memory each, opaque to the compiler.
 
-"auto" takes the reference on a CPU and the kernels on a CUDA device, where each is several times as
-fast as its definition run line by line. Inside ``torch.compile`` it leaves the operations in
-`COMPILED_REFERENCE_IS_FASTER` to the compiler's own fusion of the definition. The environment
-variable ``INL_BACKEND`` (auto, reference or triton), read once at import, and the context manager
-`use_backend` decide otherwise, compiled or not.
+"auto" uses the reference on a CPU and the kernels on a CUDA device, where each is several times
+faster than its definition run eagerly. Inside ``torch.compile`` it leaves the operations in
+`COMPILED_REFERENCE_IS_FASTER` to the compiler, which fuses the definition. The environment variable
+``INL_BACKEND`` (auto, reference or triton), read once at import, and the context manager
+`use_backend` override it, compiled or not.
 
-Whatever the backend, the reference computes what no kernel takes: fp64, rows wider than 16384, raw
-coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), controllers wider than 64 or in
-fp32, coefficients of each token in `inl_branch_epilogue`, and everything under a ``torch.func``
-transform (grad, vmap, jvp), which cannot look into a kernel.
+With any backend the reference computes what the kernels do not support: fp64, rows wider than
+16384, raw coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), controllers wider
+than 64 or in fp32, coefficients per token in `inl_branch_epilogue`, and everything under a
+``torch.func`` transform (grad, vmap, jvp), which cannot see into a kernel.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "reference", "triton"]
-"""Who computes: see the module's text."""
+"""Names of the backends; see the module's docstring."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,8 +77,8 @@ COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
         "swiglu",
     }
 )
-"""Operations that "auto" leaves to the compiler where it compiles for a GPU: in the committed rows
-of `benchmarks.speed.bench_ops` their definition is faster than the kernel, forward and backward
+"""Operations that "auto" leaves to the compiler on a GPU: in the committed rows of
+`benchmarks.speed.bench_ops` the compiled definition is faster than the kernel, forward and backward
 together. A test compares this set with the rows."""
 
 
@@ -97,26 +97,20 @@ _kernels: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
 
 
 def current_backend() -> Backend:
-    """Name the backend in force: "auto", "reference" or "triton"."""
+    """The current backend: "auto", "reference" or "triton"."""
     return _backend
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Choose the backend inside a ``with`` block; blocks may nest.
+    """Set the backend inside a ``with`` block; blocks may nest.
 
-    The choice is one for the whole process, not one a thread. A backward pass uses what its forward
-    used. "triton" asks for the kernels: CPU tensors are then an error, unless
-    ``TRITON_INTERPRET=1`` was set before the first import of a kernel.
-
-    Args:
-        name: "auto", "reference" or "triton".
-
-    Yields:
-        None. On exit the backend is what it was before.
+    It applies to the whole process, not to a thread. A backward pass uses the backend of its
+    forward. With "triton" CPU tensors are an error, unless ``TRITON_INTERPRET=1`` was set before
+    the first import of a kernel.
 
     Raises:
-        ValueError: On another name, or on "triton" where triton is not installed.
+        ValueError: On another name, or on "triton" if triton is not installed.
     """
     global _backend
     before = _backend
@@ -131,9 +125,9 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def _settled_while_tracing(function: Callable[P, T]) -> Callable[P, T]:
-    """Let the compiler call `function` itself and take the result as a constant.
+    """Let the compiler call `function` while tracing and use the result as a constant.
 
-    This is ``torch.compiler.assume_constant_result`` without its import of the whole compiler.
+    ``torch.compiler.assume_constant_result``, without its import of the whole compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -141,12 +135,12 @@ def _settled_while_tracing(function: Callable[P, T]) -> Callable[P, T]:
 
 @_settled_while_tracing
 def _transformed() -> bool:
-    """Whether a ``torch.func`` transform is active; the compiler guards on those by itself."""
+    """Whether a ``torch.func`` transform is active; the compiler has its own guards for those."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Whether the device of `x` runs kernels."""
+    """Whether the device of `x` can run the kernels."""
     return x.is_cuda and _triton_installed
 
 
@@ -167,10 +161,10 @@ def _takes_kernel(name: str, tensors: list[Tensor]) -> bool:
 
 
 def _switched(definition: Callable[P, T]) -> Callable[P, T]:
-    """Put the switch before the reference function `definition`.
+    """Dispatch the reference function `definition` to its kernel where possible.
 
-    Its kernel is the function of the same name and signature in the kernel file of that name. Such
-    a file may also have ``takes``, which says of the same arguments whether their shapes fit.
+    The kernel is the function of the same name and signature in the kernel file of that name. That
+    file may define ``takes``, which returns whether the kernel supports these arguments.
     """
     name = definition.__name__
     _SWITCHED.append(name)
@@ -190,9 +184,9 @@ def _switched(definition: Callable[P, T]) -> Callable[P, T]:
 
 @_settled_while_tracing
 def _load_kernels() -> bool:
-    """Import every kernel file once, on first use: it costs seconds and settles the interpreter.
+    """Import all kernel files on first use: this takes seconds and fixes the interpreter mode.
 
-    All at once, so that a trace which has looked at `_kernels` never meets a later addition.
+    All at once, so that `_kernels` does not change after a trace has read it.
     """
     if not _kernels:
         for name in _SWITCHED:
@@ -216,11 +210,11 @@ swiglu = _switched(reference.swiglu)
 def routed_mlp(
     x: Tensor, plan: segments.RoutingPlan, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """`inl_core.reference.routed_mlp`, each expert on its own rows only.
+    """`inl_core.reference.routed_mlp`, with each expert on its own rows only.
 
-    "auto" computes by the kernel on a GPU and by torch's grouped matrix product elsewhere. fp64
-    goes to the definition, as does everything under a ``torch.func`` transform or the backend
-    "reference". Under autocast it casts its arguments as ``F.linear`` does.
+    "auto" uses the kernel on a GPU and torch's grouped matrix product elsewhere. fp64 uses the
+    definition, as does everything under a ``torch.func`` transform or the backend "reference".
+    Arguments are cast under autocast as by ``F.linear``.
 
     Args:
         x: (..., D) with T rows.

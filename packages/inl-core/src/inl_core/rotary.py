@@ -1,6 +1,6 @@
 """Rotary position tables (Su et al., 2021): along a line for text, on a grid for images.
 
-Convention everywhere: half-split, so channel i pairs with channel i + Dh/2, as in transformers.
+Half-split convention, as in transformers: channel i is rotated with channel i + Dh/2.
 Tables are (N, Dh/2) in fp32; shape letters as in `inl_core.reference`.
 """
 
@@ -13,8 +13,8 @@ from inl_core import ops
 
 
 def _angles(positions_N: Tensor, count: int, theta: float) -> Tensor:
-    """Angles (N, count): position times theta^(-i/count) for i = 0 … count-1."""
-    # fp64 keeps q·k a function of the offset alone at large positions; MPS has no fp64.
+    """Angles (N, count): position * theta^(-i/count) for i = 0 … count-1."""
+    # With fp64 angles, q·k depends on the offset only, also at large positions; MPS has no fp64.
     dtype = torch.float32 if positions_N.device.type == "mps" else torch.float64
     exponents = torch.arange(count, device=positions_N.device, dtype=dtype) / count
     return positions_N.to(dtype)[:, None] * theta**-exponents
@@ -37,7 +37,7 @@ def rotary_1d(
         length_or_positions: A length N, meaning positions 0 … N-1, or a tensor of positions (N,).
         head_dim: Channels of one head, Dh; even.
         theta: Base of the frequencies theta^(-2i/Dh).
-        device: Where to build; default: the positions' device, or torch's default.
+        device: Device of the table; default: that of the positions, or torch's default.
 
     Returns:
         (cos, sin), each (N, Dh/2) in fp32.
@@ -69,18 +69,18 @@ def rotary_2d(
     theta: float = 100.0,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary table on a grid: half of the frequencies turn with the row, half with the column.
+    """Rotary table on a grid: half of the frequencies for the row, half for the column.
 
     Tokens are in row-major order. The default theta is 100, the square root of the usual 10000
     (Heo et al., 2024): an axis of an image has about the square root of a text's positions, and
-    with 10000 most of the few frequencies of a head would hardly turn across a 16 to 64 wide grid.
+    with 10000 most frequencies of a head would hardly rotate across a grid 16 to 64 wide.
 
     Args:
         height: Rows of tokens.
         width: Columns of tokens.
         head_dim: Channels of one head, Dh; divisible by 4.
         theta: Base of the frequencies theta^(-4i/Dh), the same for both axes.
-        device: Where to build; default: torch's default.
+        device: Device of the table; default: torch's default.
 
     Returns:
         (cos, sin), each (height * width, Dh/2) in fp32: the first Dh/4 angles follow the row, the
@@ -93,7 +93,7 @@ def rotary_2d(
     if head_dim < 4 or head_dim % 4:
         raise ValueError(
             f"head_dim {head_dim} must be a positive multiple of 4 for 2-D rotary: two axes, "
-            f"each turning pairs of channels"
+            f"each rotating pairs of channels"
         )
     _check_theta(theta)
     if height < 0 or width < 0:

@@ -1,9 +1,9 @@
-"""Token-routed MLP: the expert of a token is looked up by its id, so no router is learned.
+"""Token-routed MLP: the expert of a token is looked up by its id, without a learned router.
 
-A batch needs one plan, whatever the number of layers:
+One plan per batch serves all layers:
 
     table = build_routing_table(vocab_size, num_experts)           # once, a buffer of the model
-    plan = make_routing_plan(table[token_ids], num_experts)        # once a batch
+    plan = make_routing_plan(table[token_ids], num_experts)        # once per batch
     h = h + mlp(norm(h), plan)                                     # in every layer
 
 Balanced tables are those of Roller et al., "Hash Layers For Large Sparse Models" (2021).
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 RoutingScheme = Literal["modulo", "balanced"]
-"""How ids are spread over the experts."""
+"""How token ids are assigned to experts."""
 
 
 def build_routing_table(
@@ -44,27 +44,27 @@ def build_routing_table(
 ) -> Tensor:
     """Assign every token id to an expert.
 
-    "modulo" is id % num_experts. "balanced" takes the ids by falling corpus count and gives each to
-    the expert with the lowest sum of counts so far (greedy bin-packing); ids that never occur go
-    where the fewest ids are. Ties go to the lower id and the lower expert, so the table depends on
-    its arguments alone.
+    "modulo" is id % num_experts. "balanced" assigns ids by decreasing corpus count, each to the
+    expert with the lowest sum of counts so far (greedy bin packing); ids that never occur go to the
+    expert with the fewest ids. Ties go to the lower id and the lower expert, so the table depends
+    only on its arguments.
 
     Args:
         vocab_size: Number of token ids V.
         num_experts: Experts E.
         scheme: "modulo" or "balanced".
-        counts: For "balanced": how often each id occurs in the corpus, (V,).
+        counts: For "balanced": occurrences of each id in the corpus, (V,).
 
     Returns:
         (V,) int64 on the CPU, values in [0, E).
 
     Raises:
-        ValueError: If a size is below 1, the scheme is unknown, or `counts` are missing, out of
-            place, of another length, negative, not finite or all zero.
+        ValueError: If a size is below 1, the scheme is unknown, or `counts` are missing, given for
+            "modulo", of another length, negative, not finite or all zero.
 
     Warns:
         UserWarning: In "balanced", when a single id holds more than 1/E of the counts: its expert
-            is overloaded whatever the rest does.
+            is overloaded in any table.
     """
     for name, size in (("vocab_size", vocab_size), ("num_experts", num_experts)):
         if size < 1:
@@ -118,7 +118,7 @@ def _balanced(weights: list[float], num_experts: int) -> list[int]:
 
 
 class TokenRoutedMLP(nn.Module):
-    """SwiGLU experts chosen by token id, plus a shared SwiGLU expert that sees every token.
+    """SwiGLU experts selected by token id, plus a shared SwiGLU expert for every token.
 
     ``y = expert[e](x) + shared(x)``, each ``down(silu(gate(x)) * up(x))`` without biases. All
     weights are raw parameters: an expert's are rows of stacked tensors, ``gate`` and ``up``
@@ -126,15 +126,14 @@ class TokenRoutedMLP(nn.Module):
     ``shared_down`` (D, S).
 
     Each matrix starts uniform in ±1/sqrt(fan-in), the range of ``nn.Linear``. A parent's init over
-    its ``nn.Linear`` children leaves them alone; one that walks all parameters must call
-    `reset_parameters` afterwards.
+    its ``nn.Linear`` children does not affect them; an init over all parameters must be followed by
+    `reset_parameters`.
 
     Args:
         hidden_size: Channels D.
         intermediate_size: Inner width I of a routed expert.
         num_experts: Routed experts E.
-        shared_intermediate_size: Inner width S of the shared expert; None means I, 0 means that
-            there is none.
+        shared_intermediate_size: Inner width S of the shared expert; None means I, 0 none.
 
     Raises:
         ValueError: If a size is out of range.
@@ -172,18 +171,18 @@ class TokenRoutedMLP(nn.Module):
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token meets: its expert and the shared one."""
+        """Parameters applied to one token: its expert and the shared one."""
         width = self.intermediate_size + self.shared_intermediate_size
         return 3 * self.hidden_size * width
 
     def reset_parameters(self) -> None:
-        """Draw every matrix anew; the fan-in is that of one expert, not of the stack."""
+        """Reset every matrix; the fan-in is that of one expert, not of the stack."""
         for parameter in self.parameters():
             bound = 1.0 / math.sqrt(parameter.shape[-1])
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """Send each token through its expert and the shared one.
+        """Apply to each token its expert and the shared one.
 
         Args:
             x: (..., D), its leading dimensions shaped like the expert ids of the plan.
@@ -208,7 +207,7 @@ class TokenRoutedMLP(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """Describe the settings for ``print(module)``."""
+        """Settings shown by ``print(module)``."""
         return (
             f"{self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"num_experts={self.num_experts}, "

@@ -1,8 +1,8 @@
 """Tokens grouped by expert: the plan of a batch, and the routed MLP as functions over it.
 
-Which expert a token goes to depends on its id alone, so one `RoutingPlan` serves every layer of the
-network and every backward pass. `routed_mlp` is the definition, `grouped_routed_mlp` the same over
-one segment of rows an expert, by torch's grouped matrix product.
+The expert of a token depends on its id alone, so one `RoutingPlan` serves every layer of the
+network and every backward pass. `routed_mlp` is the definition; `grouped_routed_mlp` computes the
+same over one segment of rows per expert, by torch's grouped matrix product.
 
 Shape letters: T tokens of the batch, E experts, D channels, I inner channels of one expert.
 """
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class RoutingPlan(NamedTuple):
-    """Where each token of a batch goes; `make_routing_plan` builds it.
+    """Assignment of the tokens of a batch to experts; built by `make_routing_plan`.
 
     Attributes:
         order: (T,) int64. Row i of the grouped batch is token order[i]; inside an expert tokens
@@ -42,7 +42,7 @@ class RoutingPlan(NamedTuple):
 
 
 def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
-    """Group the tokens of a batch by expert: one stable sort, and no wait for the device.
+    """Group the tokens of a batch by expert: one stable sort, without waiting for the device.
 
     Args:
         expert_ids: Expert of each token, any shape with T elements, integers in [0, num_experts):
@@ -50,12 +50,11 @@ def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
         num_experts: Experts E.
 
     Returns:
-        The plan, on the device of `expert_ids`. Tokens count in row-major order.
+        The plan, on the device of `expert_ids`. Tokens are in row-major order.
 
     Raises:
-        ValueError: If `expert_ids` are no integers, or num_experts is below 1.
-        RuntimeError: If an id is outside [0, num_experts); on a GPU it comes late, as every error
-            there does.
+        ValueError: If `expert_ids` are not integers, or num_experts is below 1.
+        RuntimeError: If an id is outside [0, num_experts); on a GPU it is raised asynchronously.
     """
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
@@ -63,7 +62,7 @@ def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
         raise ValueError(f"expert_ids must be integers, got dtype {expert_ids.dtype}")
     flat = expert_ids.reshape(-1)
     inside = ((flat >= 0) & (flat < num_experts)).all()
-    # The assertion of the compiler: checked where the tensor lives, nothing waits for it.
+    # The assertion of the compiler: checked on the tensor's device, without waiting for it.
     message = f"expert_ids must lie in [0, {num_experts})"
     torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
     grouped, order = torch.sort(flat, stable=True)
@@ -74,7 +73,7 @@ def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
 
 
 def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Tensor) -> None:
-    """Refuse arguments of the routed MLP that do not fit each other.
+    """Check the arguments of the routed MLP against each other.
 
     Args:
         x: (..., D) with T rows.
@@ -84,7 +83,7 @@ def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, dow
         down: (E, D, I).
 
     Raises:
-        ValueError: If a shape or a dtype differs from that.
+        ValueError: If a shape or a dtype does not fit.
     """
     if gate.ndim != 3 or x.ndim == 0 or x.shape[-1] != gate.shape[-1]:
         raise ValueError(
@@ -99,7 +98,7 @@ def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, dow
         )
     if plan.offsets.shape != (experts,):
         raise ValueError(
-            f"the plan is for {plan.offsets.shape[0]} experts, the weights are of {experts}"
+            f"the plan is for {plan.offsets.shape[0]} experts, the weights for {experts}"
         )
     rows = x.shape[:-1].numel()
     if plan.order.shape != (rows,):
@@ -115,14 +114,9 @@ def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, dow
 
 
 def as_linear_casts(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Cast all tensors to the dtype of autocast, where it is on: what ``F.linear`` does.
+    """[x, *weights] in the dtype of autocast, if it is on for the device of `x`, as ``F.linear``.
 
-    Args:
-        x: The input; its device decides.
-        *weights: Weights. fp64 is left alone everywhere.
-
-    Returns:
-        [x, *weights].
+    fp64 is not cast.
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device):
@@ -134,8 +128,8 @@ def as_linear_casts(x: Tensor, *weights: Tensor) -> list[Tensor]:
 def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU of each token by its own expert e: down_e(silu(gate_e(x)) * up_e(x)).
 
-    The definition, and no more: every expert works on every row, with the rows of others set to
-    zero, which costs E times the products that are needed. Sync-free, and open to ``torch.func``.
+    The definition: every expert processes every row, with the rows of others set to zero, at E
+    times the necessary cost. Does not synchronize and works under ``torch.func``.
 
     Args:
         x: (..., D) with T rows.
@@ -157,7 +151,7 @@ def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Ten
     y = torch.zeros_like(rows)
     with torch.autocast(x.device.type, enabled=False):
         for expert in range(gate.shape[0]):
-            # Zero in, zero out: a NaN in a row of one expert never reaches the weights of another.
+            # Zero rows: a NaN in a row of one expert never reaches the weights of another.
             mine = torch.where((expert_of_row == expert).unsqueeze(-1), rows, 0.0)
             inner = F.silu(mine @ gate[expert].to(dtype).T) * (mine @ up[expert].to(dtype).T)
             y = y + inner @ down[expert].to(dtype).T
@@ -165,10 +159,10 @@ def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Ten
 
 
 class _Permute(torch.autograd.Function):
-    """Rows x[order], where inverse undoes order: the backward is a gather as well.
+    """Rows x[order] with the inverse permutation given, so that the backward is a gather too.
 
-    Autograd's own backward of indexing does not know that no row comes twice: it accumulates, which
-    on a GPU means another sort or atomic additions.
+    The backward of indexing does not know that each row occurs once: it accumulates, which on a GPU
+    means another sort or atomic additions.
     """
 
     generate_vmap_rule = True
@@ -189,7 +183,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _aligned(x: Tensor, *dims: int) -> Tensor:
-    """Pad `dims` of `x` with zeros to multiples of 16 bytes, which grouped_mm asks for."""
+    """Pad `dims` of `x` with zeros to multiples of 16 bytes, as grouped_mm requires."""
     quantum = 16 // x.element_size()
     missing = [-x.shape[dim] % quantum if dim in dims else 0 for dim in (-1, -2)]
     return F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x.contiguous()
@@ -197,7 +191,7 @@ def _aligned(x: Tensor, *dims: int) -> Tensor:
 
 @torch.library.custom_op("inl_core::grouped_product", mutates_args=())
 def _opaque_product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """``F.grouped_mm`` as it is: (T, K) by (E, K, N) is (T, N), (K, T) by (T, N) is (E, K, N)."""
+    """``F.grouped_mm``: (T, K) by (E, K, N) is (T, N), (K, T) by (T, N) is (E, K, N)."""
     return F.grouped_mm(a, b, offs=offsets)
 
 
@@ -225,10 +219,10 @@ _opaque_product.register_autograd(_product_gradients, setup_context=_setup_produ
 
 
 def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows (T, K) times each expert's own (E, N, K), transposed: (T, N).
+    """Rows (T, K) times the transposed matrix of their expert in (E, N, K): (T, N).
 
-    The compiler knows grouped_mm in bf16 only: its shape function refuses the other dtypes that
-    the operation itself computes. Those it gets as an operation of ours.
+    The compiler supports grouped_mm in bf16 only: its shape function rejects the other dtypes that
+    the operation computes. Those are hidden in a custom op.
     """
     if rows.dtype == torch.bfloat16:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
@@ -239,10 +233,10 @@ def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _experts_in_turn(
     rows: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """The grouped rows (T, D) through their experts, on a CPU and without gradients.
+    """Apply the experts to their rows of (T, D), on a CPU and without gradients.
 
-    One operation for all three products, and none for experts without rows: a token that is being
-    decoded meets one expert, and there the calls cost as much as the products.
+    One operation for all three products, none for experts without rows: when decoding, a token uses
+    one expert, and calls would cost as much as the products.
     """
     y = torch.empty_like(rows)
     start = 0
@@ -267,8 +261,8 @@ def grouped_routed_mlp(
     """`routed_mlp` by ``torch.nn.functional.grouped_mm``: each expert on its own rows only.
 
     The products round to the dtype of `x`, as those of an MLP of ``nn.Linear`` do. Widths that are
-    no multiple of 16 bytes are padded with zeros, at the cost of a copy of the weights. On a GPU
-    torch's product is one kernel in bf16; in other dtypes it waits for the device.
+    not multiples of 16 bytes are padded with zeros, at the cost of a copy of the weights. On a GPU
+    torch's product is one kernel in bf16; in other dtypes it synchronizes.
 
     Args:
         x: (..., D) with T rows; fp32, bf16 or fp16.

@@ -1,27 +1,27 @@
-"""When the frozen update is stable, how fast it settles, and the function that proves it.
+"""Stability, settling time and Lyapunov function of the frozen update.
 
-For constant coefficients, away from the velocity clip and without a force, the pair x = (e, v)
-moves by x' = A x, one channel at a time:
+For constant coefficients, away from the velocity clip and without a force, x = (e, v) follows
+x' = A x, one channel at a time:
 
     A = [[1 - dt*gate*beta, dt*gate*alpha],        det A = alpha
          [-beta,            alpha        ]]        tr A  = 1 + alpha - dt*gate*beta
 
-What holds: A is stable (every eigenvalue inside the unit circle) exactly when -1 < alpha < 1 and
+A is stable (every eigenvalue inside the unit circle) if and only if -1 < alpha < 1 and
 0 < dt*gate*beta < 2*(1 + alpha) (Jury). So every interior point of the bounds 0 < alpha < 1,
 0 < beta <= 2, 0 < gate < 1 is stable for dt <= 1. For a stable A the function V(x) = xᵀPx of
-`lyapunov` falls at every step.
+`lyapunov` decreases at every step.
 
-What does not hold:
+Limits:
 
-* The faces: alpha = 1, beta = 0, gate = 0 and (alpha, beta, gate, dt) = (0, 2, 1, 1) are marginal,
+* The faces alpha = 1, beta = 0, gate = 0 and (alpha, beta, gate, dt) = (0, 2, 1, 1) are marginal,
   and alpha = 1 with beta = 0 drifts without bound.
-* The energy ½‖e‖² + ½‖v‖² of the paper (§4.3) does not fall at every step: started from v = 0 it
-  first rises by 3.9 % at the default coefficients and 27-fold at beta = 2.
+* The energy ½‖e‖² + ½‖v‖² of the paper (§4.3) does not decrease at every step: from v = 0 it first
+  rises by 3.9 % at the default coefficients and 27-fold at beta = 2.
 * Stable points do not certify coefficients that vary: at dt = 0.1, alpha = 0.9, eight steps of
   (beta 0.01, gate 1) followed by eight of (beta 2, gate 0.01) have spectral radius 4.5.
 
-Everything here is fp64. Arguments are floats or tensors that broadcast together; call the results
-"one point per element". What a trained model does with all this is in `inl_core.certificate`.
+Everything is fp64. Arguments are floats or tensors that broadcast together to points, one per
+element. `inl_core.certificate` applies this to a trained model.
 """
 
 from __future__ import annotations
@@ -60,13 +60,9 @@ def transition_matrix(alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar) -> 
 
 
 def is_stable(alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar) -> Tensor:
-    """Jury's test: whether every eigenvalue of A lies strictly inside the unit circle.
+    """Whether every eigenvalue of A lies strictly inside the unit circle (Jury's test).
 
-    Args:
-        alpha: Inertia.
-        beta: Correction strength.
-        gate: Gate.
-        dt: Time step.
+    Arguments as in `transition_matrix`.
 
     Returns:
         Boolean tensor, one element per point; marginal points and NaN are False.
@@ -77,13 +73,9 @@ def is_stable(alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar) -> Tensor:
 
 
 def spectral_radius(alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar) -> Tensor:
-    """The largest eigenvalue modulus of A, in closed form from its trace and determinant.
+    """Largest eigenvalue modulus of A, in closed form from its trace and determinant.
 
-    Args:
-        alpha: Inertia.
-        beta: Correction strength.
-        gate: Gate.
-        dt: Time step.
+    Arguments as in `transition_matrix`.
 
     Returns:
         fp64 tensor, one element per point.
@@ -113,7 +105,7 @@ def _require_stable(alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar) -> No
 def lyapunov(
     alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar, q: Tensor | None = None
 ) -> Tensor:
-    """The matrix P with AᵀPA - P = -Q, so that V(x) = xᵀPx falls by xᵀQx at every step.
+    """The matrix P with AᵀPA - P = -Q: V(x) = xᵀPx decreases by xᵀQx at every step.
 
     Args:
         alpha: Inertia.
@@ -181,18 +173,18 @@ def _settle(a: Tensor, tolerance: float) -> int:
 def settling_steps(
     alpha: Scalar, beta: Scalar, gate: Scalar, dt: Scalar, tolerance: float = 0.02
 ) -> Tensor:
-    """Steps until every unit initial state has shrunk to `tolerance` and stays there.
+    """Steps until every unit initial state has decayed to `tolerance` and stays below it.
 
-    The answer is the smallest n with ‖A^k‖₂ <= tolerance for all k >= n, exactly: once
-    ‖A^m‖ <= 1, the largest norm in a block of m consecutive steps never grows, so a search by
-    doubling and bisection over blocks costs m small products for each of log2(n / m) probes.
+    The smallest n with ‖A^k‖₂ <= tolerance for all k >= n, exactly: once ‖A^m‖ <= 1, the largest
+    norm in a block of m consecutive steps never grows, so doubling and bisection over blocks take
+    log2(n / m) probes of m small products.
 
     Args:
         alpha: Inertia.
         beta: Correction strength.
         gate: Gate.
         dt: Time step.
-        tolerance: Share of the initial norm, in (0, 1); the default is control theory's 2 %.
+        tolerance: Share of the initial norm, in (0, 1); default 2 %, usual in control theory.
 
     Returns:
         int64 tensor, one element per point.

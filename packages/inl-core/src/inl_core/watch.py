@@ -1,4 +1,4 @@
-"""Looking at the dynamics of a whole model: which modules there are, and what a forward does."""
+"""Statistics of all dynamics modules of a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from inl_core.stability import spectral_radius
 __all__ = ["DYNAMICS_COLUMNS", "dynamics_modules", "read_dynamics", "run_watched"]
 
 DYNAMICS_COLUMNS = (*DYNAMICS_STATS, "spectral_radius")
-"""What `read_dynamics` gives for a module, in a fixed order: the columns of a log."""
+"""Names in the result of `read_dynamics`, in order for the columns of a log."""
 
 
 def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLite]:
-    """The dynamics of a model by their names, in the order in which they are registered."""
+    """Dynamics modules of a model by name, in order of registration."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -28,9 +28,9 @@ def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLit
 
 @torch.no_grad()
 def run_watched(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
-    """One forward in evaluation mode, without gradients, that collects statistics.
+    """Run one forward in evaluation mode, without gradients, that collects statistics.
 
-    Collecting also keeps the dynamics out of fused calls, which would pass their hooks by.
+    Collecting also disables fused calls, which would bypass the hooks of the modules.
 
     Args:
         model: The bare model: a compiled forward collects nothing.
@@ -51,28 +51,28 @@ def run_watched(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> 
 def read_dynamics(
     model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
 ) -> dict[str, dict[str, float]]:
-    """What every dynamics module of a model does with some inputs.
+    """Statistics of every dynamics module for some inputs.
 
-    A forward of its own: a training step stays untouched, and with the same inputs every time a
-    curve of these numbers shows the model and not the data.
+    Runs a separate forward: a training step is not affected, and with fixed inputs a curve of these
+    numbers shows changes of the model and not of the data.
 
     Args:
         model: The bare model, not compiled.
         inputs: Arguments of one forward, as in `certify`.
 
     Returns:
-        For each module `DYNAMICS_COLUMNS`: what `get_dynamics_stats` reports, and
-        ``spectral_radius``, that of the transition matrix frozen at the mean coefficients. Below 1
-        that update shrinks; it is no certificate for varying ones. Empty without dynamics.
+        `DYNAMICS_COLUMNS` by module name: the values of `get_dynamics_stats`, and
+        ``spectral_radius`` of the transition matrix at the mean coefficients. Below 1 that frozen
+        update contracts; for varying coefficients it certifies nothing. Empty without dynamics.
     """
     modules = dynamics_modules(model)
     if not modules:
         return {}
     run_watched(model, inputs)
-    found = {}
+    result = {}
     for name, module in modules.items():
         stats = module.get_dynamics_stats()
         means = (stats["alpha_mean"], stats["beta_mean"], stats["gate_mean"])
         stats["spectral_radius"] = float(spectral_radius(*means, module.dt))
-        found[name] = stats
-    return found
+        result[name] = stats
+    return result

@@ -1,8 +1,7 @@
 """Every operation in plain PyTorch: the definition that any faster implementation must match.
 
-Arithmetic runs in fp32, or in fp64 as soon as one tensor argument is fp64; results are rounded
-once, to the dtype of the argument they replace. Numbers in parentheses are the equations
-of INL dynamics:
+Arithmetic is fp32, or fp64 if a tensor argument is fp64; results are rounded once, to the dtype of
+the argument they replace. Numbers in parentheses are the equations of INL dynamics:
 
     e  = h - mu                                                        (1)
     v' = clip(alpha * v - beta * e + f, -velocity_max, velocity_max)   (2)

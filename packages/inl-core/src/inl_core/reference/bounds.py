@@ -1,4 +1,4 @@
-"""The clamp that does not trap a parameter."""
+"""The dtype of the definitions, and a clamp whose gradient leads back inside its bounds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In which dtype the definitions compute: fp32, or fp64 as soon as one tensor argument is fp64.
-
 
 def compute_dtype(*values: Tensor | float | None) -> torch.dtype:
-    """fp64 when one of the tensors is fp64, else fp32; integers are refused."""
+    """fp64 if one of the tensors is fp64, else fp32; ValueError for integers."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     for tensor in tensors:
         if not tensor.is_floating_point():
@@ -21,16 +19,15 @@ def compute_dtype(*values: Tensor | float | None) -> torch.dtype:
 
 
 def cast(value: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """A tensor in that dtype; a number as it is."""
+    """Cast a tensor; return a number unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
 class BoundedClamp(torch.autograd.Function):
-    """Plain clamp forward; backward lets a value beyond its bound come back.
+    """Plain clamp forward, with a gradient outside the bounds; see `bounded_clamp`.
 
-    A plain clamp has gradient 0 outside, so a parameter that crosses its bound stays there for
-    ever. Here the gradient passes outside too, but only when the descent step ``x - lr * grad``
-    points back inside. Call it through `bounded_clamp`.
+    A plain clamp has gradient 0 outside, so a parameter that crosses its bound never returns. Here
+    the gradient passes if the descent step ``x - lr * grad`` points back inside.
     """
 
     generate_vmap_rule = True
@@ -48,7 +45,7 @@ class BoundedClamp(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        # Written as "what is blocked" so that a NaN, in x or in grad, is never masked away.
+        # Conditions for blocking, not for passing: a NaN in x or grad is never masked.
         if ctx.minimum is not None:
             grad = torch.where((x < ctx.minimum) & (grad > 0), 0.0, grad)
         if ctx.maximum is not None:
@@ -59,9 +56,9 @@ class BoundedClamp(torch.autograd.Function):
 def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
     """Clamp `x` to [minimum, maximum] with gradients that lead back inside.
 
-    Which gradients pass is decided on what reaches this call: for a parameter used by a whole
-    batch that is the gradient of the batch, so outside a bound the gradients of single samples
-    (``torch.func.vmap`` over ``grad``, micro-batches) need not add up to it.
+    The sign of the incoming gradient decides: for a parameter used by a whole batch that is the
+    gradient of the batch, so outside a bound the gradients of single samples (``torch.func.vmap``
+    over ``grad``, micro-batches) need not add up to it.
 
     Args:
         x: Tensor of any shape. NaN stays NaN.

@@ -1,4 +1,4 @@
-"""INL dynamics, equations (1) to (3), and what is fused with them."""
+"""INL dynamics, equations (1) to (3), and the operations fused with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inl_core.reference.layers import normalise, per_sample
 def inl_coefficients(
     alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, *, beta_max: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn raw controller outputs into bounded coefficients.
+    """Bounded coefficients from raw controller outputs.
 
     Args:
         alpha_raw: Any shape; alpha = sigmoid(alpha_raw) lies in [0, 1].
@@ -32,24 +32,15 @@ def inl_coefficients(
 
 
 def inl_update(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    gate: Tensor | float,
-    mu: Tensor,
-    force: Tensor | None = None,
-    *,
-    dt: float,
-    velocity_max: float | None,
-    mu_min: float | None,
-    mu_max: float | None,
-) -> tuple[Tensor, Tensor]:
+    h: Tensor, v: Tensor | None, alpha: Tensor | float, beta: Tensor | float, gate: Tensor | float,
+    mu: Tensor, force: Tensor | None = None, *,
+    dt: float, velocity_max: float | None, mu_min: float | None, mu_max: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One semi-implicit Euler step of INL dynamics, equations (1)-(3), from activated coefficients.
 
     Args:
         h: Position (..., D).
-        v: Velocity, shaped like `h`; None means zero and costs nothing.
+        v: Velocity, shaped like `h`; None means zero.
         alpha: Inertia, a float or a tensor that broadcasts to `h`.
         beta: Correction strength, likewise.
         gate: Share of the velocity that moves the position, likewise.
@@ -79,172 +70,65 @@ def inl_update(
 
 
 def inl_step(
-    h: Tensor,
-    v: Tensor | None,
-    alpha_raw: Tensor,
-    beta_raw: Tensor,
-    gate_raw: Tensor,
-    mu: Tensor,
-    force: Tensor | None = None,
-    *,
-    dt: float,
-    beta_max: float | None,
-    velocity_max: float | None,
-    mu_min: float | None,
+    h: Tensor, v: Tensor | None, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor,
+    force: Tensor | None = None, *,
+    dt: float, beta_max: float | None, velocity_max: float | None, mu_min: float | None,
     mu_max: float | None,
-) -> tuple[Tensor, Tensor]:
-    """`inl_coefficients` followed by `inl_update`.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`inl_coefficients` followed by `inl_update`: arguments and results as there.
 
-    Args:
-        h: Position (..., D).
-        v: Velocity, shaped like `h`, or None for zero.
-        alpha_raw: Raw inertia, broadcastable to `h`.
-        beta_raw: Raw correction strength, broadcastable to `h`.
-        gate_raw: Raw gate, broadcastable to `h`.
-        mu: Equilibrium (D,).
-        force: External force, shaped like `h`, or None for zero.
-        dt: Time step.
-        beta_max: Upper bound of beta, or None for none.
-        velocity_max: Bound of |v'|, or None for none.
-        mu_min: Lower bound of mu, or None for none.
-        mu_max: Upper bound of mu, or None for none.
-
-    Returns:
-        (h', v') as `inl_update` gives them.
+    The raw coefficients broadcast to `h`.
     """
     alpha, beta, gate = inl_coefficients(alpha_raw, beta_raw, gate_raw, beta_max=beta_max)
-    return inl_update(
-        h,
-        v,
-        alpha,
-        beta,
-        gate,
-        mu,
-        force,
-        dt=dt,
-        velocity_max=velocity_max,
-        mu_min=mu_min,
-        mu_max=mu_max,
-    )
+    bounds = {"velocity_max": velocity_max, "mu_min": mu_min, "mu_max": mu_max}
+    return inl_update(h, v, alpha, beta, gate, mu, force, dt=dt, **bounds)
 
 
 def inl_controlled_step(
-    h: Tensor,
-    v: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    force: Tensor | None = None,
-    *,
-    dt: float,
-    beta_max: float | None,
-    velocity_max: float | None,
-    mu_min: float | None,
+    h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
+    force: Tensor | None = None, *,
+    dt: float, beta_max: float | None, velocity_max: float | None, mu_min: float | None,
     mu_max: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The controller's up-projection (a, b, c) = weight · hidden + bias, then `inl_step`.
 
-    The product is a matrix product like any other: its operands are taken in the dtype of `hidden`
-    (fp64 if any argument is fp64), or in that of autocast.
+    The product takes its operands in the dtype of `hidden` (fp64 if any argument is fp64), or in
+    that of autocast, like any matrix product. Other arguments and results are those of `inl_step`.
 
-    Args:
-        h: Position (..., D).
-        v: Velocity, shaped like `h`, or None for zero.
-        hidden: Activated hidden state of the controller (..., C), C channels.
-        weight: (3·D, C): the rows of alpha, then those of beta, then those of the gate.
-        bias: (3·D,), in the same order.
-        mu: Equilibrium (D,).
-        force: External force, shaped like `h`, or None for zero.
-        dt: Time step.
-        beta_max: Upper bound of beta, or None for none.
-        velocity_max: Bound of |v'|, or None for none.
-        mu_min: Lower bound of mu, or None for none.
-        mu_max: Upper bound of mu, or None for none.
-
-    Returns:
-        (h', v') as `inl_update` gives them.
+    `hidden` (..., C) is the activated hidden state of the controller, C channels. `weight` (3·D, C)
+    has the rows of alpha, then those of beta, then those of the gate; `bias` (3·D,) likewise.
     """
     wide = compute_dtype(h, v, hidden, weight, bias, mu, force) == torch.float64
     operand = torch.float64 if wide else hidden.dtype
-    raw = F.linear(hidden.to(operand), weight.to(operand), bias.to(operand))
-    alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
-    return inl_step(
-        h,
-        v,
-        alpha_raw,
-        beta_raw,
-        gate_raw,
-        mu,
-        force,
-        dt=dt,
-        beta_max=beta_max,
-        velocity_max=velocity_max,
-        mu_min=mu_min,
-        mu_max=mu_max,
-    )
+    raw = F.linear(hidden.to(operand), weight.to(operand), bias.to(operand)).chunk(3, dim=-1)
+    bounds = {"velocity_max": velocity_max, "mu_min": mu_min, "mu_max": mu_max}
+    return inl_step(h, v, raw[0], raw[1], raw[2], mu, force, dt=dt, beta_max=beta_max, **bounds)
 
 
 def inl_branch_epilogue(
-    h: Tensor,
-    v: Tensor | None,
-    alpha: Tensor | float,
-    beta: Tensor | float,
-    gate: Tensor | float,
-    mu: Tensor,
-    residual: Tensor,
-    residual_gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    dt: float,
-    velocity_max: float | None,
-    mu_min: float | None,
-    mu_max: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`inl_update`, then `gated_residual_norm`: all that follows a branch, as one operation.
+    h: Tensor, v: Tensor | None, alpha: Tensor | float, beta: Tensor | float, gate: Tensor | float,
+    mu: Tensor, residual: Tensor, residual_gate: Tensor | None = None, shift: Tensor | None = None,
+    scale: Tensor | None = None, weight: Tensor | None = None, eps: float = 1e-6, *,
+    dt: float, velocity_max: float | None, mu_min: float | None, mu_max: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`inl_update`, then `gated_residual_norm`, as one operation.
 
-    Args:
-        h: Sub-layer output (B, ..., D), the position of the dynamics.
-        v: Velocity, shaped like `h`; None means zero.
-        alpha: Inertia, a float or a tensor that broadcasts to `h`.
-        beta: Correction strength, likewise.
-        gate: Share of the velocity that moves the position, likewise.
-        mu: Equilibrium (D,), clamped here by `bounded_clamp`.
-        residual: Residual stream, shaped like `h`.
-        residual_gate: (B, D), broadcast over the tokens, or None for ones.
-        shift: (B, D), likewise, or None for zeros.
-        scale: (B, D), likewise, or None for zeros.
-        weight: (D,), or None for ones.
-        eps: Added to the mean square.
-        dt: Time step.
-        velocity_max: Bound of |v'|, or None for none.
-        mu_min: Lower bound of mu, or None for none.
-        mu_max: Upper bound of mu, or None for none.
+    `h` (B, ..., D) is the output of the sub-layer and `residual`, of the same shape, the residual
+    stream. The other arguments up to `mu`, and the keywords, are those of `inl_update`.
+    `residual_gate`, `shift` and `scale` are (B, D), broadcast over the tokens, or None for ones,
+    zeros and zeros. `weight` is (D,), or None for ones; `eps` is added to the mean square.
 
     Returns:
         (the normed and modulated sum in the dtype of `h`, residual + residual_gate * h' in the
-        dtype of `residual`, v' in the dtype of `v`, of `h` when v is None). Neither h' nor the sum
-        is rounded before the norm sees it.
+        dtype of `residual`, v' in the dtype of `v`, or of `h` if v is None). Neither h' nor the sum
+        is rounded before the norm.
     """
     v_dtype = h.dtype if v is None else v.dtype
     dtype = compute_dtype(
         h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight
     )
-    h_next, v_next = inl_update(
-        h.to(dtype),
-        v,
-        alpha,
-        beta,
-        gate,
-        mu,
-        dt=dt,
-        velocity_max=velocity_max,
-        mu_min=mu_min,
-        mu_max=mu_max,
-    )
+    bounds = {"velocity_max": velocity_max, "mu_min": mu_min, "mu_max": mu_max}
+    h_next, v_next = inl_update(h.to(dtype), v, alpha, beta, gate, mu, dt=dt, **bounds)
     if residual_gate is not None:
         h_next = per_sample(residual_gate, h).to(dtype) * h_next
     total = residual.to(dtype) + h_next

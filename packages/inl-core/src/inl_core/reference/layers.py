@@ -1,4 +1,4 @@
-"""What stands round the dynamics in a layer: norms, gated sums, rotary embedding, activation."""
+"""Operations around the dynamics in a layer: norms, gated sums, rotary embedding, activation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from inl_core.reference.bounds import compute_dtype
 
 
 def normalise(x_wide: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm of an already widened `x_wide`, not rounded back."""
+    """RMS norm of `x_wide` in its compute dtype, not rounded back."""
     normed = x_wide * torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
     return normed if weight is None else normed * weight.to(x_wide.dtype)
 
@@ -52,7 +52,7 @@ def add_rms_norm(
 
     Returns:
         (rms_norm(x + residual) in the dtype of `x`, x + residual in the dtype of `residual`). The
-        norm sees the sum before it is rounded.
+        norm is computed from the sum before rounding.
     """
     dtype = compute_dtype(x, residual, weight)
     total = x.to(dtype) + residual.to(dtype)
@@ -118,7 +118,7 @@ def gated_residual_norm(
 
     Returns:
         (the normed and modulated sum in the dtype of `x`, residual + gate * x in the dtype of
-        `residual`). The norm sees the sum before it is rounded.
+        `residual`). The norm is computed from the sum before rounding.
     """
     dtype = compute_dtype(residual, x, gate, shift, scale, weight)
     total = residual.to(dtype) + per_sample(gate, residual).to(dtype) * x.to(dtype)
@@ -130,7 +130,7 @@ def _rotate(x_wide: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x_wide.shape[-1] // 2
     if x_wide.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
-            f"head_dim {x_wide.shape[-1]} needs cos and sin of {half} angles a token, "
+            f"head_dim {x_wide.shape[-1]} needs cos and sin of {half} angles per token, "
             f"got shapes {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     cos, sin = cos.to(x_wide.dtype).unsqueeze(-2), sin.to(x_wide.dtype).unsqueeze(-2)
@@ -139,7 +139,7 @@ def _rotate(x_wide: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + Dh/2) by the given angles (the half-split convention).
+    """Rotate channel pairs (i, i + Dh/2) by the given angles (the half-split convention).
 
     Args:
         x: (B, N, H, Dh).
