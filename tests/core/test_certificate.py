@@ -32,7 +32,7 @@ def inputs() -> Tensor:
     return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_stable_points_and_a_path_that_grows() -> None:
+def test_stable_points_with_a_growing_path() -> None:
     """The counterexample of DESIGN 3.3: each point is stable and sixteen steps grow 4.5-fold."""
     layers = [lite(0.01, 1.0) for _ in range(8)] + [lite(2.0, 0.01) for _ in range(8)]
     model = Stack(*layers).double()
@@ -46,7 +46,7 @@ def test_stable_points_and_a_path_that_grows() -> None:
     assert report.path_gain > 4.5
 
 
-def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_passed() -> None:
+def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_exceeded() -> None:
     model = Stack(lite(2.0, 0.5, velocity_max=3.0), lite(2.0, 1.0, velocity_max=1.0)).double()
     report = certify(model)
     assert report.reach == pytest.approx(0.1 * (0.5 * 3.0 + 1.0 * 1.0))
@@ -56,7 +56,7 @@ def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_passed() -> None:
     assert certify(Stack(lite(2.0, 0.5, velocity_max=None))).reach == math.inf
 
 
-def test_gain_of_a_layer_is_what_its_worst_token_sees() -> None:
+def test_gain_of_a_layer_is_that_of_its_worst_token() -> None:
     model = Stack(lite(2.0, 0.5)).double()
     h = inputs()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_gain_of_a_layer_is_what_its_worst_token_sees() -> None:
 
 
 @pytest.mark.parametrize("adaptive", [None, "token", "channel"])
-def test_a_force_from_outside_is_no_gain_of_the_layer(adaptive: str | None) -> None:
+def test_a_force_does_not_count_as_gain(adaptive: str | None) -> None:
     layer = INLDynamics(4, adaptive=adaptive) if adaptive else lite(2.0, 0.5)
 
     class Forced(Stack):
@@ -107,7 +107,7 @@ def test_learned_coefficients_are_read_where_the_model_uses_them(adaptive: str) 
     assert layer.points == {"token": h.numel(), "channel": 4, "layer": 1}[adaptive]
 
 
-def test_an_unbounded_spring_is_not_always_stable_and_a_runaway_one_is_found() -> None:
+def test_unbounded_beta_is_not_always_stable_and_divergence_is_detected() -> None:
     dynamics = INLDynamics(4, adaptive="channel", dt=0.1, beta_max=None)
     assert not certify(Stack(dynamics)).layers[0].always_stable
     assert certify(Stack(dynamics)).frozen_stable
@@ -120,7 +120,7 @@ def test_an_unbounded_spring_is_not_always_stable_and_a_runaway_one_is_found() -
     assert "not all" in str(report)
 
 
-def test_dynamics_inside_a_fused_epilogue_are_seen_too() -> None:
+def test_dynamics_inside_a_fused_epilogue_are_measured() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +135,7 @@ def test_dynamics_inside_a_fused_epilogue_are_seen_too() -> None:
     assert not model.dynamics._collecting
 
 
-def test_bad_models_are_refused() -> None:
+def test_models_that_cannot_be_certified_are_rejected() -> None:
     with pytest.raises(ValueError, match="Linear has no INLDynamics"):
         certify(nn.Linear(2, 2))
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-WORKER = """
+import pytest
+
+START = """
 import os
 import sys
+
 import torch
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from inl_core import INLDynamics, RMSNorm
+from inl_core import INLDynamics, RMSNorm, TokenRoutedMLP, make_routing_plan
 
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+torch.manual_seed(0)
+"""
+
+DYNAMICS = """
 class Block(nn.Module):
     def __init__(self, adaptive):
         super().__init__()
@@ -28,29 +39,44 @@ class Block(nn.Module):
         h, v = self.dynamics(h, v)
         return h.square().mean() + v.square().mean()
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(9))
+x = torch.randn(4, 3, 6)
 for adaptive in ("token", "channel", "layer"):
-    alone, shared = Block(adaptive), nn.parallel.DistributedDataParallel(Block(adaptive))
+    alone, shared = Block(adaptive), DistributedDataParallel(Block(adaptive))
     alone(x).backward()
     shared(x[2 * rank : 2 * rank + 2]).backward()
     for (name, a), b in zip(alone.named_parameters(), shared.parameters(), strict=True):
         assert a.grad.abs().max() > 0, name
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=name)
-distributed.barrier()
-distributed.destroy_process_group()
+"""
+
+ROUTED = """
+model = TokenRoutedMLP(12, 20, 4)
+ids = torch.tensor([[0, 0, 1, 0], [1, 3, 3, 3]])  # 3 in only one process, 2 in none
+x = torch.randn(2, 4, 12)
+model(x, make_routing_plan(ids, 4)).square().mean().backward()
+expected = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+shared = DistributedDataParallel(model)
+shared(x[rank], make_routing_plan(ids[rank], 4)).square().mean().backward()
+torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+"""
+
 # DDP keeps the process group alive: its threads would still run while the interpreter shuts down,
 # which on a busy machine ends in "terminate called without an active exception".
+END = """
+distributed.barrier()
+distributed.destroy_process_group()
 sys.stdout.flush()
 os._exit(0)
 """
 
 
-def test_ddp_with_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", [DYNAMICS, ROUTED], ids=["dynamics", "routed"])
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, body: str) -> None:
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", START + body + END, str(rank), str(tmp_path / "store")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

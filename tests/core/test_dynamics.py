@@ -12,26 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from inl_core import INLDynamics, INLDynamicsLite, collect_dynamics_stats, ops
+from support.tensors import coefficients, randn, scramble
 
 MODES = ("token", "channel", "layer")
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def coefficients(module: INLDynamics, h: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
-    """What the module uses, read off its behaviour through the op it calls."""
-    raw = module._coefficients(h, v)
-    return ops.inl_coefficients(*raw, beta_max=module.beta_max)
-
-
-def scramble(module: nn.Module) -> None:
-    """Random parameters, so that nothing is hidden by zeros."""
-    for index, parameter in enumerate(module.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.3 * randn(*parameter.shape, seed=100 + index))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,7 +39,7 @@ def test_forward_is_the_op_on_the_controllers_output(adaptive: str) -> None:
     torch.testing.assert_close(module(h, v, force), want)
 
 
-def test_at_the_start_full_equals_lite() -> None:
+def test_initial_dynamics_equal_lite() -> None:
     h, v = randn(2, 3, 6), randn(2, 3, 6, seed=1)
     want = INLDynamicsLite(6)(h, v)
     for adaptive in MODES:
@@ -123,7 +106,7 @@ def test_bounds_switched_off() -> None:
     assert v_next.eq(-400.0).all()
 
 
-def test_modules_go_through_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_call_the_dispatched_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("inl_controlled_step", "inl_step", "inl_update"):
         original = getattr(ops, name)
@@ -211,7 +194,7 @@ def test_gradcheck_in_fp64(adaptive: str) -> None:
     assert torch.autograd.gradcheck(step, (*state, *values))
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_gets_a_gradient() -> None:
     for adaptive in MODES:
         module = INLDynamics(4, adaptive=adaptive)
         scramble(module)

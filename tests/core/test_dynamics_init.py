@@ -1,4 +1,4 @@
-"""Starts of the dynamics modules: exact, safe from a parent's init, checked with clear errors."""
+"""Initial values of the dynamics modules: exact, safe from a parent's init; argument errors."""
 
 from __future__ import annotations
 
@@ -6,29 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from inl_core import INLDynamics, INLDynamicsLite, ops
+from inl_core import INLDynamics, INLDynamicsLite
+from support.tensors import coefficients, randn, scramble
 
 MODES = ("token", "channel", "layer")
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def coefficients(module: INLDynamics, h: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
-    """What the module uses, read off its behaviour through the op it calls."""
-    raw = module._coefficients(h, v)
-    return ops.inl_coefficients(*raw, beta_max=module.beta_max)
-
-
-def scramble(module: nn.Module) -> None:
-    """Random parameters, so that nothing is hidden by zeros."""
-    for index, parameter in enumerate(module.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.3 * randn(*parameter.shape, seed=100 + index))
 
 
 @pytest.mark.parametrize("adaptive", MODES)
@@ -36,7 +19,7 @@ def scramble(module: nn.Module) -> None:
     ("alpha", "beta", "gate"),
     [(0.9, 0.1, 0.5), (0.99, 0.01, 0.999), (0.001, 2.0, 0.3), (0.5, 1e-8, 0.5)],
 )
-def test_starts_are_exact(adaptive: str, alpha: float, beta: float, gate: float) -> None:
+def test_initial_values_are_exact(adaptive: str, alpha: float, beta: float, gate: float) -> None:
     module = INLDynamics(6, alpha, beta, gate, adaptive=adaptive)  # type: ignore[arg-type]
     h, v = randn(3, 6), randn(3, 6, seed=1)
     for got, want in zip(coefficients(module, h, v), (alpha, beta, gate), strict=True):
@@ -54,7 +37,7 @@ def test_starts_are_exact(adaptive: str, alpha: float, beta: float, gate: float)
 
 
 @pytest.mark.parametrize("adaptive", MODES)
-def test_starts_are_exact_to_fp64_when_built_in_fp64(adaptive: str) -> None:
+def test_initial_values_are_exact_in_fp64(adaptive: str) -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -93,7 +76,7 @@ class Parent(nn.Module):
 
 @pytest.mark.parametrize("walk", ["apply", "loop"])
 @pytest.mark.parametrize("adaptive", MODES)
-def test_starts_survive_the_parents_init(adaptive: str, walk: str) -> None:
+def test_initial_values_survive_the_parents_init(adaptive: str, walk: str) -> None:
     parent = Parent(adaptive, walk)
     assert parent.before.bias.eq(0.0).all()  # the parent's init did run
     assert not list(parent.dynamics.children())
@@ -103,7 +86,7 @@ def test_starts_survive_the_parents_init(adaptive: str, walk: str) -> None:
 
 
 @pytest.mark.parametrize("adaptive", MODES)
-def test_reset_parameters_restores_the_start(adaptive: str) -> None:
+def test_reset_parameters_restores_the_initial_values(adaptive: str) -> None:
     module = INLDynamics(6, 0.8, 0.3, 0.6, adaptive=adaptive)  # type: ignore[arg-type]
     scramble(module)
     module.reset_parameters()

@@ -1,4 +1,4 @@
-"""What get_dynamics_stats reports, when, and what collecting it leaves alone."""
+"""Contents of get_dynamics_stats, and side effects that collecting must not have."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inl_core import INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from support.tensors import randn, scramble
 
 ALWAYS = {"mu_min", "mu_max", "mu_clip_fraction"}
 COLLECTED = {
@@ -19,18 +20,6 @@ COLLECTED = {
     "velocity_rms",
     "velocity_clip_fraction",
 }
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def scramble(module: nn.Module) -> None:
-    """Random parameters, so that nothing is hidden by zeros."""
-    for index, parameter in enumerate(module.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.3 * randn(*parameter.shape, seed=100 + index))
 
 
 def test_mu_is_always_reported_and_nothing_else_without_the_context() -> None:
@@ -107,7 +96,7 @@ def test_context_reaches_nested_modules_and_ends() -> None:
     assert inner.get_dynamics_stats() == last
 
 
-def test_statistics_leave_result_graph_and_state_dict_alone() -> None:
+def test_statistics_change_neither_result_nor_graph_nor_state_dict() -> None:
     module = INLDynamics(4)
     scramble(module)
     h, v = randn(3, 4).requires_grad_(), randn(3, 4, seed=1)
@@ -122,7 +111,7 @@ def test_statistics_leave_result_graph_and_state_dict_alone() -> None:
     assert all(value.ndim == 0 for value in module._last_seen.values())
 
 
-def test_forward_reads_nothing_back_from_the_device() -> None:
+def test_forward_does_not_wait_for_the_device() -> None:
     # On the meta device any read-back raises, so a forward that passes makes none.
     for module in (INLDynamics(4).to("meta"), INLDynamicsLite(4).to("meta")):
         h = torch.empty(2, 4, device="meta")

@@ -1,4 +1,4 @@
-"""The epilogue of a branch equals its steps taken one by one."""
+"""The fused epilogue of a branch equals its separate steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from inl_core import (
     collect_dynamics_stats,
     reference,
 )
+from support.tensors import randn64
 
 KINDS = ("token", "channel", "layer", "lite")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def build(kind: str) -> INLDynamics | INLDynamicsLite:
@@ -37,10 +33,10 @@ def build(kind: str) -> INLDynamics | INLDynamicsLite:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind: str, first: bool, conditioned: bool, noted: bool) -> None:
-    module, x, residual = build(kind), randn(2, 3, 6), randn(2, 3, 6, seed=1)
-    v = None if first else randn(2, 3, 6, seed=2)
-    rows = (randn(2, 6, seed=3), randn(2, 6, seed=4), randn(2, 6, seed=5))
-    weight = randn(6, seed=6)
+    module, x, residual = build(kind), randn64(2, 3, 6), randn64(2, 3, 6, seed=1)
+    v = None if first else randn64(2, 3, 6, seed=2)
+    rows = (randn64(2, 6, seed=3), randn64(2, 6, seed=4), randn64(2, 6, seed=5))
+    weight = randn64(6, seed=6)
     inputs = [t.requires_grad_() for t in (x, residual, v, *rows, weight) if t is not None]
     inputs += list(module.parameters())
 
@@ -68,10 +64,10 @@ def test_values_and_gradients(kind: str, first: bool, conditioned: bool, noted: 
 
 def test_a_wrong_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"h has shape \(2, 5\), expected \(\.\.\., 6\)"):
-        branch_epilogue(build("layer"), randn(2, 5), None, randn(2, 5))
+        branch_epilogue(build("layer"), randn64(2, 5), None, randn64(2, 5))
 
 
-def test_a_subclass_is_called_as_it_is() -> None:
+def test_a_subclass_is_called_as_a_module() -> None:
     """Its step may be another: going by its coefficients would silently undo the override."""
 
     class Still(INLDynamics):
@@ -81,7 +77,7 @@ def test_a_subclass_is_called_as_it_is() -> None:
             return h, torch.zeros_like(h)
 
     module = Still(6, adaptive="channel").double()
-    x, residual = randn(2, 3, 6), randn(2, 3, 6, seed=1)
+    x, residual = randn64(2, 3, 6), randn64(2, 3, 6, seed=1)
     _, total, v = branch_epilogue(module, x, None, residual)
     torch.testing.assert_close(total, residual + x)
     assert not v.any()

@@ -88,7 +88,7 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, order
     assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.1)
 
 
-def test_leapfrog_without_friction_keeps_energy_bounded_for_long() -> None:
+def test_leapfrog_without_friction_keeps_energy_bounded() -> None:
     h, v, mu = state()
     beta, gate, dt = 0.1, 1.0, 0.1
     x, speed = h, v

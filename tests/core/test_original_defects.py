@@ -1,4 +1,4 @@
-"""Defects of earlier implementations (their formula is here), each with a check that refuses it."""
+"""Defects of earlier implementations: their formulas, and a check that detects each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inl_core import INLDynamics, ops, reference
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+from support.tensors import randn64
 
 # ------------------------------------------------------------------------------------------------
 # The parent's weight init overwrites the controller's start
@@ -64,7 +59,7 @@ def clip_after_use(
 
 def moves_within_the_clip(update: Callable[..., tuple[Tensor, Tensor]]) -> bool:
     """The position moves by at most dt · gate · velocity_max, however fast the state comes in."""
-    h, v, mu = randn(5, 6), 100.0 * randn(5, 6, seed=1), torch.zeros(6, dtype=torch.float64)
+    h, v, mu = randn64(5, 6), 100.0 * randn64(5, 6, seed=1), torch.zeros(6, dtype=torch.float64)
     bounds = {"dt": 0.1, "velocity_max": 10.0, "mu_min": None, "mu_max": None}
     h_next, v_next = update(h, v, 0.9, 0.1, 0.5, mu, **bounds)
     assert v_next.abs().max() == 10.0
@@ -79,7 +74,7 @@ def test_velocity_is_clipped_before_the_position_uses_it() -> None:
 
 def test_away_from_the_clip_both_orders_agree() -> None:
     """So the check above refuses the order of the clip and nothing else."""
-    h, v, mu = randn(5, 6), randn(5, 6, seed=1), torch.zeros(6, dtype=torch.float64)
+    h, v, mu = randn64(5, 6), randn64(5, 6, seed=1), torch.zeros(6, dtype=torch.float64)
     bounds = {"dt": 0.1, "velocity_max": 10.0, "mu_min": None, "mu_max": None}
     want = clip_after_use(h, v, 0.9, 0.1, 0.5, mu, **bounds)
     torch.testing.assert_close(reference.inl_update(h, v, 0.9, 0.1, 0.5, mu, **bounds), want)
@@ -108,7 +103,7 @@ class WeightOutsideTheBracket(torch.autograd.Function):
 
 def gradient_error(norm: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Relative error of dx against the Jacobian taken by central differences."""
-    x, weight, dy = randn(3, 8), 0.5 + 2.0 * randn(8, seed=1).abs(), randn(3, 8, seed=2)
+    x, weight, dy = randn64(3, 8), 0.5 + 2.0 * randn64(8, seed=1).abs(), randn64(3, 8, seed=2)
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(norm(leaf, weight), leaf, dy)
     numeric = torch.empty_like(x)

@@ -162,7 +162,7 @@ def test_fp64_is_not_computed_in_fp32() -> None:
     assert 1e-12 < gap < 1e-5
 
 
-def test_integers_are_refused() -> None:
+def test_integers_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"floating-point.*int64"):
         reference.rms_norm(torch.arange(4))
 

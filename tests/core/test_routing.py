@@ -19,23 +19,20 @@ from inl_core import (
     ops,
     reference,
 )
+from support.tensors import randn64
 
 D, INNER, EXPERTS = 12, 20, 4
 IDS = torch.tensor([[3, 0, 3, 1, 0], [1, 3, 3, 0, 1]])
 """Expert of each token of two sequences; expert 2 has none."""
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def weights(dtype: torch.dtype, width: int = D, inner: int = INNER) -> list[Tensor]:
     shapes = ((EXPERTS, inner, width), (EXPERTS, inner, width), (EXPERTS, width, inner))
-    return [randn(*s, seed=i).to(dtype) / s[-1] ** 0.5 for i, s in enumerate(shapes, start=1)]
+    return [randn64(*s, seed=i).to(dtype) / s[-1] ** 0.5 for i, s in enumerate(shapes, start=1)]
 
 
 def one_by_one(x: Tensor, ids: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The token-routed MLP as its sentence reads: each token through the MLP of its expert."""
+    """Token-routed MLP without grouping: each token through the MLP of its expert."""
     rows = [
         F.linear(F.silu(F.linear(row, gate[e])) * F.linear(row, up[e]), down[e])
         for row, e in zip(x.reshape(-1, x.shape[-1]), ids.reshape(-1).tolist(), strict=True)
@@ -47,7 +44,7 @@ def results(op: Callable[..., Tensor], *arguments: Tensor) -> list[Tensor]:
     """Output and gradients; `op` takes x, gate, up, down."""
     leaves = [argument.clone().requires_grad_() for argument in arguments]
     y = op(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y.dtype))]
+    return [y.detach(), *torch.autograd.grad(y, leaves, randn64(*y.shape, seed=9).to(y.dtype))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,14 +58,14 @@ def test_modulo_table() -> None:
 
 
 def test_balanced_table_gives_the_heaviest_id_to_the_lightest_expert() -> None:
-    # 8 to expert 0, 7 to 1, 6 to 1's... the lightest is 1 (7 < 8): 13; then 5 to 0: 13; 4 to 0.
+    # 8 to expert 0, 7 and 6 to expert 1 (loads 8, 13), 5 and 4 to expert 0.
     table = build_routing_table(5, 2, "balanced", [4, 8, 5, 6, 7])
     assert table.tolist() == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("experts", [2, 7, 16])
-def test_balanced_table_balances_what_modulo_does_not(experts: int) -> None:
-    """Zipf's law with its heavy ids where modulo meets them again and again."""
+def test_balanced_table_is_balanced_where_modulo_is_not(experts: int) -> None:
+    """Zipf's law, with all heavy ids on the same expert under modulo."""
     counts = torch.zeros(4000, dtype=torch.int64)
     counts[torch.arange(0, 4000, experts)[:200]] = 10_000 // torch.arange(10, 210)
     loads = {
@@ -137,8 +134,8 @@ def test_plan_of_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
-def test_ids_outside_the_experts_are_refused(wrong: int) -> None:
-    """Left alone, their rows would belong to no expert and come out as whatever was in memory."""
+def test_ids_outside_the_experts_are_rejected(wrong: int) -> None:
+    """Their rows would belong to no expert and contain uninitialized memory."""
     ids = torch.tensor([0, wrong, 3])
     with pytest.raises(RuntimeError, match=r"must lie in \[0, 4\)"):
         make_routing_plan(ids, 4)
@@ -161,7 +158,7 @@ def test_plan_errors() -> None:
 
 def test_definition_matches_token_by_token() -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    arguments = [randn(2, 5, D), *weights(torch.float64)]
+    arguments = [randn64(2, 5, D), *weights(torch.float64)]
     got = results(lambda x, *w: reference.routed_mlp(x, plan, *w), *arguments)
     want = results(lambda x, *w: one_by_one(x, IDS, *w), *arguments)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -174,21 +171,22 @@ def test_grouped_product_is_as_good_as_token_by_token(
     width: int, inner: int, dtype: torch.dtype
 ) -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    arguments = [randn(2, 5, width).to(dtype), *weights(dtype, width, inner)]
+    arguments = [randn64(2, 5, width).to(dtype), *weights(dtype, width, inner)]
     exact = results(
         lambda x, *w: one_by_one(x, IDS, *w), *[argument.double() for argument in arguments]
     )
     eager = results(lambda x, *w: one_by_one(x, IDS, *w), *arguments)
     got = results(lambda x, *w: ops.routed_mlp(x, plan, *w), *arguments)
-    for ours, theirs, truth in zip(got, eager, exact, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        bound = 1.25 * (theirs.double() - truth).norm() + 2 * torch.finfo(dtype).eps * truth.norm()
-        assert (ours.double() - truth).norm() <= bound
+    for result, expected, truth in zip(got, eager, exact, strict=True):
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+        slack = 2 * torch.finfo(dtype).eps * truth.norm()
+        bound = 1.25 * (expected.double() - truth).norm() + slack
+        assert (result.double() - truth).norm() <= bound
 
 
 def test_fp64_and_functional_transforms_go_to_the_definition() -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    x, *w = [randn(2, 5, D), *weights(torch.float64)]
+    x, *w = [randn64(2, 5, D), *weights(torch.float64)]
     assert torch.equal(ops.routed_mlp(x, plan, *w), reference.routed_mlp(x, plan, *w))
     x, *w = [t.float() for t in (x, *w)]
     loss = lambda x: ops.routed_mlp(x, plan, *w).square().sum()  # noqa: E731
@@ -199,9 +197,9 @@ def test_fp64_and_functional_transforms_go_to_the_definition() -> None:
         assert torch.equal(ops.routed_mlp(x, plan, *w), reference.routed_mlp(x, plan, *w))
 
 
-def test_asking_for_the_kernel_on_a_cpu_is_an_error() -> None:
+def test_the_triton_backend_on_a_cpu_is_an_error() -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    arguments = [t.float() for t in (randn(2, 5, D), *weights(torch.float32))]
+    arguments = [t.float() for t in (randn64(2, 5, D), *weights(torch.float32))]
     with ops.use_backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         ops.routed_mlp(arguments[0], plan, *arguments[1:])
 
@@ -211,7 +209,12 @@ def test_gradcheck() -> None:
     plan = make_routing_plan(ids, 3)
     leaves = [
         t.requires_grad_()
-        for t in (randn(3, 2), randn(3, 3, 2, seed=1), randn(3, 3, 2, seed=2), randn(3, 2, 3))
+        for t in (
+            randn64(3, 2),
+            randn64(3, 3, 2, seed=1),
+            randn64(3, 3, 2, seed=2),
+            randn64(3, 2, 3),
+        )
     ]
     assert torch.autograd.gradcheck(lambda x, *w: ops.routed_mlp(x, plan, *w), leaves)
 
@@ -220,7 +223,7 @@ def test_second_derivatives_of_the_grouped_product() -> None:
     plan = make_routing_plan(IDS, EXPERTS)
     both = []
     for dtype in (torch.float32, torch.float64):
-        leaves = [t.requires_grad_() for t in (randn(2, 5, D).to(dtype), *weights(dtype))]
+        leaves = [t.requires_grad_() for t in (randn64(2, 5, D).to(dtype), *weights(dtype))]
         y = ops.routed_mlp(leaves[0], plan, *leaves[1:])
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -231,7 +234,7 @@ def test_second_derivatives_of_the_grouped_product() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_nan_stays_with_its_token_and_its_expert(dtype: torch.dtype) -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    x = randn(2, 5, D).to(dtype)
+    x = randn64(2, 5, D).to(dtype)
     x[0, 3] = torch.nan  # of expert 1
     y, dx, *dw = results(lambda x, *w: ops.routed_mlp(x, plan, *w), x, *weights(dtype))
     assert torch.equal(y.isnan().any(-1), x.isnan().any(-1))
@@ -242,7 +245,7 @@ def test_a_nan_stays_with_its_token_and_its_expert(dtype: torch.dtype) -> None:
 
 def test_operation_errors_name_the_shapes() -> None:
     plan = make_routing_plan(IDS, EXPERTS)
-    x, gate, up, down = [randn(2, 5, D), *weights(torch.float64)]
+    x, gate, up, down = [randn64(2, 5, D), *weights(torch.float64)]
     for arguments, message in (
         ((x[..., :3], plan, gate, up, down), r"agree in D, got shapes \(2, 5, 3\)"),
         ((x, plan, gate, up[:, 1:], down), r"up must have that shape.*got \(4, 19, 12\)"),
@@ -256,13 +259,13 @@ def test_operation_errors_name_the_shapes() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What the originals got wrong
+# Defects of the originals
 
 
 def gradients_by_expert(op: Callable[..., Tensor]) -> list[list[bool]]:
     """For gate, up and down: which experts receive a gradient that is not zero."""
     leaves = [w.requires_grad_() for w in weights(torch.float32)]
-    y = op(randn(2, 5, D).float().requires_grad_(), *leaves)
+    y = op(randn64(2, 5, D).float().requires_grad_(), *leaves)
     gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
     return [
         EXPERTS * [False] if g is None else g.abs().amax((1, 2)).gt(0).tolist() for g in gradients
@@ -300,7 +303,7 @@ def products(op: Callable[[], Tensor]) -> int:
 def test_only_the_expert_of_a_token_computes() -> None:
     """The originals run every expert on every token and mix the results with a mask."""
     plan = make_routing_plan(IDS, EXPERTS)
-    x, gate, up, down = [randn(10, D).float(), *(w.float() for w in weights(torch.float64))]
+    x, gate, up, down = [randn64(10, D).float(), *(w.float() for w in weights(torch.float64))]
 
     def all_and_mask() -> Tensor:
         chosen = F.one_hot(IDS.reshape(-1), EXPERTS).T.unsqueeze(-1)
@@ -316,7 +319,7 @@ def test_only_the_expert_of_a_token_computes() -> None:
 def test_no_sort_and_no_accumulation_after_the_plan() -> None:
     """Three layers, forward and backward: one sort, rows only gathered, nothing scattered."""
     layers = nn.ModuleList(TokenRoutedMLP(D, INNER, EXPERTS) for _ in range(3))
-    x = randn(2, 5, D).float().requires_grad_()
+    x = randn64(2, 5, D).float().requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         plan = make_routing_plan(IDS, EXPERTS)
         h = x

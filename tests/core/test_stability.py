@@ -120,7 +120,7 @@ def test_stable_points_do_not_certify_a_varying_sequence() -> None:
     assert growth == pytest.approx(4.5, abs=0.05)
 
 
-def test_energy_rises_but_lyapunov_falls() -> None:
+def test_energy_may_rise_but_lyapunov_decreases() -> None:
     rise = (energies(DEFAULTS, [1.0, 0.0], 60).max() / 0.5).item()
     assert rise == pytest.approx(1.039, abs=5e-4)
     rise = (energies((0.9, 2.0, 0.5, 0.1), [1.0, 0.0], 60).max() / 0.5).item()
@@ -189,7 +189,7 @@ def test_settling_is_monotone_in_tolerance_and_handles_slow_points() -> None:
     assert slow == pytest.approx(3.912e9, rel=1e-3)
 
 
-def test_settling_steps_refuse_a_meaningless_tolerance() -> None:
+def test_settling_steps_reject_a_tolerance_outside_0_1() -> None:
     for tolerance in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=r"tolerance must lie in \(0, 1\)"):
             settling_steps(*DEFAULTS, tolerance=tolerance)

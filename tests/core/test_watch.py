@@ -18,7 +18,7 @@ class Deep(nn.Module):
         return self.second[0](*self.first(h * scale))[0]
 
 
-def test_every_module_is_read_by_name() -> None:
+def test_every_module_is_reported_by_name() -> None:
     model = Deep()
     assert model.training
     assert [*dynamics_modules(model)] == ["first", "second.0"]
@@ -34,7 +34,7 @@ def test_every_module_is_read_by_name() -> None:
     assert found["second.0"]["spectral_radius"] >= 0.7**0.5
 
 
-def test_keywords_reach_the_forward_and_no_dynamics_give_nothing() -> None:
+def test_keyword_inputs_and_a_model_without_dynamics() -> None:
     found = read_dynamics(Deep(), {"h": torch.full((1, 4), -3.0), "scale": 2.0})
     assert found["first"]["velocity_abs_max"] == pytest.approx(0.6)
     assert read_dynamics(nn.Linear(2, 2), [torch.zeros(1, 2)]) == {}
