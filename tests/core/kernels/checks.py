@@ -1,4 +1,4 @@
-"""The checks every kernel has to pass, whatever it computes."""
+"""Checks that every kernel has to pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICE = os.environ.get("INL_TEST_DEVICE", "cpu")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same numbers on every device."""
+    """Normal numbers, equal on every device."""
     random = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(*shape, generator=random, device="cpu").to(DEVICE, dtype)
 
@@ -33,7 +33,7 @@ def rms(x: Tensor) -> float:
 def leaves_of(
     arguments: Sequence[Tensor | None], dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:
-    """Leaves that need gradients, laid out in memory as `arguments` are."""
+    """Leaves that require gradients, with the memory layout of `arguments`."""
     return [
         None if a is None else a.detach().to(dtype or a.dtype).requires_grad_() for a in arguments
     ]
@@ -47,7 +47,7 @@ def outputs_of(op: Op, leaves: Sequence[Tensor | None], options: dict[str, Any])
 def gradients_of(
     outputs: list[Tensor], leaves: Sequence[Tensor | None], cotangents: list[Tensor]
 ) -> list[Tensor]:
-    """Gradient of each tensor argument; every one of them must have one."""
+    """Gradient of every tensor argument; all must have one."""
     wanted = [leaf for leaf in leaves if leaf is not None]
     given = [c.to(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
     return list(torch.autograd.grad(outputs, wanted, given))
@@ -63,7 +63,7 @@ def assert_as_good_as_eager(
 ) -> None:
     """Outputs and gradients: RMS error against fp64 at most 1.25 × eager's, plus `SLACK`.
 
-    `stores` counts the stores that follow each other on the way to a result, a `SLACK` each.
+    `stores` is the number of consecutive stores that lead to a result, one `SLACK` each.
     """
     kernel_leaves, eager_leaves = leaves_of(arguments), leaves_of(arguments)
     exact_leaves = leaves_of(arguments, torch.float64)
@@ -81,10 +81,10 @@ def assert_as_good_as_eager(
         assert error <= bound, f"tensor {index}: error {error:.3g} above {bound:.3g}"
 
 
-def zero_where_clipping_is_a_toss_up(
+def gradients_away_from_the_clip(
     definition: Op, arguments: Sequence[Tensor | None], options: dict[str, Any]
 ) -> list[Tensor]:
-    """Random gradients of (h', v'), 0 where rounding decides about the clip: there dp jumps.
+    """Random gradients of (h', v'), 0 where rounding decides about the clip, since dp jumps there.
 
     The arguments of `definition` begin with h and v, and it returns (h', v').
     """
@@ -126,16 +126,16 @@ def assert_pooled_as_good_as_eager(
 ) -> None:
     """Pooled over the draws: RMS error against fp64 at most 1.25 × eager's, plus `SLACK`.
 
-    A gradient that is a sum over rows is one number a draw or a few, so that with few draws eager
-    may be nearly exact by luck. It is allowed `sums` fp32 half-ulps of the root of the sum of its
-    squared terms besides: the error of a sum of terms that are each rounded a few times.
+    A gradient that is a sum over rows is one number or a few per draw, so that eager may be nearly
+    exact by chance. It may have, in addition, `sums` fp32 half-ulps of the root of the sum of its
+    squared terms: the error of a sum of terms that are each rounded a few times.
 
     Args:
         op: The kernel.
-        definition: What it is measured against, in its own dtype and in fp64.
+        definition: The reference, in its own dtype and in fp64.
         draws: (arguments, gradients of the outputs) pairs.
-        spread: Expands arguments shared by rows to one a row, whose gradients are the terms of
-            those sums; None allows nothing besides.
+        spread: Expands arguments shared by rows to one per row, whose gradients are the terms of
+            those sums; None allows no additional error.
         sums: See above.
     """
     got, want, truth, terms = [], [], [], []

@@ -262,7 +262,7 @@ def test_gated_residual_norm_registration_and_compile() -> None:
 
 
 @pytest.mark.parametrize("op", [modulated_rms_norm, gated_residual_norm])
-def test_without_eps_tokens_beyond_the_last_add_nothing(op: Op) -> None:
+def test_without_eps_tokens_beyond_the_last_contribute_nothing(op: Op) -> None:
     """Blocks of 4 tokens over 5 of them; the empty ones must not become 0 · inf."""
     x, rows = randn(2, 5, 256), [randn(2, 256, seed=s) for s in (1, 2, 3)]
     arguments = [x, *rows[:2]] if op is modulated_rms_norm else [x, randn(2, 5, 256, seed=4), *rows]

@@ -1,4 +1,4 @@
-"""The backend "auto" where there are kernels: called one by one, and compiled, with gradients."""
+"""The backend "auto" on a device with kernels: eager and compiled, with gradients."""
 
 from __future__ import annotations
 

@@ -10,11 +10,11 @@ from checks import (
     assert_pooled_as_good_as_eager,
     assert_registered,
     assert_same_under_compile,
+    gradients_away_from_the_clip,
     gradients_of,
     leaves_of,
     outputs_of,
     randn,
-    zero_where_clipping_is_a_toss_up,
 )
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def step(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 def cotangents(given: Given, options: dict[str, Any]) -> list[Tensor]:
     bounds = {name: options[name] for name in BOUNDS}
-    down_h, down_v = zero_where_clipping_is_a_toss_up(step, given, bounds)
+    down_h, down_v = gradients_away_from_the_clip(step, given, bounds)
     h, residual = given[0], given[6]
     assert h is not None
     assert residual is not None
@@ -205,7 +205,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
         assert gradient.eq(0.0).all()
 
 
-def test_without_eps_tokens_beyond_the_last_add_nothing() -> None:
+def test_without_eps_tokens_beyond_the_last_contribute_nothing() -> None:
     check(arguments(2, 5, 256), eps=0.0)
 
 
@@ -241,7 +241,7 @@ def test_one_result_used(used: int) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_mu_beyond_its_bound_comes_back() -> None:
+def test_mu_returns_inside_its_bounds() -> None:
     given = arguments(2, 4, 6)
     given[5] = torch.full((6,), 3.0)
     for sign in (1.0, -1.0):
@@ -292,7 +292,7 @@ def test_errors_name_the_value(index: int, value: Tensor, words: str) -> None:
         inl_branch_epilogue(*given, **BOUNDS)  # type: ignore[arg-type]
 
 
-def test_coefficients_of_each_token_are_left_to_the_reference() -> None:
+def test_coefficients_per_token_use_the_reference() -> None:
     given = arguments(2, 3, 4)
     given[2] = torch.full((2, 3, 4), 0.5)
     with ops.use_backend("triton"):

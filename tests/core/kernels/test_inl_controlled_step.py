@@ -12,10 +12,10 @@ from checks import (
     assert_pooled_as_good_as_eager,
     assert_registered,
     assert_same_under_compile,
+    gradients_away_from_the_clip,
     gradients_of,
     leaves_of,
     randn,
-    zero_where_clipping_is_a_toss_up,
 )
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def check(*draws: list[Tensor | None], **options: Any) -> None:
         functools.partial(inl_controlled_step, **options),
         definition,
         [
-            (given, zero_where_clipping_is_a_toss_up(reference.inl_controlled_step, given, options))
+            (given, gradients_away_from_the_clip(reference.inl_controlled_step, given, options))
             for given in draws
         ],
     )
@@ -113,7 +113,7 @@ def test_no_bounds() -> None:
     check_draws(2, 9, 20, options=UNBOUNDED)
 
 
-def test_rows_and_columns_meet_in_several_partials() -> None:
+def test_several_partial_sums_of_rows_and_columns() -> None:
     assert 2 * kernels.BLOCK_R < 140
     assert 2 * kernels.BACKWARD_COLUMNS < 40
     check(arguments(140, 40))
@@ -149,7 +149,7 @@ def test_mixed_dtypes_as_under_autocast() -> None:
     assert (h_next.dtype, v_next.dtype) == (BF16, FP32)
 
 
-def test_autocast_decides_the_dtype_of_the_product() -> None:
+def test_autocast_sets_the_dtype_of_the_product() -> None:
     given = arguments(20, 24, hidden_dtype=FP32)
     with torch.autocast(DEVICE, BF16):
         got = inl_controlled_step(*given, **BOUNDS)  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ def test_nan_in_nan_out(index: int) -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_bounds_let_parameters_back_in(sign: float) -> None:
+def test_parameters_return_inside_their_bounds(sign: float) -> None:
     """mu and beta beyond a bound: a gradient passes only if the descent step leads back inside."""
     h, v, hidden, weight, _, _, _ = arguments(4, 6, force=False)
     bias, high = torch.full((18,), 9.0), torch.full((6,), 3.0)
@@ -277,7 +277,7 @@ def test_errors_name_the_value(index: int, value: Tensor, words: str) -> None:
 # Through the switch and the module
 
 
-def test_a_wider_controller_is_left_to_the_reference() -> None:
+def test_a_wider_controller_uses_the_reference() -> None:
     given = arguments(3, 4, controller=65)
     with pytest.raises(ValueError, match=r"1 <= C <= 64 in bf16 or fp16, got \(3, 65\)"):
         inl_controlled_step(*given, **BOUNDS)  # type: ignore[arg-type]

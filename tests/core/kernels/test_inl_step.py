@@ -13,11 +13,11 @@ from checks import (
     assert_pooled_as_good_as_eager,
     assert_registered,
     assert_same_under_compile,
+    gradients_away_from_the_clip,
     gradients_of,
     leaves_of,
     randn,
     rms,
-    zero_where_clipping_is_a_toss_up,
 )
 from torch import Tensor
 
@@ -70,8 +70,7 @@ def check(*draws: list[Tensor | None], sums: float = 4.0, **options: Any) -> Non
     kernel = functools.partial(inl_step, **options)
     eager = functools.partial(reference.inl_step, **options)
     pairs = [
-        (given, zero_where_clipping_is_a_toss_up(reference.inl_step, given, options))
-        for given in draws
+        (given, gradients_away_from_the_clip(reference.inl_step, given, options)) for given in draws
     ]
     assert_pooled_as_good_as_eager(kernel, eager, pairs, spread, sums)
 
@@ -131,7 +130,7 @@ def test_no_bounds(kind: str) -> None:
     check_draws(2, 9, 20, kind=kind, options=UNBOUNDED)
 
 
-def test_many_rows_meet_in_several_partials() -> None:
+def test_many_rows_in_several_partial_sums() -> None:
     rows_in_a_tile = kernels.tile(8)[0]
     assert 2 * rows_in_a_tile < 500
     check_draws(500, 8, kind="channel")
@@ -164,7 +163,7 @@ def test_strided_inputs() -> None:
     check([h, v, *raw, randn(10, seed=3)[::2], randn(4, 6, 10, seed=4)[..., ::2]])
 
 
-def test_chunks_of_the_controller_are_read_where_they_lie() -> None:
+def test_chunks_of_the_controller_are_read_in_place() -> None:
     raw = randn(4, 6, 15).chunk(3, dim=-1)
     for chunk in raw:
         assert kernels.as_rows(chunk).data_ptr() == chunk.data_ptr()
@@ -215,7 +214,7 @@ def test_extreme_coefficients(value: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_bounds_let_parameters_back_in(sign: float, kind: str) -> None:
+def test_parameters_return_inside_their_bounds(sign: float, kind: str) -> None:
     """mu and beta beyond a bound: a gradient passes only if the descent step leads back inside."""
     h, v, alpha, beta, gate, _, _ = arguments(4, 6, kind=kind, force=False)
     assert beta is not None
@@ -232,7 +231,7 @@ def test_bounds_let_parameters_back_in(sign: float, kind: str) -> None:
     assert dmu.eq(0.0).all() if sign < 0 else dmu.gt(0.0).all()
 
 
-def test_bound_rule_sees_the_gradient_of_the_whole_batch() -> None:
+def test_bound_rule_uses_the_gradient_of_the_whole_batch() -> None:
     """Rows that pull mu apart cancel first; only then is the sum blocked or let through."""
     h = torch.zeros(2, 1)
     mu = torch.tensor([3.0], requires_grad=True)
@@ -343,7 +342,7 @@ def test_module_on_the_kernels(adaptive: str) -> None:
     assert all(rms(x.detach()) > 0 for x in results[0])
 
 
-def test_switch_leaves_other_shapes_and_fp64_to_the_reference() -> None:
+def test_other_shapes_and_fp64_use_the_reference() -> None:
     h, v, alpha, beta, gate, mu, force = arguments(2, 3, 4)
     with ops.use_backend("triton"):
         rows = [torch.zeros(3, 1)] * 3

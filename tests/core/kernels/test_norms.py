@@ -94,7 +94,7 @@ def test_rms_norm_zero_rows_and_large_fp16() -> None:
 
 
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm])
-def test_without_eps_rows_beyond_the_last_add_nothing(op: Op) -> None:
+def test_without_eps_rows_beyond_the_last_contribute_nothing(op: Op) -> None:
     """A block holds more rows than these three; the empty ones must not become 0 · inf."""
     arguments = [randn(3, 8), *([randn(3, 8, seed=1)] if op is add_rms_norm else []), randn(8)]
     results = []

@@ -1,4 +1,4 @@
-"""The switch in inl_core.ops: who computes what, on a CPU, without the interpreter."""
+"""Dispatch in inl_core.ops on a CPU, without the interpreter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_operation_with_a_kernel_is_tried_here() -> None:
+def test_every_operation_with_a_kernel_has_arguments_here() -> None:
     # routed_mlp takes a plan beside its tensors: tests/core/test_routing.py and test_routed_mlp.py.
     assert set(ops._SWITCHED) == set(CALLS) | {"routed_mlp"}
 
@@ -76,7 +76,7 @@ def test_every_operation_with_a_kernel_is_tried_here() -> None:
 # Choosing
 
 
-def test_choice_is_undone_and_nests() -> None:
+def test_use_backend_nests_and_restores() -> None:
     assert ops.current_backend() == "auto"
     with ops.use_backend("reference"):
         with ops.use_backend("triton"):
@@ -87,7 +87,7 @@ def test_choice_is_undone_and_nests() -> None:
     assert ops.current_backend() == "auto"
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_backends_are_rejected() -> None:
     with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, got 'x'"):
         ops.use_backend("x").__enter__()  # type: ignore[arg-type]
     result = python("import inl_core.ops", INL_BACKEND="cuda")
@@ -95,12 +95,12 @@ def test_unknown_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_the_environment_variable_decides_at_import(name: str) -> None:
+def test_the_environment_variable_is_read_at_import(name: str) -> None:
     result = python("from inl_core import ops; print(ops.current_backend())", INL_BACKEND=name)
     assert result.stdout.strip() == name, result.stderr
 
 
-def test_without_triton_the_reference_works_and_asking_for_kernels_is_an_error() -> None:
+def test_without_triton_only_the_reference_works() -> None:
     code = (
         "import importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
@@ -120,7 +120,7 @@ def test_without_triton_the_reference_works_and_asking_for_kernels_is_an_error()
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", CALLS)
-def test_cpu_tensors_go_to_the_reference_bit_for_bit(name: str, backend: Any) -> None:
+def test_cpu_tensors_use_the_reference_bit_for_bit(name: str, backend: Any) -> None:
     with ops.use_backend(backend):
         got = getattr(ops, name)(*CALLS[name], **options(name))
     want = getattr(reference, name)(*CALLS[name], **options(name))
@@ -129,13 +129,13 @@ def test_cpu_tensors_go_to_the_reference_bit_for_bit(name: str, backend: Any) ->
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_kernels_refuse_cpu_tensors_and_say_what_to_do(name: str) -> None:
+def test_kernels_reject_cpu_tensors_with_a_hint(name: str) -> None:
     with ops.use_backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         getattr(ops, name)(*CALLS[name], **options(name))
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_fp64_goes_to_the_reference_whatever_is_asked(name: str) -> None:
+def test_fp64_uses_the_reference_with_any_backend(name: str) -> None:
     wide = [x.double() for x in CALLS[name]]
     with ops.use_backend("triton"):
         got = getattr(ops, name)(*wide, **options(name))
@@ -186,7 +186,7 @@ def test_auto_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_compiler_sees_through_the_switch(name: str) -> None:
+def test_the_compiler_traces_through_the_dispatch(name: str) -> None:
     """One graph, forward and backward, of plain operations: no custom op on a CPU."""
     graphs: list[torch.fx.GraphModule] = []
 

@@ -89,7 +89,7 @@ def test_slices_of_one_projection_and_other_strides() -> None:
     assert_accurate(q, k, *weights, (cos, sin))
 
 
-def test_gradients_that_come_transposed() -> None:
+def test_transposed_gradients() -> None:
     """Attention works on (B, H, N, Dh), so its gradients arrive with the strides of that."""
     gradients = []
     for op in (qk_norm_rope, reference.qk_norm_rope):
@@ -132,7 +132,7 @@ def test_nan_stays_in_its_head() -> None:
     assert not dk.isnan().any()
 
 
-def test_without_eps_heads_beyond_the_last_add_nothing() -> None:
+def test_without_eps_heads_beyond_the_last_contribute_nothing() -> None:
     q, k, weight = randn(1, 3, 1, 8), randn(1, 3, 1, 8, seed=1), randn(8, seed=2)
     assert_accurate(q, k, weight, None, rotary_1d(3, 8), eps=0.0)
 
@@ -157,7 +157,7 @@ def test_registration_and_compile() -> None:
     )
 
 
-def test_a_learned_table_is_refused() -> None:
+def test_a_learned_table_is_rejected() -> None:
     q, table = randn(1, 5, 2, 8), rotary_1d(5, 8)
     learned = table[0].requires_grad_()
     assert takes(q, q, None, None, *rotary_1d(5, 8))

@@ -67,7 +67,7 @@ def test_routed_mlp(tokens: int, width: int, inner: int, experts: int, dtype: to
     assert_as_good_as_eager(ours(plan), expert_by_expert(ids), *arguments, stores=4)
 
 
-def test_every_expert_but_one_is_empty() -> None:
+def test_all_tokens_on_one_expert() -> None:
     ids = torch.full((20,), 4)
     plan = make_routing_plan(ids, 5)
     arguments = tensors(20, 8, 8, 5)
@@ -115,7 +115,7 @@ def test_nan_stays_with_its_token_and_its_expert() -> None:
         assert gradient.isnan().any(2).any(1).tolist() == [False, False, True]
 
 
-def test_only_what_is_needed_is_computed_and_kept() -> None:
+def test_only_needed_results_are_computed_and_saved() -> None:
     """Frozen experts get no gradient, a first layer's input none, and inference keeps nothing."""
     plan = make_routing_plan(expert_ids(20, 3), 3)
     arguments = tensors(20, 8, 8, 3)
@@ -133,7 +133,7 @@ def test_only_what_is_needed_is_computed_and_kept() -> None:
     assert gated.numel() == upped.numel() == 0
 
 
-def test_through_the_switch() -> None:
+def test_through_ops() -> None:
     plan = make_routing_plan(expert_ids(20, 3), 3)
     x, *weights = tensors(20, 8, 8, 3)
     with ops.use_backend("triton"):

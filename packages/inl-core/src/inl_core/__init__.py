@@ -1,6 +1,6 @@
 """INL dynamics, norms, rotary embeddings, routed MLPs and stability theory for PyTorch.
 
-`inl_core.ops` holds the operations as functions, `inl_core.reference` their definition.
+`inl_core.ops` has the operations as functions, `inl_core.reference` their definitions.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported on first use: `inl_core.run` and the help pages of the command lines need no torch.
+# Imported on first use: `inl_core.run` and the help pages of the commands do not need torch.
 _MODULES = ("integrators", "ops", "reference", "stability")
 _HOMES = {
     "Certificate": "certificate",
@@ -106,7 +106,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # the next access is a plain one
+    globals()[name] = value  # not called again for this name
     return value
 
 

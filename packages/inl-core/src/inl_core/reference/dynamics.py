@@ -128,7 +128,7 @@ def inl_branch_epilogue(
         h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight
     )
     bounds = {"velocity_max": velocity_max, "mu_min": mu_min, "mu_max": mu_max}
-    h_next, v_next = inl_update(h.to(dtype), v, alpha, beta, gate, mu, dt=dt, **bounds)
+    h_next, v_next = inl_update(h.to(dtype), v, alpha, beta, gate, mu, None, dt=dt, **bounds)
     if residual_gate is not None:
         h_next = per_sample(residual_gate, h).to(dtype) * h_next
     total = residual.to(dtype) + h_next
