@@ -20,7 +20,7 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data.dataset import in_split, read_labels
 from complexity_dit.labels import resolve_label
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines.pipeline import run_in_fixed_batches
+from complexity_dit.pipelines.pipeline import NetworkBatches
 from complexity_dit.training.batches import random_batch_indices
 from inl_core import build_routing_table, make_routing_plan
 from inl_core.run.errors import UserError
@@ -169,11 +169,11 @@ def test_fixed_batches_give_every_row_once_however_they_are_split(count, chunk, 
         sizes.append(len(x))
         return 2 * x
 
-    assert torch.equal(run_in_fixed_batches(network, chunk, offset, rows), 2 * rows)
+    assert torch.equal(NetworkBatches(chunk, offset).run(network, rows), 2 * rows)
     assert set(sizes) == {chunk}
     cut = min(cut, count)
     parts = [(rows[:cut], offset), (rows[cut:], offset + cut)]
-    outputs = [run_in_fixed_batches(network, chunk, at, part) for part, at in parts if len(part)]
+    outputs = [NetworkBatches(chunk, at).run(network, part) for part, at in parts if len(part)]
     assert torch.equal(torch.cat(outputs), 2 * rows)
 
 

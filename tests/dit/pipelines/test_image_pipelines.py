@@ -251,13 +251,13 @@ def test_the_same_folder_loads_as_each_pipeline(pipe, inpaint, picture, mask, tm
     [
         ({"strength": 1.2}, r"strength 1.2 must be from 0"),
         ({"strength": float("nan")}, "strength nan"),
-        ({"image": "cat.png"}, "image is str: give a PIL image"),
+        ({"image": "cat.png"}, "image is str: pass a PIL image"),
         ({"image": []}, "image is empty list"),
-        ({"image": torch.rand(1, 4, 8, 8)}, "4 channels; a picture has 3"),
+        ({"image": torch.rand(1, 4, 8, 8)}, "4 channels, expected 3"),
         ({"image": torch.rand(1, 3, 8, 8) * 255}, "outside \\[0, 1\\]"),
         ({"image": torch.rand(1, 3, 9, 8)}, "height 9 and width 8 must be positive multiples of 2"),
         ({"image": [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 6))]}, "several sizes"),
-        ({"image": [Image.new("RGB", (8, 8))] * 2, "style": [0, 1, 2]}, "3 of labels for|2 of im"),
+        ({"image": [Image.new("RGB", (8, 8))] * 2, "style": [0, 1, 2]}, "3 labels|2 images"),
         ({"generator": generators(0, 1)}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents of shape \(1, 3, 4, 4\) must be"),
         ({"num_inference_steps": 0}, "at least 1"),
@@ -272,9 +272,9 @@ def test_wrong_input_is_refused(img2img, inpaint, picture, mask, changes, words)
 
 
 def test_wrong_masks_are_refused(inpaint, picture):
-    with pytest.raises(UserError, match="3 channels; a mask has 1"):
+    with pytest.raises(UserError, match="3 channels, expected 1"):
         inpaint(picture, torch.ones(1, 3, 8, 8))
-    with pytest.raises(UserError, match="2 of masks for 1 of images"):
+    with pytest.raises(UserError, match="2 masks for 1 images"):
         inpaint(picture, torch.ones(2, 8, 8))
     with pytest.raises(UserError, match="mask_image is NoneType"):
         inpaint(picture, None)
@@ -324,7 +324,7 @@ def test_a_strip_leads_from_one_picture_to_another(pipe):
 def test_wrong_strips_are_refused(pipe):
     for changes, words in (
         ({"count": 1}, "count 1 must be at least 2"),
-        ({"generator": None}, "generator is decided"),
+        ({"generator": None}, "generator is determined"),
         ({"return_dict": False}, "return_dict"),
         ({"first": {"style": "Cubsm"}}, "near"),
     ):

@@ -15,7 +15,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, run_in_fixed_batches
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from inl_core.run.errors import UserError
 
 
@@ -74,7 +74,7 @@ def test_chunks_pad_and_keep_positions():
         return x + y + torch.arange(len(x))
 
     x, y = torch.arange(5.0), torch.zeros(5)
-    assert run_in_fixed_batches(network, 4, 3, x, y).tolist() == [3.0, 1.0, 3.0, 5.0, 7.0]
+    assert NetworkBatches(4, 3).run(network, x, y).tolist() == [3.0, 1.0, 3.0, 5.0, 7.0]
     assert sizes == [4, 4]
 
 

@@ -29,10 +29,11 @@ from complexity_dit.models.loading import add_metadata
 from inl_core.run.errors import UserError
 
 _ROWS = "label_embed."
-_FETCHING = (
+FETCH_OPTIONS = (
     "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies",
     "token", "revision", "subfolder",
 )  # fmt: skip
+"""Keywords of `read_adapter`, as diffusers names them."""
 
 
 # Fused operations take the weights of norms and dynamics as tensors: an offloading that brings a
@@ -83,18 +84,17 @@ class LabelTable(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def read_adapter(source: Any, prefix: str | None, **fetching: Any) -> tuple[dict, dict | None]:
-    """The tensors of an adapter without their prefix, and PEFT's settings.
+def read_adapter(source: Any, **fetching: Any) -> tuple[dict, dict | None]:
+    """The tensors of an adapter by name, and PEFT's settings.
 
     Args:
         source: A folder, a safetensors file, a Hub id, or the tensors by name.
-        prefix: What the names begin with; None takes them as they are.
-        **fetching: As `load_lora_adapter` takes them.
+        **fetching: `FETCH_OPTIONS`.
 
     Raises:
-        UserError: If there is no such adapter, or it is no safetensors file.
+        UserError: If there is no such adapter, or it is not a safetensors file.
     """
-    options = dict.fromkeys(_FETCHING) | fetching
+    options = dict.fromkeys(FETCH_OPTIONS) | fetching
     if not isinstance(source, dict) and options["use_safetensors"] is False:
         raise UserError("use_safetensors=False would load a pickle; only safetensors here")
     options["use_safetensors"] = True
@@ -103,20 +103,19 @@ def read_adapter(source: Any, prefix: str | None, **fetching: Any) -> tuple[dict
             source, user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             allow_pickle=False, **options,
         )  # fmt: skip
-    except Exception as error:  # diffusers' fetching and safetensors raise types of their own
-        said = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # diffusers and safetensors raise types of their own
+        message = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no adapter in {source} ({said}): give a folder with "
+            f"there is no adapter in {source} ({message}): pass a folder with "
             "pytorch_lora_weights.safetensors, or a Hub id and weight_name"
         ) from error
-    if prefix is None:
-        return dict(tensors), metadata
+    return dict(tensors), metadata
+
+
+def without_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries below `prefix.`, without it."""
     head = f"{prefix}."
-    tensors, metadata = (
-        None if d is None else {k.removeprefix(head): v for k, v in d.items() if k.startswith(head)}
-        for d in (tensors, metadata)
-    )
-    return tensors or {}, metadata
+    return {k.removeprefix(head): v for k, v in values.items() if k.startswith(head)}
 
 
 def label_rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -216,8 +215,11 @@ class LabelAdapterMixin(PeftAdapterMixin):
         Raises:
             UserError: If there is no such adapter, or it is one of another network.
         """
-        fetching = {name: kwargs.pop(name) for name in _FETCHING if name in kwargs}
-        tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, prefix, **fetching)
+        fetching = {name: kwargs.pop(name) for name in FETCH_OPTIONS if name in kwargs}
+        tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, **fetching)
+        if prefix is not None:
+            tensors = without_prefix(tensors, prefix)
+            metadata = None if metadata is None else without_prefix(metadata, prefix)
         metadata = kwargs.pop("metadata", None) or metadata
         rows = label_rows(tensors)
         matrices = {k: v for k, v in tensors.items() if not k.startswith(_ROWS)}
