@@ -146,7 +146,7 @@ def test_broken_releases_are_named(small, tmp_path):
     folder = release(small, tmp_path / "release")
     decoder = folder / "tae_decoder.safetensors"
     save_file({"0.weight": torch.zeros(1)}, decoder)
-    with pytest.raises(UserError, match="no autoencoder of the TAESD family"):
+    with pytest.raises(UserError, match="not an autoencoder of the TAESD family"):
         load_vae(str(folder))
     decoder.write_bytes(b"half a file")
     with pytest.raises(UserError, match="cannot read"):

@@ -283,11 +283,11 @@ def test_a_run_with_everything_on_trains(small_run):
         ({"routing": "position", "num_experts": 17}, "at most the 16 tokens"),
         (
             {"routing": "position", "overrides": {"routing_edges": [0.5]}},
-            "go with routing timestep",
+            "require routing timestep",
         ),
         (
             {"routing": "timestep", "num_experts": 3, "overrides": {"routing_edges": [0.6, 0.5]}},
-            "must be 2 rising noise levels",
+            "must be 2 increasing noise levels",
         ),
         ({"routing": "timestep", "overrides": {"routing": "tokens"}}, "'tokens' must be one of"),
     ],

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from complexity_dit.config import Dtype, Resize
+from complexity_dit.models.loading import load_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
@@ -899,7 +900,10 @@ def load_vision_model(
         raise UserError(f"{folder} holds no .safetensors weights; save the model as safetensors")
     try:
         config = AutoConfig.from_pretrained(folder, **_AS_DATA)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, **_AS_DATA)
+        model = load_weights(
+            AutoModel.from_pretrained, lambda _: AutoModel.from_config(config), folder,
+            allow_unused=True, **_AS_DATA,
+        )  # fmt: skip
     # transformers checks few of the values of a config.json: what it raises later is of any type.
     except Exception as error:
         raise UserError(

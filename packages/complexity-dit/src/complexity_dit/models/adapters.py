@@ -1,12 +1,12 @@
-"""LoRA adapters of the transformer that may bring labels of their own.
+"""LoRA adapters of the transformer, with label embeddings.
 
-An adapter for a style that the network has never seen is useless without a way to ask for it, so it
-carries, beside PEFT's matrices, a row of the label table for each new name:
+An adapter for a style that the network was not trained on needs a label to select it. So its file
+holds, in addition to PEFT's matrices, a row of the label table per new name:
 
     transformer.blocks.0.attn.to_q.lora_A.weight   (rank, D)   PEFT's, as everywhere in diffusers
     transformer.label_embed.style.Ukiyo_e          (D,)        a row; field and name are in the key
 
-Rows come and go with their adapter, and stay when it is merged.
+Rows are added and removed with their adapter, and stay when it is merged.
 """
 
 import copy
@@ -36,32 +36,19 @@ FETCH_OPTIONS = (
 """Keywords of `read_adapter`, as diffusers names them."""
 
 
-# Fused operations take the weights of norms and dynamics as tensors: an offloading that brings a
-# weight to the device when the forward of *its own* layer is called would never bring those.
+# Offloading layer by layer moves a weight to the device when the forward of its own layer is
+# called. Fused operations take the weights of norms and dynamics as tensors and never call these.
 OFFLOAD_REASON = (
     "the fused operations read the weights of norms and dynamics without calling these layers, so "
-    "their weights would stay behind"
+    "their weights would not be moved to the device"
 )
 
 
-def refuse_leaf_level(offload_type: Any) -> None:
-    """Refuse group offloading layer by layer.
-
-    Raises:
-        UserError: Naming what works.
-    """
-    if str(getattr(offload_type, "value", offload_type)) == "leaf_level":
-        raise UserError(
-            f"group offloading by leaf_level cannot work here: {OFFLOAD_REASON}. Use "
-            'offload_type="block_level", num_blocks_per_group=1'
-        )
-
-
 class LabelTable(nn.Module):
-    """A label table with the rows of adapters: the network's own names, theirs, the null row.
+    """A label table with the rows of adapters between those of the network and the null row.
 
     Args:
-        own: The network's table, its null row at the end.
+        own: The network's table, with the null row at the end.
     """
 
     def __init__(self, own: nn.Embedding) -> None:
@@ -119,7 +106,7 @@ def without_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def label_rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The label rows among an adapter's tensors, `{field: {name: (D,)}}`."""
+    """The label rows in an adapter's tensors, `{field: {name: (D,)}}`."""
     rows: dict[str, dict[str, Tensor]] = {}
     for key, row in tensors.items():
         if key.startswith(_ROWS):
@@ -129,14 +116,14 @@ def label_rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 class LabelAdapterMixin(PeftAdapterMixin):
-    """diffusers' adapter methods for a network with `label_embed`, rows included."""
+    """The adapter methods of diffusers, extended to the label rows of a network's `label_embed`."""
 
     label_embed: nn.ModuleDict
     config: Any
 
     @property
     def added_labels(self) -> dict[str, list[str]]:
-        """Names that adapters brought, by field, in the order of their ids."""
+        """Names added by adapters, by field, in the order of their ids."""
         return {
             field: [name for names in table.names.values() for name in names]
             for field, table in self.label_tables().items()
@@ -148,18 +135,18 @@ class LabelAdapterMixin(PeftAdapterMixin):
         labels: Mapping[str, Sequence[str] | Mapping[str, Tensor]],
         adapter_name: str = "default",
     ) -> None:
-        """Give an adapter rows for names that the network does not know.
+        """Add label rows to an adapter.
 
         Args:
-            labels: By field, names, which start at the null row: a picture asked for by such a name
-                begins as one without it; or names with their rows, (D,).
-            adapter_name: Whose they are.
+            labels: Per field, either names, whose rows start as copies of the null row, or names
+                with their rows, (D,).
+            adapter_name: The adapter they belong to.
 
         Raises:
-            UserError: For a field that the network has not, a name that is there already, or a row
-                of another width.
+            UserError: For a field that the network does not have, a name that another adapter
+                added, or a row of another width.
         """
-        there = self.added_labels
+        present = self.added_labels
         for field, names in labels.items():
             if field not in self.label_embed:
                 raise UserError(
@@ -167,9 +154,9 @@ class LabelAdapterMixin(PeftAdapterMixin):
                     f"{', '.join(self.label_embed) or 'no label fields'}"
                 )
             for name in names:
-                if name in there.get(field, ()):
+                if name in present.get(field, ()):
                     raise UserError(
-                        f"{field} {name!r} is there already, from another adapter: unload that one"
+                        f"{field} {name!r} was added by another adapter already: unload that one"
                     )
         for field, names in labels.items():
             table = self.label_embed[field]
@@ -187,7 +174,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
             table.names[adapter_name] = list(names)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
-        """An adapter's tensors as they are saved, without prefix."""
+        """An adapter's tensors as saved, without prefix."""
         from peft.utils import get_peft_model_state_dict
 
         tensors = get_peft_model_state_dict(self, adapter_name=adapter_name)
@@ -199,7 +186,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
         return tensors
 
     def adapter_settings(self, adapter_name: str = "default") -> dict[str, Any]:
-        """An adapter's settings as they are saved: PEFT's, in an order that is always the same."""
+        """An adapter's PEFT settings as saved, with sets as sorted lists."""
         settings = self.peft_config[adapter_name].to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
@@ -210,10 +197,10 @@ class LabelAdapterMixin(PeftAdapterMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As in diffusers, and the adapter's new labels get rows after those of the network.
+        """As in diffusers; new labels of the adapter get rows after those of the network.
 
         Raises:
-            UserError: If there is no such adapter, or it is one of another network.
+            UserError: If there is no such adapter, or it was trained on another network.
         """
         fetching = {name: kwargs.pop(name) for name in FETCH_OPTIONS if name in kwargs}
         tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, **fetching)
@@ -225,11 +212,11 @@ class LabelAdapterMixin(PeftAdapterMixin):
         matrices = {k: v for k, v in tensors.items() if not k.startswith(_ROWS)}
         if not matrices:
             raise UserError(
-                f"no tensor of the adapter begins with {prefix!r}: give the prefix it was saved "
-                "with, None for none"
+                f"no tensor of the adapter begins with {prefix!r}: pass the prefix it was saved "
+                "with, or None"
             )
         if hotswap and rows:
-            raise UserError("an adapter with labels of its own cannot be swapped in: unload first")
+            raise UserError("an adapter with labels cannot be hot-swapped: unload the other first")
         name = kwargs.pop("adapter_name", None) or get_adapter_name(self)
         try:
             super().load_lora_adapter(
@@ -250,7 +237,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
     def save_lora_adapter(
         self, save_directory: Any, adapter_name: str = "default", **kwargs: Any
     ) -> None:
-        """As in diffusers, with the adapter's labels; load it with `prefix=None`."""
+        """As in diffusers, with the adapter's labels; to load it, pass `prefix=None`."""
         if adapter_name not in getattr(self, "peft_config", {}):
             raise UserError(f"there is no adapter {adapter_name!r} in the network")
         if kwargs.pop("safe_serialization", True) is not True:
@@ -261,14 +248,14 @@ class LabelAdapterMixin(PeftAdapterMixin):
         )  # fmt: skip
 
     def unload_lora(self) -> None:
-        """Take all adapters out; labels of merged ones stay, as their matrices do."""
+        """Remove all adapters; labels of merged ones stay, as their matrices do."""
         merged = {name for layer in self._tuned_layers() for name in layer.merged_adapters}
         super().unload_lora()
         for table in self.label_tables().values():
             self._drop_rows([name for name in table.names if name not in merged])
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """As in diffusers; the adapters' labels go too."""
+        """As in diffusers; the labels of the adapters are removed too."""
         super().delete_adapters(adapter_names)
         self._drop_empty_layers()
         self._drop_rows([adapter_names] if isinstance(adapter_names, str) else adapter_names)
@@ -283,13 +270,13 @@ class LabelAdapterMixin(PeftAdapterMixin):
         max_shard_size: int | str = "10GB",
         **kwargs: Any,
     ) -> None:
-        """As in diffusers, with the labels of merged adapters as the network's own.
+        """As in diffusers; labels of merged adapters become those of the network.
 
-        The weights' header gets the class, its config and the version, so that a file that was
-        moved away from its `config.json` still says what it is.
+        The header of the weights gets the class, its config and the version, so that a file can be
+        identified without its `config.json`.
 
         Raises:
-            UserError: If an adapter is loaded: the folder would hold half of it.
+            UserError: If an adapter is loaded: the folder would hold only half of it.
         """
         if any(True for _ in self._tuned_layers()):
             raise UserError(
@@ -297,12 +284,12 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 "save the adapter alone (save_lora_adapter)"
             )
         with self._plain_tables():
-            # By name: a pipeline looks at the signature for what it may pass on.
+            # Named parameters, because a pipeline passes only what is in the signature.
             super().save_pretrained(  # pyright: ignore
                 save_directory, is_main_process, save_function, safe_serialization, variant,
                 max_shard_size, **kwargs,
             )  # fmt: skip
-            # Not where it was loaded from, which `_name_or_path` says.
+            # Without `_name_or_path`, the path it was loaded from.
             config = {k: v for k, v in self.config.items() if not k.startswith("_")}
             about = {
                 "complexity_dit.class": type(self).__name__,
@@ -316,15 +303,23 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """As in diffusers, by blocks; see `refuse_leaf_level`."""
-        refuse_leaf_level(offload_type)
+        """As in diffusers, by blocks.
+
+        Raises:
+            UserError: For `leaf_level`, naming what works.
+        """
+        if str(getattr(offload_type, "value", offload_type)) == "leaf_level":
+            raise UserError(
+                f"group offloading by leaf_level cannot work here: {OFFLOAD_REASON}. Use "
+                'offload_type="block_level", num_blocks_per_group=1'
+            )
         super().enable_group_offload(  # pyright: ignore
             torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs
         )
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:
-        """The network as one that had all its labels from the beginning."""
+        """Make the labels of adapters those of the network, in tables and config."""
         tables, counts = self.label_tables(), list(self.config.num_classes)
         try:
             for field, table in tables.items():
@@ -341,7 +336,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
             self.register_to_config(num_classes=counts)  # pyright: ignore
 
     def label_tables(self) -> dict[str, LabelTable]:
-        """The tables that have rows of adapters, by field."""
+        """The tables with rows of adapters, by field."""
         return {f: t for f, t in self.label_embed.items() if isinstance(t, LabelTable)}
 
     def _tuned_layers(self) -> Iterator[Any]:
@@ -354,7 +349,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 yield module
 
     def _drop_empty_layers(self) -> None:
-        """PEFT's layers would stay round ours without any adapter, and rename what is saved."""
+        """Unwrap the layers if no adapter is left; PEFT's wrappers would rename the tensors."""
         if not getattr(self, "peft_config", None):
             super().unload_lora()
 
@@ -368,7 +363,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
 
 
 def blank_copy(model: Any) -> Any:
-    """A network of the same structure, adapters included, with other numbers."""
+    """A newly initialised network of the same structure, adapters included."""
     blank = type(model).from_config(model.config)
     for name, settings in (getattr(model, "peft_config", None) or {}).items():
         blank.add_adapter(copy.deepcopy(settings), name)

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    ConfigMixin,
-    ModelMixin,  # noqa: F401 — diffusers finds it here
-)
+from diffusers import ConfigMixin, ModelMixin  # noqa: F401 — ModelMixin: looked up by diffusers
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -30,15 +27,15 @@ KNOWN_PICKLES = {
     "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",
     "0a44a31e1ae59eb9dbf9359d24942fd3ef5928162c1800d97a28c61d51be0ab5": "taef2_decoder.pth",
 }
-"""sha256 of the published files that exist as .pth only; no other .pth is opened."""
+"""sha256 of the release that is published as .pth only; no other .pth is opened."""
 
 
 class TinyBlock(nn.Module):
-    """`relu(y + conv(y))` with y = x + pool(x); three 3x3 convolutions, and the pool if it has one.
+    """`relu(y + conv(y))` with y = x + pool(x): three 3x3 convolutions, and an optional pool.
 
     Args:
         channels: Width, in and out.
-        pool_channels: Inner width of the 1x1 branch; 0 means none.
+        pool_channels: Inner width of the 1x1 branch; 0 means no branch.
         pool_groups: Groups of the branch's GroupNorm.
     """
 
@@ -67,7 +64,7 @@ class TinyBlock(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """`bound * tanh(z / bound)`: keeps stray latents within what the decoder has seen."""
+    """`bound * tanh(z / bound)`: keeps outliers in the range that the decoder was trained on."""
 
     def __init__(self, bound: float) -> None:
         super().__init__()
@@ -80,23 +77,23 @@ class SoftClamp(nn.Module):
 class TinyAutoencoder(SafeModel, ConfigMixin):
     """A small autoencoder with the interface of diffusers' `AutoencoderTiny`.
 
-    Layers are numbered as in the published files, so that those load without renaming.
+    Layers are numbered as in the published files, which load without renaming.
 
     Args:
         in_channels: Channels of an image.
         latent_channels: Channels of a latent.
         block_out_channels: Width of each stage, finest first; each stage after the first halves the
             size, so a latent is 2^(stages - 1) times smaller than its image.
-        layers_per_block: Blocks of each stage of the encoder, finest first.
-        decoder_layers_per_block: Blocks of each stage of the decoder, coarsest first.
-        pool_channels: Inner width of the pooling branch in the coarsest stage; 0 means none.
+        layers_per_block: Blocks in each stage of the encoder, finest first.
+        decoder_layers_per_block: Blocks in each stage of the decoder, coarsest first.
+        pool_channels: Inner width of the pooling branch in the coarsest stage; 0 means no branch.
         pool_groups: Groups of its GroupNorm.
-        latent_bound: The decoder sees `bound * tanh(z / bound)`.
+        latent_bound: The decoder gets `bound * tanh(z / bound)`.
         scaling_factor: As in diffusers: a model trains on (z - shift_factor) * scaling_factor.
         shift_factor: See `scaling_factor`.
 
     Raises:
-        UserError: If the three lists are not of one length.
+        UserError: If the three lists differ in length.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["TinyBlock"]
@@ -150,22 +147,22 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
-        """Images in [-1, 1], (B, C, Y, X), to latents (B, latent_channels, Y / f, X / f).
+        """Encode images in [-1, 1], (B, C, Y, X), to latents (B, latent_channels, Y / f, X / f).
 
-        f is 2^(stages - 1), 8 for TAEF2. There is no posterior: an image has one latent.
+        f is 2^(stages - 1), 8 for TAEF2. The encoder is deterministic: there is no posterior.
         """
-        latents = self.encoder((x + 1) / 2)  # the family works on [0, 1]
+        latents = self.encoder((x + 1) / 2)  # the networks of the family take [0, 1]
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
     def decode(
         self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, latent_channels, Y, X) to images (B, C, f Y, f X), about in [-1, 1].
+        """Decode latents (B, latent_channels, Y, X) to images (B, C, f Y, f X), about in [-1, 1].
 
         Args:
-            z: Latents as `encode` gives them.
-            generator: Not used; decoders of diffusers take one.
+            z: Latents as `encode` returns them.
+            generator: Unused; part of the interface of diffusers' decoders.
             return_dict: False returns a plain tuple.
         """
         sample = self.decoder(z) * 2 - 1
@@ -179,15 +176,15 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
     def from_taesd(cls, folder: str | Path) -> "TinyAutoencoder":
         """Load the two files of a TAESD-family release: `*encoder*` and `*decoder*`.
 
-        Widths, depths and the pooling branch are read off the tensors. Files are `.safetensors`,
-        or the `.pth` of TAEF2, which is published in no other form: its sha256 is checked before it
-        is opened, with torch's tensors-only loader.
+        Widths, depths and the pooling branch are derived from the tensors. Files are
+        `.safetensors`, or the `.pth` of TAEF2, which is published in no other form: it is opened
+        only if its sha256 is known, with torch's tensors-only loader.
 
         Args:
-            folder: Where the two files are.
+            folder: The folder with the two files.
 
         Raises:
-            UserError: If a file is missing, unknown, or holds other tensors.
+            UserError: If a file is missing, unknown, or has other tensors.
         """
         parts = {part: _read_part(Path(folder), part) for part in ("encoder", "decoder")}
         state = {f"{part}.{k}": v.float() for part, own in parts.items() for k, v in own.items()}
@@ -196,21 +193,18 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
             model.load_state_dict(state)
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(
-                f"{folder} holds no autoencoder of the TAESD family: {error}"
+                f"{folder} is not an autoencoder of the TAESD family: {error}"
             ) from error
         return model.eval()
 
 
 def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    found = sorted(
-        path for suffix in (".safetensors", ".pth") for path in folder.glob(f"*{part}*{suffix}")
-    )
-    safe = [path for path in found if path.suffix == ".safetensors"] or found
-    if len(safe) != 1:
+    paths = list(folder.glob(f"*{part}*.safetensors")) or list(folder.glob(f"*{part}*.pth"))
+    if len(paths) != 1:
         raise UserError(
-            f"{folder} has {len(safe)} files named *{part}*.safetensors (or .pth); expected one"
+            f"{folder} has {len(paths)} files named *{part}*.safetensors (or .pth); expected one"
         )
-    path = safe[0]
+    (path,) = paths
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -226,18 +220,20 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def _family_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Any]:
-    """Widths and depths of a release, read off its numbered layers.
+    """Widths and depths of a release, from the numbers of its layers.
 
-    A layer without `conv.` and without a bias is where a stage starts (encoder) or ends (decoder).
+    Keys such as `3.weight`, outside of any block, are the convolutions between stages.
     """
-    changes = [int(k.split(".")[0]) for k in encoder if k.count(".") == 1 and k.endswith("weight")]
-    starts, last = sorted(changes)[:-1], max(changes)
+
+    def convolutions(tensors: dict[str, Tensor]) -> list[int]:
+        names = (k.split(".") for k in tensors)
+        return sorted(int(name[0]) for name in names if name[1:] == ["weight"])
+
+    *starts, last = convolutions(encoder)
     widths = [encoder[f"{i}.weight"].shape[0] for i in starts]
     depths = [b - a - 1 for a, b in zip(starts, [*starts[1:], last], strict=True)]
-    ends = sorted(
-        int(k.split(".")[0]) for k in decoder if k.count(".") == 1 and k.endswith("weight")
-    )[1:]
-    # Between two stages of the decoder stand an upsampling and a convolution.
+    ends = convolutions(decoder)[1:]
+    # Two stages of the decoder are separated by an upsampling and a convolution.
     begins = [3, *(end + 1 for end in ends[:-1])]
     finals = [end - 2 for end in ends[:-1]] + [ends[-1] - 1]
     pool = [v for k, v in encoder.items() if k.endswith("pool.0.weight")]

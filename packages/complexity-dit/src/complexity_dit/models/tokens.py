@@ -1,7 +1,8 @@
-"""Which tokens a block works on, and which expert each of them meets: facts known in advance.
+"""Token dropping and routing: the tokens a block processes and the expert of each.
 
-Dropping tokens in the middle of the network is TREAD (Krause et al., arXiv 2501.04765): the kept
-ones go through the middle blocks, the others bypass them unchanged and come back behind them.
+Both are determined before the network runs. Dropping tokens in the middle of the network is TREAD
+(Krause et al., arXiv 2501.04765): the kept ones go through the middle blocks, the others bypass
+them unchanged and rejoin after them.
 
 Shapes: B batch · N tokens · K kept tokens of N.
 """
@@ -15,37 +16,37 @@ from torch import Tensor
 from inl_core import RoutingPlan, make_routing_plan
 
 LayerState = tuple[Tensor, Tensor | None, Tensor | None]
-"""What travels through depth: hidden state, velocity, and the values of the first block."""
+"""What is passed from block to block: hidden state, velocity, and values of the first block."""
 
 NUM_TRAIN_TIMESTEPS = 1000
-"""Timesteps are this many times the noise level, as diffusers' schedulers count them."""
+"""Timesteps are this many times the noise level, as in diffusers' schedulers."""
 
 
 def kept_count(tokens: int, rate: float) -> int:
-    """How many of an image's tokens stay when the share `rate` is dropped: at least one."""
+    """Number of an image's tokens that are kept when the share `rate` is dropped; at least 1."""
     return max(1, round(tokens * (1 - rate)))
 
 
 def draw_kept_tokens(batch: int, tokens: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Choose the tokens that stay, each image its own, every subset equally likely.
+    """Draw a subset of tokens to keep for each image, every subset equally likely.
 
     Args:
         batch: Images B.
-        tokens: Tokens N of an image.
-        rate: Share of them that is dropped, in [0, 1).
-        generator: Where the randomness comes from.
+        tokens: Tokens N per image.
+        rate: Share of them to drop, in [0, 1).
+        generator: Source of randomness.
 
     Returns:
-        int64 (B, K), ascending in each row.
+        Indices, int64 (B, K), ascending in each row.
     """
     scores = torch.rand(batch, tokens, generator=generator)
     return scores.topk(kept_count(tokens, rate), dim=1).indices.sort(dim=1).values
 
 
 class _Take(torch.autograd.Function):
-    """Rows x[index] of distinct indices: the backward puts rows back, and adds nothing up.
+    """x[index] for distinct indices: the backward copies rows.
 
-    Autograd's own backward of indexing does not know that no row comes twice: it accumulates.
+    The backward of indexing in autograd accumulates, because an index might occur twice.
     """
 
     generate_vmap_rule = True
@@ -68,16 +69,16 @@ class _Take(torch.autograd.Function):
 
 
 class TokenSubset:
-    """The kept tokens of a batch, in and out of the state that travels through depth.
+    """The kept tokens of a batch, gathered from and scattered into a `LayerState`.
 
     Args:
-        kept_BK: Indices of the tokens that stay, (B, K) int64, ascending in each row; their values
-            are the caller's promise.
+        kept_BK: Indices of the kept tokens, (B, K) int64, ascending in each row; the values are not
+            checked.
         batch: Images B.
-        tokens: Tokens N of an image.
+        tokens: Tokens N per image.
 
     Raises:
-        ValueError: If they have another type or shape.
+        ValueError: If the indices have another type or shape.
     """
 
     def __init__(self, kept_BK: Tensor, batch: int, tokens: int) -> None:
@@ -86,15 +87,15 @@ class TokenSubset:
         if kept_BK.dtype != torch.int64 or not fits:
             raise ValueError(
                 f"kept_tokens of shape {shape} and {kept_BK.dtype} must be int64 ({batch}, K) with "
-                f"K from 1 to {tokens}: indices of the tokens that stay, ascending in each row"
+                f"K from 1 to {tokens}: indices of the kept tokens, ascending in each row"
             )
         self.kept, self.tokens = kept_BK, tokens
         first = torch.arange(batch, device=kept_BK.device) * tokens
-        # Row numbers in the batch seen as one list of B * N tokens.
+        # Row numbers in the batch flattened to B * N tokens.
         self.rows = (first[:, None] + kept_BK).flatten()
 
     def take(self, state: LayerState) -> LayerState:
-        """What the kept tokens carry: each (B, N, ...) becomes (B, K, ...), None stays None."""
+        """Gather the kept tokens: each (B, N, ...) becomes (B, K, ...), None stays None."""
         h, v, first = state
         return (
             self._take(h),
@@ -102,13 +103,13 @@ class TokenSubset:
             None if first is None else self._take(first),
         )
 
-    def put_back(self, part: LayerState, whole: LayerState) -> LayerState:
-        """`whole` with hidden state and velocity of the kept tokens replaced by those of `part`.
+    def put_back(self, part: LayerState, full: LayerState) -> LayerState:
+        """Scatter hidden state and velocity of the kept tokens, `part`, into those of all, `full`.
 
-        Where `whole` has no velocity yet, that of a dropped token is zero, as None means. The
-        values of the first block are those of `whole`.
+        If `full` has no velocity yet, dropped tokens get zero, which is what None means. The values
+        of the first block are those of `full`.
         """
-        (h_part, v_part, _), (h, v, first) = part, whole
+        (h_part, v_part, _), (h, v, first) = part, full
         if v_part is not None:
             if v is None:
                 v = v_part.new_zeros(v_part.shape[0], self.tokens, *v_part.shape[2:])
@@ -118,9 +119,9 @@ class TokenSubset:
     def _take(self, x: Tensor) -> Tensor:
         return _Take.apply(x.flatten(0, 1), self.rows).unflatten(0, self.kept.shape)
 
-    def _put(self, part: Tensor, whole: Tensor) -> Tensor:
-        rows = whole.flatten(0, 1).index_copy(0, self.rows, part.flatten(0, 1).to(whole.dtype))
-        return rows.view(whole.shape)
+    def _put(self, part: Tensor, full: Tensor) -> Tensor:
+        rows = full.flatten(0, 1).index_copy(0, self.rows, part.flatten(0, 1).to(full.dtype))
+        return rows.view(full.shape)
 
 
 def expert_ids(
@@ -130,15 +131,15 @@ def expert_ids(
     tokens: int,
     edges: Sequence[float] | None = None,
 ) -> Tensor:
-    """The expert of every token, known before the network runs.
+    """The expert of every token.
 
     Args:
-        routing: `timestep`: the bucket of the image's noise level; `position`: the token's band of
-            the picture, which in row-major order is token * E // N, whatever the size.
+        routing: `timestep`: the bucket of the image's noise level; `position`: the token's
+            horizontal band, which in row-major order is token * E // N at every size.
         num_experts: Experts E.
         timestep_B: 1000 times the noise level, (B,).
-        tokens: Tokens N of an image.
-        edges: E - 1 rising noise levels between the buckets; None means equal widths.
+        tokens: Tokens N per image.
+        edges: E - 1 increasing noise levels between the buckets; None means equal widths.
 
     Returns:
         int64 (B, N).
@@ -159,14 +160,14 @@ def expert_ids(
 def routing_plans(
     config: Mapping[str, Any], timestep_B: Tensor, tokens: int, kept_BK: Tensor | None
 ) -> tuple[RoutingPlan | None, RoutingPlan | None]:
-    """How tokens are grouped by expert, once a batch for every block.
+    """Group tokens by expert, once per batch for all blocks.
 
     Returns:
-        The plan of all tokens, and that of the kept ones. None: the network is dense, or keeps all.
+        The plan of all tokens (None for a dense MLP), and that of the kept ones (None if all are).
     """
     routing, experts = config["routing"], config["num_experts"]
     if routing == "none":
         return None, None
     ids = expert_ids(routing, experts, timestep_B, tokens, config["routing_edges"])
-    some = None if kept_BK is None else make_routing_plan(ids.gather(1, kept_BK), experts)
-    return make_routing_plan(ids, experts), some
+    kept = None if kept_BK is None else make_routing_plan(ids.gather(1, kept_BK), experts)
+    return make_routing_plan(ids, experts), kept

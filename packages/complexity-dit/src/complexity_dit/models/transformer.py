@@ -1,8 +1,8 @@
 """ComplexityDiT: a diffusion transformer whose layers carry INL dynamics.
 
-The blocks are here; their attention is in `attention`. Shape suffixes:
-B batch · C channels · Y, X pixels · N tokens (in the middle of the network only the K kept ones, if
-some are dropped) · D hidden · H heads · E head width · F label fields.
+In reading order: sizes and choices, patches, attention, feed-forward, block, model, and the checks
+of its config. Shape suffixes: B batch · C channels · Y, X pixels · N tokens (in the middle of the
+network the K kept ones, if some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — diffusers finds it here
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — looked up here by diffusers
 from torch import Tensor, nn
 
 from complexity_dit.models.adapters import LabelAdapterMixin
@@ -34,31 +34,74 @@ from inl_core import (
 )
 
 MIN_NOISE = 0.02
-"""Least noise level at which a network that writes the clean image is trained and believed: its
-velocity is divided by the level, and so are its errors."""
+"""Least noise level at which a network that predicts the clean image is trained and used: its
+velocity is divided by the level, which amplifies its errors."""
+
+MAX_LAYERS = 1000
+"""Most blocks of a network: a bound for configs that anyone may have written."""
+
+PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
+ADAPTIVES = ("token", "channel", "layer", "lite")
+NETWORK_OUTPUTS = ("target", "sample")
+ROUTINGS = ("none", "timestep", "position")
+
+# name: (hidden_size, num_layers, num_attention_heads). S to XL are the sizes of DiT (Peebles & Xie,
+# arXiv 2212.09748); nano to mini are for a CPU.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 6, 6),
+    "mini": (256, 8, 8),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+# Defaults of the dynamics coefficients, per placement. The paper's values suit a layer that
+# integrates a stream or a branch; a force must pass the sub-layer output nearly unchanged (dt = 1,
+# gate ~ 1).
+DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
+    "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
+    "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+    "force_mlp": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
+}
 
 
-def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-    """The flow velocity that leads from a noisy image straight to a clean one.
+def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
+    """(B, C, Y, X) to (B, N, C * patch * patch), tokens in row-major order."""
+    batch, channels, height, width = x_BCYX.shape
+    x = x_BCYX.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
 
-    Args:
-        clean: The network's idea of the clean image, (B, C, Y, X).
-        noisy: Its input x_t, likewise.
-        timestep: 1000 times t, (B,); t is taken as at least `MIN_NOISE`.
+def unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`."""
+    x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def canvas_positions(
+    rows: int, columns: int, base: int, hidden_size: int, device: torch.device
+) -> Tensor:
+    """Absolute position embedding, (N, D): fixed sines and cosines of row and column.
+
+    The rotary embedding encodes only distances between tokens; without absolute positions a token
+    at the top is the same as one at the bottom. Coordinates are scaled so that every size covers
+    the range of the training size (`base` tokens per side).
     """
-    t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
-    return (noisy - clean) / t.to(clean)
-
-
-# Self-attention of the image model, open to diffusers' processors and backends.
-#
-# Shape suffixes: B batch · N tokens · D hidden · H heads · E head width.
+    rates = 10000.0 ** (-torch.arange(hidden_size // 4, device=device) * 4 / hidden_size)
+    tables = []
+    for count in (rows, columns):
+        angles = ((torch.arange(count, device=device) + 0.5) * (base / count))[:, None] * rates
+        tables.append(torch.cat([angles.sin(), angles.cos()], dim=-1))
+    y_ND = tables[0].repeat_interleave(columns, dim=0)
+    x_ND = tables[1].repeat(rows, 1)
+    return torch.cat([y_ND, x_ND], dim=-1)
 
 
 class ComplexityDiTAttnProcessor:
-    """Self-attention: QK-norm and 2-D rotary, then whichever attention backend is set."""
+    """Self-attention with QK-norm and 2-D rotary embedding, on the backend that is set."""
 
     _attention_backend = None
     _parallel_config = None
@@ -93,8 +136,8 @@ class ComplexityDiTAttnProcessor:
 class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
     """Grouped-query self-attention with RMS-normalised queries and keys.
 
-    With `mixes_values` the values are (1 - m) V + m V1, V1 those of the first block and m learned,
-    0.5 at the start (value residual; Zhou et al., arXiv 2410.17897).
+    With `mixes_values` the values are (1 - m) V + m V1, where V1 are those of the first block and m
+    is learned from 0.5 (value residual; Zhou et al., arXiv 2410.17897).
     """
 
     _default_processor_cls = ComplexityDiTAttnProcessor
@@ -113,7 +156,7 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
         self.norm_q = RMSNorm(self.head_dim, eps=eps)
         self.norm_k = RMSNorm(self.head_dim, eps=eps)
-        # Shape (1,), not (): sharding wrappers refuse parameters without a dimension.
+        # Shape (1,), not (): sharding wrappers reject scalar parameters.
         self.value_mix = nn.Parameter(torch.full((1,), 0.5)) if mixes_values else None
         self.set_processor(ComplexityDiTAttnProcessor())
 
@@ -124,83 +167,17 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
         sin_NE: Tensor,
         first_BNHE: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The output (B, N, D) and the values that went into it (B, N, H, E)."""
+        """Return the output (B, N, D) and the values it was computed from (B, N, H, E)."""
         return self.processor(self, x_BND, cos_NE, sin_NE, first_BNHE)
 
 
-# From pictures to tokens and back, and where on the canvas a token is.
-#
-# Shapes: B batch · C channels · Y, X pixels · N tokens · D width of a token.
-
-
-def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
-    """(B, C, Y, X) to (B, N, C * patch * patch), tokens in row-major order."""
-    batch, channels, height, width = x_BCYX.shape
-    x = x_BCYX.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(x_BND: Tensor, patch: int, rows: int, columns: int) -> Tensor:
-    """The inverse of `patchify`."""
-    x = x_BND.unflatten(1, (rows, columns)).unflatten(3, (-1, patch, patch))
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def canvas_positions(
-    rows: int, columns: int, base: int, hidden_size: int, device: torch.device
-) -> Tensor:
-    """Where on the canvas each token is, (N, D): fixed sines and cosines of row and column.
-
-    The rotary embedding knows only distances between tokens; without this a token cannot tell the
-    sky from the ground. Coordinates are stretched so that any size spans the range of the training
-    size (`base` tokens), whose corners the network knows.
-    """
-    rates = 10000.0 ** (-torch.arange(hidden_size // 4, device=device) * 4 / hidden_size)
-    tables = []
-    for count in (rows, columns):
-        angles = ((torch.arange(count, device=device) + 0.5) * (base / count))[:, None] * rates
-        tables.append(torch.cat([angles.sin(), angles.cos()], dim=-1))
-    y_ND = tables[0].repeat_interleave(columns, dim=0)
-    x_ND = tables[1].repeat(rows, 1)
-    return torch.cat([y_ND, x_ND], dim=-1)
-
-
-# The named sizes, what each placement of the dynamics starts from, and what fits together.
-
-PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
-ADAPTIVES = ("token", "channel", "layer", "lite")
-NETWORK_OUTPUTS = ("target", "sample")
-ROUTINGS = ("none", "timestep", "position")
-
-# name: (hidden_size, num_layers, num_attention_heads); S to XL are the sizes of DiT (Peebles & Xie,
-# arXiv 2212.09748), those above them are for a CPU.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "nano": (128, 4, 4),
-    "tiny": (192, 6, 6),
-    "mini": (256, 8, 8),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-
-# What `None` means for a dynamics coefficient. The paper's values suit a layer that integrates a
-# stream or a branch; as a force the sub-layer output must arrive nearly whole (dt = 1, gate ~ 1).
-DYNAMICS_DEFAULTS: dict[str, dict[str, float]] = {
-    "stream": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
-    "branch": {"alpha": 0.9, "beta": 0.1, "gate": 0.5, "dt": 0.1},
-    "force": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
-    "force_mlp": {"alpha": 0.5, "beta": 0.01, "gate": 0.99, "dt": 1.0},
-}
-
-
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
-    """Inner width of the SwiGLU MLP: ``mlp_ratio * hidden_size`` rounded up to a multiple of 64."""
+    """Inner width of the SwiGLU MLP, ``mlp_ratio * hidden_size`` rounded up to a multiple of 64."""
     return -(-int(hidden_size * mlp_ratio) // 64) * 64
 
 
 def build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
-    """One dynamics layer from the model's config (one each for attention and MLP in `force`)."""
+    """One dynamics layer from the model's config."""
     defaults = DYNAMICS_DEFAULTS[config["dynamics_placement"]]
     alpha, beta, gate, dt = (
         defaults[key] if config[f"dynamics_{key}"] is None else config[f"dynamics_{key}"]
@@ -211,8 +188,8 @@ def build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
         "mu_min": config["dynamics_mu_min"],
         "mu_max": config["dynamics_mu_max"],
     }
-    # The controller draws its own random numbers. Forking keeps the outer stream where a model
-    # without dynamics has it, so that all placements share the same backbone initialisation.
+    # The controller draws random numbers. Forking leaves the outer random stream as it is in a
+    # model without dynamics, so that all placements share the same backbone initialisation.
     with torch.random.fork_rng(devices=[]):
         if config["dynamics_adaptive"] == "lite":
             return INLDynamicsLite(config["hidden_size"], alpha, beta, gate, dt, **bounds)
@@ -226,104 +203,6 @@ def build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
             adaptive=config["dynamics_adaptive"],
             controller_hidden=config["dynamics_controller_hidden"],
             **bounds,
-        )
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse sizes and names that do not fit; the numbers are in the message."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config["num_key_value_heads"] or heads
-    if hidden % heads:
-        raise ValueError(f"hidden_size {hidden} must be divisible by num_attention_heads {heads}")
-    if (hidden // heads) % 4:
-        raise ValueError(
-            f"head width {hidden // heads} (hidden_size {hidden} / num_attention_heads {heads}) "
-            "must be a multiple of 4 for the 2-D rotary embedding"
-        )
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
-        )
-    if config["sample_size"] % config["patch_size"]:
-        raise ValueError(
-            f"sample_size {config['sample_size']} must be divisible by patch_size "
-            f"{config['patch_size']}"
-        )
-    if config["dynamics_placement"] not in PLACEMENTS:
-        raise ValueError(
-            f"dynamics_placement {config['dynamics_placement']!r} must be one of {PLACEMENTS}"
-        )
-    if config["dynamics_adaptive"] not in ADAPTIVES:
-        raise ValueError(
-            f"dynamics_adaptive {config['dynamics_adaptive']!r} must be one of {ADAPTIVES}"
-        )
-    if config["network_output"] not in NETWORK_OUTPUTS:
-        raise ValueError(
-            f"network_output {config['network_output']!r} must be one of {NETWORK_OUTPUTS}"
-        )
-    _check_routing(config)
-    _check_token_drop(config)
-    fields, counts = config["label_fields"], config["num_classes"]
-    if len(fields) != len(counts) or len(set(fields)) != len(fields):
-        raise ValueError(
-            f"label_fields {list(fields)} must be distinct names with one entry each in "
-            f"num_classes {list(counts)}"
-        )
-    for field, count in zip(fields, counts, strict=True):
-        if not field.isidentifier() or count < 1:
-            raise ValueError(
-                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
-            )
-
-
-def middle_blocks(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The blocks that dropped tokens bypass: from `start` up to, not including, `end`.
-
-    None means all but the first and the last block. start >= end: there is no such block.
-    """
-    start, end = config["token_drop_start"], config["token_drop_end"]
-    return 1 if start is None else start, config["num_layers"] - 1 if end is None else end
-
-
-def _check_token_drop(config: Mapping[str, Any]) -> None:
-    given = config["token_drop_start"] is not None or config["token_drop_end"] is not None
-    start, end = middle_blocks(config)
-    if given and not 0 <= start < end <= config["num_layers"]:
-        raise ValueError(
-            f"token_drop_start {start} and token_drop_end {end} must satisfy 0 <= start < end <= "
-            f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
-        )
-    if config["value_residual"] and start == 0:
-        raise ValueError(
-            f"token_drop_start {start} must be at least 1 with value_residual: every token needs "
-            "its value in the first block"
-        )
-
-
-def _check_routing(config: Mapping[str, Any]) -> None:
-    routing, experts = config["routing"], config["num_experts"]
-    if routing not in ROUTINGS:
-        raise ValueError(f"routing {routing!r} must be one of {ROUTINGS}")
-    if routing == "none":
-        return
-    if experts < 2:
-        raise ValueError(f"num_experts {experts} must be at least 2 with routing {routing}")
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    if routing == "position" and experts > tokens:
-        raise ValueError(
-            f"num_experts {experts} must be at most the {tokens} tokens of an image with routing "
-            "position"
-        )
-    edges = config["routing_edges"]
-    if edges is None:
-        return
-    if routing != "timestep":
-        raise ValueError(f"routing_edges go with routing timestep, not {routing}")
-    inside = [0.0, *edges, 1.0]
-    if len(edges) != experts - 1 or any(a >= b for a, b in itertools.pairwise(inside)):
-        raise ValueError(
-            f"routing_edges {list(edges)} must be {experts - 1} rising noise levels in (0, 1), one "
-            f"less than num_experts {experts}"
         )
 
 
@@ -341,7 +220,12 @@ class ComplexityDiTFeedForward(nn.Module):
 
 
 class ComplexityDiTBlock(nn.Module):
-    """AdaLN-Zero block; `placement` says where the second-order dynamics act (DESIGN 3.2)."""
+    """AdaLN-Zero block with second-order dynamics.
+
+    The placement decides what the dynamics integrate: the residual stream after the MLP (`stream`),
+    the attention output (`branch`), or position and velocity under the sub-layer outputs as an
+    external force (`force`: attention and MLP; `force_mlp`: the MLP only). `none` has no dynamics.
+    """
 
     def __init__(self, config: Mapping[str, Any], index: int) -> None:
         super().__init__()
@@ -362,7 +246,7 @@ class ComplexityDiTBlock(nn.Module):
         inner = swiglu_width(hidden_size, config["mlp_ratio"])
         if config["routing"] == "none":
             self.mlp = ComplexityDiTFeedForward(hidden_size, inner)
-        else:  # a token meets its expert and the shared one: together as wide as the dense MLP
+        else:  # each token passes its expert and a shared one, together as wide as the dense MLP
             self.mlp = TokenRoutedMLP(hidden_size, inner // 2, config["num_experts"])
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         if self.placement != "none":
@@ -380,16 +264,16 @@ class ComplexityDiTBlock(nn.Module):
         sin_NE: Tensor,
         plan: RoutingPlan | None = None,
     ) -> LayerState:
-        """One layer of depth.
+        """Apply the block.
 
         Args:
             h_BND: Hidden state ("position").
-            v_BND: Velocity carried through depth; None at the first layer and without dynamics.
-            first_BNHE: Values of the first block, for a value residual; None there or without.
+            v_BND: Velocity carried through depth; None in the first block and without dynamics.
+            first_BNHE: Values of the first block; None in that block or without value residual.
             c_BD: Activated condition (time plus labels).
-            cos_NE: Rotary cosines; (B, N, E) where each image has kept other tokens.
+            cos_NE: Rotary cosines; (B, N, E) if each image keeps its own subset of tokens.
             sin_NE: Rotary sines, likewise.
-            plan: Which expert each token meets, for a routed MLP.
+            plan: The tokens grouped by expert, for a routed MLP.
 
         Returns:
             The next hidden state and velocity, and the values of the first block.
@@ -400,7 +284,7 @@ class ComplexityDiTBlock(nn.Module):
         branch_BND, values_BNHE = self.attn(normed_BND, cos_NE, sin_NE, first_BNHE)
         if self.gives_values:
             first_BNHE = values_BNHE
-        # The sum, the step before it and the norm after it are one operation where they can be.
+        # The residual sum is fused with the norm after it, and with the dynamics step of a branch.
         conditions, eps = (gate1, shift2, scale2), self.norm2.eps
         if self.placement == "force":
             h_BND, v_BND = self._pushed(self.dynamics, h_BND, v_BND, branch_BND, gate1)
@@ -430,18 +314,18 @@ class ComplexityDiTBlock(nn.Module):
         branch_BND: Tensor,
         gate_BD: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The sub-layer output as the external force f of equation (2)."""
+        """One step of the dynamics with the sub-layer output as the force f of equation (2)."""
         if v_BND is not None and self.velocity_norm_eps is not None:
             v_BND = ops.rms_norm(v_BND, None, self.velocity_norm_eps)
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
 class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin, AttentionMixin):
-    """A diffusion transformer over patches with INL dynamics in every layer.
+    """A diffusion transformer over patches with INL dynamics in every block.
 
-    The condition is the sum of a timestep embedding and one embedding per label field; each field's
-    table has one row more than it has labels, the *null row*, which stands for "not given" (missing
-    in the data, dropped for guidance, or not asked for).
+    The condition is the sum of a timestep embedding and one embedding per label field. Each field's
+    table has one row more than labels, the *null row*, which means "not given" (missing in the
+    data, dropped for guidance, or not requested).
 
     Args:
         sample_size: Default height and width of the input, in pixels or latent cells.
@@ -459,33 +343,33 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         norm_eps: Epsilon of every RMS norm.
         rope_theta: Base of the rotary frequencies.
         dynamics_placement: `stream`, `branch`, `force`, `force_mlp` or `none`.
-        dynamics_adaptive: Coefficients per `token`, `channel`, `layer`, or fixed (`lite`).
-        dynamics_alpha: Initial inertia; None means the placement's default.
-        dynamics_beta: Initial correction; None means the placement's default.
-        dynamics_gate: Initial gate; None means the placement's default.
-        dynamics_dt: Integration step; None means the placement's default.
+        dynamics_adaptive: Coefficients per `token`, `channel` or `layer`, or fixed (`lite`).
+        dynamics_alpha: Initial inertia; None means the placement's default (`DYNAMICS_DEFAULTS`).
+        dynamics_beta: Initial correction, likewise.
+        dynamics_gate: Initial gate, likewise.
+        dynamics_dt: Integration step, likewise.
         dynamics_controller_hidden: Width of the token controller.
         dynamics_beta_max: Upper bound of beta; None switches it off.
         dynamics_velocity_max: Bound of the velocity; None switches it off.
         dynamics_mu_min: Lower bound of the equilibrium; None switches it off.
         dynamics_mu_max: Upper bound of the equilibrium; None switches it off.
-        dynamics_velocity_norm: Where there is a force: RMS-normalise the incoming velocity.
-        network_output: What the last layer computes: `target` is the objective's target itself;
+        dynamics_velocity_norm: `force` and `force_mlp` only: RMS-normalise the incoming velocity.
+        network_output: What the last layer predicts: `target` is the objective's target itself;
             `sample` (flow matching only) is the clean image x, and the model returns the velocity
-            (x_t - x) / t that leads to it (x-prediction; Li & He, arXiv 2511.13720). A small
-            network finds pictures easier to write down than noise.
+            (x_t - x) / t towards it (x-prediction; Li & He, arXiv 2511.13720), which is easier for
+            a small network because images lie on a low-dimensional manifold and noise does not.
         token_drop_start: First of the middle blocks, which dropped tokens bypass when `forward` is
-            given `kept_tokens`; None means the second block, 1.
-        token_drop_end: The block before which dropped tokens are back; None means the last one.
-        value_residual: Blend the values of every block with those of the first, by a learned share
+            given `kept_tokens`; None means block 1, the second.
+        token_drop_end: The block where dropped tokens rejoin; None means the last one.
+        value_residual: Blend the values of every block with those of the first by a learned share
             that starts at one half (arXiv 2410.17897).
-        routing: `none` is a dense MLP; with `timestep` or `position` each token meets, beside a
-            shared expert, one of `num_experts` chosen by the noise level of the image or by the
-            token's band of the picture. Both are half as wide as the dense MLP, so the work for a
+        routing: `none` is a dense MLP; with `timestep` or `position` each token passes a shared
+            expert and one of `num_experts`, chosen by the noise level of the image or by the
+            token's horizontal band. Each is half as wide as the dense MLP, so that the work per
             token is the same.
-        num_experts: Routed experts of each block.
-        routing_edges: `timestep` only: rising noise levels in (0, 1) between the experts, one less
-            than there are experts; None means buckets of equal width.
+        num_experts: Routed experts per block.
+        routing_edges: `timestep` only: increasing noise levels in (0, 1) that separate the experts,
+            one fewer than there are experts; None means buckets of equal width.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -558,9 +442,9 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """AdaLN-Zero: each block, and the output, starts as the identity (or zero).
+        """AdaLN-Zero: each block starts as the identity, and the output at zero.
 
-        Dynamics keep the exact values that `inl_core` gave them.
+        Dynamics keep the values that `inl_core` initialised them with.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -579,7 +463,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
     @classmethod
     def from_size(cls, name: str, **overrides: Any) -> "ComplexityDiTTransformer2DModel":
-        """A model of a named size (a row of `SIZES`), with any config field overridden.
+        """Build a model of a named size (a row of `SIZES`), with any config field overridden.
 
         Raises:
             ValueError: If the size is unknown; the message lists the names.
@@ -607,13 +491,14 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
         Args:
             hidden_states: Noisy images or latents, (B, C, Y, X); Y and X divisible by the patch.
-            timestep: Noise level in [0, 1000], (B,) or a scalar tensor, as diffusers' schedulers
-                give it (flow matching: 1000 times sigma).
+            timestep: Noise level in [0, 1000], (B,) or a scalar tensor, as in diffusers'
+                schedulers (flow matching: 1000 times sigma).
             class_labels: Label ids, (B, F) in the order of `label_fields` ((B,) for one field);
                 -1 means missing. None means that all are missing.
-            kept_tokens: For training: the tokens of each image, (B, K) int64 and ascending, that go
-                through the middle blocks; the others bypass them. None means that all do.
-            label_embeds: What `embed_labels` gives, (B, D), or a blend of such, instead of ids.
+            kept_tokens: For training: indices of the tokens, (B, K) int64 and ascending, that go
+                through the middle blocks; the others bypass them. None keeps all.
+            label_embeds: Label embeddings, (B, D), as `embed_labels` returns them, or a blend of
+                several; in place of ids.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -621,7 +506,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
         Raises:
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
-                wrong shape, or tokens are to be dropped in a network without middle blocks.
+                wrong shape, or tokens are dropped in a network without middle blocks.
         """
         if class_labels is not None and label_embeds is not None:
             raise ValueError("give class_labels or label_embeds, not both")
@@ -644,23 +529,26 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             theta=self.config.rope_theta,
             device=x_BND.device,
         )
-        c_BD = self.time_embed(self.time_proj(timestep.expand(batch)).to(hidden_states.dtype))
-        labels = (
-            self._embed_labels(class_labels, batch, x_BND.device)
-            if label_embeds is None
-            else label_embeds
-        )
-        c_BD = nn.functional.silu(c_BD + labels)
+        timestep = timestep.expand(batch)
+        c_BD = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
+        if label_embeds is None:
+            label_embeds = self._embed_labels(class_labels, batch, x_BND.device)
+        c_BD = nn.functional.silu(c_BD + label_embeds)
 
         state: LayerState = (x_BND, None, None)
         plan, kept_plan = routing_plans(
-            self.config, timestep.expand(batch).to(x_BND.device), rows * columns, kept_tokens
+            self.config, timestep.to(x_BND.device), rows * columns, kept_tokens
         )
         blocks = list(self.blocks)
         if kept_tokens is None:
             state = self._through(blocks, state, c_BD, cos_NE, sin_NE, plan)
         else:
-            start, end = self._middle()
+            start, end = middle_blocks(self.config)
+            if start >= end:
+                raise ValueError(
+                    f"kept_tokens: {len(blocks)} blocks have no middle ones to bypass: use 3 or "
+                    "more, or set token_drop_start and token_drop_end"
+                )
             subset = TokenSubset(kept_tokens, batch, rows * columns)
             cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
             state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE, plan)
@@ -673,17 +561,8 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         x_BND = self.proj_out(self.norm_out(state[0], shift_BD, scale_BD))
         sample = unpatchify(x_BND, patch, rows, columns)
         if self.config.network_output == "sample":
-            sample = velocity_towards(sample, hidden_states, timestep.expand(batch))
+            sample = velocity_towards(sample, hidden_states, timestep)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _middle(self) -> tuple[int, int]:
-        start, end = middle_blocks(self.config)
-        if start >= end:
-            raise ValueError(
-                f"kept_tokens: {len(self.blocks)} blocks have no middle ones to bypass: use 3 or "
-                "more, or set token_drop_start and token_drop_end"
-            )
-        return start, end
 
     def _through(
         self,
@@ -694,7 +573,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         sin_NE: Tensor,
         plan: RoutingPlan | None,
     ) -> LayerState:
-        """A stretch of depth, recomputed in the backward if that is asked for."""
+        """Apply blocks in turn, with gradient checkpointing if it is enabled."""
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in blocks:
             inputs = (*state, c_BD, cos_NE, sin_NE, plan)
@@ -705,7 +584,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         return state
 
     def embed_labels(self, class_labels: Tensor) -> Tensor:
-        """What labels mean to the network: the sum of their rows.
+        """Sum of the embeddings of labels.
 
         Args:
             class_labels: Label ids, (B, F) as for `forward`; -1 is the null row.
@@ -720,7 +599,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device
     ) -> Tensor | float:
-        """Sum of the label embeddings, (B, D); 0.0 for a model without label fields."""
+        """As `embed_labels`, but None means all missing, and 0.0 stands for all zeros."""
         fields = len(self.label_embed)
         if class_labels is None:
             class_labels = torch.full((batch, fields), -1, device=device, dtype=torch.long)
@@ -736,3 +615,106 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             null_row = cast(nn.Embedding, table).num_embeddings - 1
             total = total + table(torch.where(ids_B < 0, null_row, ids_B))
         return total
+
+
+def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """The flow velocity from a noisy image straight to a clean one.
+
+    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
+
+    Args:
+        clean: The predicted clean image, (B, C, Y, X).
+        noisy: The network's input x_t, likewise.
+        timestep: 1000 times t, (B,); t is clamped to at least `MIN_NOISE`.
+    """
+    t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
+    return (noisy - clean) / t.to(clean)
+
+
+def middle_blocks(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Range (start, end) of the blocks that dropped tokens bypass; empty if start >= end.
+
+    None in the config means all but the first and the last block.
+    """
+    start, end = config["token_drop_start"], config["token_drop_end"]
+    return 1 if start is None else start, config["num_layers"] - 1 if end is None else end
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check sizes, names and what depends on them.
+
+    Raises:
+        ValueError: With the value and what was expected.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"] or heads
+    size, patch = config["sample_size"], config["patch_size"]
+    if hidden % heads:
+        raise ValueError(f"hidden_size {hidden} must be divisible by num_attention_heads {heads}")
+    if (hidden // heads) % 4:
+        raise ValueError(
+            f"head width {hidden // heads} (hidden_size {hidden} / num_attention_heads {heads}) "
+            "must be a multiple of 4 for the 2-D rotary embedding"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
+        )
+    if config["num_layers"] > MAX_LAYERS:
+        raise ValueError(f"num_layers {config['num_layers']} must be at most {MAX_LAYERS}")
+    if size % patch:
+        raise ValueError(f"sample_size {size} must be divisible by patch_size {patch}")
+    for name, choices in (
+        ("dynamics_placement", PLACEMENTS),
+        ("dynamics_adaptive", ADAPTIVES),
+        ("network_output", NETWORK_OUTPUTS),
+        ("routing", ROUTINGS),
+    ):
+        if config[name] not in choices:
+            raise ValueError(f"{name} {config[name]!r} must be one of {choices}")
+    if config["routing"] != "none":
+        _check_routing(config, tokens=(size // patch) ** 2)
+    start, end = middle_blocks(config)
+    given = config["token_drop_start"] is not None or config["token_drop_end"] is not None
+    if given and not 0 <= start < end <= config["num_layers"]:
+        raise ValueError(
+            f"token_drop_start {start} and token_drop_end {end} must satisfy 0 <= start < end <= "
+            f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
+        )
+    if config["value_residual"] and start == 0:
+        raise ValueError(
+            f"token_drop_start {start} must be at least 1 with value_residual: every token needs "
+            "its value in the first block"
+        )
+    fields, counts = config["label_fields"], config["num_classes"]
+    if len(fields) != len(counts) or len(set(fields)) != len(fields):
+        raise ValueError(
+            f"label_fields {list(fields)} must be distinct names with one entry each in "
+            f"num_classes {list(counts)}"
+        )
+    for field, count in zip(fields, counts, strict=True):
+        if not field.isidentifier() or count < 1:
+            raise ValueError(
+                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
+            )
+
+
+def _check_routing(config: Mapping[str, Any], tokens: int) -> None:
+    routing, experts, edges = config["routing"], config["num_experts"], config["routing_edges"]
+    if experts < 2:
+        raise ValueError(f"num_experts {experts} must be at least 2 with routing {routing}")
+    if routing == "position" and experts > tokens:
+        raise ValueError(
+            f"num_experts {experts} must be at most the {tokens} tokens of an image with routing "
+            "position"
+        )
+    if edges is None:
+        return
+    if routing != "timestep":
+        raise ValueError(f"routing_edges require routing timestep, not {routing}")
+    levels = [0.0, *edges, 1.0]
+    if len(edges) != experts - 1 or any(a >= b for a, b in itertools.pairwise(levels)):
+        raise ValueError(
+            f"routing_edges {list(edges)} must be {experts - 1} increasing noise levels in (0, 1), "
+            f"one fewer than num_experts {experts}"
+        )

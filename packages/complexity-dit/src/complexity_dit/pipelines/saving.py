@@ -1,7 +1,7 @@
 """Pipeline folders that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads.
 
-diffusers does not import a third-party package because a folder names it. So a folder gets one-line
-modules that import our classes, and `model_index.json` names those modules.
+diffusers does not import a third-party package because a folder names it. So each folder has
+one-line modules that import the classes of this package, and `model_index.json` names these.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
+from torch import nn
 
 from complexity_dit.hub import check_reachable, upload
 from complexity_dit.models.autoencoder import TinyAutoencoder
@@ -23,81 +24,88 @@ from complexity_dit.pipelines.model_card import write_card
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits
 
-_PIPELINE_SHIM = "pipeline_complexity_dit"
-# Our classes among the components: diffusers does not know them, so a module of this name beside
-# their weights imports them.
-_SHIMS: dict[str, tuple[str, type]] = {
+_PIPELINE_MODULE = "pipeline_complexity_dit"
+# Component: (module written next to its weights, class that the module imports).
+_COMPONENT_MODULES: dict[str, tuple[str, type]] = {
     "transformer": ("modeling_complexity_dit", ComplexityDiTTransformer2DModel),
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
+_BASES: dict[str, type] = {
+    "transformer": ModelMixin,
+    "vae": ModelMixin,
+    "scheduler": SchedulerMixin,
+}
 _SETTINGS = frozenset({"id2label", "latents_mean", "latents_std"})
-# Components that a caller of `from_pretrained` brings: what a folder says of them is not read.
-_given: ContextVar[frozenset[str]] = ContextVar("_given", default=frozenset())
-
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
+# Components passed to `from_pretrained`: their entries in `model_index.json` are not used.
+_passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())
 
 
-def _check_components(config: dict[str, Any], given: frozenset[str]) -> None:
-    """Refuse classes that are not known: importing a module by name runs its code."""
+def _check_components(config: dict[str, Any], passed: frozenset[str]) -> None:
+    """Refuse classes that are not imported yet: importing a module by name runs its code."""
     for name, value in config.items():
-        if name.startswith("_") or name in _SETTINGS or name in given or value == [None, None]:
+        if name.startswith("_") or name in _SETTINGS | passed or value == [None, None]:
             continue
-        if name not in ("transformer", "scheduler", "vae"):
-            raise UserError(f"model_index.json names a component {name!r}, which we do not have")
+        if name not in _BASES:
+            raise UserError(f"model_index.json names a component {name!r}; expected {list(_BASES)}")
         if not fits(value, list[str]) or len(value) != 2:
             raise UserError(f"model_index.json has {name} {value!r}; expected [library, class]")
-        module, kind = value
-        if name in _SHIMS and value == [_SHIMS[name][1].__module__, _SHIMS[name][1].__name__]:
-            continue
-        base = SchedulerMixin if name == "scheduler" else ModelMixin
-        # What the caller has imported is known: it runs nothing to look it up there.
-        known = getattr(sys.modules.get(module), kind, None)
-        if not (isinstance(known, type) and issubclass(known, base)):
+        module, class_name = value
+        cls = getattr(sys.modules.get(module), class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, _BASES[name])):
+            kind = _BASES[name].__name__.removesuffix("Mixin").lower()
             raise UserError(
-                f"model_index.json names {module}.{kind} as the {name}; expected one of this "
-                f"package or a {base.__name__.removesuffix('Mixin').lower()} of diffusers. "
+                f"model_index.json names {module}.{class_name} as the {name}; expected one of this "
+                f"package or a {kind} of diffusers. "
                 "It was not imported; if you trust it, import it before you load the folder"
             )
 
 
 class FilesMixin:
-    """Saving and loading; stands before `DiffusionPipeline` among a pipeline's bases."""
+    """Saving and loading; must precede `DiffusionPipeline` in the bases of a pipeline."""
 
     config_name: str
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read `model_index.json`, pointing at the installed classes instead of the shims.
+        """Read `model_index.json`, with the one-line modules replaced by the installed classes.
 
-        Loading through a class of ours needs no code from the folder, so none is run and no
-        `trust_remote_code` is asked for; and each of our pipelines loads the folder of any other.
+        So no code of the folder is run, `trust_remote_code` is not needed, and each pipeline of
+        this package loads the folders of the others.
         """
         loaded = super().load_config(*args, **kwargs)  # pyright: ignore
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         name = config.get("_class_name")
-        if isinstance(name, list) and name[:1] == [_PIPELINE_SHIM]:
+        if isinstance(name, list) and name[:1] == [_PIPELINE_MODULE]:
             config["_class_name"] = cls.__name__
-        for component, (shim, model) in _SHIMS.items():
-            if config.get(component) == [shim, model.__name__]:
+        for component, (module, model) in _COMPONENT_MODULES.items():
+            if config.get(component) == [module, model.__name__]:
                 config[component] = [model.__module__, model.__name__]
-        _check_components(config, _given.get())
+        _check_components(config, _passed.get())
         return loaded
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, from safetensors alone, and of classes that are known.
+        """As in diffusers, from safetensors only, with all tensors, and of known classes only.
 
         Raises:
-            UserError: The folder has pickles in place of safetensors, or `model_index.json` names
-                a class that is neither this package's, nor a model or scheduler of diffusers, nor
-                one that you have imported.
+            UserError: If the folder has pickles in place of safetensors, weights do not fit their
+                config, or `model_index.json` names a class that is neither of this package, nor a
+                model or scheduler of diffusers, nor imported already.
         """
         only_safetensors(kwargs)
-        token = _given.set(frozenset(kwargs))
+        token = _passed.set(frozenset(kwargs))
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
         finally:
-            _given.reset(token)
+            _passed.reset(token)
+        # The VAEs of diffusers are loaded without `load_weights`: tensors that are not in the file
+        # stay on the meta device (as those do that a device map moves to the disk).
+        vae = None if "device_map" in kwargs else loaded.components["vae"]
+        for name, tensor in vae.state_dict().items() if isinstance(vae, nn.Module) else ():
+            if tensor.is_meta:
+                raise UserError(f"the vae lacks the tensor {name} of its config.json")
+        return loaded
 
     def save_pretrained(
         self,
@@ -110,23 +118,22 @@ class FilesMixin:
     ) -> None:
         """Save as a folder that `DiffusionPipeline.from_pretrained` can load.
 
-        Besides what diffusers writes, the folder gets one-line modules that import the classes of
-        this package (pipeline, transformer, and a `TinyAutoencoder`); `model_index.json` names
-        them, because diffusers does not import a third-party package on its own. And a model card,
-        README.md, unless there is one that was edited.
+        In addition to what diffusers writes, the folder gets one-line modules that import the
+        classes of this package (pipeline, transformer, and a `TinyAutoencoder`), named in
+        `model_index.json`, and a model card, README.md, unless there is an edited one.
 
         Args:
             save_directory: The folder.
             safe_serialization: Must be True; weights are safetensors only.
             push_to_hub: Also upload the folder (`repo_id`, `private`, `token`, `commit_message`,
                 `create_pr`).
-            result: For the card: what `complexity-dit evaluate` wrote, or its result.json.
-            grid: For the card: a picture of samples, or its file.
+            result: For the card: a result of `complexity-dit evaluate`, or its result.json.
+            grid: For the card: an image of samples, or its file.
             **kwargs: Further arguments of `DiffusionPipeline.save_pretrained`, e.g. `variant`.
 
         Raises:
-            UserError: For pickles, an adapter that is loaded and not merged, or an upload that the
-                Hub refuses or that cannot reach it.
+            UserError: If a pickle is requested, an adapter is loaded and not merged, or the Hub
+                refuses the upload or cannot be reached.
         """
         if not safe_serialization:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
@@ -135,14 +142,14 @@ class FilesMixin:
         folder = Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        index["_class_name"] = [_PIPELINE_SHIM, type(self).__name__]
+        index["_class_name"] = [_PIPELINE_MODULE, type(self).__name__]
         index["id2label"] = self.id2label  # with the names of merged adapters
-        shims: list[tuple[Path, type]] = [(folder / f"{_PIPELINE_SHIM}.py", type(self))]
-        for component, (shim, cls) in _SHIMS.items():
+        modules: list[tuple[Path, type]] = [(folder / f"{_PIPELINE_MODULE}.py", type(self))]
+        for component, (module, cls) in _COMPONENT_MODULES.items():
             if isinstance(getattr(self, component), cls):
-                index[component] = [shim, cls.__name__]
-                shims.append((folder / component / f"{shim}.py", cls))
-        for path, cls in shims:
+                index[component] = [module, cls.__name__]
+                modules.append((folder / component / f"{module}.py", cls))
+        for path, cls in modules:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path.write_text(json.dumps(index, indent=2) + "\n")
         write_card(folder, result, grid, hub.get("repo_id"))
@@ -150,14 +157,14 @@ class FilesMixin:
             upload(folder, f"Upload {type(self).__name__}", **hub)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # pyright: ignore
-        """Upload to the Hub what `save_pretrained` writes, its card included.
+        """Upload what `save_pretrained` writes, including the model card, to the Hub.
 
         Args:
-            repo_id: "user/name", or a name of your own.
+            repo_id: "user/name", or a name in your own namespace.
             **kwargs: As for `save_pretrained`.
 
         Returns:
-            Where it is.
+            The address of the upload.
 
         Raises:
             UserError: As `save_pretrained`.

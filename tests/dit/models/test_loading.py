@@ -1,0 +1,88 @@
+"""Weights and config of a folder: every kind of network is loaded completely or not at all."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+from complexity_dit.evaluation.networks import load_extractor
+from complexity_dit.models.autoencoder import TinyAutoencoder
+from complexity_dit.models.vae import load_vae
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
+from inl_core.run.errors import UserError
+
+
+def kl() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3,
+    )  # fmt: skip
+
+
+VAES = {
+    "kl": kl,
+    "tiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    ),
+    "pooled": lambda: TinyAutoencoder(
+        block_out_channels=[8, 8], layers_per_block=[1, 1], decoder_layers_per_block=[1, 1]
+    ),
+}  # fmt: skip
+
+
+def lose_a_tensor(path):
+    tensors = load_file(path)
+    lost = sorted(tensors)[0]
+    save_file({n: t for n, t in tensors.items() if n != lost}, path, {"format": "pt"})
+    return lost
+
+
+def change_config(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_a_vae_with_a_missing_tensor_or_a_giant_config_is_refused(tmp_path, name):
+    VAES[name]().save_pretrained(tmp_path)
+    load_vae(str(tmp_path))
+    change_config(tmp_path / "config.json", latent_channels=10**8)
+    with pytest.raises(UserError, match=r"cannot load the VAE .*config\.json describes a network"):
+        load_vae(str(tmp_path))
+    change_config(tmp_path / "config.json", latent_channels=VAES[name]().config.latent_channels)
+    lost = lose_a_tensor(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=f"{lost} is missing"):
+        load_vae(str(tmp_path))
+
+
+def test_a_pipeline_whose_vae_lacks_a_tensor_is_refused(pipe, tmp_path):
+    ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, kl()).save_pretrained(tmp_path)
+    load_pipeline(str(tmp_path))
+    lost = lose_a_tensor(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=f"vae lacks the tensor {lost}"):
+        load_pipeline(str(tmp_path))
+
+
+def test_a_vision_model_is_complete_or_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3, "size": 28}
+    # Saved with a head, which is not used.
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert load_extractor(str(tmp_path))(torch.zeros(1, 3, 28, 28).byte()).shape == (1, 32)
+    change_config(tmp_path / "config.json", hidden_size=10**6)
+    with pytest.raises(UserError, match=r"config\.json describes a network"):
+        load_extractor(str(tmp_path))
+    change_config(tmp_path / "config.json", hidden_size=32)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if "layer.0.mlp" in name)
+    save_file({n: t for n, t in tensors.items() if n != lost}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="is missing"):
+        load_extractor(str(tmp_path))
