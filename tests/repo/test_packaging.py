@@ -73,6 +73,11 @@ def test_complexity_dit_is_imported_when_it_is_used() -> None:
     assert not in_a_fresh_python(code) & HEAVY
 
 
+def test_sampling_imports_no_training_stack() -> None:
+    code = f"import sys, complexity_dit.pipelines.pipeline; {LOADED}"
+    assert not in_a_fresh_python(code) & {"datasets", "pandas"}
+
+
 def test_complexity_lm_imports_the_model_and_nothing_that_trains_it() -> None:
     code = f"import sys, complexity_lm; {LOADED}"
     assert not in_a_fresh_python(code) & {"datasets", "jsonargparse", "matplotlib", "tensorboard"}

@@ -38,5 +38,5 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="does not hold a pipeline"):
         inspect(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="no pipeline folder"):
+    with pytest.raises(UserError, match="not a pipeline folder"):
         inspect(str(tmp_path / "absent"))

@@ -133,6 +133,6 @@ def test_pictures_that_are_not_finite_are_refused(
 ) -> None:
     with torch.no_grad():
         pipe.transformer.proj_out.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="sample 0 holds values that are not finite"):
+    with pytest.raises(UserError, match="sample 0 has values that are not finite"):
         generated_images(pipe, labels, SAMPLING, tmp_path).read([0, 1])
     assert not list(tmp_path.glob("*.png"))

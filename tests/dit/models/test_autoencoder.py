@@ -1,4 +1,4 @@
-"""TinyAutoencoder against diffusers, its formula and TAEF2's published weights; VAEs by name."""
+"""TinyAutoencoder against diffusers, its formula and the weights of TAEF2; loading VAEs."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def taef2() -> Path:
 
 
 def release(model: TinyAutoencoder, folder: Path) -> Path:
-    """Write a model as the two files of a release."""
+    """Write a model as the two files of a TAESD release."""
     folder.mkdir()
     for part in ("encoder", "decoder"):
         save_file(getattr(model, part).state_dict(), folder / f"tae_{part}.safetensors")
@@ -60,7 +60,7 @@ def test_taef2_reconstructs_paintings(count, taef2):
     assert np.mean(psnr) > 28.0  # 26.5 dB with 8 groups in its norm instead of 4
 
 
-def test_taef2_saved_as_a_diffusers_model_is_the_same_vae(taef2, tmp_path):
+def test_taef2_saved_as_a_diffusers_model_has_the_same_weights(taef2, tmp_path):
     vae = load_vae(str(taef2))
     vae.save_pretrained(tmp_path / "saved")
     again = load_vae(str(tmp_path / "saved"))
@@ -68,28 +68,28 @@ def test_taef2_saved_as_a_diffusers_model_is_the_same_vae(taef2, tmp_path):
     assert weights_sha256(again) == weights_sha256(vae)
 
 
-def test_without_the_pooling_branch_it_is_autoencoder_tiny():
+def test_without_pooling_branch_it_equals_autoencoder_tiny():
     torch.manual_seed(0)
-    theirs = AutoencoderTiny(
+    reference = AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
         num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1), latent_channels=6,
     ).eval()  # fmt: skip
-    ours = TinyAutoencoder(**SMALL | {"block_out_channels": (8, 8, 8), "pool_channels": 0}).eval()
+    model = TinyAutoencoder(**SMALL | {"block_out_channels": (8, 8, 8), "pool_channels": 0}).eval()
     state = {}
-    for name, value in theirs.state_dict().items():
+    for name, value in reference.state_dict().items():
         part, _, layer, rest = name.split(".", 3)
-        # Their decoder clamps outside its list of layers.
+        # In diffusers the clamp of the decoder is not one of its layers.
         state[f"{part}.{int(layer) + (part == 'decoder')}.{rest}"] = value
-    ours.load_state_dict(state)
+    model.load_state_dict(state)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
-    latents = ours.encode(images).latents
+    latents = model.encode(images).latents
     assert latents.shape == (2, 6, 4, 6)
-    torch.testing.assert_close(latents, theirs.encode(images).latents)
-    torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample)
-    assert torch.equal(ours(images).sample, ours.decode(latents, return_dict=False)[0])
+    torch.testing.assert_close(latents, reference.encode(images).latents)
+    torch.testing.assert_close(model.decode(latents).sample, reference.decode(latents).sample)
+    assert torch.equal(model(images).sample, model.decode(latents, return_dict=False)[0])
 
 
-def test_block_with_pooling_branch_is_its_formula():
+def test_block_with_pooling_branch_equals_its_formula():
     torch.manual_seed(0)
     block = TinyBlock(8, pool_channels=16, pool_groups=4).double()
     first, norm, _, last = block.pool
@@ -106,7 +106,7 @@ def test_block_with_pooling_branch_is_its_formula():
 
 
 @pytest.mark.parametrize("pool_channels", [0, 16])
-def test_shape_of_a_release_is_read_off_its_tensors(pool_channels, tmp_path):
+def test_the_config_of_a_release_is_derived_from_its_tensors(pool_channels, tmp_path):
     model = TinyAutoencoder(**SMALL | {"pool_channels": pool_channels})
     again = TinyAutoencoder.from_taesd(release(model, tmp_path / "release"))
     for key, value in (SMALL | {"pool_channels": pool_channels}).items():
@@ -115,20 +115,20 @@ def test_shape_of_a_release_is_read_off_its_tensors(pool_channels, tmp_path):
     assert weights_sha256(load_vae(str(tmp_path / "release"))) == weights_sha256(model)
 
 
-def test_hash_sees_every_weight(small):
+def test_the_hash_depends_on_every_weight(small):
     before = weights_sha256(small)
     with torch.no_grad():
         small.decoder[-1].bias[0] += 1e-3
     assert weights_sha256(small) != before
 
 
-def test_there_is_no_posterior(small):
+def test_tiny_autoencoders_have_no_posterior(small):
     mean, std = posterior(small, torch.zeros(1, 3, 8, 8))
     assert mean.shape == (1, 6, 2, 2)
     assert std is None
 
 
-def test_unknown_pickle_is_not_opened(small, tmp_path):
+def test_an_unknown_pickle_is_not_opened(small, tmp_path):
     folder = release(small, tmp_path / "release")
     (folder / "tae_decoder.safetensors").unlink()
 
@@ -142,7 +142,7 @@ def test_unknown_pickle_is_not_opened(small, tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-def test_broken_releases_are_named(small, tmp_path):
+def test_broken_releases_are_refused(small, tmp_path):
     folder = release(small, tmp_path / "release")
     decoder = folder / "tae_decoder.safetensors"
     save_file({"0.weight": torch.zeros(1)}, decoder)
@@ -156,12 +156,12 @@ def test_broken_releases_are_named(small, tmp_path):
         load_vae(str(folder))
 
 
-def test_vae_in_the_folder_of_a_pipeline_is_found(small, tmp_path):
+def test_the_vae_of_a_pipeline_folder_loads(small, tmp_path):
     small.save_pretrained(tmp_path / "vae")
     assert weights_sha256(load_vae(str(tmp_path))) == weights_sha256(small)
 
 
-def test_stock_tiny_autoencoder_is_found_by_its_class(tmp_path):
+def test_a_stock_tiny_autoencoder_loads_by_its_class(tmp_path):
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
@@ -176,7 +176,7 @@ def test_stock_tiny_autoencoder_is_found_by_its_class(tmp_path):
     torch.testing.assert_close(mean, vae.encode(images).latents)
 
 
-def test_what_is_no_vae_is_refused(tmp_path):
+def test_folders_without_a_vae_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no VAE folder"):
         load_vae(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no VAE in"):

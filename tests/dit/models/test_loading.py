@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from complexity_dit.evaluation.networks import load_extractor
@@ -13,17 +13,10 @@ from complexity_dit.models.vae import load_vae
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
-
-
-def kl() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3,
-    )  # fmt: skip
-
+from support.networks import small_vae
 
 VAES = {
-    "kl": kl,
+    "kl": small_vae,
     "tiny": lambda: AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
@@ -59,7 +52,7 @@ def test_a_vae_with_a_missing_tensor_or_a_giant_config_is_refused(tmp_path, name
 
 
 def test_a_pipeline_whose_vae_lacks_a_tensor_is_refused(pipe, tmp_path):
-    ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, kl()).save_pretrained(tmp_path)
+    ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, small_vae()).save_pretrained(tmp_path)
     load_pipeline(str(tmp_path))
     lost = lose_a_tensor(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=f"vae lacks the tensor {lost}"):

@@ -1,29 +1,19 @@
-"""diffusers' ways to run faster or in less memory: each works here, or is refused with a reason.
+"""Speed and memory features of diffusers: each works, or is refused with a reason.
 
-There is no accelerator in these tests: they show that outputs stay right, not how fast they come.
+These tests run without an accelerator: they check outputs, not speed.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import PLACEMENTS
 from inl_core.run.errors import UserError
-
-PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
+from support.networks import randomised, small_network
 
 
 def network(**changes):
-    torch.manual_seed(0)
-    model = ComplexityDiTTransformer2DModel(
-        **({"sample_size": 8, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
-            "label_fields": ["style", "genre"], "num_classes": [3, 2]} | changes)
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "adaln" in name or "proj_out" in name:
-                p.normal_(std=0.1)
-    return model
+    return randomised(small_network(**changes))
 
 
 def inputs(batch=2):
@@ -52,7 +42,7 @@ def test_export_against_eager(placement):
             "return_dict": None,
         },
     )  # fmt: skip
-    for count in (2, 3):  # one that it was exported with, and another
+    for count in (2, 3):  # the batch of the export, and another
         found = program.module()(*inputs(count), return_dict=False)[0]
         torch.testing.assert_close(found, model(*inputs(count)).sample, rtol=1e-5, atol=1e-6)
 
@@ -65,7 +55,7 @@ def test_compile_repeated_blocks_compiles_every_block(pipe):
     np.testing.assert_allclose(paint(pipe), expected, atol=1e-5)
 
 
-def test_layerwise_casting_keeps_the_state_of_the_dynamics_whole(pipe):
+def test_layerwise_casting_leaves_the_dynamics_in_full_precision(pipe):
     expected = paint(pipe)
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     kinds = {name: p.dtype for name, p in pipe.transformer.named_parameters()}
@@ -74,7 +64,7 @@ def test_layerwise_casting_keeps_the_state_of_the_dynamics_whole(pipe):
         if any(part in name for part in ("dynamics", "norm", "patch_embed", "label_embed")):
             assert kind == torch.float32, name
     found = paint(pipe)
-    assert 0 < np.abs(found - expected).mean() < 0.1  # eight bits a weight, and still a picture
+    assert 0 < np.abs(found - expected).mean() < 0.1  # 8 bits per weight
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -84,13 +74,13 @@ def test_group_offload_by_blocks(pipe, blocks):
     assert np.array_equal(paint(pipe), expected)
 
 
-def test_offloading_by_layers_is_refused_and_rightly_so(pipe):
+def test_offloading_by_layers_is_refused(pipe):
     for what in (pipe, pipe.transformer):
         with pytest.raises(UserError, match=r"leaf_level cannot work.*block_level"):
             what.enable_group_offload("cpu", offload_type="leaf_level")
     with pytest.raises(UserError, match=r"sequential .* cannot work.*enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
-    # The reason: these hold weights and their forward is never called.
+    # The reason: layers with weights whose forward is never called.
     called = set()
     for name, module in pipe.transformer.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -102,7 +92,7 @@ def test_offloading_by_layers_is_refused_and_rightly_so(pipe):
     assert "blocks.0.attn.norm_q" in silent
 
 
-def test_model_offload_asks_for_an_accelerator(pipe):
+def test_model_offload_requires_an_accelerator(pipe):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator: nothing to refuse")
     with pytest.raises(RuntimeError, match="requires accelerator"):
@@ -119,8 +109,8 @@ def test_attention_backends(kv_heads):
         model.set_attention_backend(backend)
         assert model.blocks[0].attn.processor._attention_backend is not None
         torch.testing.assert_close(model(*inputs()).sample, expected, rtol=1e-5, atol=1e-6)
-    model.set_attention_backend("native")  # diffusers keeps the last one for the whole process
+    model.set_attention_backend("native")  # diffusers keeps the last one in the process
     with pytest.raises((RuntimeError, ImportError), match=r"[Ff]lash"):
-        model.set_attention_backend("flash")  # a package that is not here: said, not ignored
+        model.set_attention_backend("flash")  # a package that is not installed
     with pytest.raises(ValueError, match="must be one of the following"):
         model.set_attention_backend("quick")

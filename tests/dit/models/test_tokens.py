@@ -1,4 +1,4 @@
-"""Dropped tokens, value residual and routed experts: what each of them changes, and what not."""
+"""Dropped tokens, value residual and routed experts."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from complexity_dit.config import ObjectiveConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.models.tokens import TokenSubset, draw_kept_tokens, expert_ids
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import PLACEMENTS, ComplexityDiTTransformer2DModel
 from complexity_dit.seeding import generator_for
 from complexity_dit.training.batches import StepBatches
 from complexity_dit.training.network import build_model
@@ -16,31 +16,16 @@ from complexity_dit.training.objective import sample_times, time_quantiles
 from complexity_dit.training.train import train
 from inl_core import ops
 from inl_core.run.errors import UserError
+from support.networks import randomised, small_network
 
 TOKENS = 16
-PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 
 
 def build(**overrides):
-    """Four blocks on 16 tokens; zero-initialised weights get values, so every path matters."""
-    torch.manual_seed(0)
-    settings = {
-        "sample_size": 8,
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "label_fields": ["style"],
-        "num_classes": [3],
-    }
-    model = ComplexityDiTTransformer2DModel(**(settings | overrides)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "adaln" in name or "proj_out" in name:
-                p.normal_(std=0.1)
-            if "value_mix" in name:
-                p.uniform_(0.2, 0.8)
-    return model
+    """Four blocks on 16 tokens, with random values for weights that start at a constant."""
+    settings = {"num_layers": 4, "num_key_value_heads": 2}
+    settings |= {"label_fields": ["style"], "num_classes": [3]}
+    return randomised(small_network(**(settings | overrides)))
 
 
 def inputs(batch=3):
@@ -57,7 +42,7 @@ EVERYTHING = {"value_residual": True, "routing": "position", "num_experts": 4}
 
 @pytest.mark.parametrize("extra", [{}, EVERYTHING])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_keeping_every_token_is_the_plain_forward(placement, extra):
+def test_keeping_all_tokens_equals_the_plain_forward(placement, extra):
     model = build(dynamics_placement=placement, **extra)
     everything = torch.arange(TOKENS).expand(3, TOKENS)
     with torch.no_grad():
@@ -68,8 +53,9 @@ def test_keeping_every_token_is_the_plain_forward(placement, extra):
 
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_dropped_tokens_bypass_the_middle_with_position_and_velocity(placement, start, monkeypatch):
-    """Block by block: the middle sees the kept tokens alone, what follows sees all of them."""
+def test_dropped_tokens_keep_position_and_velocity_of_before_the_middle(
+    placement, start, monkeypatch
+):
     model = build(dynamics_placement=placement, token_drop_start=start, token_drop_end=3)
     seen = []
     for block in model.blocks:
@@ -94,7 +80,7 @@ def test_dropped_tokens_bypass_the_middle_with_position_and_velocity(placement, 
     assert v_out.abs().sum() > 0
 
 
-def test_kept_tokens_keep_their_places_in_the_rotary_embedding(monkeypatch):
+def test_kept_tokens_keep_their_rotary_positions(monkeypatch):
     tables = []
     real = ops.qk_norm_rope
 
@@ -110,7 +96,7 @@ def test_kept_tokens_keep_their_places_in_the_rotary_embedding(monkeypatch):
         assert torch.equal(part, torch.stack([whole[row] for row in chosen]))
 
 
-def test_gradients_with_dropped_tokens_are_right():
+def test_gradients_with_dropped_tokens():
     """Against autograd's own indexing, and against finite differences."""
     torch.manual_seed(0)
     x, part = (torch.randn(3, n, 2, dtype=torch.float64, requires_grad=True) for n in (TOKENS, 8))
@@ -149,7 +135,7 @@ def test_checkpointing_and_one_graph_with_dropped_tokens():
             torch.testing.assert_close(grad, gradients[0][name], msg=name)
 
 
-def test_every_token_is_kept_equally_often():
+def test_all_tokens_are_kept_equally_often():
     chosen = draw_kept_tokens(20000, TOKENS, 0.75, generator_for(0, "test"))
     assert chosen.dtype == torch.int64
     assert chosen.shape == (20000, 4)
@@ -200,7 +186,7 @@ def test_every_expert_learns_from_its_own_tokens(routing, dropping):
     assert used == ([True, False, False] if routing == "timestep" else [True] * 3)
 
 
-def test_experts_follow_noise_level_or_place():
+def test_experts_are_chosen_by_noise_level_or_position():
     times = torch.tensor([0.0, 249.9, 250.0, 999.0, 1000.0])
     assert expert_ids("timestep", 4, times, 2).tolist() == [[i, i] for i in (0, 0, 1, 3, 3)]
     assert expert_ids("timestep", 2, times, 1, edges=[0.9]).flatten().tolist() == [0, 0, 0, 1, 1]
@@ -210,20 +196,20 @@ def test_experts_follow_noise_level_or_place():
 
 
 @pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
-def test_noise_buckets_are_met_equally_often(sampling):
+def test_noise_buckets_are_equally_likely_in_training(sampling):
     config = ObjectiveConfig(time_sampling=sampling, logit_mean=-0.3, logit_std=1.3, shift=3.0)
     times = sample_times(40000, config, generator_for(0, "test"))
     ids = expert_ids("timestep", 5, times * 1000, 1, time_quantiles(5, config))
     assert (ids.flatten().bincount() / 40000).tolist() == pytest.approx([0.2] * 5, abs=0.01)
 
 
-def test_a_routed_network_does_the_work_of_a_dense_one():
+def test_a_routed_mlp_uses_as_many_parameters_per_token_as_a_dense_one():
     dense = build().blocks[0].mlp
     routed = build(routing="position", num_experts=8).blocks[0].mlp
     assert routed.active_parameters == sum(p.numel() for p in dense.parameters())
 
 
-def test_dropping_leaves_every_other_draw_alone(small_run):
+def test_dropping_tokens_changes_no_other_random_draw(small_run):
     data = load_data(small_run.data, "train")
     plain = StepBatches(data, small_run, 0, 1)[3]
     assert "kept_tokens" not in plain
@@ -240,14 +226,14 @@ def test_dropping_leaves_every_other_draw_alone(small_run):
         assert torch.equal(mine, item["kept_tokens"][rank::2])
 
 
-def test_the_last_stretch_is_on_whole_images(small_run):
+def test_no_tokens_are_dropped_at_the_end_of_training(small_run):
     model = dataclasses.replace(small_run.model, token_drop_rate=0.5, token_drop_until=0.75)
     config = dataclasses.replace(small_run, model=model)
     batches = StepBatches(load_data(small_run.data, "train"), config, 0, 1)
     assert ["kept_tokens" in batches[step] for step in range(8)] == [True] * 6 + [False] * 2
 
 
-def test_a_run_with_everything_on_trains(small_run):
+def test_training_with_all_options(small_run):
     model = dataclasses.replace(
         small_run.model,
         token_drop_rate=0.5,
@@ -292,7 +278,7 @@ def test_a_run_with_everything_on_trains(small_run):
         ({"routing": "timestep", "overrides": {"routing": "tokens"}}, "'tokens' must be one of"),
     ],
 )
-def test_models_that_make_no_sense_are_refused(small_run, settings, words):
+def test_contradictory_model_settings_are_refused(small_run, settings, words):
     settings["overrides"] = small_run.model.overrides | settings.get("overrides", {})
     data = load_data(small_run.data, "train")
 

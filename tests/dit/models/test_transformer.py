@@ -1,4 +1,4 @@
-"""The network: shapes, placements, identity at the start, labels, and diffusers' promises."""
+"""The network: shapes, placements, initialisation, labels, and the interface of diffusers."""
 
 import pytest
 import torch
@@ -8,32 +8,11 @@ from complexity_dit.models.transformer import (
     PLACEMENTS,
     SIZES,
     ComplexityDiTTransformer2DModel,
+    patchify,
+    unpatchify,
     velocity_towards,
 )
-
-FIELDS = {"label_fields": ["style", "genre"], "num_classes": [3, 2]}
-
-
-def build(seed=0, **overrides):
-    torch.manual_seed(seed)
-    settings = {
-        "sample_size": 8,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        **FIELDS,
-    }
-    return ComplexityDiTTransformer2DModel(**(settings | overrides)).eval()
-
-
-def randomised(model, seed=1):
-    """AdaLN-Zero makes a fresh model blind to its blocks: give the zeros values."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "adaln" in name or "proj_out" in name:
-                p.normal_(std=0.1)
-    return model
+from support.networks import randomised, small_network
 
 
 def inputs(batch=2, height=8, width=8):
@@ -45,14 +24,14 @@ def inputs(batch=2, height=8, width=8):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("adaptive", ADAPTIVES)
 def test_forward_and_gradients_of_every_placement(placement, adaptive):
-    model = randomised(build(dynamics_placement=placement, dynamics_adaptive=adaptive))
+    model = randomised(small_network(dynamics_placement=placement, dynamics_adaptive=adaptive))
     x, t, labels = inputs()
     out = model(x, t, labels).sample
     assert out.shape == x.shape
     out.square().mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     # The token controller's first matrices get a gradient only once W_o has left its zero. In a
-    # branch or stream the last layer's velocity has nowhere to go, which leaves no one out.
+    # branch or stream the velocity of the last block is not used.
     allowed = {n for n in without if "dynamics" in n}
     assert set(without) == allowed
     if placement != "none":
@@ -63,25 +42,25 @@ def test_forward_and_gradients_of_every_placement(placement, adaptive):
         )
 
 
-def test_fresh_model_predicts_zero_for_every_placement():
+def test_a_new_model_predicts_zero_for_every_placement():
     for placement in PLACEMENTS:
         x, t, labels = inputs()
         assert torch.equal(
-            build(dynamics_placement=placement)(x, t, labels).sample, torch.zeros_like(x)
+            small_network(dynamics_placement=placement)(x, t, labels).sample, torch.zeros_like(x)
         )
 
 
 def test_placements_share_the_backbone_initialisation():
-    plain = dict(build(dynamics_placement="none").named_parameters())
+    plain = dict(small_network(dynamics_placement="none").named_parameters())
     for placement in PLACEMENTS:
-        other = dict(build(dynamics_placement=placement).named_parameters())
+        other = dict(small_network(dynamics_placement=placement).named_parameters())
         assert set(plain) <= set(other)
         assert all(torch.equal(plain[name], other[name]) for name in plain), placement
 
 
-def test_parent_init_leaves_the_dynamics_exact():
-    # The originals' `apply(_init)` reset the controller: alpha 0.5 instead of 0.9.
-    dynamics = build().blocks[0].dynamics
+def test_initialisation_keeps_the_coefficients_of_the_dynamics():
+    # `apply(_init)` of the original code reset the controller: alpha 0.5 instead of 0.9.
+    dynamics = small_network().blocks[0].dynamics
     from inl_core import collect_dynamics_stats
 
     with collect_dynamics_stats(dynamics):
@@ -93,7 +72,7 @@ def test_parent_init_leaves_the_dynamics_exact():
 
 
 @pytest.mark.parametrize("placement", ["force", "force_mlp"])
-def test_force_without_spring_or_momentum_is_the_plain_residual(placement):
+def test_force_without_spring_and_momentum_equals_the_plain_residual(placement):
     off = {
         "dynamics_adaptive": "lite",
         "dynamics_alpha": 0.0,
@@ -102,8 +81,8 @@ def test_force_without_spring_or_momentum_is_the_plain_residual(placement):
         "dynamics_dt": 1.0,
         "dynamics_velocity_max": None,
     }
-    force = randomised(build(dynamics_placement=placement, **off))
-    plain = build(dynamics_placement="none")
+    force = randomised(small_network(dynamics_placement=placement, **off))
+    plain = small_network(dynamics_placement="none")
     plain.load_state_dict({k: v for k, v in force.state_dict().items() if "dynamics" not in k})
     x, t, labels = inputs()
     torch.testing.assert_close(
@@ -112,15 +91,15 @@ def test_force_without_spring_or_momentum_is_the_plain_residual(placement):
 
 
 def test_velocity_starts_at_zero_in_every_call():
-    model = randomised(build())
+    model = randomised(small_network())
     x, t, labels = inputs()
     first = model(x, t, labels).sample
     model(torch.randn_like(x), t, labels)
     assert torch.equal(model(x, t, labels).sample, first)
 
 
-def test_missing_label_is_the_null_row_and_labels_matter():
-    model = randomised(build())
+def test_a_missing_label_is_the_null_row():
+    model = randomised(small_network())
     x, t, _ = inputs(batch=1)
     missing = model(x, t, torch.tensor([[-1, -1]])).sample
     assert torch.equal(model(x, t).sample, missing)
@@ -129,20 +108,18 @@ def test_missing_label_is_the_null_row_and_labels_matter():
 
 
 def test_model_without_labels():
-    model = randomised(build(label_fields=[], num_classes=[]))
+    model = randomised(small_network(label_fields=[], num_classes=[]))
     x, t, _ = inputs()
     assert model(x, t).sample.shape == x.shape
 
 
 def test_non_square_inputs_and_grouped_query_attention():
-    model = randomised(build(num_key_value_heads=2))
+    model = randomised(small_network(num_key_value_heads=2))
     x, t, labels = inputs(height=8, width=12)
     assert model(x, t, labels).sample.shape == x.shape
 
 
-def test_patches_are_put_back_where_they_came_from():
-    from complexity_dit.models.transformer import patchify, unpatchify
-
+def test_unpatchify_inverts_patchify():
     x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
     tokens = patchify(x, 2)
     assert tokens.shape == (2, 6, 12)
@@ -153,7 +130,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     x, t, labels = inputs()
     grads = []
     for checkpointing in (False, True):
-        model = randomised(build(dynamics_placement="force"))
+        model = randomised(small_network(dynamics_placement="force"))
         if checkpointing:
             model.enable_gradient_checkpointing()
         model.train()
@@ -165,14 +142,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_traces_as_one_graph(placement):
-    model = randomised(build(dynamics_placement=placement))
+    model = randomised(small_network(dynamics_placement=placement))
     x, t, labels = inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t, labels).sample, model(x, t, labels).sample)
 
 
 def test_save_and_load(tmp_path):
-    model = randomised(build())
+    model = randomised(small_network())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
     again = ComplexityDiTTransformer2DModel.from_pretrained(tmp_path)
@@ -181,10 +158,10 @@ def test_save_and_load(tmp_path):
     assert again.config.label_fields == ["style", "genre"]  # in their order
 
 
-def test_lora_targets_and_backends():
+def test_lora_targets_and_attention_backends():
     from peft import LoraConfig
 
-    model = randomised(build())
+    model = randomised(small_network())
     x, t, labels = inputs()
     before = model(x, t, labels).sample
     model.set_attention_backend("native")
@@ -196,7 +173,9 @@ def test_lora_targets_and_backends():
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_builds(size):
     with torch.device("meta"):
-        model = ComplexityDiTTransformer2DModel.from_size(size, **FIELDS)
+        model = ComplexityDiTTransformer2DModel.from_size(
+            size, label_fields=["style"], num_classes=[3]
+        )
     assert model.config.hidden_size == SIZES[size][0]
 
 
@@ -212,17 +191,19 @@ def test_every_size_builds(size):
         ({"sample_size": 9}, "sample_size 9 must be divisible by patch_size 2"),
         ({"dynamics_placement": "steam"}, "'steam' must be one of"),
         ({"dynamics_adaptive": "all"}, "'all' must be one of"),
+        ({"network_output": "noise"}, "network_output 'noise' must be one of"),
+        ({"num_layers": 10**9}, "num_layers 1000000000 must be at most"),
         ({"label_fields": ["a.b", "c"]}, "identifier"),
         ({"label_fields": ["style"]}, "one entry each"),
     ],
 )
 def test_wrong_config_is_refused_with_numbers(overrides, words):
     with pytest.raises(ValueError, match=words):
-        build(**overrides)
+        small_network(**overrides)
 
 
 def test_wrong_inputs_are_refused_with_numbers():
-    model = build()
+    model = small_network()
     x, t, labels = inputs()
     with pytest.raises(ValueError, match="9x8 must be divisible by patch_size 2"):
         model(torch.randn(2, 3, 9, 8), t, labels)
@@ -232,15 +213,10 @@ def test_wrong_inputs_are_refused_with_numbers():
         ComplexityDiTTransformer2DModel.from_size("huge")
 
 
-def test_a_network_that_writes_the_image_returns_the_velocity_to_it():
+def test_a_network_that_predicts_the_image_returns_the_velocity_to_it():
     x, t, labels = inputs()
-    written = randomised(build(), seed=3)(x, t, labels).sample
-    model = randomised(build(network_output="sample"), seed=3)
+    written = randomised(small_network(), seed=3)(x, t, labels).sample
+    model = randomised(small_network(network_output="sample"), seed=3)
     assert torch.equal(model(x, t, labels).sample, velocity_towards(written, x, t))
     scalar = model(x, t[0], labels).sample  # pipelines give one time for the whole batch
     assert torch.equal(scalar, model(x, t, labels).sample)
-
-
-def test_an_unknown_network_output_is_refused():
-    with pytest.raises(ValueError, match="network_output 'noise'"):
-        build(network_output="noise")

@@ -1,4 +1,4 @@
-"""Guidance: away from the null rows or from a weaker model, inside an interval; wide pictures."""
+"""Guidance away from the null rows or a weaker network, inside an interval; other image sizes."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def paint(pipe, **kwargs):
+def latents_of(pipe, **kwargs):
     settings = {"num_inference_steps": 3, "output_type": "latent", "style": 1, "genre": 0}
     return pipe(**(settings | {"generator": generator()} | kwargs)).images
 
 
 @pytest.fixture
 def guide(pipe) -> ComplexityDiTTransformer2DModel:
-    """Half as deep, other weights, the same labels."""
+    """A smaller network for the same labels."""
     torch.manual_seed(1)
     config = {**pipe.transformer.config, "num_layers": 1, "hidden_size": 16}
     weak = ComplexityDiTTransformer2DModel.from_config(config).eval()
@@ -43,7 +43,7 @@ def test_autoguidance_leads_away_from_the_guide_under_the_same_labels(pipe, guid
         lambda _, args, output: seen.append((args[2].tolist(), output[0])), with_kwargs=False
     )
     noise = torch.randn(1, 3, 8, 8, generator=generator())
-    out = paint(pipe, guide=guide, guidance_scale=3.0, num_inference_steps=1)
+    out = latents_of(pipe, guide=guide, guidance_scale=3.0, num_inference_steps=1)
     labels, weak = seen[0]
     assert labels == [[1, 0]]  # not the null rows
     with torch.no_grad():
@@ -52,41 +52,41 @@ def test_autoguidance_leads_away_from_the_guide_under_the_same_labels(pipe, guid
     torch.testing.assert_close(out, noise - (weak + 3.0 * (strong - weak)))
 
 
-def test_scale_one_is_the_strong_model_alone_and_zero_the_guide(pipe, guide):
-    alone = paint(pipe, guidance_scale=1.0)
-    assert torch.equal(paint(pipe, guide=guide, guidance_scale=1.0), alone)
+def test_scale_one_is_the_network_alone_and_zero_the_guide(pipe, guide):
+    alone = latents_of(pipe, guidance_scale=1.0)
+    assert torch.equal(latents_of(pipe, guide=guide, guidance_scale=1.0), alone)
     assert torch.equal(
-        paint(pipe, guide=guide, guidance_scale=2.0, guidance_interval=(0.0, 0.01)), alone
+        latents_of(pipe, guide=guide, guidance_scale=2.0, guidance_interval=(0.0, 0.01)), alone
     )
     weak_pipe = ComplexityDiTPipeline(guide, pipe.scheduler, id2label=pipe.id2label)
     weak_pipe.set_progress_bar_config(disable=True)
-    weak = paint(weak_pipe, guidance_scale=1.0)
-    torch.testing.assert_close(paint(pipe, guide=guide, guidance_scale=0.0), weak)
-    torch.testing.assert_close(paint(pipe, guide=pipe.transformer, guidance_scale=4.0), alone)
-    assert not torch.allclose(paint(pipe, guide=guide, guidance_scale=3.0), alone)
+    weak = latents_of(weak_pipe, guidance_scale=1.0)
+    torch.testing.assert_close(latents_of(pipe, guide=guide, guidance_scale=0.0), weak)
+    torch.testing.assert_close(latents_of(pipe, guide=pipe.transformer, guidance_scale=4.0), alone)
+    assert not torch.allclose(latents_of(pipe, guide=guide, guidance_scale=3.0), alone)
 
 
 def test_a_guide_of_other_data_is_refused(pipe, guide):
     config = {**guide.config, "num_classes": [3, 5]}
     other = ComplexityDiTTransformer2DModel.from_config(config)
     with pytest.raises(UserError, match=r"num_classes \[3, 5\].*\[3, 2\]"):
-        paint(pipe, guide=other)
+        latents_of(pipe, guide=other)
 
 
-def test_the_command_reads_a_guide_and_refuses_a_wrong_one(pipe, guide, tmp_path):
+def test_the_sample_command_loads_a_guide_and_refuses_a_wrong_one(pipe, guide, tmp_path):
     names, scheduler = pipe.id2label, pipe.scheduler
     pipe.save_pretrained(tmp_path / "strong")
     ComplexityDiTPipeline(guide, scheduler, id2label=names).save_pretrained(tmp_path / "weak")
     labels = pipe.get_label_ids(style=[0, 1, 2], genre=0)
     config = replace(QUICK, autoguidance=str(tmp_path / "weak"))
 
-    def painted(config):
+    def images_of(config):
         batches = iter_samples(pipe, labels, config, progress=False)
         return np.concatenate([images for _, images in batches])
 
-    guided = painted(config)
-    assert not np.array_equal(guided, painted(QUICK))
-    assert np.array_equal(guided, painted(replace(config, batch_size=1)))
+    guided = images_of(config)
+    assert not np.array_equal(guided, images_of(QUICK))
+    assert np.array_equal(guided, images_of(replace(config, batch_size=1)))
     sample(str(tmp_path / "strong"), str(tmp_path / "set.npz"), 3,
            {"style": ["0", "1", "2"], "genre": ["0"]}, config)  # fmt: skip
     assert np.array_equal(np.load(tmp_path / "set.npz")["arr_0"], guided)
@@ -94,16 +94,16 @@ def test_the_command_reads_a_guide_and_refuses_a_wrong_one(pipe, guide, tmp_path
     epsilon = build_scheduler(ObjectiveConfig(prediction_type="epsilon"))
     ComplexityDiTPipeline(guide, epsilon, id2label=names).save_pretrained(tmp_path / "eps")
     with pytest.raises(UserError, match="predicts epsilon and the pipeline flow"):
-        painted(replace(QUICK, autoguidance=str(tmp_path / "eps")))
+        images_of(replace(QUICK, autoguidance=str(tmp_path / "eps")))
     renamed = {**names, "genre": {0: "still life", 1: "portrait"}}
     ComplexityDiTPipeline(guide, scheduler, id2label=renamed).save_pretrained(tmp_path / "names")
     with pytest.raises(UserError, match="other labels"):
-        painted(replace(QUICK, autoguidance=str(tmp_path / "names")))
-    with pytest.raises(UserError, match="no pipeline folder"):
-        painted(replace(QUICK, autoguidance=str(tmp_path / "nothing")))
+        images_of(replace(QUICK, autoguidance=str(tmp_path / "names")))
+    with pytest.raises(UserError, match="not a pipeline folder"):
+        images_of(replace(QUICK, autoguidance=str(tmp_path / "nothing")))
 
 
-def test_the_command_line_has_the_options():
+def test_the_options_of_the_command():
     parsed = build_parser().parse_args(
         ["sample", "pipe", "--out", "x", "--scheduler", "UniPCMultistepScheduler", "--shift", "3",
          "--autoguidance", "weak", "--guidance_interval", "[0.2, 0.8]", "--height", "64",
@@ -116,13 +116,13 @@ def test_the_command_line_has_the_options():
     assert (parsed.height, parsed.width) == (64, 128)
 
 
-def test_the_interval_is_closed_and_every_part_of_it_acts(pipe):
+def test_the_guidance_interval_is_closed(pipe):
     # Levels of four Euler steps at shift 1: 1, 0.75, 0.5, 0.25.
     pipe.scheduler = build_scheduler(ObjectiveConfig(sampling_shift=1.0))
-    plain = paint(pipe, guidance_scale=1.0, num_inference_steps=4)
+    plain = latents_of(pipe, guidance_scale=1.0, num_inference_steps=4)
 
     def inside(low, high):
-        picture = paint(
+        picture = latents_of(
             pipe, guidance_scale=3.0, guidance_interval=(low, high), num_inference_steps=4
         )
         return pipe.num_evaluations - 4, not torch.equal(picture, plain)
@@ -134,25 +134,24 @@ def test_the_interval_is_closed_and_every_part_of_it_acts(pipe):
     assert inside(0.0, 1.0) == (4, True)
 
 
-def test_wide_and_tall_pictures(pipe, tmp_path):
-    """Trained on 8x8: twice as wide is painted, alike in any batch, and is no stretched square."""
+def test_sizes_that_are_not_square(pipe, tmp_path):
     labels = pipe.get_label_ids(style=[0, 1, 2, 0, 1], genre=1)
 
-    def painted(**changes):
+    def images_of(**changes):
         batches = iter_samples(pipe, labels, replace(QUICK, **changes), progress=False)
         return np.concatenate([images for _, images in batches])
 
-    wide = painted(width=16)
+    wide = images_of(width=16)
     assert wide.shape == (5, 8, 16, 3)
-    assert np.array_equal(wide, painted(width=16, batch_size=2))
-    assert painted(height=16).shape == (5, 16, 8, 3)
-    # Rows and columns are told apart: the transposed input does not give the transposed picture.
+    assert np.array_equal(wide, images_of(width=16, batch_size=2))
+    assert images_of(height=16).shape == (5, 16, 8, 3)
+    # Rows and columns differ: the transposed input does not give the transposed image.
     noise = torch.randn(1, 3, 8, 16, generator=generator())
-    lying = paint(pipe, height=8, width=16, latents=noise)
-    standing = paint(pipe, height=16, width=8, latents=noise.mT.contiguous())
+    lying = latents_of(pipe, height=8, width=16, latents=noise)
+    standing = latents_of(pipe, height=16, width=8, latents=noise.mT.contiguous())
     assert lying.shape == standing.mT.shape
     assert not torch.allclose(lying, standing.mT, atol=1e-3)
     pipe.save_pretrained(tmp_path / "pipe")
     sample(str(tmp_path / "pipe"), str(tmp_path / "wide"), 2, sampling=replace(QUICK, width=16))
     with pytest.raises(UserError, match=r"height 8 and width 15 must be positive multiples of 2"):
-        paint(pipe, height=8, width=15)
+        latents_of(pipe, height=8, width=15)

@@ -1,4 +1,4 @@
-"""Names and settings of strangers: HTML in labels, control characters, exploding YAML and JSON."""
+"""Untrusted text: HTML and control characters in labels, and YAML and JSON beyond the limits."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_the_card_escapes_names(nasty, tmp_path):
     assert "\x1b" not in card
     code = card.split("```python")[1].split("```")[0]
     call = next(line for line in code.splitlines() if line.startswith("image = "))
-    # The line is Python that asks for this very name.
+    # The line is valid Python with exactly this name.
     asked = eval(
         call.removeprefix("image = pipe").removesuffix(".images[0]").replace("(", "dict(", 1)
     )
@@ -87,7 +87,7 @@ def test_no_control_character_reaches_the_terminal(command, nasty, tmp_path):
     assert (status, "\x1b" in said) == (2, False)
 
 
-def test_a_number_of_thousands_of_digits_is_no_id():
+def test_a_number_of_thousands_of_digits_is_not_an_id():
     with pytest.raises(UserError, match="is not one of its 2 names"):
         labels.resolve_label(["a", "b"], "9" * 5000, "style")
 
@@ -101,7 +101,7 @@ def test_a_number_of_thousands_of_digits_is_no_id():
         ["style", "genre"],
     ],
 )
-def test_a_label_table_that_is_none_is_refused(pipe, tmp_path, table):
+def test_a_wrong_label_table_is_refused(pipe, tmp_path, table):
     pipe.save_pretrained(tmp_path)
     path = tmp_path / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": table}))
@@ -118,7 +118,7 @@ def test_a_label_table_that_is_none_is_refused(pipe, tmp_path, table):
         ("steps: [1, 2\n", "parsing config"),
     ],
 )
-def test_settings_that_explode_are_refused(command, tmp_path, text, said):
+def test_settings_beyond_the_limits_are_refused(command, tmp_path, text, said):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     status, _, error = command("train", "--config", path)
@@ -139,12 +139,12 @@ def test_settings_that_explode_are_refused(command, tmp_path, text, said):
         (b"\xff", "codec|decode"),
     ],
 )
-def test_json_that_explodes_is_refused(text, said):
+def test_json_beyond_the_limits_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         bounded.parse_json(text)
 
 
-def test_json_over_the_limit_is_refused(monkeypatch, tmp_path):
+def test_a_json_file_that_is_too_large_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(bounded, "MAX_JSON_BYTES", 100)
     (tmp_path / "x.json").write_text("[" + "1, " * 50 + "1]")
     with pytest.raises(ValueError, match="the limit of 100"):

@@ -1,4 +1,4 @@
-"""Model cards, variants, metadata and uploads: what a pipeline folder is on the Hub."""
+"""Model cards, variants, metadata and uploads of a pipeline folder."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ WIKIART = {"source": "imagefolder:/home/someone/wikiart", "resolution": 48, "hol
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def test_a_card_says_what_it_is_how_it_was_measured_and_its_licence(pipe, tmp_path):
+def test_a_card_has_metadata_metrics_protocol_and_licence(pipe, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(WIKIART))
     pipe.save_pretrained(tmp_path, result=RESULT, grid=Image.new("RGB", (9, 9)))
     card = ModelCard.load(tmp_path / "README.md")
@@ -41,12 +41,12 @@ def test_a_card_says_what_it_is_how_it_was_measured_and_its_licence(pipe, tmp_pa
                   'pipe(style="Cubism", genre="landscape")', "2 layers, 32 wide", "## Limits",
                   "wikiart at 48 px, 20% of the"):  # fmt: skip
         assert words in card.text, words
-    assert "/home" not in str(card)  # no path of the machine
+    assert "/home" not in str(card)  # no local path
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (9, 9)
 
 
-def test_a_card_without_facts_invents_none(pipe, tmp_path):
+def test_a_card_without_data_and_result_states_none(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license is None
@@ -56,7 +56,7 @@ def test_a_card_without_facts_invents_none(pipe, tmp_path):
     assert "samples.png" not in card.text
 
 
-def test_an_edited_card_is_kept_and_ours_is_renewed(pipe, tmp_path):
+def test_an_edited_card_is_kept_and_a_written_one_is_replaced(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     write_card(tmp_path, RESULT)
     card = tmp_path / "README.md"
@@ -100,10 +100,10 @@ def test_variants(pipe, tmp_path):
         ComplexityDiTPipeline.from_pretrained(tmp_path, variant="bf16")
 
 
-def test_weights_say_what_they_are(pipe, tmp_path):
+def test_the_header_of_weights_has_class_and_config(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, max_shard_size="60KB")
     files = sorted((tmp_path / "transformer").glob("*.safetensors"))
-    assert len(files) > 1  # shards too
+    assert len(files) > 1  # in every shard
     for file in files:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
@@ -120,14 +120,14 @@ def test_the_transformer_loads_alone(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     model = ComplexityDiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
     assert torch.equal(model.proj_out.weight, pipe.transformer.proj_out.weight)
-    # AutoModel reads the pipeline's index first, which names our module: it says that it will not.
+    # AutoModel reads the pipeline's index first, and refuses the module that it names.
     with pytest.raises(ValueError, match="modeling_complexity_dit is not one of the libraries"):
         AutoModel.from_pretrained(tmp_path, subfolder="transformer")
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in that keeps what is uploaded."""
+    """A fake Hub that records uploads."""
     calls = []
 
     class Repo:
@@ -171,7 +171,7 @@ def test_push_to_hub_uploads_a_folder_that_loads(pipe, hub, tmp_path):
     assert np.array_equal([*files], [*hub[-1][4]])
 
 
-def test_uploads_fail_in_one_line(pipe, hub, tmp_path, monkeypatch):
+def test_failed_uploads_are_errors_of_one_line(pipe, hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot upload a b c: Repo id must"):
         pipe.push_to_hub("a b c")
 
@@ -185,7 +185,7 @@ def test_uploads_fail_in_one_line(pipe, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         pipe.push_to_hub("me/x")
-    # The folder itself is whole.
+    # The folder itself is complete.
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         pipe.save_pretrained(tmp_path / "x", push_to_hub=True)
     assert ComplexityDiTPipeline.from_pretrained(tmp_path / "x").id2label == pipe.id2label

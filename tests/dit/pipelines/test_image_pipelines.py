@@ -1,10 +1,9 @@
-"""Image-to-image, inpainting and strips as a diffusers user meets them."""
+"""Image-to-image, inpainting and interpolation as a user of diffusers calls them."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -21,6 +20,7 @@ from complexity_dit import (
 )
 from complexity_dit.pipelines.image_to_image import slerp
 from inl_core.run.errors import UserError
+from support.networks import generators, small_vae
 
 SCHEDULERS = [
     None,
@@ -32,10 +32,6 @@ SCHEDULERS = [
 NUMPY_2 = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
 )
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def quiet(pipe):
@@ -51,7 +47,7 @@ def picture() -> Image.Image:
 
 @pytest.fixture
 def mask() -> Image.Image:
-    """The right half is painted anew."""
+    """White in the right half."""
     return Image.fromarray(np.repeat([[0] * 4 + [255] * 4], 8, axis=0).astype(np.uint8))
 
 
@@ -66,12 +62,8 @@ def inpaint(pipe):
 
 
 def with_vae(pipe, cls=ComplexityDiTPipeline, **statistics):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, scaling_factor=0.5,
-    )  # fmt: skip
-    return quiet(cls(pipe.transformer, pipe.scheduler, vae.eval(), pipe.id2label, **statistics))
+    vae = small_vae(scaling_factor=0.5)
+    return quiet(cls(pipe.transformer, pipe.scheduler, vae, pipe.id2label, **statistics))
 
 
 def array(image):
@@ -89,17 +81,17 @@ def settings(**changes):
 
 @NUMPY_2
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_strength_from_the_picture_to_a_new_one(pipe, img2img, picture, scheduler):
+def test_strength_from_the_input_to_a_new_image(pipe, img2img, picture, scheduler):
     for one in (pipe, img2img):
         one.scheduler = one.scheduler if scheduler is None else scheduler()
     found = img2img(picture, strength=0.0, style=1, **settings()).images[0]
     np.testing.assert_allclose(found, array(picture), atol=1e-6)
     assert img2img.num_evaluations == 0
-    # At 1 the bits are those of the pipeline without a picture, under the same noise.
-    whole = img2img(picture, strength=1.0, style=1, **settings()).images
-    assert np.array_equal(whole, pipe(style=1, **settings()).images)
+    # At 1 the bits are those of the pipeline without an image, for the same noise.
+    new = img2img(picture, strength=1.0, style=1, **settings()).images
+    assert np.array_equal(new, pipe(style=1, **settings()).images)
     steps = img2img.num_timesteps
-    # Between them the distance to the picture grows with the strength.
+    # In between, the distance to the input grows with the strength.
     distances = [
         np.abs(
             img2img(picture, strength=s, style=1, **settings()).images[0] - array(picture)
@@ -111,8 +103,8 @@ def test_strength_from_the_picture_to_a_new_one(pipe, img2img, picture, schedule
     assert img2img.num_timesteps == (3 if steps == 7 else 2)  # Heun: 2 of 4 steps, the last single
 
 
-def test_noise_of_the_right_level_is_added(img2img, picture):
-    # A network that sees exactly (1 - t) x + t noise: the level is the one that it is told.
+def test_noise_is_added_at_the_level_passed_to_the_network(img2img, picture):
+    # The network's input is exactly (1 - t) x + t noise for its timestep t.
     seen = []
     img2img.transformer.register_forward_pre_hook(
         lambda module, args: seen.append((args[0].clone(), float(args[1]) / 1000))
@@ -128,7 +120,7 @@ def test_noise_of_the_right_level_is_added(img2img, picture):
 @pytest.mark.parametrize(
     "statistics", [{}, {"latents_mean": [0.1, 0.2, -0.3], "latents_std": [0.5, 2.0, 1.5]}]
 )
-def test_latents_go_through_the_vae_with_its_scale(pipe, statistics):
+def test_images_are_encoded_with_the_scaling_of_the_vae(pipe, statistics):
     pipeline = with_vae(pipe, ComplexityDiTImg2ImgPipeline, **statistics)
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -148,7 +140,7 @@ def test_latents_go_through_the_vae_with_its_scale(pipe, statistics):
 
 
 @pytest.mark.parametrize("cls", [ComplexityDiTImg2ImgPipeline, ComplexityDiTInpaintPipeline])
-def test_a_picture_does_not_depend_on_its_neighbours(pipe, picture, mask, cls):
+def test_an_image_does_not_depend_on_its_batch(pipe, picture, mask, cls):
     pipeline = with_vae(pipe, cls)
     other = Image.fromarray(255 - np.asarray(picture))
     pictures = [p.resize((16, 16)) for p in (other, picture)]
@@ -165,7 +157,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(pipe, picture, mask, cls):
     assert not np.array_equal(both[0], both[1])
 
 
-def test_one_picture_under_many_labels_and_many_pictures_under_one(img2img, picture):
+def test_one_image_with_many_labels_and_many_images_with_one(img2img, picture):
     one = img2img(picture, style=["Cubism", "Fauvism"], num_images_per_prompt=2, strength=0.5,
                   **settings(generator=generators(1, 2, 3, 4))).images  # fmt: skip
     many = img2img([picture] * 2, style="Fauvism", num_images_per_prompt=2, strength=0.5,
@@ -177,7 +169,7 @@ def test_one_picture_under_many_labels_and_many_pictures_under_one(img2img, pict
 
 @NUMPY_2
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_black_stays_and_white_is_painted(inpaint, picture, mask, scheduler):
+def test_black_is_kept_and_white_is_regenerated(inpaint, picture, mask, scheduler):
     inpaint.scheduler = inpaint.scheduler if scheduler is None else scheduler()
     for strength in (1.0, 0.5):
         found = inpaint(picture, mask, strength=strength, style=1, **settings()).images[0]
@@ -187,7 +179,7 @@ def test_black_stays_and_white_is_painted(inpaint, picture, mask, scheduler):
     assert np.array_equal(np.asarray(as_bytes)[:, :4], np.asarray(picture)[:, :4])
 
 
-def test_white_everywhere_is_a_new_picture_and_black_everywhere_the_old_one(pipe, inpaint, picture):
+def test_an_all_white_and_an_all_black_mask(pipe, inpaint, picture):
     white, black = (Image.new("L", (8, 8), shade) for shade in (255, 0))
     new = inpaint(picture, white, style=1, **settings()).images
     assert np.array_equal(new, pipe(style=1, **settings()).images)
@@ -196,8 +188,7 @@ def test_white_everywhere_is_a_new_picture_and_black_everywhere_the_old_one(pipe
     )
 
 
-def test_what_is_painted_fits_what_stays(inpaint, picture, mask):
-    # The network sees the part that stays at its own noise level in every step.
+def test_the_kept_part_is_at_the_noise_level_of_each_step(inpaint, picture, mask):
     seen = []
     inpaint.transformer.register_forward_pre_hook(
         lambda module, args: seen.append((args[0].clone(), float(args[1]) / 1000))
@@ -213,10 +204,10 @@ def test_what_is_painted_fits_what_stays(inpaint, picture, mask):
         torch.testing.assert_close(x[..., :4], expected[..., :4])
 
 
-def test_inpainting_latents_keeps_black_cells_and_pixels(pipe, mask):
+def test_inpainting_latents_keeps_black_latents_and_pixels(pipe, mask):
     pipeline = with_vae(pipe, ComplexityDiTInpaintPipeline)
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    # One pixel into the left half: the cell it is in is painted whole, its black pixel stays.
+    # One column of the left half: its latents are regenerated, their black pixels are kept.
     wide = torch.zeros(16, 16)
     wide[:, 7:] = 1
     latents = pipeline(pixels, wide, style=1, **settings(output_type="latent")).images
@@ -229,12 +220,12 @@ def test_inpainting_latents_keeps_black_cells_and_pixels(pipe, mask):
     assert (images[..., 7:] - pixels[..., 7:]).abs().mean() > 0.01
 
 
-def test_the_same_folder_loads_as_each_pipeline(pipe, inpaint, picture, mask, tmp_path):
+def test_each_pipeline_loads_the_folders_of_the_others(pipe, inpaint, picture, mask, tmp_path):
     pipe.save_pretrained(tmp_path / "plain")
     loaded = quiet(ComplexityDiTInpaintPipeline.from_pretrained(tmp_path / "plain"))
     expected = inpaint(picture, mask, style="Cubism", **settings()).images
     assert np.array_equal(loaded(picture, mask, style="Cubism", **settings()).images, expected)
-    # Saved as it is, the folder says which pipeline it was.
+    # A folder records the class that saved it.
     loaded.save_pretrained(tmp_path / "inpaint")
     again = DiffusionPipeline.from_pretrained(tmp_path / "inpaint", trust_remote_code=True)
     assert type(again) is ComplexityDiTInpaintPipeline
@@ -280,7 +271,7 @@ def test_wrong_masks_are_refused(inpaint, picture):
         inpaint(picture, None)
 
 
-def test_every_form_of_a_picture_and_of_a_mask_is_read_alike(inpaint, picture, mask):
+def test_every_form_of_an_image_and_of_a_mask_is_read_alike(inpaint, picture, mask):
     pixels, shade = array(picture), array(mask)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     expected = inpaint(picture, mask, style=1, **settings()).images
@@ -293,12 +284,12 @@ def test_every_form_of_a_picture_and_of_a_mask_is_read_alike(inpaint, picture, m
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_height_and_width_resize_the_picture(img2img, picture):
+def test_height_and_width_resize_the_image(img2img, picture):
     large = img2img(picture, strength=0.0, height=12, width=16, output_type="np").images
     assert large.shape == (1, 12, 16, 3)
 
 
-def test_slerp_keeps_noise_noise():
+def test_slerp_keeps_the_standard_deviation_of_noise():
     first, last = (torch.randn(4096, generator=g) for g in generators(0, 1))
     assert torch.equal(slerp(first, last, 0.0), first)
     assert torch.equal(slerp(first, last, 1.0), last)
@@ -306,7 +297,7 @@ def test_slerp_keeps_noise_noise():
     assert torch.equal(slerp(first, first, 0.3), first)
 
 
-def test_a_strip_leads_from_one_picture_to_another(pipe):
+def test_interpolation_goes_from_one_image_to_another_without_a_jump(pipe):
     ends = ({"style": "Cubism"}, {"style": "Ukiyo e", "genre": "portrait"})
     shared = {"num_inference_steps": 3, "output_type": "np", "chunk_size": 1}
     strip = interpolate(pipe, *ends, count=5, seeds=(3, 4), **shared)
@@ -315,13 +306,13 @@ def test_a_strip_leads_from_one_picture_to_another(pipe):
         alone = pipe(**labels, generator=generators(seed), **shared).images[0]
         np.testing.assert_allclose(picture, alone, atol=1e-5)
     steps = np.abs(np.diff(strip, axis=0)).mean(axis=(1, 2, 3))
-    assert steps.max() < np.abs(strip[0] - strip[-1]).mean()  # no jump as wide as the strip
+    assert steps.max() < np.abs(strip[0] - strip[-1]).mean()
     assert steps.min() > 0
     same = interpolate(pipe, {"style": 1}, count=2, **shared)
     assert np.array_equal(same[0], same[1])
 
 
-def test_wrong_strips_are_refused(pipe):
+def test_wrong_interpolations_are_refused(pipe):
     for changes, words in (
         ({"count": 1}, "count 1 must be at least 2"),
         ({"generator": None}, "generator is determined"),
@@ -332,7 +323,7 @@ def test_wrong_strips_are_refused(pipe):
             interpolate(pipe, **changes)
 
 
-def test_label_embeds_are_what_ids_mean(pipe):
+def test_label_embeds_replace_label_ids(pipe):
     embeds = pipe.get_label_embeds(style=["Cubism", None], genre="portrait")
     assert embeds.shape == (2, 32)
     shared = settings(generator=generators(0, 1))

@@ -1,4 +1,4 @@
-"""The pipeline as a diffusers user meets it."""
+"""The pipeline as a user of diffusers calls it."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -17,23 +16,20 @@ from diffusers import (
 
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from inl_core.run.errors import UserError
+from support.networks import generators, small_vae
 
 
-def generators(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
-
-
-def paint(pipe, **kwargs):
+def generate(pipe, **kwargs):
     settings = {"num_inference_steps": 3, "output_type": "np", "generator": generators(0)}
     return pipe(**(settings | kwargs)).images
 
 
 def test_labels_by_name_id_or_list(pipe):
-    by_name = paint(pipe, style="ukiyo e", genre="Portrait")
+    by_name = generate(pipe, style="ukiyo e", genre="Portrait")
     assert by_name.shape == (1, 8, 8, 3)
-    assert np.array_equal(by_name, paint(pipe, style=2, genre=1))
-    assert not np.array_equal(by_name, paint(pipe, style=1, genre=1))
-    two = paint(pipe, style=["Cubism", None], genre="portrait", generator=generators(0, 1))
+    assert np.array_equal(by_name, generate(pipe, style=2, genre=1))
+    assert not np.array_equal(by_name, generate(pipe, style=1, genre=1))
+    two = generate(pipe, style=["Cubism", None], genre="portrait", generator=generators(0, 1))
     assert two.shape[0] == 2
     assert pipe.get_label_ids(style=["Cubism", None], genre="portrait").tolist() == [
         [0, 1],
@@ -42,7 +38,7 @@ def test_labels_by_name_id_or_list(pipe):
     assert pipe.get_label_ids().tolist() == [[-1, -1]]
 
 
-def test_unknown_labels_list_the_near_ones(pipe):
+def test_unknown_labels_are_refused_with_near_names(pipe):
     with pytest.raises(UserError, match="Fauvism"):
         pipe(style="Fauvsm")
     with pytest.raises(UserError, match=r"unknown label field 'syle'.*style, genre"):
@@ -53,20 +49,22 @@ def test_unknown_labels_list_the_near_ones(pipe):
         pipe(style=["Cubism", "Fauvism"], genre=[0, 1, 1])
 
 
-def test_guidance_acts_and_only_inside_its_interval(pipe):
-    plain = paint(pipe, style=0, guidance_scale=1.0)
-    assert not np.array_equal(plain, paint(pipe, style=0, guidance_scale=3.0))
-    outside = paint(pipe, style=0, guidance_scale=3.0, guidance_interval=(0.0, 0.01))
+def test_guidance_acts_only_inside_its_interval(pipe):
+    plain = generate(pipe, style=0, guidance_scale=1.0)
+    assert not np.array_equal(plain, generate(pipe, style=0, guidance_scale=3.0))
+    outside = generate(pipe, style=0, guidance_scale=3.0, guidance_interval=(0.0, 0.01))
     assert np.array_equal(plain, outside)
 
 
-def test_image_of_a_generator_does_not_depend_on_its_neighbours(pipe):
-    both = paint(pipe, style=0, num_images_per_prompt=2, generator=generators(5, 6), chunk_size=2)
-    alone = paint(pipe, style=0, generator=generators(6), chunk_size=2, chunk_offset=1)
+def test_an_image_does_not_depend_on_its_batch(pipe):
+    both = generate(
+        pipe, style=0, num_images_per_prompt=2, generator=generators(5, 6), chunk_size=2
+    )
+    alone = generate(pipe, style=0, generator=generators(6), chunk_size=2, chunk_offset=1)
     assert np.array_equal(both[1:], alone)
 
 
-def test_chunks_pad_and_keep_positions():
+def test_network_batches_pad_and_keep_positions():
     sizes = []
 
     def network(x, y):
@@ -79,25 +77,25 @@ def test_chunks_pad_and_keep_positions():
 
 
 def test_output_types_and_sizes(pipe):
-    assert paint(pipe, output_type="pil")[0].size == (8, 8)
-    assert paint(pipe, output_type="pt").shape == (1, 3, 8, 8)
-    assert paint(pipe, output_type="latent").shape == (1, 3, 8, 8)
-    assert paint(pipe, height=8, width=12).shape == (1, 8, 12, 3)
+    assert generate(pipe, output_type="pil")[0].size == (8, 8)
+    assert generate(pipe, output_type="pt").shape == (1, 3, 8, 8)
+    assert generate(pipe, output_type="latent").shape == (1, 3, 8, 8)
+    assert generate(pipe, height=8, width=12).shape == (1, 8, 12, 3)
     assert isinstance(pipe(num_inference_steps=1, return_dict=False), tuple)
     for wrong in ({"height": 9}, {"num_inference_steps": 0}, {"output_type": "jpeg"},
                   {"guidance_interval": (0.9, 0.1)}, {"generator": generators(0, 1)},
                   {"latents": torch.zeros(1, 3, 4, 4)},
                   {"callback_on_step_end_tensor_inputs": ["secrets"]}):  # fmt: skip
         with pytest.raises(UserError):
-            paint(pipe, **wrong)
+            generate(pipe, **wrong)
 
 
-def test_latents_given_are_used(pipe):
+def test_given_latents_are_used(pipe):
     latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(paint(pipe), paint(pipe, latents=latents, generator=None))
+    assert np.array_equal(generate(pipe), generate(pipe, latents=latents, generator=None))
 
 
-def test_callback_sees_replaces_and_interrupts(pipe):
+def test_a_callback_replaces_latents_and_interrupts(pipe):
     seen = []
 
     def watch(pipeline, step, timestep, tensors):
@@ -105,7 +103,7 @@ def test_callback_sees_replaces_and_interrupts(pipe):
         pipeline._interrupt = step == 1
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    images = paint(pipe, callback_on_step_end=watch, num_inference_steps=5)
+    images = generate(pipe, callback_on_step_end=watch, num_inference_steps=5)
     assert [s for s, _, _ in seen] == [0, 1]
     assert seen[0][1] == 1000.0
     assert np.array_equal(images, np.full_like(images, 0.5))
@@ -123,36 +121,32 @@ NUMPY_2 = pytest.mark.filterwarnings(
 )  # fmt: skip
 def test_stock_schedulers(pipe, scheduler):
     pipe.scheduler = scheduler()
-    assert np.isfinite(paint(pipe)).all()
+    assert np.isfinite(generate(pipe)).all()
 
 
 @NUMPY_2
-def test_dpm_solver_on_flow_paints_what_euler_does(pipe):
-    # At many steps two right solvers of one differential equation must agree.
-    euler = paint(pipe, num_inference_steps=60)
+def test_dpm_solver_and_euler_agree_at_many_steps(pipe):
+    # Two correct solvers of one differential equation converge to the same image.
+    euler = generate(pipe, num_inference_steps=60)
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
     )
-    assert np.abs(paint(pipe, num_inference_steps=60) - euler).mean() < 0.02
+    assert np.abs(generate(pipe, num_inference_steps=60) - euler).mean() < 0.02
 
 
-def test_vae_is_decoded_with_its_scaling(pipe):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, scaling_factor=0.5,
-    )  # fmt: skip
+def test_latents_are_decoded_with_the_scaling_of_the_vae(pipe):
+    vae = small_vae(scaling_factor=0.5)
     latent = ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, vae, pipe.id2label)
     latent.set_progress_bar_config(disable=True)
     assert latent.sample_size == 16
-    images = paint(latent, output_type="pt")
-    z = paint(latent, output_type="latent")
+    images = generate(latent, output_type="pt")
+    z = generate(latent, output_type="latent")
     with torch.no_grad():
         expected = (vae.decode(z / 0.5).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(images, expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of accelerate's hooks, not ours
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in accelerate's hooks
 def test_offload_sequence_names_components(pipe):
     assert set(pipe.model_cpu_offload_seq.split("->")) <= set(pipe.components)
 
@@ -166,7 +160,7 @@ def test_save_load_and_resave(pipe, tmp_path):
     assert again.id2label == pipe.id2label
     assert list(again.id2label) == ["style", "genre"]  # JSON would sort them
     again.set_progress_bar_config(disable=True)
-    assert np.array_equal(paint(again, style=1), paint(pipe, style=1))
+    assert np.array_equal(generate(again, style=1), generate(pipe, style=1))
     again.save_pretrained(tmp_path / "b")
     for name in ("pipeline_complexity_dit.py", "transformer/modeling_complexity_dit.py",
                  "transformer/diffusion_pytorch_model.safetensors"):  # fmt: skip
@@ -177,7 +171,7 @@ def test_save_load_and_resave(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "c", safe_serialization=False)
 
 
-def test_a_process_that_imports_only_diffusers(pipe, tmp_path):
+def test_a_folder_loads_in_a_process_that_imports_only_diffusers(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "a")
     script = f"""
 import sys, numpy, torch
@@ -194,15 +188,15 @@ try:
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
 else:
-    raise AssertionError("ran code from the folder without being trusted")
+    raise AssertionError("ran code from the folder without trust_remote_code")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours = paint(pipe, style="Cubism", generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(np.load(tmp_path / "image.npy"), ours)
+    expected = generate(pipe, style="Cubism", generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(np.load(tmp_path / "image.npy"), expected)
 
 
-def test_labels_of_another_model_are_refused(pipe):
+def test_an_id2label_of_another_network_is_refused(pipe):
     with pytest.raises(UserError, match="id2label"):
         ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, id2label={"style": {0: "x"}})
 
@@ -215,4 +209,4 @@ def test_unconditional_pipeline(pipe):
         ComplexityDiTTransformer2DModel.from_config(config), pipe.scheduler
     )
     plain.set_progress_bar_config(disable=True)
-    assert paint(plain).shape == (1, 8, 8, 3)
+    assert generate(plain).shape == (1, 8, 8, 3)

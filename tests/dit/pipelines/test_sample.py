@@ -1,4 +1,4 @@
-"""Sampling by index: the same bits for any batch, grids, folders and archives."""
+"""Sampling of seeded sets: equal bits in any batch; grids, folders and archives."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def labels_for(pipe, count):
     return torch.stack([torch.arange(count) % 3, torch.arange(count) % 2], dim=1)
 
 
-def paint(pipe, count, config, indices=None):
+def images_by_index(pipe, count, config, indices=None):
     found = {}
     for batch, images in iter_samples(
         pipe, labels_for(pipe, count), config, indices, progress=False
@@ -30,19 +30,19 @@ def paint(pipe, count, config, indices=None):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 64])
 def test_bits_do_not_depend_on_the_batch(pipe, batch_size):
-    whole = paint(pipe, 11, QUICK)
-    assert sorted(whole) == list(range(11))
-    other = paint(pipe, 11, replace(QUICK, batch_size=batch_size))
-    assert all(np.array_equal(whole[i], other[i]) for i in range(11))
+    full = images_by_index(pipe, 11, QUICK)
+    assert sorted(full) == list(range(11))
+    other = images_by_index(pipe, 11, replace(QUICK, batch_size=batch_size))
+    assert all(np.array_equal(full[i], other[i]) for i in range(11))
 
 
-def test_bits_do_not_depend_on_which_images_are_asked_for(pipe):
-    whole = paint(pipe, 11, QUICK)
-    some = paint(pipe, 11, QUICK, [1, 2, 6, 10])
+def test_bits_do_not_depend_on_the_requested_indices(pipe):
+    full = images_by_index(pipe, 11, QUICK)
+    some = images_by_index(pipe, 11, QUICK, [1, 2, 6, 10])
     assert sorted(some) == [1, 2, 6, 10]
-    assert all(np.array_equal(whole[i], some[i]) for i in some)
+    assert all(np.array_equal(full[i], some[i]) for i in some)
     # A prefix of a larger set is the smaller set.
-    assert all(np.array_equal(whole[i], paint(pipe, 5, QUICK)[i]) for i in range(5))
+    assert all(np.array_equal(full[i], images_by_index(pipe, 5, QUICK)[i]) for i in range(5))
 
 
 def test_every_network_call_has_the_chunk_size(pipe, monkeypatch):
@@ -54,17 +54,17 @@ def test_every_network_call_has_the_chunk_size(pipe, monkeypatch):
         return real(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe.transformer), "forward", watch)
-    paint(pipe, 11, replace(QUICK, batch_size=3))
+    images_by_index(pipe, 11, replace(QUICK, batch_size=3))
     assert sizes == {8}  # chunk_size images, with and without labels
 
 
 def test_seeds_and_images_differ(pipe):
-    images = paint(pipe, 6, QUICK)
-    assert not np.array_equal(images[0], images[3])  # labels agree, noise does not
-    assert not np.array_equal(images[0], paint(pipe, 6, replace(QUICK, seed=1))[0])
+    images = images_by_index(pipe, 6, QUICK)
+    assert not np.array_equal(images[0], images[3])  # equal labels, different noise
+    assert not np.array_equal(images[0], images_by_index(pipe, 6, replace(QUICK, seed=1))[0])
 
 
-def test_grid_has_a_row_for_each_label(pipe, tmp_path):
+def test_a_grid_has_a_row_per_label(pipe, tmp_path):
     labels = grid_labels(pipe, columns=2)
     assert labels.tolist() == [[0, -1], [0, -1], [1, -1], [1, -1], [2, -1], [2, -1]]
     assert grid_labels(pipe, 1, "genre").tolist() == [[-1, 0], [-1, 1]]
@@ -77,7 +77,7 @@ def test_grid_has_a_row_for_each_label(pipe, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
-def test_command_writes_grid_folder_and_archive(pipe, tmp_path):
+def test_the_command_writes_a_grid_a_folder_or_an_archive(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     source = str(tmp_path / "pipe")
     sample(source, str(tmp_path / "grid.png"), sampling=QUICK)
@@ -110,13 +110,13 @@ def test_wrong_input_is_refused(pipe, tmp_path):
         sample(source, str(tmp_path / "x"), 0, sampling=QUICK)
     with pytest.raises(UserError, match="chunk_size 0"):
         next(iter_samples(pipe, labels_for(pipe, 1), replace(QUICK, chunk_size=0)))
-    with pytest.raises(UserError, match="no pipeline folder"):
+    with pytest.raises(UserError, match="not a pipeline folder"):
         load_pipeline(str(tmp_path / "nothing" / "here"))
     (tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="cannot load the pipeline"):
         load_pipeline(source)
 
 
-def test_a_hub_id_out_of_reach_is_one_clear_line():
+def test_an_unreachable_hub_id_is_refused():
     with pytest.raises(UserError, match="cannot load the pipeline nobody/nothing"):
         load_pipeline("nobody/nothing")

@@ -1,4 +1,4 @@
-"""Schedulers by name: each solves a flow whose answer is known, and its evaluations are counted."""
+"""Schedulers by name: accuracy on a flow with a known solution, and counts of evaluations."""
 
 from dataclasses import replace
 
@@ -31,14 +31,14 @@ MEAN, STD = 0.7, 0.5
 
 
 def exact_velocity(x, t):
-    """E[noise - data | x_t = x] for data N(MEAN, STD^2): the flow that a perfect network writes."""
+    """E[noise - data | x_t = x] for data N(MEAN, STD^2): the velocity of a perfect network."""
     variance = ((1 - t) * STD) ** 2 + t**2
     surprise = (x - (1 - t) * MEAN) / variance
     return t * surprise - (MEAN + (1 - t) * STD**2 * surprise)
 
 
 def error(scheduler, steps):
-    """Mean distance to where the flow takes unit noise: MEAN + STD * noise."""
+    """Mean distance to the exact solution for unit noise, MEAN + STD * noise."""
     noise = torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
     x, timesteps = noise, set_steps(scheduler, steps, CPU)
     for t, time in zip(timesteps, network_times(scheduler), strict=True):
@@ -47,7 +47,7 @@ def error(scheduler, steps):
     return float((x - MEAN - STD * noise).abs().mean())
 
 
-# name: (largest error at 50 steps, how much of it 100 steps take away)
+# name: (largest error at 50 steps, smallest factor by which 100 steps reduce it)
 ACCURACY = {
     "FlowMatchEulerDiscreteScheduler": (0.020, 1.9),
     "FlowMatchHeunDiscreteScheduler": (0.002, 3.5),
@@ -58,7 +58,7 @@ ACCURACY = {
 
 
 @pytest.mark.parametrize("name", FLOW_SCHEDULERS)
-def test_each_solves_a_known_flow_at_its_order(name):
+def test_each_solves_a_known_flow_with_its_order_of_accuracy(name):
     bound, gain = ACCURACY[name]
     coarse, fine = (error(named_scheduler(OWN, name), steps) for steps in (50, 100))
     assert coarse < bound
@@ -66,14 +66,14 @@ def test_each_solves_a_known_flow_at_its_order(name):
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # likewise
-def test_deis_is_left_out_because_it_stops_before_the_end():
+def test_deis_stops_before_the_end():
     deis = DEISMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
     )
-    assert error(deis, 50) > 0.02  # several times Euler's
+    assert error(deis, 50) > 0.02  # several times the error of Euler
 
 
-def test_times_are_the_noise_levels_not_their_integers():
+def test_network_times_are_exact_noise_levels():
     scheduler = named_scheduler(OWN, "DPMSolverMultistepScheduler", shift=1.0)
     steps = set_steps(scheduler, 30, CPU)
     assert steps.dtype == torch.int64
@@ -86,7 +86,7 @@ def test_times_are_the_noise_levels_not_their_integers():
 
 @pytest.mark.parametrize("name", FLOW_SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_evaluations_are_counted_as_they_happen(pipe, monkeypatch, name, steps):
+def test_counts_of_evaluations_match_actual_calls(pipe, monkeypatch, name, steps):
     calls = []
     real = ComplexityDiTTransformer2DModel.forward
 
@@ -103,7 +103,7 @@ def test_evaluations_are_counted_as_they_happen(pipe, monkeypatch, name, steps):
     assert ran == count_evaluations(pipe.scheduler, steps, 3.0, interval)
     assert len(calls) == count_evaluations(pipe.scheduler, steps)
     assert len(calls) == (2 * steps - 1 if "Heun" in name else steps)
-    # Only inside the interval was there a second row.
+    # Guidance adds a second row only inside the interval.
     assert all((rows == 2) == (300 <= time <= 900) for rows, time in calls)
     assert calls[0][1] == pytest.approx(1000, abs=1)
 
@@ -126,7 +126,7 @@ def test_shift_is_kept_or_replaced_under_each_name():
     assert back.config.shift == OWN.config.shift
 
 
-def test_names_that_do_not_fit_are_refused_with_near_ones():
+def test_schedulers_that_do_not_fit_are_refused_with_near_names():
     with pytest.raises(UserError, match=r"near names are FlowMatchHeunDiscreteScheduler"):
         named_scheduler(OWN, "FlowMatchHeun")
     with pytest.raises(UserError, match="'DDIMScheduler' for a model trained on flow"):
@@ -142,7 +142,7 @@ def test_names_that_do_not_fit_are_refused_with_near_ones():
     assert (other.config.prediction_type, other.config.timestep_spacing) == ("epsilon", "trailing")
 
 
-def test_sampling_by_name_leaves_the_pipeline_as_it_was(pipe):
+def test_sampling_with_another_scheduler_does_not_change_the_pipeline(pipe):
     labels, before = pipe.get_label_ids(style=[0, 1, 2]), pipe.scheduler
     config = SampleConfig(num_inference_steps=3, batch_size=2, chunk_size=2)
 
@@ -162,7 +162,7 @@ def test_sampling_by_name_leaves_the_pipeline_as_it_was(pipe):
         paint(scheduler="Euler")
 
 
-def test_a_pipeline_with_another_solver_keeps_it_when_saved(pipe, tmp_path):
+def test_another_solver_is_saved_with_the_pipeline(pipe, tmp_path):
     pipe.scheduler = named_scheduler(pipe.scheduler, "UniPCMultistepScheduler")
     pipe.save_pretrained(tmp_path)
     again = ComplexityDiTPipeline.from_pretrained(tmp_path)

@@ -50,7 +50,7 @@ def test_another_network_is_refused(pipe, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             start_from(another(pipe, **changes), str(tmp_path), pipe.label_names)
-    with pytest.raises(UserError, match="no pipeline folder"):
+    with pytest.raises(UserError, match="not a pipeline folder"):
         start_from(pipe.transformer, str(tmp_path / "nowhere"), pipe.label_names)
 
 

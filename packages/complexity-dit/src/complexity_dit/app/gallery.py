@@ -27,7 +27,7 @@ from torch import Tensor
 from complexity_dit.config import Limits
 from complexity_dit.grids import draw_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
-from complexity_dit.pipelines.sampling import pipeline_hash
+from complexity_dit.pipelines.sampling import pipeline_hash, to_uint8
 from complexity_dit.pipelines.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from inl_core.run.errors import UserError
@@ -248,7 +248,7 @@ class Gallery:
                 images = running.image_processor.postprocess(pixels, output_type="np")
                 # A second-order scheduler makes two calls per step.
                 step = (call + 1) * steps // running.num_timesteps
-                show(Frame(min(step, steps - 1), steps, _to_uint8(np.nan_to_num(images))))
+                show(Frame(min(step, steps - 1), steps, to_uint8(np.nan_to_num(images))))
                 last_preview = time.monotonic()
             return {}
 
@@ -268,7 +268,7 @@ class Gallery:
                 f"the pictures hold values that are not finite; lower the guidance "
                 f"({settings.guidance_scale:g}), or check the pipeline's weights"
             )
-        return Frame(steps, steps, _to_uint8(images))
+        return Frame(steps, steps, to_uint8(images))
 
     def _conditions(self, settings: Settings) -> tuple[Tensor, list[int]]:
         """Label ids (N, F), and the index of the noise of each image."""
@@ -281,8 +281,6 @@ class Gallery:
         return rows, [0] * count
 
 
-def _to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
-    return (images * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def picture_png(

@@ -87,7 +87,7 @@ def _check_size(build: Callable[[dict], Any], folder: Path) -> None:
         raise UserError(f"cannot build a network from {path}: {describe(error)}") from error
     if numbers > stored:
         raise UserError(
-            f"{path} describes a network of {numbers} numbers; the weights beside it have only "
+            f"{path} describes a network of {numbers} numbers; the weights next to it have only "
             f"{stored} bytes"
         )
 

@@ -531,9 +531,10 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         )
         timestep = timestep.expand(batch)
         c_BD = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
-        if label_embeds is None:
-            label_embeds = self._embed_labels(class_labels, batch, x_BND.device)
-        c_BD = nn.functional.silu(c_BD + label_embeds)
+        labels: Tensor | float | None = label_embeds
+        if labels is None:
+            labels = self._embed_labels(class_labels, batch, x_BND.device)
+        c_BD = nn.functional.silu(c_BD + labels)
 
         state: LayerState = (x_BND, None, None)
         plan, kept_plan = routing_plans(

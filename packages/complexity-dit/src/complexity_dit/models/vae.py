@@ -20,7 +20,7 @@ Vae = AutoencoderKL | AutoencoderTiny | TinyAutoencoder
 _CLASSES: dict[str, type[Vae]] = {
     cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, TinyAutoencoder)
 }
-_FOLDER_HINT = "download it elsewhere and give the folder"
+_FOLDER_HINT = "download it elsewhere and pass the folder"
 
 
 def load_vae(name: str) -> Vae:
@@ -41,7 +41,7 @@ def load_vae(name: str) -> Vae:
             return TinyAutoencoder.from_taesd(folder).requires_grad_(False)
         name = str(folder)
     elif name.count("/") != 1 or name.startswith((".", "~")):
-        raise UserError(f"there is no VAE folder {name}; give an existing folder or a Hub id")
+        raise UserError(f"there is no VAE folder {name}; pass an existing folder or a Hub id")
     else:
         reach_hub(f"vae {name}", _FOLDER_HINT)
     config, subfolder = _read_config(name)

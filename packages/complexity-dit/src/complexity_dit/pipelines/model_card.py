@@ -1,7 +1,7 @@
-"""Model cards: the README.md of a pipeline or adapter folder, from what is in the folder.
+"""Model cards: the README.md of a pipeline or adapter folder, from the files in the folder.
 
-A card is written again by every save, unless someone has edited it: only a file that ends with our
-mark is replaced.
+Every save writes the card again unless it was edited: only a file with the mark of this module is
+replaced.
 """
 
 import html
@@ -19,26 +19,55 @@ from inl_core.run.files import atomic_file
 from inl_core.run.json_files import one_line
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
-_MARK = "<!-- Written by complexity-dit; it is kept as it is once this line is gone. -->"
+_MARK_START = "<!-- Written by complexity-dit;"  # also in the cards of older versions
+_MARK = f"{_MARK_START} delete this line to protect your edits. -->"
 _METRICS = {
     "fid": "FID", "kid_mean": "KID", "precision": "Precision", "recall": "Recall",
     "density": "Density", "coverage": "Coverage", "fd_random": "Distance of random features",
     "fd_dinov2": "FD-DINOv2",
 }  # fmt: skip
-_SHOWN = 40
+_MAX_LABELS = 40
+
+_USE = """\
+A diffusion transformer with INL dynamics that generates images from labels
+([complexity-dit](https://pypi.org/project/complexity-dit/)).
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+image = pipe({arguments}).images[0]
+```
+
+`trust_remote_code` runs two one-line modules in this repository that import the installed package
+`complexity_dit`. `complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
+
+_USE_ADAPTER = """\
+A LoRA adapter for the pipeline `{base}`.
+
+```python
+from complexity_dit import ComplexityDiTPipeline
+
+pipe = ComplexityDiTPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{name}")
+image = pipe({arguments}).images[0]
+```
+
+It fits a base whose transformer has the sha256 `{sha256}`."""
 
 _LIMITS = """\
-- Pictures look like the training data: its subjects, its cropping, its gaps and its prejudices.
-- Labels are those of the data; a combination that was never seen together is a guess.
-- A small set of pictures seen many times can be remembered. Compare samples with the nearest
-  training pictures (`complexity-dit evaluate --memorisation true`) before you call one new.
-- FID and KID say how far sets of pictures are apart, by one network that was trained on
-  photographs, and depend on their number. They do not say whether a painting is good."""
+- Images reflect the training data: its subjects, cropping, gaps and biases.
+- Labels are those of the data; results for combinations that never occur in it are unreliable.
+- A model trained on few images may memorise them. Compare samples with the nearest training images
+  (`complexity-dit evaluate --memorisation true`) before you call one new.
+- FID and KID measure the distance between two sets of images in the features of one network trained
+  on photographs, and depend on the number of images. They do not measure whether a painting is
+  good."""
 
 _WIKIART = """\
-The pictures are from WikiArt, whose labels and scans are offered for **non-commercial research
-only**; many of the paintings are in the public domain and some are not. These weights carry the
-same restriction: use them for research, not for trade."""
+The training images are from WikiArt. Its labels and scans are for **non-commercial research only**;
+many of the paintings are in the public domain, and some are not. The same restriction applies to
+these weights: use them for research, not commercially."""
 
 
 def write_card(
@@ -47,16 +76,16 @@ def write_card(
     grid: Image.Image | Path | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write the card of a saved pipeline, or of an adapter, from the files in its folder.
+    """Write the card of a saved pipeline or adapter from the files in its folder.
 
     Args:
-        folder: As `save_pretrained` or a training wrote it.
-        result: What `complexity-dit evaluate` wrote, or its file: metrics and protocol.
-        grid: Samples to show; kept as `samples.png` in the folder. None shows those that are there.
-        name: How a user calls it, e.g. a Hub id; the folder's name by default.
+        folder: As written by `save_pretrained` or by training.
+        result: A result of `complexity-dit evaluate`, or its file: metrics and protocol.
+        grid: Samples to show, saved as `samples.png` in the folder; None shows an existing file.
+        name: What a user passes to `from_pretrained`, e.g. a Hub id; the folder's name by default.
 
     Returns:
-        The card's path. A card that was edited is left alone.
+        The card's path. An edited card is not changed.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -65,30 +94,36 @@ def write_card(
     if grid is not None:
         with atomic_file(folder / GRID_FILE) as aside:
             if isinstance(grid, Path):
-                with Image.open(grid) as picture:
-                    picture.save(aside, format="PNG")
+                with Image.open(grid) as image:
+                    image.save(aside, format="PNG")
             else:
                 grid.save(aside, format="PNG")
-    if card.exists() and _MARK not in card.read_text():
+    if card.exists() and _MARK_START not in card.read_text():
         return card
     if isinstance(result, Path):
         result = json.loads(result.read_text())
     name = name or folder.resolve().name
-    data = _read(folder / DATA_FILE)
-    about = _read(folder / ADAPTER_FILE)
-    index = _read(folder / "model_index.json")
-    parts = [f"# {name}"]
+    data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
+    sections = [f"# {name}"]
     if (folder / GRID_FILE).is_file():
-        parts.append(f"![Samples]({GRID_FILE})")
-    if about:
-        parts += [_adapter_use(name, about), _labels(about["labels"])]
+        sections.append(f"![Samples]({GRID_FILE})")
+    if adapter:
+        base = adapter["base"] if _is_hub_id(adapter["base"]) else Path(adapter["base"]).name
+        sections += [
+            _USE_ADAPTER.format(name=name, base=base, sha256=adapter["base_sha256"],
+                                arguments=_arguments(adapter["labels"])),
+            _labels(adapter["labels"]),
+        ]  # fmt: skip
     else:
-        known = {f: [names[i] for i in names] for f, names in index["id2label"].items()}
-        parts += [_use(name, known), _labels(known), _made(folder, index)]
-    parts += [_data(data), _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK]
-    text = "\n\n".join(part for part in parts if part)
+        index = _read(folder / "model_index.json")
+        labels = {field: list(names.values()) for field, names in index["id2label"].items()}
+        arguments = _arguments(labels)
+        sections += [_USE.format(name=name, arguments=arguments), _labels(labels)]
+        sections.append(_architecture(folder, index))
+    sections += [_data(data), _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK]
+    text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
-        aside.write_text(f"---\n{_front(name, data, about, result)}\n---\n\n{text}\n")
+        aside.write_text(f"---\n{_metadata(name, data, adapter, result)}\n---\n\n{text}\n")
     return card
 
 
@@ -96,135 +131,95 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _front(name: str, data: dict, about: dict, result: dict | None) -> ModelCardData:
-    source = str(data.get("source", ""))
-    scheme, _, place = source.partition(":")
+def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> ModelCardData:
+    """The YAML header that the Hub reads."""
+    scheme, _, place = str(data.get("source", "")).partition(":")
     licence: dict[str, Any] = {}
     if _is_wikiart(data):
         licence = {"license": "other", "license_name": "non-commercial-research"}
-    elif source == "art":
+    elif scheme == "art":
         licence = {"license": "apache-2.0"}
-    metrics = {k: v for k, v in (result or {}).get("metrics", {}).items() if k in _METRICS}
-    shown = [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=_source_name(result["settings"]["data"]),
-            dataset_name=_source_name(result["settings"]["data"]),
-            dataset_split="heldout",
-            metric_type=metric,
-            metric_name=f"{_METRICS[metric]} ({result['n_generated']} samples)",
-            metric_value=value,
-        )
-        for metric, value in metrics.items()
-        if result is not None
-    ]
-    base = about.get("base")
+    results = []
+    if result is not None:
+        dataset = _source_name(result["settings"]["data"])
+        results = [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split="heldout",
+                metric_type=metric,
+                metric_name=f"{_METRICS[metric]} ({result['n_generated']} samples)",
+                metric_value=value,
+            )
+            for metric, value in result["metrics"].items()
+            if metric in _METRICS
+        ]
+    base = adapter.get("base")
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        base_model=base if base and _on_the_hub(base) else None,
-        tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(about),
+        base_model=base if base and _is_hub_id(base) else None,
+        tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(adapter),
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
-        model_name=name if shown else None,
-        eval_results=shown or None,
+        model_name=name if results else None,
+        eval_results=results or None,
         **licence,
-    )  # fmt: skip
-
-
-def _use(name: str, labels: dict[str, list[str]]) -> str:
-    asked = _asked(labels)
-    return f"""\
-Pictures from labels by a diffusion transformer with INL dynamics
-([complexity-dit](https://pypi.org/project/complexity-dit/)).
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-image = pipe({asked}).images[0]
-```
-
-`trust_remote_code` runs two one-line modules of the folder that import the installed package
-`complexity_dit`; `complexity_dit.ComplexityDiTPipeline.from_pretrained` needs no such trust."""
-
-
-def _adapter_use(name: str, about: dict) -> str:
-    asked = _asked(about["labels"])
-    base = about["base"] if _on_the_hub(about["base"]) else Path(about["base"]).name
-    return f"""\
-An adapter (LoRA) of the pipeline `{base}`.
-
-```python
-from complexity_dit import ComplexityDiTPipeline
-
-pipe = ComplexityDiTPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{name}")
-image = pipe({asked}).images[0]
-```
-
-It fits the base whose transformer has the sha256 `{about["base_sha256"]}`."""
+    )
 
 
 def _labels(labels: dict[str, list[str]]) -> str:
-    if not any(labels.values()):
-        return ""
     rows = [
-        f"- **{_plain(field)}** ({len(names)}): {', '.join(map(_plain, names[:_SHOWN]))}"
-        + (", …" if len(names) > _SHOWN else "")
+        f"- **{_escape(field)}** ({len(names)}): {', '.join(map(_escape, names[:_MAX_LABELS]))}"
+        + (", …" if len(names) > _MAX_LABELS else "")
         for field, names in labels.items()
     ]
-    return "## Labels\n\n" + "\n".join(rows)
+    return "## Labels\n\n" + "\n".join(rows) if any(labels.values()) else ""
 
 
-def _asked(labels: dict[str, list[str]]) -> str:
-    """The first name of each field as arguments of a call; names can be any text."""
-    quoted = {
+def _arguments(labels: dict[str, list[str]]) -> str:
+    """The first name of each field as arguments of a call, safe for names of any text."""
+    values = {
         field: json.dumps(names[0], ensure_ascii=False).replace("`", "\\u0060")
         for field, names in labels.items()
     }
-    if all(field.isidentifier() and not iskeyword(field) for field in quoted):
-        return ", ".join(f"{field}={name}" for field, name in quoted.items())
-    pairs = (f"{json.dumps(field)}: {name}" for field, name in quoted.items())
+    if all(field.isidentifier() and not iskeyword(field) for field in values):
+        return ", ".join(f"{field}={value}" for field, value in values.items())
+    pairs = (f"{json.dumps(field)}: {value}" for field, value in values.items())
     return "**{" + ", ".join(pairs).replace("`", "\\u0060") + "}"
 
 
-def _plain(text: str) -> str:
-    """A name within Markdown: no HTML, link, code or line end of its own."""
+def _escape(text: str) -> str:
+    """A name as Markdown text, without HTML, links, code or line breaks."""
     return re.sub(r"([\[\]`|\\*])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
-def _made(folder: Path, index: dict) -> str:
+def _architecture(folder: Path, index: dict) -> str:
     network = _read(folder / "transformer" / "config.json")
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json").get("_class_name")
-    vae = index.get("vae") or [None, None]
+    vae = (index.get("vae") or [None, None])[1]
+    size = network["sample_size"]
     rows = {
         "network": f"{network['num_layers']} layers, {network['hidden_size']} wide, "
         f"{network['num_attention_heads']} heads, patch {network['patch_size']}",
-        **_dynamics(network),
-        "input": f"{network['in_channels']} channels of {network['sample_size']} x "
-        f"{network['sample_size']}, " + (f"latents of {vae[1]}" if vae[1] else "pixels"),
-        "scheduler": scheduler,
+        "input": f"{network['in_channels']} channels of {size} x {size}, "
+        + (f"latents of {vae}" if vae else "pixels"),
+        "scheduler": _read(folder / "scheduler" / "scheduler_config.json").get("_class_name"),
     }
+    placement = network.get("dynamics_placement")  # None: a denoiser of another class
+    if placement is not None:
+        adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
+        rows["dynamics"] = placement + adaptive
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
-    return "\n".join(["## How it is made", "", "| | |", "|---|---|", *lines])
-
-
-def _dynamics(network: dict) -> dict[str, str]:
-    """Nothing for another denoiser that was trained in our loop."""
-    placement = network.get("dynamics_placement")
-    if placement is None:
-        return {}
-    adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
-    return {"dynamics": placement + adaptive}
+    return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
 
 def _data(data: dict) -> str:
     if not data:
-        return "## Data\n\nNot recorded in this folder."
+        return "## Training data\n\nNot recorded in this folder."
     return (
-        f"## Data\n\n{_source_name(data)} at {data['resolution']} px, {data['holdout']:.0%} of the "
-        "pictures held out by the hash of their files"
-        + (", mirrored half of the time." if data["flip"] else ".")
+        f"## Training data\n\n{_source_name(data)} at {data['resolution']} px, "
+        f"{data['holdout']:.0%} of the images held out by the hash of their files"
+        + (", half of the images mirrored at random." if data["flip"] else ".")
     )
 
 
@@ -234,18 +229,19 @@ def _evaluation(result: dict | None) -> str:
     settings, sample = result["settings"], result["settings"]["sample"]
     extractor = settings["extractor"]
     lines = ["## Evaluation", "", "| metric | value |", "|---|---|"]
-    lines += [
-        f"| {_METRICS.get(name, name)} | {value:.4g} |" for name, value in result["metrics"].items()
-    ]
+    lines += [f"| {_METRICS.get(k, k)} | {value:.4g} |" for k, value in result["metrics"].items()]
     protocol = (
-        f"{result['n_generated']} samples against {result['n_reference']} held-out pictures of "
+        f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
         f"{_source_name(settings['data'])}; {sample['num_inference_steps']} steps, guidance "
         f"{sample['guidance_scale']:g}, seed {sample['seed']}; features of {extractor['name']} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
         f"{extractor['dtype']}; reference {result['reference_fingerprint'][:16]}."
     )
     if "fd_random" in result["metrics"]:
-        protocol += " Features of a random network are **not** FID and compare with nothing else."
+        protocol += (
+            " Distances in the features of a random network are **not** FID and cannot be compared "
+            "with other metrics."
+        )
     return "\n".join([*lines, "", protocol])
 
 
@@ -253,14 +249,14 @@ def _licence(data: dict) -> str:
     if _is_wikiart(data):
         text = _WIKIART
     elif data.get("source") == "art":
-        text = "Apache-2.0; the training pictures are drawn by the package itself."
+        text = "Apache-2.0; the training images are drawn by the package itself."
     else:
-        text = "Not stated: it depends on the training pictures. State it before you publish."
+        text = "Not stated: it depends on the training images. State it before you publish."
     return f"## Licence\n\n{text}"
 
 
-def _on_the_hub(base: str) -> bool:
-    """Whether an adapter's base is a Hub id; a folder is written as a path from the adapter's."""
+def _is_hub_id(base: str) -> bool:
+    """Whether an adapter's base is a Hub id; otherwise it is a path relative to the adapter."""
     return base.count("/") == 1 and not base.startswith((".", "/"))
 
 
@@ -269,9 +265,9 @@ def _is_wikiart(data: dict) -> bool:
 
 
 def _source_name(data: dict | None) -> str:
-    """What the pictures are, without the paths of the machine that read them."""
+    """The name of a data source, without local paths."""
     if not data:
-        return "unknown pictures"
+        return "unknown images"
     scheme, _, place = str(data["source"]).partition(":")
     if scheme == "art":
         return "the embedded art set"

@@ -1,8 +1,7 @@
-"""Sampling: image i of a seeded set is the same bits, whatever is painted beside it."""
+"""Sampling of seeded sets: image i has the same bits in every batch and on every process."""
 
 import copy
 import hashlib
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,18 +17,92 @@ from tqdm.auto import tqdm
 from complexity_dit.config import ADAPTER_FILE, SampleConfig
 from complexity_dit.grids import save_grid, save_image
 from complexity_dit.hashing import module_hash, weights_sha256
+from complexity_dit.models.loading import describe
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.schedulers import is_flow, named_scheduler
+from complexity_dit.pipelines.schedulers import count_evaluations, is_flow, named_scheduler
 from complexity_dit.seeding import generator_for
 from inl_core.run.checkpoints import check_damage
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
+_COLUMNS = 8
 
-def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
-    """sha256 over the configs and weights of all networks of a pipeline, in hex."""
+
+def load_pipeline(path: str) -> ComplexityDiTPipeline:
+    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base.
+
+    Raises:
+        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, it belongs to a
+            damaged checkpoint, or the base of an adapter is missing or has changed.
+    """
+    folder = Path(path)
+    check_damage(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        return _load_with_adapter(folder)
+    looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))
+    if looks_local and not (folder / ComplexityDiTPipeline.config_name).is_file():
+        raise UserError(
+            f"{path} is not a pipeline folder (no {ComplexityDiTPipeline.config_name} in it); "
+            "pass the `pipeline` folder that training wrote, or a Hub id"
+        )
+    try:
+        return ComplexityDiTPipeline.from_pretrained(path)
+    except Exception as error:  # of any type: diffusers checks few values of a folder's JSON
+        raise UserError(f"cannot load the pipeline {path}: {describe(error)}") from error
+
+
+def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
+    path = folder / ADAPTER_FILE
+    try:
+        adapter = read_json_object(path)
+        base: Any = adapter.get("base")
+        sha256: Any = adapter.get("base_sha256")
+        if not fits(base, str) or not fits(sha256, str):
+            raise ValueError("`base` and `base_sha256` must be strings")
+        local = folder / base
+        is_local = local.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not describe an adapter: {error}") from error
+    if (local / ADAPTER_FILE).is_file():
+        raise UserError(f"{path} names another adapter as its base, {base!r}")
+    pipe = load_pipeline(os.path.normpath(local) if is_local else base)
+    if weights_sha256(pipe.transformer) != sha256:
+        raise UserError(
+            f"{folder} was trained on other weights than {base} has now: restore the base, or "
+            f"change its path in {path}"
+        )
+    pipe.load_lora_weights(folder)
+    return pipe
+
+
+def load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
+    """Load the transformer of another pipeline as a guide for `pipe`.
+
+    Raises:
+        UserError: If it cannot be loaded, or has other labels or another objective.
+    """
+    guide = load_pipeline(path)
+    if guide.id2label != pipe.id2label:
+        raise UserError(
+            f"--autoguidance {path} has other labels than the pipeline: use a model that was "
+            "trained on the same data"
+        )
+    kinds = [
+        "flow" if is_flow(p.scheduler) else p.scheduler.config.prediction_type
+        for p in (guide, pipe)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"--autoguidance {path} predicts {kinds[0]} and the pipeline {kinds[1]}: use a model "
+            "with the same objective"
+        )
+    return guide.transformer.to(pipe.device)
+
+
+def pipeline_hash(pipe: ComplexityDiTPipeline) -> str:
+    """Hex sha256 of the weights of all networks in a pipeline."""
     digest = hashlib.sha256()
     for name in sorted(pipe.components):
         part = pipe.components[name]
@@ -38,27 +111,27 @@ def pipeline_hash(pipe: "ComplexityDiTPipeline") -> str:
     return digest.hexdigest()
 
 
-def scheduler_settings(pipe: "ComplexityDiTPipeline", sample: "SampleConfig") -> dict[str, Any]:
-    """The scheduler that paints, with its settings, and the network evaluations of a picture."""
-    from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler
-
-    used = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
-    # DPM-Solver's settings have an infinity, which JSON cannot write as a number.
+def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dict[str, Any]:
+    """The scheduler that sampling uses, with its settings, and network evaluations per image."""
+    scheduler = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
+    # DPM-Solver's settings contain an infinity, which JSON cannot represent as a number.
     config = {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-        for k, v in used.config.items()
+        for k, v in scheduler.config.items()
         if not k.startswith("_")
     }
     evaluations = count_evaluations(
-        used, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
+        scheduler, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
     )
     return {
-        "scheduler": {"class": type(used).__name__, **config},
+        "scheduler": {"class": type(scheduler).__name__, **config},
         "network_evaluations": evaluations,
     }
 
 
-logger = logging.getLogger(__name__)
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] to uint8, rounded to nearest."""
+    return (images * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def iter_samples(
@@ -68,28 +141,29 @@ def iter_samples(
     indices: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Paint images of a seeded set.
+    """Generate images of a seeded set.
 
     Args:
         pipe: The pipeline.
-        labels: Label ids of the whole set, (N, F) int64, -1 for not given; row i is image i's.
+        labels: Label ids of the whole set, (N, F) int64, -1 for not given; row i is for image i.
         config: Seed, sampler and batch.
-        indices: Which images to paint, ascending; None means all N. Give each process its share.
+        indices: Which images to generate, in ascending order; None means all N. With several
+            processes, pass each its share.
         progress: Show a progress bar.
 
     Yields:
-        Indices, and their pictures as uint8 (n, Y, X, 3), rounded to nearest.
+        Indices, and their images as uint8 (n, Y, X, 3), rounded to nearest.
 
     Raises:
-        UserError: If a number in the config is out of range, no such scheduler fits the model, the
-            guide is of other data, or a picture has values that are not finite.
+        UserError: If a number in the config is out of range, the scheduler does not fit the model,
+            the guide was trained on other data, or an image has non-finite values.
     """
     guide = None if config.autoguidance is None else load_guide(config.autoguidance, pipe)
     pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
     indices = list(range(len(labels)) if indices is None else indices)
-    with tqdm(total=len(indices), desc="painting", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
         for batch in _consecutive_batches(indices, config.batch_size):
             images = pipe(
                 class_labels=labels[batch],
@@ -104,38 +178,15 @@ def iter_samples(
                 chunk_offset=batch[0] % config.chunk_size,
                 output_type="np",
             ).images
-            if not np.isfinite(images).all():
-                broken = [
-                    i
-                    for i, image in zip(batch, images, strict=True)
-                    if not np.isfinite(image).all()
-                ]
+            finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
+            if not finite.all():
                 raise UserError(
-                    f"sample {broken[0]} holds values that are not finite ({len(broken)} of "
-                    f"{len(batch)} in its batch); the weights or the guidance_scale are at fault"
+                    f"sample {batch[finite.argmin()]} has values that are not finite "
+                    f"({(~finite).sum()} of {len(batch)} images in its batch have): check the "
+                    "weights, or lower the guidance_scale"
                 )
-            yield batch, (images * 255).round().clip(0, 255).astype(np.uint8)
+            yield batch, to_uint8(images)
             bar.update(len(batch))
-
-
-def load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
-    """The transformer of a pipeline folder, if it predicts the same thing under the same labels."""
-    guide = load_pipeline(path)
-    if guide.id2label != pipe.id2label:
-        raise UserError(
-            f"--autoguidance {path} has other labels than the pipeline: take a model that was "
-            "trained on the same data"
-        )
-    kinds = [
-        "flow" if is_flow(p.scheduler) else p.scheduler.config.prediction_type
-        for p in (guide, pipe)
-    ]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"--autoguidance {path} predicts {kinds[0]} and the pipeline {kinds[1]}: take a model "
-            "with the same objective"
-        )
-    return guide.transformer.to(pipe.device)
 
 
 def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -151,10 +202,10 @@ def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int
 
 
 def grid_labels(pipe: ComplexityDiTPipeline, columns: int, field: str | None = None) -> Tensor:
-    """Labels of a grid with one row for each name of a field (the first field by default).
+    """Labels of a grid with one row per name of a field (the first field by default).
 
     Returns:
-        (rows * columns, F) int64, all other fields not given.
+        (rows * columns, F) int64, with all other fields not given.
     """
     names = pipe.label_names
     if not names:
@@ -173,15 +224,15 @@ def sample(
     sampling: SampleConfig | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Paint with a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
+    """Sample from a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
 
     Args:
         pipeline: Pipeline folder (or Hub id).
         out: A path ending in .png writes one grid; in .npz an ADM-style `arr_0` (N, Y, X, 3);
-            anything else is a folder that gets 000000.png, 000001.png, and so on.
-        num_images: How many; a grid of all labels of the first field by default, else 64.
-        labels: Names or ids for each label field, e.g. `--labels.style Cubism Fauvism`; several
-            names take turns.
+            anything else is a folder for 000000.png, 000001.png, and so on.
+        num_images: Number of images; by default a grid of all labels of the first field, else 64.
+        labels: Names or ids per label field, e.g. `--labels.style Cubism Fauvism`; several names
+            alternate.
         sampling: Seed, sampler and batch.
         overwrite: Replace an existing file, or add to an existing folder.
 
@@ -199,9 +250,8 @@ def sample(
     rows = _sample_labels(pipe, labels or {}, num_images, is_grid=target.suffix == ".png")
     batches = iter_samples(pipe, rows, sampling)
     if target.suffix == ".png":
-        columns = 8
         images = np.concatenate([batch for _, batch in batches])
-        save_grid(images, columns, _row_captions(pipe, rows, columns), target)
+        save_grid(images, _COLUMNS, _row_captions(pipe, rows), target)
     elif target.suffix == ".npz":
         images = np.concatenate([batch for _, batch in batches])
         with atomic_file(target) as aside, aside.open("wb") as file:
@@ -210,31 +260,33 @@ def sample(
         for indices, batch in batches:
             for i, image in zip(indices, batch, strict=True):
                 save_image(Image.fromarray(image), target / f"{i:06d}.png")
-    print(f"wrote {len(rows)} pictures to {target}")
+    print(f"wrote {len(rows)} images to {target}")
     return target
 
 
 def _sample_labels(
     pipe: ComplexityDiTPipeline, labels: dict[str, list[str]], num_images: int | None, is_grid: bool
 ) -> Tensor:
-    """Label rows for the command line: given names take turns, in blocks of a row for a grid."""
+    """Label ids (N, F) for the command line: names alternate, in a grid from row to row."""
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images {num_images} must be at least 1")
     if not labels and is_grid:
-        rows = grid_labels(pipe, columns=8)
+        rows = grid_labels(pipe, _COLUMNS)
         return rows if num_images is None else rows[torch.arange(num_images) % len(rows)]
     combinations = max((len(names) for names in labels.values()), default=1)
-    turns = {f: [names[i % len(names)] for i in range(combinations)] for f, names in labels.items()}
-    table = pipe.get_label_ids(**turns)
-    count = num_images or (8 * combinations if is_grid else 64)
-    block = 8 if is_grid else 1
+    cycled = {
+        f: [names[i % len(names)] for i in range(combinations)] for f, names in labels.items()
+    }
+    table = pipe.get_label_ids(**cycled)
+    count = num_images or (_COLUMNS * combinations if is_grid else 64)
+    block = _COLUMNS if is_grid else 1
     return table[torch.arange(count) // block % len(table)]
 
 
-def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor, columns: int) -> list[str]:
-    """What the pictures of each grid row have in common, in words."""
+def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor) -> list[str]:
+    """The labels that all images of a grid row share, per row."""
     captions = []
-    for row in rows.split(columns):
+    for row in rows.split(_COLUMNS):
         parts = [
             one_line(names[int(row[0, f])].replace("_", " "))
             for f, names in enumerate(pipe.label_names.values())
@@ -242,52 +294,3 @@ def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor, columns: int) -> li
         ]
         captions.append(", ".join(parts))
     return captions
-
-
-def load_pipeline(path: str) -> ComplexityDiTPipeline:
-    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base.
-
-    Raises:
-        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, it is a damaged
-            checkpoint's, or the adapter's base is gone or another than it was.
-    """
-    folder = Path(path)
-    check_damage(folder)
-    if (folder / ADAPTER_FILE).is_file():
-        return _load_with_adapter(folder)
-    looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))
-    if looks_local and not (folder / ComplexityDiTPipeline.config_name).is_file():
-        raise UserError(
-            f"{path} is no pipeline folder (no {ComplexityDiTPipeline.config_name} in it); "
-            "pass the `pipeline` folder that training wrote, or a Hub id"
-        )
-    try:
-        return ComplexityDiTPipeline.from_pretrained(path)
-    except UserError as error:
-        raise UserError(f"cannot load the pipeline {path}: {error}") from error
-    # diffusers checks few of the values in a folder's JSON: what it raises then is of any type.
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise UserError(f"cannot load the pipeline {path}: {said}") from error
-
-
-def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
-    path = folder / ADAPTER_FILE
-    try:
-        about = read_json_object(path)
-        if not fits(about.get("base"), str) or not fits(about.get("base_sha256"), str):
-            raise ValueError("no text under `base` and `base_sha256`")
-        local = folder / about["base"]
-        is_local = local.is_dir()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no file of an adapter: {error}") from error
-    if (local / ADAPTER_FILE).is_file():
-        raise UserError(f"{path} names another adapter as its base, {about['base']!r}")
-    pipe = load_pipeline(os.path.normpath(local) if is_local else about["base"])
-    if weights_sha256(pipe.transformer) != about["base_sha256"]:
-        raise UserError(
-            f"{folder} was trained on other weights than {about['base']} has now: put the base "
-            f"back, or name it in {folder / ADAPTER_FILE}"
-        )
-    pipe.load_lora_weights(folder)
-    return pipe

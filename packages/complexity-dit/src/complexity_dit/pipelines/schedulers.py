@@ -1,9 +1,9 @@
-"""Which stock diffusers scheduler integrates a model's equation, chosen by name.
+"""Stock diffusers schedulers by name, with the settings that fit a model's objective.
 
-A model trained by flow matching is an ordinary differential equation dx/dt = v(x, t) from noise at
-t = 1 to a picture at t = 0. Several diffusers schedulers solve it, each with settings of its own
-names; here they get the settings that mean the same equation. Models of the DDPM objectives take
-any scheduler that diffusers calls compatible with theirs.
+A model trained by flow matching defines an ordinary differential equation dx/dt = v(x, t) from
+noise at t = 1 to an image at t = 0. Several diffusers schedulers solve it under differently named
+settings; here each gets those that mean the same equation. Models of the DDPM objectives take any
+scheduler that diffusers lists as compatible with theirs.
 """
 
 import difflib
@@ -32,8 +32,8 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "UniPCMultistepScheduler": ("flow_shift", _SOLVER),
 }
-"""Class name: (its name for the time shift, what makes it integrate a flow). Not here: DEIS, whose
-last flow step stays at the noise level it starts from, and the stochastic and distilled ones."""
+"""Class name: (its name for the time shift, settings that make it integrate a flow). Left out are
+DEIS, whose last flow step does not reduce the noise level, and stochastic and distilled ones."""
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -46,20 +46,20 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 def named_scheduler(
     current: SchedulerMixin, name: str | None = None, shift: float | None = None
 ) -> SchedulerMixin:
-    """Another scheduler for the model that `current` samples from.
+    """Build another scheduler for the model that `current` samples from.
 
     Args:
-        current: The scheduler that the model came with; it says which objective it is.
+        current: The scheduler that the model was saved with, which determines the objective.
         name: Class name in diffusers; None keeps the class.
         shift: Time shift of a flow scheduler: above 1 takes smaller steps at high noise. None
-            keeps `current`'s.
+            keeps that of `current`.
 
     Returns:
-        A new scheduler, or `current` when nothing is asked for.
+        A new scheduler, or `current` if both are None.
 
     Raises:
         UserError: For an unknown name (near ones are listed), a class that does not fit the
-            objective, or a shift that is not above 0 or has no meaning here.
+            objective, a shift that is not above 0, or a shift without flow matching.
     """
     if name is None and shift is None:
         return current
@@ -95,16 +95,19 @@ def _unknown(name: str, names: list[str], objective: str) -> str:
 
 
 def set_steps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> Tensor:
-    """Prepare a scheduler and return its timesteps, one for each evaluation of the network.
+    """Set the steps of a scheduler and return its timesteps, one per evaluation of the network.
 
-    Flow schedulers that would end at the least noise level of training, a step that does nothing,
-    get levels 1, (n-1)/n, ..., 1/n (then shifted) instead, the last step ending at 0.
+    Some flow schedulers would end with a step at the least noise level of training, which changes
+    nothing. They get levels 1, (n-1)/n, ..., 1/n (then shifted), and the last step ends at 0.
     """
     n = num_inference_steps
     if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
         scheduler.sigma_min = 1.0 / n
         scheduler.set_timesteps(n, device=device)
-    elif hasattr(scheduler.config, "shift") and _takes_sigmas(scheduler):
+    elif (
+        hasattr(scheduler.config, "shift")
+        and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    ):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n, n).tolist(), device=device)
     else:
         scheduler.set_timesteps(n, device=device)
@@ -112,10 +115,10 @@ def set_steps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch
 
 
 def network_times(scheduler: SchedulerMixin) -> Tensor:
-    """The timesteps the network is given, in [0, 1000], beside those the scheduler is stepped with.
+    """The times passed to the network, in [0, 1000], one per timestep of the scheduler.
 
-    Multistep solvers round their timesteps to integers but integrate between exact noise levels: at
-    low noise that is percents of the velocity. A flow network is told the level itself.
+    Multistep solvers round their timesteps to integers but integrate between exact noise levels; at
+    low noise that is an error of some percent in the velocity. A flow network gets exact levels.
     """
     if not is_flow(scheduler) or scheduler.timesteps.is_floating_point():
         return scheduler.timesteps
@@ -124,13 +127,13 @@ def network_times(scheduler: SchedulerMixin) -> Tensor:
 
 
 def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -> Tensor:
-    """A clean picture at the noise level that step `step` of a prepared scheduler starts from.
+    """Add noise to clean images, to the level at which a step starts.
 
     Args:
-        scheduler: With its steps set; after the last of them a picture is clean.
+        scheduler: A scheduler with its steps set.
         clean: (B, C, Y, X).
         noise: Unit noise, likewise.
-        step: From 0 to the number of timesteps.
+        step: From 0 to the number of timesteps, after which images are clean.
     """
     if step == len(scheduler.timesteps):
         return clean
@@ -141,22 +144,22 @@ def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -
 
 
 def begin_at(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> int:
-    """Leave out the first steps of a prepared scheduler, so that a share `strength` of them is run.
+    """Skip the first steps of a scheduler with its steps set, so that a share `strength` is run.
 
     Returns:
-        The timestep that comes first. At least one step is left when `strength` is above 0.
+        The number of the first timestep. At least one step is left if `strength` is above 0.
     """
-    # The small number undoes roundings: 0.07 * 100 is 7.000000000000001.
+    # The small number compensates for rounding: 0.07 * 100 is 7.000000000000001.
     run = min(math.ceil(num_inference_steps * strength - 1e-6), num_inference_steps)
     first = min((num_inference_steps - run) * scheduler.order, len(scheduler.timesteps))
-    # Without it a scheduler looks its first timestep up by value, and Heun's has each one twice.
+    # A scheduler would otherwise search its first timestep by value, and Heun's has each one twice.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return first
 
 
 def is_guided(time: Tensor, guidance_scale: float, interval: tuple[float, float]) -> bool:
-    """Whether guidance acts at a network time in [0, 1000]; the interval is in [0, 1], closed."""
+    """Whether guidance acts at a network time in [0, 1000]; the interval is closed, in [0, 1]."""
     level = float(time) / NUM_TRAIN_TIMESTEPS
     return guidance_scale != 1 and interval[0] <= level <= interval[1]
 
@@ -167,10 +170,10 @@ def count_evaluations(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> int:
-    """How often a network runs for one picture.
+    """Number of network evaluations per image.
 
-    A step costs one evaluation, Heun's two (but the last), and as much again where guidance acts:
-    for the null row, or for the guide.
+    A step takes one evaluation (Heun's two, except the last), and twice as many where guidance
+    acts: for the null row or for the guide.
     """
     fresh = type(scheduler).from_config(scheduler.config)
     set_steps(fresh, num_inference_steps, torch.device("cpu"))
@@ -180,12 +183,8 @@ def count_evaluations(
 
 
 def steps_within(scheduler: SchedulerMixin, evaluations: int) -> int:
-    """The largest number of steps that needs at most so many evaluations without guidance."""
+    """The largest number of steps within a budget of evaluations, without guidance."""
     steps = evaluations
     while steps > 1 and count_evaluations(scheduler, steps) > evaluations:
         steps -= 1
     return steps
-
-
-def _takes_sigmas(scheduler: SchedulerMixin) -> bool:
-    return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
