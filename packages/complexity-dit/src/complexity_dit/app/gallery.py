@@ -281,8 +281,6 @@ class Gallery:
         return rows, [0] * count
 
 
-
-
 def picture_png(
     gallery: Gallery, settings: Settings, image: NDArray[np.uint8], picture: int
 ) -> bytes:

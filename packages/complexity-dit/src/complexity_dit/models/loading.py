@@ -57,6 +57,8 @@ def load_weights(
     with_info = kwargs.pop("output_loading_info", False)
     try:
         network, info = load(source, output_loading_info=True, **kwargs)
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the weights in {folder} do not fit its config.json: {error}") from error
     wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
