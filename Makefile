@@ -58,7 +58,7 @@ lint: venv ## ruff (rules and format) and pyright
 docs: venv ## build the documentation strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-kernels: venv ## compile every Triton kernel, no GPU needed; table to benchmarks/kernels.md
+kernels: venv ## compile every Triton kernel, no GPU needed; table to docs/results/tables/kernels.md
 	$(BIN)/python -m benchmarks.speed.kernel_resources
 
 bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to docs/results/tables

@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -12,9 +13,27 @@ from pathlib import Path
 
 import torch
 
+FIELDS = (
+    "date", "bench", "case", "shape", "dtype", "backend", "metric", "value", "unit", "command",
+    "hardware", "threads", "torch", "triton", "python", "commit",
+)  # fmt: skip
+ROOMS = {path.stem: path.parent.name for path in Path(__file__).parents[1].glob("*/*.py")}
+
+
+def current_command(recorded):
+    """A recorded command as it is spelled today.
+
+    Rows from before the scripts had folders name them `python benchmarks/bench_ops.py`, which is
+    `python -m benchmarks.speed.bench_ops` now. A script that is gone keeps its recorded name.
+    """
+    old = re.match(r"python benchmarks/(\w+)\.py", recorded)
+    if not old or old[1] not in ROOMS:
+        return recorded
+    return f"python -m benchmarks.{ROOMS[old[1]]}.{old[1]}{recorded[old.end() :]}"
+
 
 def made_by(rows):
-    """The sentence behind a table: command, commits, machines."""
+    """The sentence below a table: command, commits and machines of its rows."""
     run = rows[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     machines = "; ".join(
@@ -25,12 +44,6 @@ def made_by(rows):
         )
     )
     return f"`{run['command']}`, commit {commits}, {run['date']}: {machines}."
-
-
-FIELDS = (
-    "date", "bench", "case", "shape", "dtype", "backend", "metric", "value", "unit", "command",
-    "hardware", "threads", "torch", "triton", "python", "commit",
-)  # fmt: skip
 
 
 def hardware(device=None):

@@ -1,28 +1,24 @@
-"""What the recipe's rows say: FID beside that of the plain row, and the rows still to be measured.
+"""Two tables of the recipe: FID next to that of the plain row, and the rows not measured yet."""
 
-`tables.py` writes both into README.md, each between its marks.
-"""
-
-import re
-
-MARKED = re.compile(r"(<!-- recipe: (ratios|missing) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLAIN = "flow-none"
 
-# Network evaluations and seeds by training images; without a list of rows, all of them.
+# Training images: network evaluations, seeds and rows (None for all).
 PLAN = {100_000: (20, (0,), None), 300_000: (50, (0, 1), (PLAIN, "full", "five", "three"))}
 
 
 def measured(rows):
-    """{(command, hardware, seed): {row: {metric: value}}}, of rows measured twice the last."""
+    """{(command, hardware, seed): {row: {metric: value}}}; of repeated rows the last counts."""
     runs = {}
     for row in rows:
+        if row["bench"] != "recipe":
+            continue
         run = (row["command"], row["hardware"], row["shape"])
         runs.setdefault(run, {}).setdefault(row["case"], {})[row["metric"]] = float(row["value"])
     return runs
 
 
 def step_costs(rows):
-    """{row: time of its training step over that of the plain one}, from `bench_step.py`."""
+    """{row: time of its training step over that of the plain one}, from rows of `bench_step.py`."""
     return {
         row["case"]: float(row["value"])
         for row in rows
@@ -30,8 +26,9 @@ def step_costs(rows):
     }
 
 
-def ratios(rows, costs):
-    """A line for each row beside a plain one of the same command, machine and seed."""
+def ratios(rows):
+    """One line per row that has a plain row of the same command, machine and seed."""
+    costs = step_costs(rows)
     lines = [
         "| training images | row | seed | FID | plain | difference | ratio | step [x plain] |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -48,11 +45,11 @@ def ratios(rows, costs):
                     f"| {images:,.0f} | {case} | {seed.removeprefix('seed ')} | {fid:.1f} | "
                     f"{plain:.1f} | {fid - plain:+.1f} | {fid / plain:.2f} | {cost} |"
                 )
-    return "\n".join(lines) if len(lines) > 2 else "No rows yet."
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def missing(rows):
-    """Commands for what `PLAN` has and the rows have not, with the settings of the last rows."""
+    """Commands for the runs of `PLAN` without rows, with the settings of the last rows."""
     from benchmarks.recipe.recipe import ROWS
 
     done, commands = set(), {}
@@ -81,10 +78,3 @@ def missing(rows):
                     "done",
                 ]
     return "\n".join(["```sh", *lines, "```"]) if lines else "None."
-
-
-def rewritten(document, rows):
-    """The page with what stands between its marks replaced."""
-    own = [row for row in rows if row["bench"] == "recipe"]
-    parts = {"ratios": lambda: ratios(own, step_costs(rows)), "missing": lambda: missing(own)}
-    return MARKED.sub(lambda m: f"{m[1]}\n{parts[m[2]]()}\n\n{m[3]}", document)

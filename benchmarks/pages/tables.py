@@ -1,11 +1,13 @@
-"""Write the tables of README.md and of two pages of docs/ from the rows in this folder.
+"""Write the tables of docs/results/tables/ from the rows of benchmarks/results.csv.
 
-    python -m benchmarks.pages.tables            # all *.csv beside this file
-    python -m benchmarks.pages.tables --check    # exit status 1 if a page is out of date
+    python -m benchmarks.pages.tables            # rewrite the pages that are out of date
+    python -m benchmarks.pages.tables --check    # write nothing, exit with 1 if a page is stale
 
-Of rows that differ in date, commit and value only, the last one counts. A table is a command on a
-machine: numbers of two machines or two runs never stand side by side. The exception are the benches
-in `SERIES`, whose every case is a run of its own, of an hour: each line names its commit.
+A page is text with marks; what stands between `<!-- table: NAME -->` and `<!-- end -->` is
+generated. NAME is a key of `WRITERS` or the name of a bench, which gets the plain tables: one per
+command and machine, so that numbers of two machines or two runs are never side by side. The
+benches in `SERIES` are the exception: each of their cases is a run of an hour of its own, and each
+line names its commit. Of rows that differ in date, commit and value only, the last one counts.
 """
 
 import argparse
@@ -13,20 +15,23 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.common.results import read_rows
-from benchmarks.pages import dynamics_page, ops_table, recipe_page
-from benchmarks.robustness import promises_page
+from benchmarks.common.results import current_command, read_rows
+from benchmarks.pages import ops_table, recipe_page
+from benchmarks.study.claims_report import claims
+from benchmarks.theory.physics_report import closed_loop, rollouts
 
-HERE = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs/results/tables"
+MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EMPTY = "No rows yet."
 KEYS = ("case", "shape", "dtype", "backend")
 MACHINE = ("command", "hardware", "threads", "torch", "triton", "python")
 RUN = (*MACHINE, "commit", "date")
 SERIES = {"recipe", "sampler"}
 
 
-def shown(text):
-    """A whole number whole, any other with four digits; other text as it is."""
+def format_value(text):
+    """A whole number in full, any other number with four digits, other text as it is."""
     if text.isdecimal():
         return f"{int(text):,}"
     try:
@@ -36,17 +41,17 @@ def shown(text):
 
 
 def lines_of(rows):
-    """Lines of Markdown: a line a case, a column a metric."""
+    """Markdown lines with one line per case and one column per metric."""
     metrics = list(dict.fromkeys((row["metric"], row["unit"]) for row in rows))
-    series = rows[0]["bench"] in SERIES
-    keys = [key for key in KEYS if any(row[key] for row in rows)] + ["commit"] * series
+    keys = [key for key in KEYS if any(row[key] for row in rows)]
+    keys += ["commit"] * (rows[0]["bench"] in SERIES)
     heads = [
         f"{metric} [{unit}]" if unit not in ("", metric) else metric for metric, unit in metrics
     ]
     values = {}
     for row in rows:
         line = values.setdefault(tuple(row[key] for key in keys), {})
-        line[row["metric"], row["unit"]] = shown(row["value"])
+        line[row["metric"], row["unit"]] = format_value(row["value"])
     lines = ["| " + " | ".join([*keys, *heads]) + " |"]
     lines.append("|" + " --- |" * len(keys) + " ---: |" * len(heads))
     for key, line in values.items():
@@ -56,7 +61,7 @@ def lines_of(rows):
 
 
 def table(rows):
-    """Markdown: the table, with the run underneath."""
+    """One table in Markdown, followed by the run behind it."""
     run = rows[-1]
     lines = ops_table.table(rows) if run["bench"] == "ops" else lines_of(rows)
     when = "" if run["bench"] in SERIES else f", commit {run['commit']}, {run['date']}"
@@ -65,7 +70,7 @@ def table(rows):
         f"{run['threads']} threads, torch {run['torch']}, triton {run['triton'] or 'none'}, "
         f"Python {run['python']}."
     )
-    return "\n".join(lines) + f"\n\n{about}\n"
+    return "\n".join(lines) + f"\n\n{about}"
 
 
 def tables(rows):
@@ -79,48 +84,69 @@ def tables(rows):
             last[where] = (run, [])
         last[where][1].append(row)
     grouped = {}
-    for run, found in last.values():
-        same = run[: len(MACHINE)] if found[0]["bench"] in SERIES else run
-        grouped.setdefault(same, []).extend(found)
-    return "\n".join(map(table, grouped.values())) if grouped else "No rows yet.\n"
+    for run, of_run in last.values():
+        same = run[: len(MACHINE)] if of_run[0]["bench"] in SERIES else run
+        grouped.setdefault(same, []).extend(of_run)
+    return "\n\n".join(map(table, grouped.values()))
 
 
-def rewritten(document, rows):
-    """The document with what stands between its marks replaced."""
+def ablation(rows):
+    """The tables of a study. Reading a study imports both packages, so it is done for rows only."""
+    if not rows:
+        return ""
+    from benchmarks.study.ablation_report import of_all_commands
+    from benchmarks.study.ablation_study import read_study
 
-    def one(match):
-        bench = match[2]
-        return f"{match[1]}\n{tables([r for r in rows if r['bench'] == bench])}\n{match[3]}"
+    name = rows[0]["bench"].removeprefix("ablate_")
+    return of_all_commands(read_study(ROOT / f"configs/ablations/{name}.yaml"), rows)
 
-    return MARKED.sub(one, document)
+
+WRITERS = {
+    "physics": rollouts,
+    "closed_loop": closed_loop,
+    "claims_dit": claims,
+    "ablate_lm": ablation,
+    "ablate_dit": ablation,
+}
+"""Benches whose tables are not the plain ones."""
+
+
+def write(name, rows):
+    """The Markdown that belongs behind the mark NAME; `rows` are those of all benches."""
+    if name == "recipe ratios":
+        return recipe_page.ratios(rows) or EMPTY
+    if name == "recipe missing":
+        return recipe_page.missing(rows)
+    return WRITERS.get(name, tables)([row for row in rows if row["bench"] == name]) or EMPTY
+
+
+def rewritten(page, rows):
+    """The text of a page with everything between its marks replaced."""
+    return MARKED.sub(lambda mark: f"{mark[1]}\n{write(mark[2], rows)}\n\n{mark[3]}", page)
 
 
 def main():
+    """Write or check all pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    rows = [row for path in sorted(HERE.glob("*.csv")) for row in read_rows(path)]
+    rows = read_rows(ROOT / "benchmarks/results.csv")
+    rows = [row | {"command": current_command(row["command"])} for row in rows]
     stale = []
-    for page in (HERE / "README.md", dynamics_page.PAGE, promises_page.PAGE):
+    for page in sorted(PAGES.glob("*.md")):
         before = page.read_text()
         after = rewritten(before, rows)
-        for part in (dynamics_page, promises_page, recipe_page):
-            after = part.rewritten(after, rows)
-        if after == before:
-            continue
-        stale.append(page)
-        if not options.check:
-            page.write_text(after)
-    names = ", ".join(str(page.relative_to(HERE.parent)) for page in stale)
-    if options.check:
-        print(
-            f"out of date, run python -m benchmarks.pages.tables: {names}"
-            if stale
-            else "up to date"
-        )
-        return int(bool(stale))
-    print(f"wrote {names}" if stale else "nothing to write: up to date")
-    return 0
+        if after != before:
+            stale.append(str(page.relative_to(ROOT)))
+            if not options.check:
+                page.write_text(after)
+    if not stale:
+        print("up to date")
+    elif options.check:
+        print(f"out of date, run python -m benchmarks.pages.tables: {', '.join(stale)}")
+    else:
+        print(f"wrote {', '.join(stale)}")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Compiles the specifications of `kernel_aot` for sm_80 and sm_90. The exit status is 1 if a kernel
 spills.
 
-    python -m benchmarks.speed.kernel_resources --out benchmarks/kernels.md
+    python -m benchmarks.speed.kernel_resources --out docs/results/tables/kernels.md
 """
 
 import argparse
@@ -37,7 +37,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/kernels.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/tables/kernels.md"))
     parser.add_argument("--match", default="", help="only kernel files with this in their name")
     options = parser.parse_args()
     files = {name: specs for name, specs in aot.all_specs().items() if options.match in name}

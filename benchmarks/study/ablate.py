@@ -5,7 +5,7 @@
     python -m benchmarks.study.ablate run    configs/ablations/lm.yaml --out runs/ablate-lm \
         --seeds 0 --rows benchmarks/results.csv
     python -m benchmarks.study.ablate report configs/ablations/lm.yaml --runs runs/ablate-lm \
-        --rows benchmarks/results.csv --into docs/results/dynamics.md
+        --rows benchmarks/results.csv --into docs/results/dynamics
 
 A study names its networks (configs/README.md): `plain` ones without dynamics and
 `variants`. A cell is a network and a seed, trained by the package's own trainer in
@@ -20,7 +20,7 @@ all networks in turn, so that a busy machine slows all alike; the study trains t
 also `longer`, each time with the whole schedule, and the loss at that ratio is read between them,
 linear in the logarithm of the steps. Beyond the longest there is no number.
 
-`report --into PAGE` writes its tables between `<!-- ablate: STUDY -->` and `<!-- end -->`.
+`report` prints the tables of a study; `--into FOLDER` also writes its figures.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--weights", default="auto", help="of the feature network")
     parser.add_argument("--rows", help="CSV that rows are added to, or read from")
     parser.add_argument("--runs", type=Path, help="report: folder of the cells, for depth profiles")
-    parser.add_argument("--into", type=Path, help="report: a page with its marks")
+    parser.add_argument("--into", type=Path, help="report: folder for the figures")
     options = parser.parse_args()
     study = read_study(options.study)
     overrides = {key: expanded(value) for key, value in overridden(options.override).items()}

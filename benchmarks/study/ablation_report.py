@@ -314,21 +314,14 @@ def write_differences(results, folder):
 
 
 def report(study, rows, options, overrides):
-    """Print the tables; with `--into` put them into a page, figures into a folder beside it."""
+    """Print the tables; with `--into` write the figures of the study into that folder."""
     results = Results(study, rows, overrides)
     if not results.of(BASELINE, HELDOUT):
         raise ValueError(f"no rows of {BASELINE} for this study as it is now: run it first")
-    tables = text(results)
-    print(tables)
+    print(text(results))
     if options.into is None:
         return
-    page = options.into.read_text()
-    marks = re.compile(rf"(<!-- ablate: {study.name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if len(marks.findall(page)) != 1:
-        raise ValueError(f"{options.into} must have one `<!-- ablate: {study.name} -->` … end mark")
-    options.into.write_text(marks.sub(lambda m: f"{m[1]}\n{tables}\n\n{m[2]}", page))
-    folder = options.into.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    write_differences(results, folder)
+    options.into.mkdir(parents=True, exist_ok=True)
+    write_differences(results, options.into)
     if options.runs:
-        write_profiles(study, options.runs, folder)
+        write_profiles(study, options.runs, options.into)

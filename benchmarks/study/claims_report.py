@@ -40,4 +40,4 @@ def claims(rows):
     for command, amount in amounts:
         of = [r for r in rows if (r["command"], r["shape"].partition(", ")[2]) == (command, amount)]
         lines += [*table(of), "", f"Of each: {amount}. {made_by(of)}", ""]
-    return lines[:-1]
+    return "\n".join(lines[:-1])

@@ -84,7 +84,7 @@ def rollouts(rows):
         tasks = dict.fromkeys(name[0] for name in names)
         seeds = sorted({int(name[2].removeprefix("seed ")) for name in names})
         lines += [*table(known, tasks, seeds), "", f"Trajectories {shape}. {made_by(of)}", ""]
-    return lines[:-1]
+    return "\n".join(lines[:-1])
 
 
 def closed_loop(rows):
@@ -114,4 +114,4 @@ def closed_loop(rows):
                 cells.append(f"{statistics.median(values):.4g}{spread}")
             lines.append(f"| {case} | " + " | ".join([*cells, str(max(counts))]) + " |")
         lines += ["", f"Medians over seeds, in brackets least and largest. {made_by(of)}", ""]
-    return lines[:-1]
+    return "\n".join(lines[:-1])

@@ -1,8 +1,8 @@
-"""What the site does that plain Markdown does not: maths without scripts, and pages from elsewhere.
+"""Hooks of mkdocs: formulas as MathML, and pages from outside docs/.
 
-The pages are written for two readers, the repository's and the site's. `$…$` becomes MathML when
-the site is built, so that no script and no font is loaded. The tables of the benchmarks are pages
-of the site too. A link to a file that the site does not have becomes its text.
+The pages are written for readers of the repository and of the site. `$…$` becomes MathML when the
+site is built, so that no script and no font is loaded. A link to a file of the repository that is
+not part of the site becomes its text.
 """
 
 import html
@@ -17,25 +17,22 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FROM_ELSEWHERE = {
-    "benchmarks/README.md": "results/benchmarks.md",
-    "benchmarks/kernels.md": "results/kernels.md",
-}
-"""Files of the repository that are pages of the site, under these names."""
+FROM_ELSEWHERE = {"benchmarks/README.md": "results/benchmarks.md"}
+"""Files outside docs/ that are pages of the site: {path in the repository: path in the site}."""
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from elsewhere."""
+    """Add the pages of `FROM_ELSEWHERE`."""
     for source, page in FROM_ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links and pictures at files of the site; a link to another file becomes its text."""
+    """Rewrite links and images to paths of the site; a link to any other file becomes its text."""
     here = {site: source for source, site in FROM_ELSEWHERE.items()}.get(page.file.src_uri)
     folder = posixpath.dirname(here or f"docs/{page.file.src_uri}")
 
@@ -46,18 +43,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if files.get_file_from_path(site) is not None:
             start = posixpath.dirname(page.file.src_uri) or "."
             return f"{picture}[{text}]({posixpath.relpath(site, start)}{anchor})"
-        # A dead link stays, and is refused, as is a picture that the site does not have.
+        # A dead link, or an image that the site lacks, stays: the strict build refuses it.
         return text if (ROOT / target).exists() and not picture else link[0]
 
     return _LINK.sub(point, markdown)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML."""
+    """Render formulas as MathML."""
 
     def formula(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
-        # The converter knows the numbered name of the same layout.
+        # The converter supports this layout under its numbered name only.
         tex = html.unescape(found[3]).replace("{aligned}", "{align}")
         return convert(tex, display=display)
 

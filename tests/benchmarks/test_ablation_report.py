@@ -83,7 +83,9 @@ def test_comparisons_are_paired_and_fair() -> None:
     assert found.differences_at_equal_time("stream") == []  # beyond the longest plain run
 
 
-def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_report_prints_its_tables_and_writes_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from benchmarks.study import ablation_report
 
     study = real_study("lm")
@@ -94,17 +96,12 @@ def test_the_report_goes_into_its_page(tmp_path: Path, capsys: pytest.CaptureFix
     cell.write_text(
         json.dumps({"case": "branch", "profile": {"activation_rms": [1.0], "dynamics": [look]}})
     )
-    page = tmp_path / "dynamics.md"
-    page.write_text("before\n<!-- ablate: lm -->\nold\n<!-- end -->\nafter\n")
 
     class Options:
-        into, runs = page, tmp_path / "runs"
+        into, runs = tmp_path / "dynamics", tmp_path / "runs"
 
     ablation_report.report(study, rows, Options, {})
-    written = page.read_text()
-    assert written.startswith("before\n<!-- ablate: lm -->\n\n| network |")
-    assert written.endswith("<!-- end -->\nafter\n")
-    assert "old" not in written
+    written = capsys.readouterr().out
     line = next(x for x in written.splitlines() if x.startswith("| branch |"))
     assert "| 2 | 1.102 | 1.100 | 2.0500 ± 0.2121 | -0.0500 [-0.6853, +0.5853] |" in line
     assert {p.name for p in (tmp_path / "dynamics").iterdir()} == {

@@ -295,15 +295,36 @@ def test_tables_come_from_the_last_run_alone() -> None:
     assert tables.rewritten(done, [old, new, other]) == done
 
 
-def test_the_page_of_the_dynamics_has_every_part_with_its_rows() -> None:
-    from benchmarks.common import results
-    from benchmarks.pages import dynamics_page
+def test_rows_recorded_before_scripts_had_folders_group_with_those_after() -> None:
+    from benchmarks.common.results import current_command
 
-    page = dynamics_page.PAGE.read_text()
-    found = [match[1] for match in dynamics_page.MARKED.findall(page)]
-    parts = ["ablate: dit", "ablate: lm", "claims", "closed loop", "cost", "physics", "placements"]
-    assert sorted(found) == parts
-    text = "a\n<!-- physics -->\nold\n<!-- end -->\nb\n<!-- ablate: lm -->\n<!-- end -->\n"
+    new = "python -m benchmarks.speed.bench_tax --out rows.csv"
+    assert current_command("python benchmarks/bench_tax.py --out rows.csv") == new
+    assert current_command(new) == new
+    gone = "python benchmarks/no_longer_here.py --rows rows.csv"
+    assert current_command(gone) == gone
+
+
+def test_every_mark_of_the_pages_has_rows() -> None:
+    from benchmarks.pages import tables
+
+    marks = [
+        mark[1]
+        for page in tables.PAGES.glob("*.md")
+        for mark in tables.MARKED.findall(page.read_text())
+    ]
+    assert len(marks) == len({*marks})
+    assert {*tables.WRITERS, "recipe ratios", "recipe missing", "tax", "ops"} <= {*marks}
+    for page in tables.PAGES.glob("*.md"):
+        assert tables.EMPTY not in page.read_text()
+
+
+def test_a_study_or_bench_with_its_own_tables_is_written_between_its_marks() -> None:
+    from benchmarks.common import results
+    from benchmarks.pages import tables
+
+    marks = "<!-- table: {} -->\nold\n<!-- end -->\n"
+    text = marks.format("physics") + "between\n" + marks.format("ablate_lm")
     row = dict.fromkeys(results.FIELDS, "") | {"bench": "physics", "shape": "s"}
     rows = [
         row
@@ -312,39 +333,11 @@ def test_the_page_of_the_dynamics_has_every_part_with_its_rows() -> None:
         for network, value in (("none", "2"), ("branch", "3"))
         for k in (1, 16, 64)
     ]  # fmt: skip
-    done = dynamics_page.rewritten(text, rows)
+    done = tables.rewritten(text, rows)
     assert "| arm | branch | 1.500 | 1.500 | 1.500 | 1 |" in done
     assert "old" not in done
-    assert done.endswith("<!-- ablate: lm -->\n\nNo rows yet.\n\n<!-- end -->\n")
-    assert dynamics_page.rewritten(done, rows) == done
-
-
-def test_the_cost_of_the_dynamics_by_machine_and_stack() -> None:
-    from benchmarks.pages import dynamics_page
-
-    def row(backend: str, metric: str, value: str) -> dict[str, str]:
-        about = {"case": "stack compiled lite", "shape": "B/2 12x768 8x8^2", "dtype": "bfloat16"}
-        return about | {"hardware": "G", "backend": backend, "metric": metric, "value": value}
-
-    rows = [row("auto", "ratio", "2"), row("auto", "ratio", "1.5"), row("auto", "parameters", "1")]
-    text = "\n".join(dynamics_page.cost([*rows, row("triton", "ratio", "9")]))
-    assert text.endswith("| G | B/2, bfloat16 | `lite` | 1.500 | 1.000 |")
-    assert dynamics_page.cost([]) == []
-
-
-def test_the_cost_of_placements_beside_none() -> None:
-    from benchmarks.pages import dynamics_page
-
-    def row(case: str, metric: str, value: str) -> dict[str, str]:
-        return {"hardware": "G", "case": case, "shape": "tiny", "metric": metric, "value": value}
-
-    metrics = {"ratio": "1.25", "memory ratio": "1.5", "parameter ratio": "1"}
-    rows = [row("dit none, compiled", metric, "1") for metric in metrics]
-    rows += [row("dit branch channel, compiled", *item) for item in metrics.items()]
-    rows += [row("dit branch channel, eager", "ratio", "9"), row("tiny branch lite", "ratio", "9")]
-    lines = dynamics_page.placements(rows)
-    assert lines[2:] == ["| G | dit, tiny | `branch channel` | 1.250 | 1.500 | 1.000 |"]
-    assert dynamics_page.placements([]) == []
+    assert done.endswith("<!-- table: ablate_lm -->\n\nNo rows yet.\n\n<!-- end -->\n")
+    assert tables.rewritten(done, rows) == done
 
 
 def test_the_tables_are_up_to_date() -> None:

@@ -231,7 +231,7 @@ def test_all_measures_of_a_trained_run(
     assert value["none", "fd_random, variance"] > 0
     assert value["none", "steps between"] == 2
     assert len(list((tmp_path / "out/none-seed-0").glob("step-*/result.json"))) == 3
-    lines = claims_report.claims(found)
+    lines = claims_report.claims(found).splitlines()
     assert sum(line.startswith("| network | seeds |") for line in lines) == 3
 
 
@@ -246,6 +246,6 @@ def test_the_page_pairs_by_seed() -> None:
         for case, of_seed in values.items()
         for seed, value in of_seed.items()
     ]
-    lines = claims_report.claims(rows)
+    lines = claims_report.claims(rows).splitlines()
     assert "| branch | 2 | 1.5000 ± 0.7071 | -0.5000 [-0.5000, -0.5000] |" in lines
     assert any(line.startswith("Of each: n 8, 20 steps.") for line in lines)

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.speed import kernel_aot as aot
 
-TABLE = Path(__file__).parents[2] / "benchmarks" / "kernels.md"
+TABLE = Path(__file__).parents[2] / "docs/results/tables/kernels.md"
 
 
 def assert_no_spills(spec: aot.AotSpec, arch: int) -> None:

@@ -144,7 +144,7 @@ def test_runs_of_a_series_stand_in_one_table() -> None:
 
 
 def test_the_page_says_how_far_the_goal_is_and_what_is_missing() -> None:
-    from benchmarks.pages import recipe_page
+    from benchmarks.pages import recipe_page, tables
     from benchmarks.recipe import recipe
 
     def row(case: str, seed: int, images: int, **metrics: float) -> list[dict[str, str]]:
@@ -154,14 +154,14 @@ def test_the_page_says_how_far_the_goal_is_and_what_is_missing() -> None:
         return [about | {"metric": name, "value": str(value)} for name, value in values.items()]
 
     rows = row("flow-none", 0, 100_000, fid=100.0) + row("full", 0, 100_000, fid=70.0)
-    marks = "<!-- recipe: {} -->\n<!-- end -->\n"
-    ratios = recipe_page.rewritten(marks.format("ratios"), rows)
+    marks = "<!-- table: recipe {} -->\n<!-- end -->\n"
+    ratios = tables.rewritten(marks.format("ratios"), rows)
     assert "| 100,000 | full | 0 | 70.0 | 100.0 | -30.0 | 0.70 |  |" in ratios
     step = {"bench": "step", "case": "full", "metric": "ratio", "value": "0.716"}
     steps = [step | {"unit": "x flow-none"}, step | {"value": "9", "unit": "x five-muon"}]
-    timed = recipe_page.rewritten(marks.format("ratios"), rows + steps)
+    timed = tables.rewritten(marks.format("ratios"), rows + steps)
     assert "| -30.0 | 0.70 | 0.72 |" in timed
-    missing = recipe_page.rewritten(marks.format("missing"), rows)
+    missing = tables.rewritten(marks.format("missing"), rows)
     short, _, long = missing.partition("--images 300000")
     left = [name for name in recipe.ROWS if name not in ("flow-none", "full")]
     assert f"for row in {' '.join(left)}; do" in short
