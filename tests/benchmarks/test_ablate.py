@@ -1,55 +1,42 @@
-"""The ablation harness: studies, cells that go on, numbers of a curve."""
-
-from __future__ import annotations
+"""Ablations: studies, cells that resume, metrics of a training curve."""
 
 import json
 import math
-import os
-from pathlib import Path
-from typing import Any
-
-from inl_core.run.errors import UserError
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from benchmarks.common import results
+from benchmarks.study import ablate, ablation_labs
+from benchmarks.study.ablation_curves import curve_metrics, spikes
+from benchmarks.study.ablation_labs import LABS, path_metrics, states_by_depth
+from benchmarks.study.ablation_report import NEAR
+from benchmarks.study.ablation_study import read_study
+from benchmarks.study.variants_dit import varied_dit
+from benchmarks.study.variants_lm import VariedConfig, VariedForCausalLM
 
-ROOT = Path(__file__).parents[2]
-STORIES = [f"{'word ' * (i % 7 + 3)}and again {i}.\n" * 20 for i in range(40)]
+from complexity_dit.config import OptimConfig
+from complexity_dit.training.optimizer import SpikeGuard
+from complexity_lm.trainer import LMTrainer
+from inl_core.run.errors import UserError
+from support.benchmark_rows import ROOT, call, committed_study
+
+STUDY = ROOT / "configs/ablations/lm.yaml"
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
-
-
-def real_study(name: str) -> Any:
-    from benchmarks.study.ablation_study import read_study
-
-    return read_study(ROOT / f"configs/ablations/{name}.yaml")
-
-
-# What a study says ------------------------------------------------------------------------------
+# Studies ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("package", ["lm", "dit"])
-def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
+def test_every_variant_has_a_plain_network_of_its_size(package):
     """The column "equal parameters" is never empty for want of a baseline."""
-    from benchmarks.study.ablation_labs import LABS
-    from benchmarks.study.ablation_report import NEAR
-
     sizes = {True: {}, False: {}}
-    study = real_study(package)
+    study = committed_study(package)
     for name, network in study.networks.items():
         config = study.config(LABS[package], network, 0, "unused", {})
         with torch.device("meta"):
             if package == "lm":
-                from benchmarks.study.variants_lm import VariedConfig, VariedForCausalLM
-
                 settings = config.model.overrides | {
                     "vocab_size": config.tokenizer.vocab_size,
                     "dynamics_placement": config.model.dynamics_placement,
@@ -57,8 +44,6 @@ def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
                 }
                 model = VariedForCausalLM(VariedConfig(**settings, swap=network.swap))
             else:
-                from benchmarks.study.variants_dit import varied_dit
-
                 model = varied_dit(network.swap).from_size(
                     config.model.size,
                     **config.model.overrides,
@@ -75,10 +60,8 @@ def test_every_variant_has_a_plain_network_of_its_size(package: str) -> None:
         assert gap <= NEAR[package], (name, size, sizes[True])
 
 
-def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line() -> None:
-    from benchmarks.study.ablation_labs import LABS
-
-    study = real_study("lm")
+def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line():
+    study = committed_study("lm")
     longer = next(n for n in study.networks.values() if n.longer == 1.3)
     overrides = {"steps": 10, "data.source": "stdlib"}
     config = study.config(LABS["lm"], longer, 3, "there", overrides)
@@ -89,10 +72,7 @@ def test_a_cell_has_the_fields_of_its_network_and_the_steps_of_its_line() -> Non
     assert bound.model.overrides["hidden_size"] == 128
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.study.ablation_labs import LABS
-    from benchmarks.study.ablation_study import read_study
-
+def test_invalid_studies_and_fields_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "study.yaml"
     path.write_text("package: lm\nrun: {}\n")
     with pytest.raises(ValueError, match=r"has the sections \['package', 'run'\], expected"):
@@ -101,7 +81,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_text(yaml.safe_dump(whole))
     with pytest.raises(ValueError, match="the first plain network must be called none"):
         read_study(path)
-    study = real_study("lm")
+    study = committed_study("lm")
     with pytest.raises(ValueError, match="OptimConfig has no field 'rate'"):
         study.config(LABS["lm"], study.networks["none"], 0, "", {"optim.rate": 1.0})
     monkeypatch.delenv("COMPLEXITY_DATA")
@@ -109,12 +89,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         study.config(LABS["lm"], study.networks["none"], 0, "", {})
 
 
-# Numbers of a curve -----------------------------------------------------------------------------
+# Metrics of a curve -----------------------------------------------------------------------------
 
 
-def test_a_trend_is_no_variance_and_noise_is() -> None:
-    from benchmarks.study.ablation_curves import curve_metrics
-
+def test_variance_counts_noise_and_not_the_trend():
     steps = np.arange(400.0)
     falling = 5 - 0.01 * steps + 1e-5 * steps**2
     noise = np.random.default_rng(0).normal(0, 0.1, 400)
@@ -126,22 +104,20 @@ def test_a_trend_is_no_variance_and_noise_is() -> None:
     assert smooth["mean training loss"][0] == pytest.approx(np.trapezoid(falling) / 399)
 
 
-def test_the_way_through_depth_is_that_of_the_tokens() -> None:
+def test_turning_and_jumps_are_means_over_tokens():
     """One token goes (1, 0), (1, 1), (1, 2), (3, 2): a right angle; the other stays."""
-    import torch
-    from benchmarks.study.ablation_labs import path_metrics, states_by_depth
 
     class Moves(torch.nn.Module):
-        def __init__(self, by: list[float]) -> None:
+        def __init__(self, by):
             super().__init__()
             self.by = torch.tensor([by, [0.0, 0.0]])
 
-        def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def forward(self, h):
             return h + self.by, None
 
     layers = [Moves(by) for by in ([1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [2.0, 0.0])]
 
-    def forward() -> None:
+    def forward():
         h = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
         for layer in layers:
             h, _ = layer(h)
@@ -155,12 +131,7 @@ def test_the_way_through_depth_is_that_of_the_tokens() -> None:
     assert found["largest jump of a layer"][0] == pytest.approx(0.5)
 
 
-def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
-    from benchmarks.study.ablation_curves import spikes
-
-    from complexity_dit.config import OptimConfig
-    from complexity_dit.training.optimizer import SpikeGuard
-
+def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does():
     draw = np.random.default_rng(0)
     norms = draw.lognormal(0, 0.2, 500)
     norms[[120, 200, 201, 380]] *= 4
@@ -175,12 +146,12 @@ def test_spikes_are_counted_as_the_guard_of_the_image_trainer_does() -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> list[str]:
+def tiny(tmp_path):
     """Overrides that make a cell of the language model a matter of seconds."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    for i, story in enumerate(STORIES):
-        (texts / f"{i}.txt").write_text(story)
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"{'word ' * (i % 7 + 3)}and again {i}.\n" * 20)
     return [
         "steps=6", "batch_size=2", "checkpoint_every=2", "data.context=16", "optim.warmup_steps=1",
         "tokenizer.vocab_size=270", f"data.source=text:{texts}", "model.overrides.hidden_size=16",
@@ -189,31 +160,16 @@ def tiny(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    from benchmarks.study import ablate
-
-    monkeypatch.setattr("sys.argv", ["ablate.py", *map(str, arguments)])
-    ablate.main()
-
-
-def test_cells_are_run_once_go_on_and_leave_rows(
-    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.common import results
-    from benchmarks.study import ablation_labs
-
-    from complexity_lm.trainer import LMTrainer
-
+def test_cells_run_once_resume_and_write_rows(tmp_path, tiny, monkeypatch):
     lab, rows = ablation_labs.LABS["lm"], tmp_path / "rows.csv"
-    study = ROOT / "configs/ablations/lm.yaml"
     only = ("--only", "none", "branch, zero spring", "--override", *tiny)
 
-    def run(out: str) -> None:
-        call(monkeypatch, "run", study, "--out", tmp_path / out, "--rows", rows, *only)
+    def run(out):
+        call(monkeypatch, ablate, "run", STUDY, "--out", tmp_path / out, "--rows", rows, *only)
 
     save, killed = LMTrainer._save_checkpoint, []
 
-    def killed_behind_step_4(self: LMTrainer, *arguments: object) -> None:
+    def killed_behind_step_4(self, *arguments):
         save(self, *arguments)
         if self.state.global_step == 4 and not killed:
             killed.append(True)
@@ -229,8 +185,7 @@ def test_cells_are_run_once_go_on_and_leave_rows(
     run("killed")
     again = results.read_rows(rows)
     assert len(again) == len(straight) > 20
-    cases = {r["case"] for r in again}
-    assert cases == {"none", "branch, zero spring"}
+    assert {r["case"] for r in again} == {"none", "branch, zero spring"}
     assert all(str(tmp_path) not in r["command"] for r in again)
     for a, b in zip(straight, again, strict=True):
         assert (a["case"], a["metric"], a["value"]) == (b["case"], b["metric"], b["value"])
@@ -241,25 +196,19 @@ def test_cells_are_run_once_go_on_and_leave_rows(
     rows.unlink()
     run("killed")  # rows that were lost come from the cells
     assert [r["value"] for r in results.read_rows(rows)] == [r["value"] for r in again]
+    only += ("optim.lr=1.0",)
     with pytest.raises(ValueError, match="holds another run"):
-        call(
-            monkeypatch, "run", study, "--out", tmp_path / "killed", *only, "optim.lr=1.0",
-        )  # fmt: skip
+        run("killed")
 
 
 @pytest.mark.slow  # each process imports everything
-def test_processes_make_the_same_cells(
-    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.common import results
-
-    study = ROOT / "configs/ablations/lm.yaml"
+def test_processes_make_the_same_cells(tmp_path, tiny, monkeypatch):
     common = ("--only", "none", "branch, both", "--override", *tiny)
     found = []
     for jobs in (1, 2):
         rows = tmp_path / f"{jobs}.csv"
         call(
-            monkeypatch, "run", study, "--out", tmp_path / str(jobs), "--rows", rows,
+            monkeypatch, ablate, "run", STUDY, "--out", tmp_path / str(jobs), "--rows", rows,
             "--jobs", jobs, *common,
         )  # fmt: skip
         read = results.read_rows(rows)
@@ -268,38 +217,27 @@ def test_processes_make_the_same_cells(
     assert len(found[0]) > 20
 
 
-def test_a_run_that_diverges_is_a_result(
-    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.common import results
-    from benchmarks.study import ablation_labs
-
+def test_a_run_that_diverges_is_a_result(tmp_path, tiny, monkeypatch):
     lab, rows = ablation_labs.LABS["lm"], tmp_path / "rows.csv"
     messages = iter(["step 7: loss nan, gradient norm nan; training stopped", "no such file"])
 
-    def broken(self: object, config: object, swap: str | None) -> None:
+    def broken(self, config, swap):
         raise UserError(next(messages))
 
     monkeypatch.setattr(type(lab), "train", broken)
-    study = ROOT / "configs/ablations/lm.yaml"
     common = ("--rows", rows, "--only", "branch", "--override", *tiny)
-    call(monkeypatch, "run", study, "--out", tmp_path / "a", *common)
+    call(monkeypatch, ablate, "run", STUDY, "--out", tmp_path / "a", *common)
     found = results.read_rows(rows)
     assert [(r["metric"], r["value"]) for r in found] == [("diverged", "7")]
     with pytest.raises(UserError, match="no such file"):
-        call(monkeypatch, "run", study, "--out", tmp_path / "b", *common)
+        call(monkeypatch, ablate, "run", STUDY, "--out", tmp_path / "b", *common)
 
 
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
 )
-def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(tmp_path, monkeypatch):
     """The held-out loss is that of the varied network: its saved folder alone would not know."""
-    from benchmarks.common import results
-    from benchmarks.study import ablation_labs
-
     rows = tmp_path / "rows.csv"
     study = ROOT / "configs/ablations/dit.yaml"
     small = [
@@ -310,16 +248,14 @@ def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
     monkeypatch.setattr(ablation_labs, "HELDOUT_DRAWS", 8)
     name = "stream, anchored at the start"
     call(
-        monkeypatch, "run", study, "--out", tmp_path / "out", "--rows", rows, "--only", name,
-        "--fid", 8, "--weights", "random", "--evaluations", 2, "--override", *small,
+        monkeypatch, ablate, "run", study, "--out", tmp_path / "out", "--rows", rows,
+        "--only", name, "--fid", 8, "--weights", "random", "--evaluations", 2, "--override", *small,
     )  # fmt: skip
     found = {r["metric"]: float(r["value"]) for r in results.read_rows(rows)}
     assert found["held-out loss"] > 0
     assert any(metric.startswith("fd_random (n 8") for metric in found)
     cell = json.loads(next(tmp_path.glob("out/*/seed-0/cell.json")).read_text())
     assert len(cell["profile"]["activation_rms"]) == len(cell["profile"]["dynamics"]) == 2
-
-    from benchmarks.study.ablation_study import read_study
 
     overrides = {k: yaml.safe_load(v) for k, v in (item.split("=") for item in small)}
     whole = read_study(study)
@@ -333,16 +269,12 @@ def test_a_cell_of_the_image_model_is_measured_as_the_network_it_is(
     assert varied != plain
 
 
-def test_step_times_are_measured_in_turn(
-    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.common import results
-
-    study, rows = ROOT / "configs/ablations/lm.yaml", tmp_path / "rows.csv"
-    time = ("time", study, "--rounds", 1, "--rows", rows)
-    call(monkeypatch, *time, "--only", "none", "branch", "--override", *tiny)
+def test_step_times_are_measured_in_turn(tmp_path, tiny, monkeypatch):
+    rows = tmp_path / "rows.csv"
+    time = ("time", STUDY, "--rounds", 1, "--rows", rows)
+    call(monkeypatch, ablate, *time, "--only", "none", "branch", "--override", *tiny)
     found = {(r["case"], r["metric"]): float(r["value"]) for r in results.read_rows(rows)}
     assert found["none", "step ratio"] == 1.0
     assert found["branch", "step"] > 0
     with pytest.raises(ValueError, match="the first of --only must be none"):
-        call(monkeypatch, *time, "--only", "branch", "--override", *tiny)
+        call(monkeypatch, ablate, *time, "--only", "branch", "--override", *tiny)

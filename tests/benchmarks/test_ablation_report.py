@@ -1,61 +1,37 @@
-"""The ablation report: intervals, fair comparisons, and the page that it is written into."""
-
-from __future__ import annotations
+"""The report of a study: intervals, comparisons at equal size and time, tables, figures."""
 
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
+from benchmarks.study import ablation_report
+from benchmarks.study.ablation_labs import LABS
+from benchmarks.study.ablation_report import Results, interval, of_all_commands
+from benchmarks.study.ablation_study import shape_of
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts import each other by name, as they do when they are run."""
-    monkeypatch.setenv("COMPLEXITY_DATA", "nowhere")
+from support.benchmark_rows import committed_study, row
 
 
-def real_study(name: str) -> Any:
-    from benchmarks.study.ablation_study import read_study
-
-    return read_study(ROOT / f"configs/ablations/{name}.yaml")
-
-
-def test_the_interval_is_students() -> None:
+def test_the_interval_is_that_of_student():
     """1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.303."""
-    from benchmarks.study.ablation_report import interval
-
     middle, half = interval([1.0, 2.0, 3.0])
     assert middle == 2.0
     assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert interval([1.5]) == (1.5, None)
 
 
-def row(case: str, shape: str, metric: str, value: float) -> dict[str, str]:
-    from benchmarks.common import results
-
-    known = {"bench": "ablate_lm", "case": case, "shape": shape, "metric": metric}
-    about = {"command": "c", "hardware": "h", "commit": "1234567", "date": "2026-01-01"}
-    return dict.fromkeys(results.FIELDS, "") | known | about | {"value": str(value)}
-
-
-def rows_of(study: Any, losses: dict[str, list[float]], ratios: dict[str, float]) -> list:
-    from benchmarks.study.ablation_labs import LABS
-    from benchmarks.study.ablation_study import shape_of
-
+def rows_of(study, losses, ratios):
     rows = []
-    for name, found in losses.items():
+    for name, of_seeds in losses.items():
         network = study.networks[name]
         size = {"none, wide": 1100, "branch": 1102}.get(name, 1000)
-        for seed, loss in enumerate(found):
+        for seed, loss in enumerate(of_seeds):
             shape = shape_of(study.config(LABS["lm"], network, seed, "", {}), network)
-            rows.append(row(name, shape, "held-out loss", loss))
-            rows.append(row(name, shape, "parameters", size))
-        rows.append(row(name, "old settings, seed 0, config 1", "held-out loss", 99))
-    return rows + [row(name, "15 rounds", "step ratio", ratio) for name, ratio in ratios.items()]
+            rows.append(row("ablate_lm", name, "held-out loss", loss, shape=shape))
+            rows.append(row("ablate_lm", name, "parameters", size, shape=shape))
+        old = "old settings, seed 0, config 1"
+        rows.append(row("ablate_lm", name, "held-out loss", 99, shape=old))
+    return rows + [row("ablate_lm", name, "step ratio", ratio) for name, ratio in ratios.items()]
 
 
 LOSSES = {
@@ -68,10 +44,8 @@ LOSSES = {
 }
 
 
-def test_comparisons_are_paired_and_fair() -> None:
-    from benchmarks.study.ablation_report import Results
-
-    study = real_study("lm")
+def test_comparisons_are_paired_and_fair():
+    study = committed_study("lm")
     ratios = {"branch": math.sqrt(1.3), "stream": 1.8}
     found = Results(study, rows_of(study, LOSSES, ratios), {})
     close = pytest.approx
@@ -83,12 +57,8 @@ def test_comparisons_are_paired_and_fair() -> None:
     assert found.differences_at_equal_time("stream") == []  # beyond the longest plain run
 
 
-def test_the_report_prints_its_tables_and_writes_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    from benchmarks.study import ablation_report
-
-    study = real_study("lm")
+def test_the_report_prints_its_tables_and_writes_figures(tmp_path, capsys):
+    study = committed_study("lm")
     rows = rows_of(study, LOSSES, {"branch": 1.1, "stream": 1.2})
     cell = tmp_path / "runs/branch/seed-0/cell.json"
     cell.parent.mkdir(parents=True)
@@ -111,38 +81,25 @@ def test_the_report_prints_its_tables_and_writes_figures(
         ablation_report.report(study, rows, Options, {"steps": 7})
 
 
-def test_the_page_has_a_table_of_every_command_and_corpus(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without the folder of the data: a cell knows the name of its corpus only."""
-    from benchmarks.study.ablation_labs import LABS
-    from benchmarks.study.ablation_report import of_all_commands
-    from benchmarks.study.ablation_study import shape_of
-
+def test_every_command_and_corpus_has_a_table(monkeypatch):
+    """Without the folder of the data: a cell names its corpus only."""
     monkeypatch.delenv("COMPLEXITY_DATA")
-    study = real_study("lm")
+    study = committed_study("lm")
     assert of_all_commands(study, []) == "No rows yet."
 
-    def rows(losses: dict[str, float], command: str, **overrides: object) -> list:
-        found = []
+    def rows(losses, command, overrides):
         for name, loss in losses.items():
             network = study.networks[name]
-            config = study.config(LABS["lm"], network, 0, "", overrides)
-            known = row(name, shape_of(config, network), "held-out loss", loss)
-            size = row(name, shape_of(config, network), "parameters", 1000)
-            found += [r | {"command": command} for r in (known, size)]
-        return found
+            shape = shape_of(study.config(LABS["lm"], network, 0, "", overrides), network)
+            for metric, value in (("held-out loss", loss), ("parameters", 1000)):
+                yield row("ablate_lm", name, metric, value, shape=shape, command=command)
 
+    text = {"data.source": "text:/x/tinyshakespeare.txt"}
+    other = {"data.source": "stdlib", "steps": 7}
     both = [
-        *rows(
-            {"none": 2.0, "branch": 1.5}, "run",
-            **{"data.source": "text:/x/tinyshakespeare.txt"},
-        ),
-        *rows(
-            {"none": 3.0, "branch": 3.25}, "run --override steps=7 --jobs 2",
-            **{"data.source": "stdlib", "steps": 7},
-        ),
-    ]  # fmt: skip
+        *rows({"none": 2.0, "branch": 1.5}, "run", text),
+        *rows({"none": 3.0, "branch": 3.25}, "run --override steps=7 --jobs 2", other),
+    ]
     written = of_all_commands(study, both)
     assert written.count("| network | seeds |") == 2
     assert "| branch | 1 | 1.000 |  | 1.5000 | -0.5000 |" in written

@@ -1,26 +1,17 @@
-"""The speed benchmark compares what it says: equal parameters, half of the tokens, whole steps."""
+"""The speed benchmark compares equal parameters, half of the tokens and complete steps."""
 
 import argparse
-from pathlib import Path
 
-import pytest
 import torch
+from benchmarks.speed import bench_dit as bench
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPTIONS = argparse.Namespace(
     size="nano", cells=8, channels=4, patch=2, batch_size=2, rounds=1, dtype="fp32", device="cpu",
     threads=1, cases=["diffusers", "dynamics", "dynamics, half the tokens"],
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def bench(monkeypatch: pytest.MonkeyPatch):
-    from benchmarks.speed import bench_dit
-
-    return bench_dit
-
-
-def test_equal_parameters_are_equal_to_the_step_of_the_mlp(bench):
+def test_equal_parameters_are_equal_to_the_step_of_the_mlp():
     counts = {case: bench.parameters(bench.build(case, OPTIONS)) for case in bench.CASES}
     step = 3 * 64 * 128 * 4  # 64 units of a SwiGLU in each of four layers
     assert abs(counts["none, equal parameters"] - counts["diffusers"]) <= step / 2
@@ -31,7 +22,7 @@ def test_equal_parameters_are_equal_to_the_step_of_the_mlp(bench):
     assert work["none, half the tokens"] < work["none"]
 
 
-def test_half_of_the_tokens_go_through_the_middle(bench):
+def test_half_of_the_tokens_go_through_the_middle():
     step, model = bench.stepper("dynamics, half the tokens", OPTIONS, compiled=False)
     seen = []
     for block in model.blocks:
@@ -43,7 +34,7 @@ def test_half_of_the_tokens_go_through_the_middle(bench):
     assert sum(moved) > 0.8 * len(moved)
 
 
-def test_rows_are_beside_diffusers_and_beside_themselves(bench):
+def test_ratios_are_to_diffusers_and_to_all_tokens():
     found = bench.measure(OPTIONS, compiled=False)
     assert found["diffusers"][1:] == (1.0, None)
     assert found["dynamics"][2] is None

@@ -1,46 +1,25 @@
-"""What is measured of the paper's claims about pictures is what its definition says."""
-
-from __future__ import annotations
+"""Measures of denoising paths, colours and FID over training follow their definitions."""
 
 import json
 import math
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.common import results as result_file
+from benchmarks.study import claims_dit as claims
+from benchmarks.study import claims_measures as measures
+from benchmarks.study import claims_report
 
-from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.evaluation.image_sets import array_images
 from complexity_dit.seeding import generator_for
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts import each other by name, as they do when they are run."""
-
-
-@pytest.fixture
-def measures() -> ModuleType:
-    from benchmarks.study import claims_measures
-
-    return claims_measures
-
-
-@pytest.fixture
-def claims() -> ModuleType:
-    from benchmarks.study import claims_dit
-
-    return claims_dit
-
+from complexity_dit.training.train import train
+from support.benchmark_rows import call, row
 
 # Paths ------------------------------------------------------------------------------------------
 
 
-def test_the_curvature_is_that_of_the_polygon(measures: ModuleType) -> None:
+def test_the_curvature_is_that_of_the_polygon():
     """A straight line, a half circle of 9 points, a way there and back; at any size and place."""
     angle = torch.linspace(0, math.pi, 9, dtype=torch.float64)
     nowhere = torch.zeros(9, dtype=torch.float64)
@@ -58,7 +37,7 @@ def test_the_curvature_is_that_of_the_polygon(measures: ModuleType) -> None:
     assert math.isinf(float(found[2]))
 
 
-def test_a_path_that_waits_turns_no_further(measures: ModuleType) -> None:
+def test_repeated_points_of_a_path_do_not_turn_it():
     corner = torch.tensor([[0.0, 0], [1, 0], [1, 0], [1, 0], [1, 1]])[:, None]
     assert float(measures.total_curvature(corner)) == pytest.approx(math.pi / 2)
     still = torch.ones(5, 1, 2)
@@ -66,9 +45,7 @@ def test_a_path_that_waits_turns_no_further(measures: ModuleType) -> None:
     assert float(measures.length_over_chord(still)) == 1
 
 
-def test_the_expected_picture_is_what_the_network_says(
-    claims: ModuleType, pipe: ComplexityDiTPipeline
-) -> None:
+def test_the_expected_picture_is_the_prediction_of_the_network(pipe):
     """x − level · velocity at every state of an Euler walk that is made here by hand."""
     labels, steps = torch.tensor([[0, 1], [2, -1], [1, 0]]), 5
     (path,) = claims.expected_pictures(pipe, labels, steps, seed=3)
@@ -91,7 +68,7 @@ def test_the_expected_picture_is_what_the_network_says(
 # Colours ----------------------------------------------------------------------------------------
 
 
-def test_histograms_count_cells_of_colours(measures: ModuleType) -> None:
+def test_histograms_count_cells_of_colours():
     picture = np.zeros((1, 2, 2, 3), np.uint8)
     picture[0, 0, 0], picture[0, 0, 1] = (255, 31, 32), (255, 0, 33)
     found = measures.histograms(picture)
@@ -105,7 +82,7 @@ def test_histograms_count_cells_of_colours(measures: ModuleType) -> None:
     )
 
 
-def test_colours_are_compared_style_by_style(measures: ModuleType) -> None:
+def test_colours_are_compared_style_by_style():
     """Two styles of one colour each: right, exchanged; and a mixture that has but the palette."""
     red, blue = (np.zeros((20, 4, 4, 3), np.uint8) for _ in range(2))
     red[..., 0], blue[..., 2] = 255, 255
@@ -123,9 +100,7 @@ def test_colours_are_compared_style_by_style(measures: ModuleType) -> None:
     assert picture == pytest.approx(math.sqrt(1 - math.sqrt(0.5)))
 
 
-def test_the_floor_has_as_many_of_each_style(claims: ModuleType) -> None:
-    from complexity_dit.evaluation.image_sets import array_images
-
+def test_the_floor_has_as_many_of_each_style():
     class Options:
         field, seed = "style", 0
 
@@ -141,7 +116,7 @@ def test_the_floor_has_as_many_of_each_style(claims: ModuleType) -> None:
 # Steadiness -------------------------------------------------------------------------------------
 
 
-def test_a_trend_is_not_unsteady(measures: ModuleType) -> None:
+def test_steadiness_excludes_the_trend():
     steps = [1000, 2000, 3000, 4000, 5000]
     falling = measures.steadiness(steps, [50.0, 40, 30, 20, 10])
     assert falling["mean"] == pytest.approx(30)
@@ -154,7 +129,7 @@ def test_a_trend_is_not_unsteady(measures: ModuleType) -> None:
         measures.steadiness([1, 2], [1.0, 2.0])
 
 
-def results(folder: Path, values: list[float], **settings: Any) -> Path:
+def results(folder, values, **settings):
     folder.mkdir()
     for i, value in enumerate(values):
         result = {
@@ -165,19 +140,13 @@ def results(folder: Path, values: list[float], **settings: Any) -> Path:
     return folder
 
 
-def test_fid_is_read_from_the_last_results_of_a_folder(
-    claims: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks.common import results as result_file
-
+def test_fid_is_read_from_the_last_results_of_a_folder(tmp_path, monkeypatch):
     values = [200.0, 50, 40, 30, 20, 11]
     one, two = results(tmp_path / "a", values), results(tmp_path / "b", values, seed=1)
     rows = tmp_path / "rows.csv"
 
-    def run(*arguments: object) -> None:
-        given = ["claims_dit.py", "fid", *map(str, arguments), "--source", "art"]
-        monkeypatch.setattr("sys.argv", [*given, "--rows", str(rows)])
-        claims.main()
+    def run(*arguments):
+        call(monkeypatch, claims, "fid", *arguments, "--source", "art", "--rows", rows)
 
     run(f"none/4={one}")
     found = {r["metric"]: r for r in result_file.read_rows(rows)}
@@ -199,29 +168,16 @@ def test_fid_is_read_from_the_last_results_of_a_folder(
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"  # diffusers builds arrays from tensors
 )
-def test_all_measures_of_a_trained_run(
-    claims: ModuleType, small_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    weights_cache: None,
-) -> None:  # fmt: skip
-    from benchmarks.common import results as result_file
-    from benchmarks.study import claims_measures, claims_report
-
-    from complexity_dit.training.train import train
-
+def test_all_measures_of_a_trained_run(small_run, tmp_path, monkeypatch, weights_cache):
     small_run.checkpoint_every, small_run.keep_last = 2, 5
     train(small_run)
-    monkeypatch.setattr(claims_measures, "FEWEST", 1)
+    monkeypatch.setattr(measures, "FEWEST", 1)
     rows = tmp_path / "rows.csv"
     for arguments in (["paths"], ["colours"], ["fid", "--last", "3", "--weights", "random"]):
-        monkeypatch.setattr(
-            "sys.argv",
-            [
-                "claims_dit.py", *arguments, f"none/0={small_run.out}", "--source", "art",
-                "--num_images", "6", "--steps", "4", "--rows", str(rows),
-                "--out", str(tmp_path / "out"),
-            ],
+        call(
+            monkeypatch, claims, *arguments, f"none/0={small_run.out}", "--source", "art",
+            "--num_images", 6, "--steps", 4, "--rows", rows, "--out", tmp_path / "out",
         )  # fmt: skip
-        claims.main()
     found = result_file.read_rows(rows)
     value = {(r["case"], r["metric"]): float(r["value"]) for r in found}
     # Two corners of a path of four points.
@@ -235,14 +191,10 @@ def test_all_measures_of_a_trained_run(
     assert sum(line.startswith("| network | seeds |") for line in lines) == 3
 
 
-def test_the_page_pairs_by_seed() -> None:
-    from benchmarks.common import results as result_file
-    from benchmarks.study import claims_report
-
-    about = dict.fromkeys(result_file.FIELDS, "") | {"command": "c", "metric": "length over chord"}
+def test_differences_are_paired_by_seed():
     values = {"none": {0: 1.5, 1: 2.5, 2: 9.0}, "branch": {0: 1.0, 1: 2.0}}
     rows = [
-        about | {"case": case, "shape": f"seed {seed}, n 8, 20 steps", "value": str(value)}
+        row("claims_dit", case, "length over chord", value, shape=f"seed {seed}, n 8, 20 steps")
         for case, of_seed in values.items()
         for seed, value in of_seed.items()
     ]

@@ -1,7 +1,5 @@
 """The kernels compile ahead of time for A100 and H100 and keep everything in registers."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

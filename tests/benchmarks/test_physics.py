@@ -1,39 +1,17 @@
-"""The simulated systems obey their physics, and the comparison counts what it says."""
-
-from __future__ import annotations
+"""Simulated systems obey their physics; comparisons are between networks of equal size."""
 
 import math
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from benchmarks.theory import closed_loop, physics
+from benchmarks.theory import physics_report as report
+from benchmarks.theory import physics_systems as systems
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def systems(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    from benchmarks.theory import physics_systems
-
-    return physics_systems
+from support.benchmark_rows import row
 
 
-@pytest.fixture
-def physics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    from benchmarks.theory import physics
-
-    return physics
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    from benchmarks.theory import physics_report
-
-    return physics_report
-
-
-def walk(systems: ModuleType, system: object, steps: int, dt: float) -> torch.Tensor:
+def walk(system, steps, dt):
     state, states = system.start, [system.start]
     for _ in range(steps):
         state = systems.rk4_step(system.change, state, dt)
@@ -41,31 +19,31 @@ def walk(systems: ModuleType, system: object, steps: int, dt: float) -> torch.Te
     return torch.stack(states, 1)
 
 
-def test_the_double_pendulum_keeps_its_energy(systems: ModuleType) -> None:
+def test_the_double_pendulum_keeps_its_energy():
     """With unit rods and masses E = va² + vb²/2 + va vb cos(a - b) - g (2 cos a + cos b)."""
     system = systems.double_pendulum(8, torch.Generator().manual_seed(0))
-    a, b, va, vb = walk(systems, system, 400, 0.005).unbind(-1)
+    a, b, va, vb = walk(system, 400, 0.005).unbind(-1)
     kinetic = va**2 + vb**2 / 2 + va * vb * torch.cos(a - b)
     energy = kinetic - 9.81 * (2 * a.cos() + b.cos())
     assert float((energy - energy[:, :1]).abs().max()) < 1e-5
 
 
-def test_the_oscillator_is_the_closed_form(systems: ModuleType) -> None:
+def test_the_oscillator_is_the_closed_form():
     draw = torch.Generator().manual_seed(0)
     frequency, damping = systems.uniform(draw, 8, 1.0, 3.0), systems.uniform(draw, 8, 0.02, 0.3)
     system = systems.oscillator(8, torch.Generator().manual_seed(0))
-    seen = walk(systems, system, 100, 0.01)[:, -1, 0]
+    seen = walk(system, 100, 0.01)[:, -1, 0]
     fast, decay = frequency * (1 - damping**2).sqrt(), damping * frequency
     q, speed = system.start.unbind(-1)
     wanted = torch.exp(-decay) * (q * fast.cos() + (speed + decay * q) / fast * fast.sin())
     torch.testing.assert_close(seen, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_the_arm_loses_exactly_the_energy_that_its_damping_takes(systems: ModuleType) -> None:
+def test_the_arm_loses_exactly_the_energy_that_its_damping_takes():
     """E = v'Mv / 2 + kp |target - q|^2 / 2 falls by kd |v|^2 a second, and by nothing else."""
     draw, dt = torch.Generator().manual_seed(0), 0.002
     kp, kd = systems.uniform(draw, 8, 5.0, 20.0), systems.uniform(draw, 8, 1.0, 6.0)
-    states = walk(systems, systems.arm(8, torch.Generator().manual_seed(0)), 300, dt)
+    states = walk(systems.arm(8, torch.Generator().manual_seed(0)), 300, dt)
     q, v, target = states[..., :2], states[..., 2:4], states[..., 4:]
     c = q[..., 1].cos()
     kinetic = (3 + 2 * c) * v[..., 0] ** 2 + 2 * (1 + c) * v[..., 0] * v[..., 1] + v[..., 1] ** 2
@@ -75,7 +53,7 @@ def test_the_arm_loses_exactly_the_energy_that_its_damping_takes(systems: Module
     assert bool((energy.diff(dim=1) <= 0).all())
 
 
-def test_the_interval_of_paired_ratios(report: ModuleType) -> None:
+def test_the_interval_of_paired_ratios():
     """Three ratios 0.5, 1, 2: mean of logs 0, deviation ln 2, half width 4.303 ln 2 / sqrt 3."""
     middle, low, high = report.ratio_interval([0.5, 1.0, 2.0])
     assert middle == pytest.approx(1.0)
@@ -84,14 +62,14 @@ def test_the_interval_of_paired_ratios(report: ModuleType) -> None:
     assert report.ratio_interval([0.5]) == (pytest.approx(0.5), None, None)
 
 
-def test_a_rollout_reads_its_own_output(physics: ModuleType) -> None:
+def test_a_rollout_reads_its_own_output():
     """A forecaster that repeats the last state is wrong by how far the truth has moved since."""
     truth = torch.arange(96.0).view(1, 96, 1).expand(2, 96, 3)
     errors = physics.rollout_errors(lambda states: states, truth)
     torch.testing.assert_close(errors, torch.arange(1.0, 65.0))
 
 
-def test_compared_models_have_equal_parameters(physics: ModuleType) -> None:
+def test_compared_models_have_equal_parameters():
     for network, baseline in physics.BASELINES.items():
         wider = physics.width_for_equal_parameters(6, physics.EQUALS[baseline])
         plain = physics.parameters(physics.Forecaster(6, "none", wider))
@@ -99,7 +77,7 @@ def test_compared_models_have_equal_parameters(physics: ModuleType) -> None:
         assert plain == pytest.approx(mine, rel=0.005)
 
 
-def test_the_table_compares_each_placement_with_its_own_plain_network(physics: ModuleType) -> None:
+def test_the_table_compares_each_placement_with_its_own_plain_network():
     errors = {"none": 2.0, "none, wider": 4.0, "stream": 1.0, "branch": 2.0, "force": 1.0}
     errors["force, no-carry"] = 2.0
     known = {
@@ -120,30 +98,14 @@ def test_the_table_compares_each_placement_with_its_own_plain_network(physics: M
     }
 
 
-def result_rows(bench: str, values: dict[tuple[str, str, str], float]) -> list[dict[str, str]]:
-    """Rows by (case, shape, metric)."""
-    from benchmarks.common import results
-
-    about = {"bench": bench, "command": "c", "commit": "1234567", "unit": ""}
-    return [
-        dict.fromkeys(results.FIELDS, "")
-        | about
-        | {"case": case, "shape": shape, "metric": metric, "value": str(value)}
-        for (case, shape, metric), value in values.items()
-    ]
-
-
-def test_the_page_has_the_ratios_that_there_are(report: ModuleType) -> None:
-    """A seed that only one of the two has is left out, and a placement without any is no line."""
+def test_ratios_are_paired_by_seed():
+    """Seeds that only one network has are left out, as are placements without a pair."""
     errors = {"branch / seed 0": 1.0, "branch / seed 1": 3.0, "none / seed 0": 2.0}
-    rows = result_rows(
-        "physics",
-        {
-            (f"arm / {case}", "4096 x 96", f"rollout error, {steps} steps"): error
-            for case, error in errors.items()
-            for steps in report.STEPS
-        },
-    )
+    rows = [
+        row("physics", f"arm / {case}", f"rollout error, {steps} steps", error, shape="4096 x 96")
+        for case, error in errors.items()
+        for steps in report.STEPS
+    ]
     lines = report.rollouts(rows).splitlines()
     assert [line for line in lines if line.startswith("| arm")] == [
         "| arm | branch | 0.500 | 0.500 | 0.500 | 1 |"
@@ -152,29 +114,23 @@ def test_the_page_has_the_ratios_that_there_are(report: ModuleType) -> None:
     assert report.rollouts([]) == ""
 
 
-def test_the_closed_loop_is_told_by_medians_over_seeds(report: ModuleType) -> None:
-    values = {
-        ("INL, heavier payloads", f"seed {s}", "lost"): v for s, v in enumerate((0, 0.5, 0.1))
-    }
-    rows = result_rows("closed_loop", {**values, ("PD alone", "seed 0", "lost"): 1.0})
+def test_closed_loop_values_are_medians_over_seeds():
+    layer = [
+        row("closed_loop", "INL, heavier payloads", "lost", value, shape=f"seed {seed}")
+        for seed, value in enumerate((0, 0.5, 0.1))
+    ]
+    rows = [*layer, row("closed_loop", "PD alone", "lost", 1, shape="seed 0")]
     lines = report.closed_loop(rows).splitlines()
     assert "| INL, heavier payloads | 0.1 [0, 0.5] | 3 |" in lines
     assert "| PD alone | 1 | 1 |" in lines
 
 
-@pytest.fixture
-def closed_loop(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    from benchmarks.theory import closed_loop
-
-    return closed_loop
-
-
-def test_the_arm_with_a_payload_keeps_its_energy(systems: ModuleType) -> None:
+def test_the_arm_with_a_payload_keeps_its_energy():
     """Without torque v'Mv / 2 stays, whatever the payload."""
     draw, m = torch.Generator().manual_seed(0), torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
     q, v = torch.randn(2, 3, 2, generator=draw, dtype=torch.float64)
 
-    def change(state: torch.Tensor) -> torch.Tensor:
+    def change(state):
         q, v = state.chunk(2, -1)
         return torch.cat([v, systems.arm_acceleration(q, v, torch.zeros_like(q), m)], -1)
 
@@ -187,7 +143,7 @@ def test_the_arm_with_a_payload_keeps_its_energy(systems: ModuleType) -> None:
     torch.testing.assert_close(energies[-1], energies[0], rtol=1e-7, atol=0)
 
 
-def test_the_layer_is_a_pd_controller_of_as_many_parameters(closed_loop: ModuleType) -> None:
+def test_the_layer_is_a_pd_controller_of_as_many_parameters():
     """At its start: -K 0.1 e - K 0.1 v, with K = 10."""
     policy, plain = closed_loop.INLPolicy(), closed_loop.Perceptron()
     error, speed = torch.tensor([[0.5, -1.0]]), torch.tensor([[2.0, 0.0]])
@@ -197,7 +153,7 @@ def test_the_layer_is_a_pd_controller_of_as_many_parameters(closed_loop: ModuleT
     assert sizes[0] == sizes[1]
 
 
-def test_a_policy_learns_through_the_simulation(closed_loop: ModuleType) -> None:
+def test_a_policy_learns_through_the_simulation():
     torch.manual_seed(0)
     policy = closed_loop.trained(closed_loop.INLPolicy(), 3, seed=0, count=16)
     payloads = closed_loop.PAYLOADS["payloads as trained"]
@@ -205,7 +161,7 @@ def test_a_policy_learns_through_the_simulation(closed_loop: ModuleType) -> None
     assert closed_loop.tried(policy, payloads)["mean squared error"][0] < before
 
 
-def test_the_control_has_no_memory(physics: ModuleType) -> None:
+def test_the_control_has_no_memory():
     """Without carrying, a layer's output does not depend on the velocity that it is given."""
     torch.manual_seed(0)
     control, carried = (physics.Forecaster(2, n) for n in ("force, no-carry", "force"))
