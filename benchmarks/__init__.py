@@ -1,1 +1,1 @@
-"""Measurements: every number in README and docs is a row that one of these scripts wrote."""
+"""Measurements: the scripts write rows, and every number in README and docs is a row."""

@@ -1,7 +1,7 @@
-"""A transformer block stack in plain torch and `inl_core`: what dynamics add to is all here.
+"""A stack of transformer blocks in plain torch and `inl_core`, with dynamics or without.
 
-The blocks are those of the image model (AdaLN-Zero, QK-norm, rotary, SwiGLU, dynamics in placement
-`branch`) without diffusers, so that they run where nothing but torch is installed.
+The blocks are those of the image model (AdaLN-Zero, QK norm, rotary embedding, SwiGLU, dynamics in
+placement `branch`) without diffusers, so that they run where only torch is installed.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from inl_core import INLDynamics, INLDynamicsLite, ModulatedRMSNorm, RMSNorm, ops, rotary_2d
 
 KINDS = ("none", "lite", "layer", "channel", "token")
-"""What the coefficients of the dynamics depend on; `none` is the plain residual."""
+"""Kinds of coefficients of the dynamics; `none` is the plain residual connection."""
 
 SIZES = {
-    # width, depth, heads: the published DiT models, at patch 2 on a 32 × 32 latent
+    # width, depth, heads of the published DiT models, at patch 2 on a 32 × 32 latent
     "S/2": (384, 12, 6),
     "B/2": (768, 12, 12),
     "XL/2": (1152, 28, 16),
@@ -50,7 +50,7 @@ class Block(nn.Module):
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
         self.norm_q, self.norm_k = RMSNorm(width // heads), RMSNorm(width // heads)
-        # 8/3 of the width: three matrices with the products of a plain MLP's two at 4.
+        # 8/3 of the width: three matrices with the FLOPs of the two of a plain MLP of ratio 4.
         self.mlp = Mlp(width, -(-8 * width // 3 // 64) * 64)
         self.dynamics = build_dynamics(kind, width)
 
@@ -74,11 +74,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, each compiled: equal blocks share one compilation."""
+    """A sequence of blocks, each compiled; equal blocks share one compilation."""
 
     def __init__(self, width, depth, heads, kind, side, compiled):
         super().__init__()
-        # The same backbone whatever the kind: dynamics draw their own random numbers.
+        # Built before the dynamics draw random numbers, so all kinds have the same backbone.
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block(width, heads, "none") for _ in range(depth))
         for block in self.blocks:
@@ -99,7 +99,7 @@ class Stack(nn.Module):
 
 
 def training_step(model, batch, dtype):
-    """A function: forward, backward and update on one batch."""
+    """A function that runs forward, backward and update on one batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     h, c = batch
     device = h.device.type

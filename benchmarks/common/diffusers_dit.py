@@ -1,10 +1,9 @@
-"""diffusers' DiT behind the arguments of our model: the same loop trains both, the same pipeline
-samples from both.
+"""diffusers' DiT with the interface of our image model, for the same training loop and pipeline.
 
-What the class leaves to its user is done as the DiT paper does it (Peebles & Xie, arXiv
-2212.09748): its initialisation, with AdaLN-Zero. Two habits of the class are switched off: it drops
-labels itself, in every block on its own and from the global generator (the loop drops them, by
-seed and step), and it would learn a variance (`out_channels` is `in_channels` here).
+The initialisation, which the class leaves to its user, is that of the DiT paper (Peebles & Xie,
+arXiv 2212.09748), with AdaLN-Zero. Two behaviours of the class are switched off: it drops labels
+itself, separately in every block and from the global generator (here the loop drops them, by seed
+and step), and it predicts a variance (here `out_channels` equals `in_channels`).
 """
 
 from typing import ClassVar
@@ -22,7 +21,7 @@ from complexity_dit.training.network import build_model
 class DiffusersDiT(ModelMixin, ConfigMixin):
     """`DiTTransformer2DModel` with the arguments and config fields of our transformer."""
 
-    _repeated_blocks: ClassVar = ["BasicTransformerBlock"]  # what `compile: regional` compiles
+    _repeated_blocks: ClassVar = ["BasicTransformerBlock"]  # for `compile: regional`
 
     @register_to_config
     def __init__(
@@ -38,7 +37,7 @@ class DiffusersDiT(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if len(label_fields) != 1:
-            raise ValueError(f"DiT knows one label field, got {list(label_fields)}")
+            raise ValueError(f"DiT supports one label field, got {list(label_fields)}")
         self.dit = DiTTransformer2DModel(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -73,7 +72,7 @@ class DiffusersDiT(ModelMixin, ConfigMixin):
     def forward(
         self, hidden_states, timestep, class_labels=None, kept_tokens=None, return_dict=True
     ):
-        """As `ComplexityDiTTransformer2DModel.forward`: labels (B, 1) or None, -1 for missing."""
+        """As `ComplexityDiTTransformer2DModel.forward`; labels (B, 1) or None, -1 if missing."""
         if kept_tokens is not None:
             raise ValueError("DiT cannot drop tokens: set token_drop_rate to 0")
         batch, null = len(hidden_states), self.config.num_classes[0]
@@ -90,7 +89,7 @@ class DiffusersDiT(ModelMixin, ConfigMixin):
 
 
 def build_diffusers_dit(config, data):
-    """What `build_model` is for ours: the DiT of equal width, depth, heads, patch and labels."""
+    """The DiT with the width, depth, heads, patch size and labels that `build_model` would have."""
     shape = build_model(config, data).config
     names = (
         "sample_size", "patch_size", "in_channels", "hidden_size", "num_layers",

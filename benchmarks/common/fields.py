@@ -1,14 +1,16 @@
-"""Dotted fields of a run's config, as studies write them."""
+"""Configs with dotted fields replaced, as studies and `--override` give them."""
 
 import json
 from dataclasses import fields, is_dataclass, replace
 
 
 def with_fields(config, overrides):
-    """The config with dotted fields replaced, e.g. `{"optim.lr": 1e-3}`; dictionaries get a key.
+    """The config with dotted fields replaced, e.g. `{"optim.lr": 1e-3}`.
+
+    Fields that are dictionaries get the key.
 
     Raises:
-        ValueError: For a field that the config does not have.
+        ValueError: If the config does not have a field.
     """
     for path, value in overrides.items():
         name, _, rest = path.partition(".")
@@ -24,19 +26,18 @@ def with_fields(config, overrides):
     return config
 
 
-def parsed(text):
-    """A value from a command line: JSON where it is, text otherwise."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def overridden(items):
-    """{field: value} of what `--override FIELD=VALUE ...` was given."""
-    return {field: parsed(value) for field, _, value in (item.partition("=") for item in items)}
+    """{field: value} of the items FIELD=VALUE of `--override`; values are JSON or else text."""
+
+    def value_of(text):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    return {field: value_of(text) for field, _, text in (item.partition("=") for item in items)}
 
 
 def override_flag(items):
-    """The same as the end of a recorded command; nothing where nothing was given."""
+    """The items of `--override` as the end of a recorded command; empty without items."""
     return " ".join(["", "--override", *items]) if items else ""

@@ -1,4 +1,4 @@
-"""What a piece of work needs of memory."""
+"""Memory of a process and of a call, and the number of parameters of a model."""
 
 import ctypes
 import gc
@@ -10,6 +10,11 @@ import torch
 MIB = 2**20
 
 
+def parameters(model):
+    """Number of parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def of_process(name):
     """A size of /proc/self/status in MiB, such as VmRSS."""
     text = Path("/proc/self/status").read_text()
@@ -17,10 +22,10 @@ def of_process(name):
 
 
 def peak_of(work, device):
-    """MiB that a call holds at its peak beyond what was held before it.
+    """MiB that a call holds at its peak in addition to what was held before it.
 
-    On a CPU it is read off the process (Linux), whose own peak is set back first and whose free
-    memory is given back to the system: call the work before, so that what lasts is there already.
+    On a CPU it is read from the process (Linux), whose recorded peak is reset first and whose free
+    memory is returned to the system: run `work` once before, so that lasting memory is allocated.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

@@ -1,4 +1,4 @@
-"""How benchmarks paint what they measure."""
+"""Sampling settings of the benchmarks."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ from benchmarks.common.timing import DEVICE
 from complexity_dit.config import SampleConfig
 
 ON_A_GPU = 256
-"""Pictures in one call of the network there: sixteen, the default, leave it idle. A set's bits
+"""Images per call of the network on a GPU, which the default of 16 leaves idle. The bits of a set
 depend on it, its distances only by rounding."""
 
 
 def painting(**settings):
-    """A `SampleConfig` whose calls are large where there is a GPU."""
+    """A `SampleConfig` with large batches on a GPU."""
     config = SampleConfig(**settings)
     if DEVICE == "cpu":
         return config

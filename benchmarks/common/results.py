@@ -1,4 +1,4 @@
-"""The result file: a row is a number with the command, hardware, versions and commit behind it."""
+"""The result file: one row per number, with its command, hardware, versions and commit."""
 
 import csv
 import datetime
@@ -47,7 +47,7 @@ def made_by(rows):
 
 
 def hardware(device=None):
-    """Name of the GPU, or of the CPU as the system reports it; None asks for a GPU if there is."""
+    """Name of the GPU, or of the CPU as the system reports it; None is the GPU if there is one."""
     if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -60,9 +60,9 @@ def hardware(device=None):
 
 
 def commit():
-    """Short commit of the code that ran, with `+` when files differed from it.
+    """Short commit of the code that ran, with `+` if tracked files differ from it.
 
-    A copy of the code without its history takes the name from the variable COMMIT.
+    A copy of the code without its history takes the commit from the variable COMMIT.
     """
 
     def git(*arguments):
@@ -75,22 +75,22 @@ def commit():
             return ""
         return done.stdout.strip()
 
-    # Rows that an hours-long series has added are results of this commit, not changes to it.
+    # Rows added by a series of runs are results of this commit, not changes to it.
     code = (":(top)", ":(top,exclude)benchmarks/*.csv")
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    known = git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
-    return known or os.environ.get("COMMIT") or "none"
+    name = git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+    return name or os.environ.get("COMMIT") or "none"
 
 
 def command():
-    """How this process was started, without paths of the machine."""
+    """The command that started this process, without paths of the machine."""
     module = sys.modules["__main__"].__spec__
     program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def dtype_of(mixed_precision):
-    """The column `dtype` of a training with this `mixed_precision`."""
+    """The column `dtype` for a training with this `mixed_precision`."""
     return {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, "float32")
 
 
@@ -101,12 +101,33 @@ def triton_version():
         return ""
 
 
-def append_rows(path, bench, rows, device=None, **known):
-    """Add rows to a CSV, creating it with its header; what is added is on disk on return.
+def as_rows(values, case, **about):
+    """Rows of one case from {metric: (value, unit)}; `about` has other columns."""
+    about = {"dtype": "float32", "case": case, **about}
+    return [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
 
-    A row has `case`, `metric`, `value` and `unit`, and may have `shape`, `dtype` and `backend`.
-    What the caller knows better than this process at its end (the commit a long run started from,
-    a command without paths of the machine) is given by column.
+
+def format_values(values):
+    """{metric: (value, unit)} as one line of text."""
+    return ", ".join(
+        f"{metric} {value:.5g} {unit}".rstrip() for metric, (value, unit) in values.items()
+    )
+
+
+def append_rows(path, bench, rows, device=None, **columns):
+    """Append rows to a CSV, which is created with its header if it does not exist.
+
+    Args:
+        path: The CSV.
+        bench: Name of the benchmark.
+        rows: Dictionaries with `case`, `metric`, `value` and `unit`, and optionally `shape`,
+            `dtype` and `backend`.
+        device: Device whose name is recorded; None is the GPU if there is one.
+        columns: Columns that the caller knows better than this process at its end, such as the
+            commit that a long run started from or a command without paths of the machine.
+
+    Raises:
+        ValueError: If the file has other columns.
     """
     path = Path(path)
     about = {
@@ -119,7 +140,7 @@ def append_rows(path, bench, rows, device=None, **known):
         "triton": triton_version(),
         "python": platform.python_version(),
         "commit": commit(),
-        **known,
+        **columns,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
@@ -136,7 +157,7 @@ def append_rows(path, bench, rows, device=None, **known):
 
 
 def read_rows(path):
-    """All rows as dictionaries of strings; none if there is no file."""
+    """All rows as dictionaries of strings; an empty list if the file does not exist."""
     if not Path(path).exists():
         return []
     with Path(path).open(newline="") as file:

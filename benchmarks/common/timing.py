@@ -1,4 +1,4 @@
-"""Clocks: medians of single calls, ratios from calls taken in turn, and what the machine can do."""
+"""Timing: medians of calls, ratios of calls in turn, and limits of the machine."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ import time
 import torch
 
 DEVICE = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-"""Where the trainers train."""
+"""The device that the trainers use."""
 
 
 def wait(device):
@@ -15,7 +15,7 @@ def wait(device):
 
 
 class Deadline:
-    """A time after which nothing new is begun."""
+    """A time after which no new work starts."""
 
     def __init__(self, minutes):
         self.end = time.monotonic() + 60 * minutes
@@ -29,9 +29,9 @@ class Deadline:
 
 
 def median_ms(function, device, seconds=0.2):
-    """Median time of a call in ms, over `seconds` of calls after a warm-up.
+    """Median time of a call in ms over `seconds` of calls after a warm-up.
 
-    On a GPU the cache is cleared before each call and the device's own clock is read.
+    On a GPU the cache is cleared before each call and the device's events are read.
     """
     if torch.device(device).type == "cuda":
         from triton.testing import do_bench
@@ -49,9 +49,9 @@ def median_ms(function, device, seconds=0.2):
 def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
     """Call all functions in turn, `rounds` times: {name: (median seconds, median ratio to first)}.
 
-    A machine that slows down for a while slows all of a round, so ratios within rounds are taken.
-    Ends early, after at least one counted round, when the deadline passes. With `rotate` each
-    function begins a round in its turn: who follows a large model meets other memory than the rest.
+    Ratios are taken within rounds, because a machine that slows down slows a whole round. Stops
+    early, after at least one counted round, when the deadline passes. With `rotate` the function
+    that starts a round changes: the one after a large model finds other memory than the rest.
     """
     times = {name: [] for name in functions}
     order = list(functions)
@@ -78,7 +78,7 @@ def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
 
 
 def copy_gbs(device, megabytes):
-    """GB/s of a plain copy, bytes read and written counted."""
+    """GB/s of a plain copy, counting bytes read and written."""
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), device) / 1e6

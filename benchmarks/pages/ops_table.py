@@ -1,7 +1,6 @@
-"""The operations of `bench_ops.py`: their implementations side by side, and what follows from it.
+"""The tables of `bench_ops.py`: the implementations of each operation side by side.
 
-`tables.py` writes the tables; a test holds the backend "auto" of `inl_core.ops` to
-`compiled_ahead`.
+A test compares `compiled_ahead` with the backend "auto" of `inl_core.ops`.
 """
 
 COLUMNS = {
@@ -10,11 +9,11 @@ COLUMNS = {
     "triton": "Triton",
     "F.rms_norm": "library", "liger": "library", "grouped_mm": "library",
 }  # fmt: skip
-"""Where an implementation stands."""
+"""The column of each implementation."""
 
 
 def _line(row):
-    """(operation and pass, shape); the MLP as wide as one expert is an operation of its own."""
+    """(operation and pass, shape); the dense MLP as wide as one expert is a separate operation."""
     case = row["case"]
     if row["backend"].startswith("dense"):
         case = case.replace("routed_mlp", "dense_mlp")
@@ -43,16 +42,15 @@ def totals(rows):
 
 
 def compiled_ahead(rows):
-    """The operations whose compiled definition beats the kernel, in the last run that had kernels.
+    """Operations whose compiled definition is faster than the kernel in the last run with kernels.
 
-    The routed MLP is never compiled from its definition: its rival is torch's grouped product.
+    The routed MLP is not compiled from its definition: it is compared with torch's grouped product.
     """
     runs = {}
     for row in rows:
         if row["bench"] == "ops":
             runs.setdefault((row["command"], row["hardware"], row["commit"]), []).append(row)
-    found = [whole for run in runs.values() if (whole := totals(run))]
-    last = found[-1] if found else {}
+    last = next(filter(None, map(totals, reversed(runs.values()))), {})
     rivals = {name: line.get("compiled", line.get("library")) for name, line in last.items()}
     return {name for name, ms in rivals.items() if ms and ms < last[name]["Triton"]}
 
@@ -66,7 +64,7 @@ def _head(words, numbers):
 
 
 def table(rows):
-    """Lines of Markdown: every pass of every operation, then the operations as a whole."""
+    """Lines of Markdown: every pass of every operation, then the totals per operation."""
     columns = ("eager", "compiled", "Triton")
     limits = ", ".join(
         f"{row['case']} {float(row['value']):.4g} {row['unit']}"

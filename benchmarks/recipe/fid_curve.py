@@ -1,7 +1,6 @@
-"""FID and KID over training, from the result.json files of a run's checkpoints.
+"""Figure of FID and KID over training, from the result.json files of a run's checkpoints.
 
-python -m benchmarks.recipe.fid_curve STEP=result.json [STEP=result.json ...] --floor 26.1 --out \
-        curve.png
+python -m benchmarks.recipe.fid_curve STEP=result.json [STEP=result.json ...] --out curve.png
 """
 
 import argparse
@@ -15,10 +14,10 @@ matplotlib.use("Agg")
 
 
 def main():
-    """Draw both metrics over steps, the floor as a dashed line."""
+    """Plot both metrics over steps, with the floor as a dashed line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", help="STEP=result.json")
-    parser.add_argument("--floor", type=float, help="FID of training against held-out pictures")
+    parser.add_argument("--floor", type=float, help="FID of training images against held-out ones")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -35,15 +34,10 @@ def main():
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
     axes[0].plot(steps, [p[1]["fid"] for p in points], marker="o")
     if options.floor is not None:
-        axes[0].axhline(options.floor, linestyle="--", color="0.5", label="training pictures")
+        axes[0].axhline(options.floor, linestyle="--", color="0.5", label="training images")
         axes[0].legend()
-    axes[1].errorbar(
-        steps,
-        [p[1]["kid_mean"] for p in points],
-        yerr=[p[1]["kid_std"] for p in points],
-        marker="o",
-        capsize=3,
-    )
+    kid, deviation = ([p[1][name] for p in points] for name in ("kid_mean", "kid_std"))
+    axes[1].errorbar(steps, kid, yerr=deviation, marker="o", capsize=3)
     for axis, name in zip(axes, ("FID", "KID"), strict=True):
         axis.set(xlabel="step", ylabel=f"{name}, n = {points[0][2]:,}")
         axis.set_ylim(bottom=0)

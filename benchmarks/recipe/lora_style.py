@@ -1,13 +1,13 @@
-"""A style from 20 paintings: what an adapter gives to a base that has never seen the style.
+"""A style from 20 paintings: an adapter for a base model that was trained without the style.
 
     python -m benchmarks.recipe.lora_style --data FOLDER --out runs/lora-ukiyo-e
 
-The folder has `metadata.csv` with file_name, style and genre. The base trains on everything but the
-style (configs/dit/wikiart-cpu.yaml, or `--base` is one that is there); the adapter on 20 of its
-paintings (configs/dit/lora-style.yaml); the rest of them, which neither has seen, is the reference.
-KID to it before (the base, asked for no style) and after (asked for the new name), and of other
-paintings of the base's data. Writes result.json and samples.png: the paintings, the base and the
-adapter at the same noise. Training goes on where it was stopped.
+The folder has `metadata.csv` with file_name, style and genre. The base trains on all other styles
+(configs/dit/wikiart-cpu.yaml; `--base` takes an existing one), the adapter on 20 paintings of the
+style (configs/dit/lora-style.yaml). The remaining paintings of the style are the reference: KID to
+them is measured of samples of the base (without a style), of the adapter (with the new label) and
+of paintings from the base's data. Writes result.json and samples.png: the paintings, and samples of
+the base and of the adapter from the same noise. A stopped training resumes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "dit"
 
 
 def split(options):
-    """Three folders of links: all but the style, some of the style, the rest of it."""
+    """Three folders of links: all other styles, some paintings of the style, the rest of it."""
     with (options.data / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     style = [row for row in rows if row["style"] == options.style]
@@ -58,7 +58,7 @@ def split(options):
             link = folder / Path(row["file_name"]).name
             if not link.exists():
                 link.symlink_to((options.data / row["file_name"]).resolve())
-        with atomic_file(folder / "metadata.csv") as aside, aside.open("w", newline="") as file:
+        with atomic_file(folder / "metadata.csv") as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["file_name", "style", "genre"])
             writer.writeheader()
             for row in chosen:
@@ -78,7 +78,7 @@ def config_of(name, **changes):
 
 
 def trained(config):
-    """Where the run's pipeline or adapter is; trained unless it is there."""
+    """The folder of the run's pipeline or adapter, which is trained if it does not exist."""
     folder = Path(config.out) / ("adapter" if config.lora.rank else "pipeline")
     return folder if folder.is_dir() else train(config)
 
@@ -89,14 +89,14 @@ def pixels(source, resolution, count=None):
     return data.pixels(range(count)).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def painted(pipe, style, options):
+def samples(pipe, style, options):
     labels = pipe.get_label_ids(style=style).repeat(options.num_images, 1)
     batches = iter_samples(pipe, labels, SampleConfig(guidance_scale=options.guidance_scale))
     return np.concatenate([images for _, images in batches])
 
 
 def main():
-    """Train what is missing, paint, measure."""
+    """Train what is missing, sample and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -123,7 +123,7 @@ def main():
         minutes["base"] = (time.process_time() - start) / 60
     before = load_pipeline(base)
     if options.style in before.label_names["style"]:
-        raise SystemExit(f"{base} knows {options.style}: take a base that was trained without it")
+        raise SystemExit(f"{base} was trained with {options.style}: choose a base without it")
 
     start = time.process_time()
     run = config_of("lora-style.yaml", out=str(options.out / "lora"), resume="auto", init_from=base)
@@ -147,8 +147,8 @@ def main():
     size = before.sample_size
     reference, few = pixels(folders["rest"], size), pixels(folders["paintings"], size)
     sets = {
-        "base": painted(before, None, options),
-        "adapter": painted(after, options.style, options),
+        "base": samples(before, None, options),
+        "adapter": samples(after, options.style, options),
         "other_paintings": pixels(folders["others"], size, options.num_images),
     }
     measures = EvalConfig(
@@ -179,8 +179,8 @@ def main():
         "threads": torch.get_num_threads(),
         "commit": commit(),
     }  # fmt: skip
-    with atomic_file(options.out / "result.json") as aside:
-        aside.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with atomic_file(options.out / "result.json") as part:
+        part.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(json.dumps({"metrics": kid, "core_minutes": result["core_minutes"]}, indent=2))
 
 

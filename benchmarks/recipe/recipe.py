@@ -1,14 +1,14 @@
-"""The recipe table: one row trains a small model on real paintings and measures what it paints.
+"""One row of the recipe table: train a small model on real paintings and evaluate its samples.
 
     python -m benchmarks.recipe.recipe flow-none --latents CACHE --out DIR
     python -m benchmarks.recipe.recipe --list
 
-A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT, in the same loop
-with epsilon; `flow-none` is ours with plain flow matching and without dynamics; the rows after it
-add one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of `FIVE`, `three`
-those of `THREE`. A row is trained, then paints without guidance, and FID and KID compare that with
-held-out paintings, whose labels are asked for. The pipeline stays in `--out/run/pipeline`. A row
-that was stopped goes on where it was when the command is given again.
+A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT in the same loop
+with epsilon prediction; `flow-none` is our model with plain flow matching and without dynamics; the
+rows after it change one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of
+`FIVE`, `three` those of `THREE`. A row is trained, samples without guidance under the labels of
+held-out paintings, and FID and KID compare both. The pipeline stays in `--out/run/pipeline`. The
+same command resumes a stopped row.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from pathlib import Path
 
 from benchmarks.common.diffusers_dit import build_diffusers_dit
 from benchmarks.common.fields import overridden, override_flag, with_fields
+from benchmarks.common.memory import parameters
 from benchmarks.common.painting import painting
-from benchmarks.common.results import append_rows, commit, dtype_of
+from benchmarks.common.results import append_rows, as_rows, commit, dtype_of, format_values
 
 from complexity_dit.config import DATA_FILE, EvalConfig, TrainConfig
 from complexity_dit.evaluation.evaluate import evaluate
@@ -31,7 +32,7 @@ from complexity_dit.training.plan import count_flops, token_count
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 
-# What every row shares: 64 tokens of 2x2 latents, 4.2M parameters, one label.
+# The settings of all rows: 64 tokens of 2x2 latents, 4.2M parameters, one label.
 BASE = {
     "batch_size": 32,
     "checkpoint_every": 500,
@@ -46,7 +47,7 @@ BASE = {
     "optim.warmup_steps": 300,
     "optim.schedule": "cosine",
     "ema.decay": 0.999,
-    # Plain flow matching: uniform times, the network writes the velocity, labels always given.
+    # Plain flow matching: uniform times, velocity prediction, labels always given.
     "objective.network_output": "target",
     "objective.time_sampling": "uniform",
     "objective.shift": 1.0,
@@ -56,7 +57,7 @@ BASE = {
 
 DYNAMICS = {"model.dynamics_placement": "branch", "model.dynamics_adaptive": "channel"}
 
-# One thing each, on top of BASE.
+# One change each to BASE.
 KNOBS = {
     "flip": {"data.flip": True},
     "logit-normal": {"objective.time_sampling": "logit_normal"},
@@ -75,18 +76,17 @@ KNOBS = {
     "dynamics": DYNAMICS,
 }
 
-# The full recipe that the rows named `full` and `full-none` have, chosen before there were rows:
-# without Muon, which takes a CPU without bf16 units seven times as long as the rest of a step.
+# The full recipe of the rows `full` and `full-none`, chosen before any row was measured: without
+# Muon, which takes seven times as long as the rest of a step on a CPU without bf16 units.
 SEVEN = (
     "flip", "logit-normal", "writes-sample", "label-dropout", "direction-loss", "token-dropping",
     "value-residual",
 )  # fmt: skip
 
-# Without the two whose own rows were worse than `flow-none`, before the other five had rows.
+# Without the two whose own rows were worse than `flow-none` when this was chosen.
 FIVE = tuple(knob for knob in SEVEN if knob not in ("writes-sample", "direction-loss"))
 
-
-# Those whose own row is better than `flow-none` by more than two seeds of one row differ.
+# Those whose own row beats `flow-none` by more than the difference of two seeds.
 THREE = ("logit-normal", "time-shift", "muon")
 
 
@@ -111,7 +111,7 @@ BUILD = {"diffusers-dit": build_diffusers_dit}
 
 
 def row_config(row, out, images, seed, overrides):
-    """The whole run of a row: `images` training images in steps of one batch."""
+    """The training config of a row, for `images` training images."""
     config = with_fields(TrainConfig(), BASE | ROWS[row] | overrides)
     return replace(
         config, out=str(out), seed=seed, steps=images // config.batch_size, resume="auto"
@@ -119,7 +119,7 @@ def row_config(row, out, images, seed, overrides):
 
 
 class Sessions:
-    """Training seconds over restarts: of a session that was killed, up to its last checkpoint."""
+    """Training seconds over restarts; a killed session counts up to its last checkpoint."""
 
     def __init__(self, path, run):
         self.path, self.checkpoints = path, run / "checkpoints"
@@ -128,7 +128,7 @@ class Sessions:
     def begin(self):
         kept = latest_checkpoint(self.checkpoints)
         if self.done and "seconds" not in self.done[-1]:
-            # What it did after its last checkpoint is done again; its first checkpoint may not be.
+            # Steps after its last checkpoint are repeated; it may have written none.
             started = self.done.pop()["started"]
             wrote = (kept / "state.json").stat().st_mtime if kept else 0
             if wrote > started:
@@ -149,7 +149,7 @@ class Sessions:
 
 
 def trained(row, config, sessions):
-    """The pipeline folder of a row and the seconds its training took; trains what is missing."""
+    """The pipeline folder of a row and its training seconds; trains if there is no pipeline."""
     pipeline = Path(config.out) / "pipeline"
     if not pipeline.exists():
         sessions.begin()
@@ -161,7 +161,7 @@ def trained(row, config, sessions):
 def used_tflops(config, network, speed):
     """TFLOP/s of training at `speed` images/s.
 
-    Matrix products alone count, once forward and twice backward, those of dropped tokens not.
+    Counts matrix products, once forward and twice backward, without those of dropped tokens.
     """
     rate = config.model.token_drop_rate
     kept = kept_count(token_count(network), rate) if rate else None
@@ -170,7 +170,7 @@ def used_tflops(config, network, speed):
 
 
 def utilisation(config, network, peak_tflops):
-    """Rows of the speed between the last two checkpoints, and the share of a peak it uses."""
+    """Speed between the last two checkpoints, and its share of the peak."""
     *_, before, last = all_checkpoints(Path(config.out) / "checkpoints")
     wrote = [(folder / "state.json").stat().st_mtime for folder in (before, last)]
     speed = (step_of(last) - step_of(before)) * config.batch_size / (wrote[1] - wrote[0])
@@ -183,7 +183,7 @@ def utilisation(config, network, peak_tflops):
 
 
 def main():
-    """Train, measure and print one row and, if asked, add it to the result file."""
+    """Train, evaluate and print one row; `--rows` adds it to the result file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,16 +191,16 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the rows and what they change")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--latents", help="cache written by complexity-dit encode")
-    source.add_argument("--source", help="a source of pictures, trained on in pixels")
-    parser.add_argument("--reference", help="other pictures than those it was trained on")
+    source.add_argument("--source", help="a source of images, for training in pixels")
+    parser.add_argument("--reference", help="source of reference images; default: the training's")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=int, default=100_000, help="training images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluations", type=int, default=20, help="of the network, a picture")
+    parser.add_argument("--evaluations", type=int, default=20, help="of the network per image")
     parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
     parser.add_argument("--weights", default="auto", help="of the feature network")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--peak_tflops", type=float, help="of the device: adds its utilisation")
+    parser.add_argument("--peak_tflops", type=float, help="of the device; adds the utilisation")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
     if options.list:
@@ -208,7 +208,7 @@ def main():
             print(f"{row:18} {', '.join(f'{k}={v}' for k, v in changes.items())}")
         return
     if options.row is None or options.out is None or not (options.latents or options.source):
-        parser.error("ROW, --out and one of --latents and --source are needed")
+        parser.error("give ROW, --out and one of --latents and --source")
 
     started_from = commit()
     overrides = overridden(options.override)
@@ -232,29 +232,23 @@ def main():
         "images": (config.steps * config.batch_size, ""),
         "training": (seconds, "s"),
         "speed": (config.steps * config.batch_size / seconds, "images/s"),
-        "parameters": (sum(p.numel() for p in pipe.transformer.parameters()), ""),
+        "parameters": (parameters(pipe.transformer), ""),
         "evaluations": (result["settings"]["network_evaluations"], ""),
         "n": (result["n_generated"], ""),
         **{name: (value, "") for name, value in result["metrics"].items()},
     }
     if options.peak_tflops:
         values |= utilisation(config, pipe.transformer.config, options.peak_tflops)
-    print(f"{options.row}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
+    print(f"{options.row}: {format_values(values)}")
     if options.rows and fresh:
         command = (
             f"python -m benchmarks.recipe.recipe ROW --images {options.images} --evaluations "
             f"{options.evaluations} --num_images {options.num_images}"
             + override_flag(options.override)
         )
-        about = {"case": options.row, "shape": f"seed {options.seed}"}
-        about["dtype"] = dtype_of(config.mixed_precision)
-        append_rows(
-            options.rows,
-            "recipe",
-            [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()],
-            command=command,
-            commit=started_from,
-        )
+        dtype = dtype_of(config.mixed_precision)
+        rows = as_rows(values, options.row, shape=f"seed {options.seed}", dtype=dtype)
+        append_rows(options.rows, "recipe", rows, command=command, commit=started_from)
 
 
 if __name__ == "__main__":

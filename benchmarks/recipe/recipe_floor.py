@@ -1,17 +1,17 @@
-"""The FID that the recipe's rows cannot go below: the training paintings themselves.
+"""FID of training paintings against held-out ones, the lower limit of the rows of the recipe.
 
-    python -m benchmarks.recipe.recipe_floor PIPELINE --reference PICTURES --rows \
-        benchmarks/results.csv
+    python -m benchmarks.recipe.recipe_floor PIPELINE --reference PICTURES \
+        --rows benchmarks/results.csv
 
-As many training paintings as a row paints, as they are and as the pipeline's autoencoder gives them
-back, beside the held-out paintings of the recipe table. A network of its latents that had learned
-the training set by heart would paint the second.
+Compares as many training paintings as a row has samples, original and reconstructed by the
+pipeline's autoencoder, with the held-out paintings of the recipe table. A network of latents that
+had memorised the training set would give the second.
 """
 
 import argparse
 from pathlib import Path
 
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit, format_values
 
 from complexity_dit.config import EvalConfig
 from complexity_dit.distributed import pick_device
@@ -42,9 +42,9 @@ def floors(pipeline, reference, num_images, weights):
 
 
 def main():
-    """Print both and, if asked, add them to the result file."""
+    """Print both cases; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pipeline", type=Path, help="of a row of recipe.py")
+    parser.add_argument("pipeline", type=Path, help="pipeline of a row of the recipe")
     parser.add_argument("--reference", required=True, help="the source it was trained on")
     parser.add_argument("--num_images", type=int, default=2048)
     parser.add_argument("--weights", default="auto", help="of the feature network")
@@ -55,11 +55,9 @@ def main():
     rows = []
     found = floors(options.pipeline, options.reference, options.num_images, options.weights)
     for case, metrics in found:
-        print(f"{case}: " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()), flush=True)
-        rows += [
-            {"case": case, "dtype": "float32", "metric": m, "value": v, "unit": ""}
-            for m, v in metrics.items()
-        ]
+        values = {name: (value, "") for name, value in metrics.items()}
+        print(f"{case}: {format_values(values)}", flush=True)
+        rows += as_rows(values, case)
     if options.rows:
         command = (
             "python -m benchmarks.recipe.recipe_floor PIPELINE --reference PICTURES "

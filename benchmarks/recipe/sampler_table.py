@@ -1,11 +1,11 @@
-"""The sampler table: FID of one checkpoint for schedulers, network evaluations and guidance.
+"""FID of one checkpoint per scheduler, number of network evaluations and guidance interval.
 
     python -m benchmarks.recipe.sampler_table PIPELINE --reference imagefolder:PATH --out DIR
 
-First every scheduler at every number of network evaluations without guidance, then guidance within
-intervals of noise levels. Evaluations are counted as they happen: a step of Heun's costs two and a
-guided one twice as much, so Heun takes the largest number of steps within the budget, and guided
-lines say what they cost. A line that is in `--out` already is read, not measured again.
+First every scheduler with every number of network evaluations, without guidance; then guidance
+within intervals of noise levels. Evaluations are counted during sampling: a step of Heun takes two
+and a guided one twice as many, so Heun gets the largest number of steps within the budget, and
+guided lines report their number. Results in `--out` are read and not measured again.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from benchmarks.common.painting import painting
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit, format_values
 
 from complexity_dit.config import EvalConfig
 from complexity_dit.evaluation.evaluate import evaluate
@@ -28,7 +28,7 @@ SCHEDULERS = {
 
 
 def cases(scheduler, options):
-    """{name: how to paint}: the grid of schedulers, then that of guidance."""
+    """{name: sampling config}: the grid of schedulers, then that of guidance."""
     table = {}
     for name, cls in SCHEDULERS.items():
         solver = named_scheduler(scheduler, cls, options.shift)
@@ -55,7 +55,7 @@ def cases(scheduler, options):
 
 
 def main():
-    """Measure what is missing, print a line for each case and, if asked, add its rows."""
+    """Measure missing cases and print all; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline")
     parser.add_argument("--reference", required=True)
@@ -79,23 +79,16 @@ def main():
         if fresh:
             evaluate(options.pipeline, options.reference, out, measured, sampling)
         result = json.loads(written.read_text())
-        values = {
-            "evaluations": result["settings"]["network_evaluations"],
-            **result["metrics"],
-        }
-        print(f"{case}: " + ", ".join(f"{k} {v:.5g}" for k, v in values.items()), flush=True)
+        metrics = {"evaluations": result["settings"]["network_evaluations"], **result["metrics"]}
+        values = {name: (value, "") for name, value in metrics.items()}
+        print(f"{case}: {format_values(values)}", flush=True)
         if options.rows and fresh:
             shift = result["settings"]["scheduler"]
-            about = {
-                "case": case,
-                "shape": f"n {options.num_images}, shift "
-                f"{shift.get('flow_shift', shift.get('shift')):g}",
-                "dtype": "float32",
-            }
+            shift = shift.get("flow_shift", shift.get("shift"))
             append_rows(
                 options.rows,
                 "sampler",
-                [about | {"metric": m, "value": v, "unit": ""} for m, v in values.items()],
+                as_rows(values, case, shape=f"n {options.num_images}, shift {shift:g}"),
                 command="python -m benchmarks.recipe.sampler_table PIPELINE --reference PICTURES",
                 commit=started_from,
             )

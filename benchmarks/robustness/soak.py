@@ -1,21 +1,22 @@
-"""A soak: train, kill -9, resume, finish, sample, evaluate, again and again, for minutes on end.
+"""Soak test: train, kill -9, resume, finish, sample and evaluate in a loop.
 
     python -m benchmarks.robustness.soak --minutes 60 --out DIR [--rows benchmarks/results.csv]
 
 The first round is not killed. Every later one is killed one to three times, at a random moment or
-while a checkpoint is being written, and goes on with `--resume auto`. What it ends with must be the
-first round's bits: raw weights, EMA, moments, loss curve, samples, FID and KID. Two processes live
+while a checkpoint is being written, and resumes with `--resume auto`. It must end with the bits of
+the first round: weights, EMA, optimizer state, loss curve, samples, FID and KID. Two processes run
 as long as the soak: this one, which forks the trainings and computes nothing (threads would not
-survive a fork), and a painter, which loads, samples and evaluates every round. The memory and the
-open files of both are noted each round. `DIR/soak.json` is whole after every round, so an
-interrupted soak keeps those it did; the rows are added at the end.
+survive a fork), and a painter, which loads, samples and evaluates in every round. The memory and
+open files of both are recorded per round. `DIR/soak.json` is complete after every round, so an
+interrupted soak keeps its rounds; the rows are added at the end.
 
-The exit status is 1 if a round's bits differ, a process hangs or an ending is not the wanted one.
+The exit status is 1 if the bits of a round differ, a process hangs or a training fails.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.common.results import append_rows, commit, hardware
+from benchmarks.common.results import append_rows, as_rows, commit, hardware
 
 from complexity_dit.config import (
     DataConfig,
@@ -39,7 +40,7 @@ from complexity_dit.config import (
     OptimConfig,
     SampleConfig,
     TrainConfig,
-)
+)  # fmt: skip
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.pipelines.sampling import iter_samples, load_pipeline
 from complexity_dit.training.train import train
@@ -52,7 +53,7 @@ MOST_KILLS = 3
 
 
 def settings(run):
-    """A training of seconds on the embedded art set."""
+    """A training of a few seconds on the embedded art set."""
     return TrainConfig(
         out=str(run), resume="auto", steps=STEPS, batch_size=4, log_every=1,
         checkpoint_every=EVERY, keep_last=2, sample_every=20, dynamics_every=20,
@@ -64,20 +65,25 @@ def settings(run):
     )  # fmt: skip
 
 
-# Children ----------------------------------------------------------------------------------------
+# Processes ----------------------------------------------------------------------------------------
+
+
+def redirect_output(log):
+    """Append stdout and stderr of this process to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def start_training(run, log):
-    """Fork a training; returns its process id."""
+    """Fork a training and return its process id."""
     child = os.fork()
     if child:
         return child
-    # From here on nothing of the parent's may run: no cleanup, no buffered output.
+    # The child must not run the cleanup of the parent or write its buffered output.
     status = 1
     try:
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        redirect_output(log)
         torch.set_num_threads(1)
         train(settings(run))
         status = 0
@@ -90,7 +96,7 @@ def start_training(run, log):
 
 
 def ended(child, seconds):
-    """Its wait status, or None if it still runs after so long."""
+    """Wait status of a process, or None if it still runs after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -101,11 +107,9 @@ def ended(child, seconds):
 
 
 def painter(pipe, log):
-    """Answer folders with what their pipeline paints and measures, until there are no more."""
+    """Answer each run folder with the result of `paint` or a traceback, until None comes."""
     torch.set_num_threads(1)
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    redirect_output(log)
     while (run := pipe.recv()) is not None:
         try:
             pipe.send((paint(run), None))
@@ -114,7 +118,7 @@ def painter(pipe, log):
 
 
 def paint(run):
-    """Bits of the samples, and FID and KID against the held-out pictures as exact text."""
+    """SHA-256 of the samples, and FID and KID against held-out images as exact text."""
     folder = run / "pipeline"
     loaded = load_pipeline(str(folder))
     labels = torch.full((IMAGES, len(loaded.label_names)), -1)
@@ -141,11 +145,11 @@ def paint(run):
 
 
 class Wrong(Exception):
-    """A round that did not go as promised."""
+    """A round with a hang, a failure or damaged files."""
 
 
 def killed_training(run, log, usual, chance):
-    """Kill a run one to three times; returns the moments, those it was too quick for named so."""
+    """Kill a run one to three times and return the kills, or that it finished before one."""
     checkpoints, kills = run / "checkpoints", []
     for _ in range(chance.randint(1, MOST_KILLS)):
         child, begun, hangs = start_training(run, log), time.monotonic(), False
@@ -156,7 +160,7 @@ def killed_training(run, log, usual, chance):
             moment, status = "while saving", None
             until = time.monotonic() + 10 * usual + 60
             before = latest_checkpoint(checkpoints)
-            skip = chance.randint(0, 4)  # not always the first checkpoint of a life
+            skip = chance.randint(0, 4)  # not always the first checkpoint of a process
             while status is None and time.monotonic() < until:
                 newest = latest_checkpoint(checkpoints)
                 if newest != before:
@@ -179,7 +183,7 @@ def killed_training(run, log, usual, chance):
                  "reached": last and last.name}
             )  # fmt: skip
         elif status != 0:
-            raise Wrong(f"a training failed by itself: {log.read_text()[-3000:]}")
+            raise Wrong(f"a training failed without a kill: {log.read_text()[-3000:]}")
         else:
             kills.append({"moment": "finished before the kill"})
             break
@@ -187,7 +191,7 @@ def killed_training(run, log, usual, chance):
 
 
 def one_round(run, log, usual, chance, pipe):
-    """Train (killed on the way if `chance` is given), sample, evaluate; returns what came of it."""
+    """Train (with kills if `chance` is given), sample and evaluate: the entry of the round."""
     begun = time.monotonic()
     kills = killed_training(run, log, usual, chance) if chance else []
     child = start_training(run, log)
@@ -203,7 +207,7 @@ def one_round(run, log, usual, chance, pipe):
     if wrong := find_damage(last):
         raise Wrong(f"{last.name} is damaged: {wrong}")
     if left := [path.name for path in run.rglob(".*")]:
-        raise Wrong(f"scratch is left: {left}")
+        raise Wrong(f"partial files are left: {left}")
     files = [*last.rglob("*.safetensors"), *(run / "pipeline").rglob("*.safetensors")]
     files += [run / "train_log.csv", run / "dynamics.csv", *(run / "samples").glob("*.png")]
     bits = {
@@ -231,11 +235,11 @@ def used(process):
     return {"rss_kib": memory, "open_files": len(os.listdir(f"/proc/{process}/fd"))}
 
 
-# The whole ---------------------------------------------------------------------------------------
+# The soak ---------------------------------------------------------------------------------------
 
 
 def slope(values):
-    """Least-squares slope a round over the last three quarters: the first rounds fill caches."""
+    """Least-squares slope per round over the last three quarters; the first rounds fill caches."""
     kept = values[len(values) // 4 :]
     if len(kept) < 2:
         return None
@@ -243,7 +247,7 @@ def slope(values):
 
 
 def summary(rounds):
-    """Counts, differences, and how memory and open files move."""
+    """Counts of rounds and kills, and the growth of memory and open files."""
     first = rounds[0]["bits"] if rounds and "bits" in rounds[0] else {}
     kills = [kill for entry in rounds for kill in entry.get("kills", [])]
     found = {
@@ -254,56 +258,52 @@ def summary(rounds):
         "kills": sum("after_s" in kill for kill in kills),
         "kills_while_saving": sum(kill["moment"] == "while saving" for kill in kills),
     }
-    for who in ("loop", "painter"):
-        for what in ("rss_kib", "open_files"):
-            values = [entry[who][what] for entry in rounds if who in entry]
-            if values:
-                found[f"{who}_{what}_first"], found[f"{who}_{what}_last"] = values[0], values[-1]
-                found[f"{who}_{what}_slope_a_round"] = slope(values)
+    for process, what in itertools.product(("loop", "painter"), ("rss_kib", "open_files")):
+        values = [entry[process][what] for entry in rounds if process in entry]
+        if values:
+            name = f"{process}_{what}"
+            found[f"{name}_first"], found[f"{name}_last"] = values[0], values[-1]
+            found[f"{name}_slope_a_round"] = slope(values)
     return found
 
 
 def rows_of(found, minutes):
     """The summary as rows of the result file."""
     units = {"rss_kib": "KiB", "open_files": "files"}
-    for name, value in found.items():
-        unit = next((u for part, u in units.items() if part in name), "")
-        if value is not None:
-            yield {
-                "case": f"train, kill, resume, sample, evaluate for {minutes:g} min",
-                "shape": f"{STEPS} steps, {IMAGES} images", "dtype": "float32",
-                "metric": name.replace("_", " "), "value": value, "unit": unit,
-            }  # fmt: skip
+    values = {
+        name.replace("_", " "): (value, next((u for part, u in units.items() if part in name), ""))
+        for name, value in found.items()
+        if value is not None
+    }
+    case = f"train, kill, resume, sample, evaluate for {minutes:g} min"
+    return as_rows(values, case, shape=f"{STEPS} steps, {IMAGES} images")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--minutes",
-        type=float,
-        required=True,
-        help="begins no round after these, but does two at least",
+        "--minutes", type=float, required=True, help="no round starts after this; at least two run"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the soak, new")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--out", type=Path, required=True, help="new folder of the soak")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
     if options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"{options.out} is not empty; give a new folder")
+        parser.error(f"--out {options.out} is not empty: choose a new folder")
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ["XDG_CACHE_HOME"] = str(options.out / "cache")
     chance, began, code = random.Random(options.seed), time.monotonic(), commit()
     fork = multiprocessing.get_context("fork")
-    pipe, theirs = fork.Pipe()
-    worker = fork.Process(target=painter, args=(theirs, options.out / "painter.log"), daemon=True)
+    pipe, far_end = fork.Pipe()
+    worker = fork.Process(target=painter, args=(far_end, options.out / "painter.log"), daemon=True)
     worker.start()
     rounds, usual = [], 60.0
     result = {
         "training": dataclasses.asdict(settings("RUN")), "seed": options.seed, "commit": code,
         "hardware": hardware("cpu"), "torch": torch.__version__, "minutes": options.minutes,
     }  # fmt: skip
-    # Two at least: there is something to compare, however slow the machine.
+    # At least two rounds, so that there is something to compare on any machine.
     while len(rounds) < 2 or time.monotonic() - began < 60 * options.minutes:
         number = len(rounds)
         run, log = options.out / f"round-{number}", options.out / f"round-{number}.log"
@@ -322,9 +322,9 @@ def main():
                 usual = entry["training_seconds"]
         rounds.append(entry)
         found = summary(rounds)
-        with atomic_file(options.out / "soak.json") as aside:
-            whole = result | {"summary": found, "rounds": rounds}
-            aside.write_text(json.dumps(whole, indent=1) + "\n")
+        with atomic_file(options.out / "soak.json") as part:
+            content = result | {"summary": found, "rounds": rounds}
+            part.write_text(json.dumps(content, indent=1) + "\n")
         print(
             f"round {number}: {entry.get('seconds', 0):.0f} s, {len(entry.get('kills', []))} kills,"
             f" {entry.get('wrong') or entry.get('differs') or 'equal bits'};"

@@ -1,10 +1,10 @@
-"""What a training batch of latents costs a CPU core, beside its definition, with equal bits.
+"""Time to build a training batch of latents on one CPU core, next to its definition.
 
     python -m benchmarks.speed.bench_batches --latents CACHE --rows benchmarks/results.csv
 
-The definition works on the whole batch at once, and each of its results is new memory. Both take
-turns. Time is the process's own on the CPU: other programs on the machine hardly change it. A page
-fault is 4 KiB that the system had to find and clear.
+The definition works on the whole batch at once and allocates each result; the bits of both must be
+equal. They take turns. Time is CPU time of the process, which other programs hardly change. A page
+fault is 4 KiB that the system had to allocate and clear.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from benchmarks.common.results import append_rows
+from benchmarks.common.results import append_rows, as_rows, format_values
 
 from complexity_dit.config import DataConfig, TrainConfig
 from complexity_dit.data.latents import folder_of, load_training_data, read_cache
@@ -27,7 +27,7 @@ COMMAND = "python -m benchmarks.speed.bench_batches --latents CACHE"
 
 
 def definition(batches, step):
-    """A batch of latents without a posterior, as one reads it."""
+    """A batch of latents without a posterior, by definition."""
     data, config = batches.data, batches.config
     count = config.batch_size
     indices = random_batch_indices(len(data), config.seed, step * count, count)
@@ -45,7 +45,7 @@ def definition(batches, step):
 
 
 def costs(functions, rounds):
-    """{name: (median CPU ms, median ratio to the first, median page faults)}, taken in turn."""
+    """{name: (median CPU ms, median ratio to the first, median page faults)} of calls in turn."""
     found = {name: [] for name in functions}
     for step in range(rounds + 2):
         for name, function in functions.items():
@@ -54,7 +54,7 @@ def costs(functions, rounds):
             function(step)
             took = 1000 * (time.process_time() - start)
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            if step >= 2:  # warm by then
+            if step >= 2:  # after the warm-up
                 found[name].append((took, faults))
     first = next(iter(found.values()))
     return {
@@ -68,7 +68,7 @@ def costs(functions, rounds):
 
 
 def main():
-    """Print what each part costs and, if asked, add the rows."""
+    """Print one line per case; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latents", required=True, help="cache written by complexity-dit encode")
     parser.add_argument("--batch_size", type=int, default=512)
@@ -101,13 +101,13 @@ def main():
     )
     rows = []
     for case, (took, ratio, faults) in table.items():
-        print(f"{case:16} {took:7.1f} ms CPU, {ratio:5.2f} x definition, {faults:,.0f} page faults")
-        about = {"case": case, "shape": "x".join(map(str, shape)), "dtype": "float32"}
-        for metric, value, unit in (
-            ("time", took, "ms CPU"), ("ratio", ratio, "x definition"),
-            ("page faults", float(faults), ""),
-        ):  # fmt: skip
-            rows.append(about | {"metric": metric, "value": value, "unit": unit})
+        values = {
+            "time": (took, "ms CPU"),
+            "ratio": (ratio, "x definition"),
+            "page faults": (float(faults), ""),
+        }
+        print(f"{case:16} {format_values(values)}")
+        rows += as_rows(values, case, shape="x".join(map(str, shape)))
     if options.rows:
         append_rows(options.rows, "batches", rows, device="cpu", command=COMMAND)
 

@@ -1,12 +1,12 @@
-"""Training speed of the image model beside diffusers' DiT of equal width, depth and tokens.
+"""Training speed of the image model and of diffusers' DiT of equal width, depth and tokens.
 
-One process holds every model; their steps are timed in turn, round by round, so that a busy machine
-slows all of them alike. Reports medians, and the median of the per-round ratios to DiT. A step is
-forward, backward, clipping and AdamW. `none` has the named size; with equal parameters it has a
-wider MLP: diffusers' DiT has an embedding of time and label in every block, which runs once an
-image, a wider MLP once a token, so FLOPs stand beside the speed, as torch counts those of a step.
-Dropping half of the tokens is measured against the same model without. Peak memory is that of a
-fresh process with one model, eager, above what it held before the model was made.
+One process holds all models; their steps are timed in turn, so that a busy machine slows all of
+them alike. Reports medians, and the median of the ratios to DiT within rounds. A step is forward,
+backward, clipping and AdamW. `none` has the named size; with equal parameters it has a wider MLP.
+diffusers' DiT has an embedding of time and label in every block, which runs once per image, a wider
+MLP runs once per token, so the FLOPs of a step are reported as well, as torch counts them. Dropping
+half of the tokens is compared with the same model on all tokens. Peak memory is the growth of a
+fresh process with one model, eager.
 
     python -m benchmarks.speed.bench_dit --rows benchmarks/results.csv
     python -m benchmarks.speed.bench_dit --profile dynamics
@@ -18,8 +18,8 @@ import multiprocessing
 
 import torch
 from benchmarks.common.diffusers_dit import DiffusersDiT
-from benchmarks.common.memory import of_process
-from benchmarks.common.results import append_rows
+from benchmarks.common.memory import of_process, parameters
+from benchmarks.common.results import append_rows, as_rows, format_values
 from benchmarks.common.timing import paired
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +28,7 @@ from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DM
 
 LABELS = {"label_fields": ["style"], "num_classes": [8]}
 DYNAMICS = {"dynamics_placement": "branch", "dynamics_adaptive": "channel"}
-# case: (what changes in our model, whether half of the tokens are dropped); None is diffusers'.
+# case: (changes of our model or None for diffusers', whether half of the tokens are dropped)
 CASES = {
     "diffusers": (None, False),
     "none": ({"dynamics_placement": "none"}, False),
@@ -41,12 +41,8 @@ CASES = {
 ITSELF = {"none, half the tokens": "none", "dynamics, half the tokens": "dynamics"}
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def build(case, options):
-    """The network of a case, from one seed, its last layers not zero."""
+    """The network of a case from one seed, with random numbers in layers initialised to zero."""
     torch.manual_seed(0)
     hidden, layers, heads = SIZES[options.size]
     shape = {
@@ -67,7 +63,7 @@ def build(case, options):
 
 
 def equal_ratio(shape, options):
-    """The MLP ratio at which ours has the parameters of DiT, as near as steps of 64 units allow."""
+    """The MLP ratio, in steps of 64 units, at which our model has the parameters of DiT."""
     wanted = parameters(build("diffusers", options))
 
     def count(ratio):
@@ -82,7 +78,7 @@ def equal_ratio(shape, options):
 
 
 def stepper(case, options, compiled):
-    """A function that trains one step, and its model."""
+    """A function that trains for one step, and its model."""
     model = build(case, options)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -111,7 +107,7 @@ def stepper(case, options, compiled):
 
 
 def step_gflops(case, options):
-    """GFLOPs an image of a training step, as torch counts them."""
+    """GFLOPs per image of a training step, as torch counts them."""
     step, _ = stepper(case, options, compiled=False)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -119,7 +115,7 @@ def step_gflops(case, options):
 
 
 def peak_memory(case, options):
-    """MiB that training the case adds to this process: run it in one of its own."""
+    """MiB that training the case adds to this process, which must be a fresh one."""
     if torch.device(options.device).type == "cuda":
         step, _ = stepper(case, options, compiled=False)
         step()
@@ -135,7 +131,7 @@ def peak_memory(case, options):
 
 
 def profiled(case, options, compiled):
-    """Where the time of a step goes, as torch's profiler says it."""
+    """The operations of three steps by time, from torch's profiler."""
     step, _ = stepper(case, options, compiled)
     for _ in range(3):
         step()
@@ -147,8 +143,8 @@ def profiled(case, options, compiled):
 
 
 def measure(options, compiled):
-    """{case: (seconds, ratio of speed to DiT, ratio to the same with all tokens)}."""
-    torch.compiler.reset()  # or the models together exceed the limit of recompilations
+    """{case: (seconds, ratio of speed to DiT, ratio to the same model on all tokens)}."""
+    torch.compiler.reset()  # all models together exceed the limit of recompilations
     steps = {case: stepper(case, options, compiled)[0] for case in options.cases}
     found = paired(steps, options.rounds, options.device, rotate=True)
     itself = {}
@@ -162,7 +158,7 @@ def measure(options, compiled):
 
 
 def main():
-    """Print one table and, if asked, add its rows to the result file."""
+    """Print one table; `--rows` adds it to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--cells", type=int, default=16, help="side of the input")
@@ -173,7 +169,7 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--profile", choices=CASES, help="profile this case and end")
+    parser.add_argument("--profile", choices=CASES, help="print a profile of this case only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
@@ -199,23 +195,17 @@ def main():
         rows = []
         for case, (seconds, ratio, itself) in measure(options, mode == "compiled").items():
             speed = options.batch_size / seconds
-            values = [
-                ("speed", speed, "images/s"),
-                ("speed ratio", ratio, "x diffusers"),
-                ("parameters", counts[case], ""),
-                ("work of a step", gflops[case], "GFLOP/image"),
-                ("peak memory, eager", memory[case], "MiB"),
-            ]
+            values = {
+                "speed": (speed, "images/s"),
+                "speed ratio": (ratio, "x diffusers"),
+                "parameters": (counts[case], ""),
+                "work of a step": (gflops[case], "GFLOP/image"),
+                "peak memory, eager": (memory[case], "MiB"),
+            }
             if itself is not None:
-                values.append(("over all tokens", itself, "x itself"))
-            print(
-                f"{mode:9} {case:26} {speed:8.1f} images/s {ratio:6.3f}x {counts[case]:12,} "
-                f"{gflops[case]:6.3f} GFLOP/image {memory[case]:8.0f} MiB",
-                f"{itself:6.3f}x itself" if itself else "",
-                flush=True,
-            )
-            about = {"case": f"{case}, {mode}", "shape": shape, "dtype": options.dtype}
-            rows += [about | {"metric": m, "value": v, "unit": u} for m, v, u in values]
+                values["over all tokens"] = (itself, "x itself")
+            print(f"{mode:9} {case:26} {format_values(values)}", flush=True)
+            rows += as_rows(values, f"{case}, {mode}", shape=shape, dtype=options.dtype)
         if options.rows:
             append_rows(options.rows, "bench_dit", rows, options.device)
 

@@ -1,12 +1,12 @@
-"""Time and peak memory of the distances themselves, beside torch-fidelity and torchmetrics.
+"""Time and peak memory of FID, KID, precision and recall: ours, torch-fidelity and torchmetrics.
 
     python -m benchmarks.speed.bench_eval --rows benchmarks/results.csv
 
 All three get the same features, (n, 2048) float32 with the decaying spectrum and the positive means
 of Inception's pool3, so no network is timed. Each program runs in a process of its own, in turn,
-`--rounds` times; a time is the median. The memory is what the process grew by at its largest,
-features not counted. FID: covariances and distance from features. KID: 100 subsets of 1,000.
-prdc: precision and recall (ours with density and coverage as well).
+`--rounds` times; times are medians. Memory is the largest growth of the process, without features.
+FID: covariances and distance from features. KID: 100 subsets of 1,000. prdc: precision and recall
+(ours includes density and coverage).
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from benchmarks.common.results import append_rows
+from benchmarks.common.results import append_rows, as_rows, format_values
 
 PROGRAMS = ("ours", "torch-fidelity", "torchmetrics")
 MEASURES = ("fid", "kid", "prdc")
@@ -28,7 +28,7 @@ SUBSETS, SUBSET_SIZE, UPDATE = 100, 1000, 256
 
 
 def features(n, d, seed):
-    """Float32 rows with means near 0.4 and a covariance whose eigenvalues fall as a power."""
+    """(n, d) float32 with means near 0.4 and eigenvalues of the covariance that fall as a power."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))[0]
     scale = 4.0 / (1 + np.arange(d)) ** 0.75
@@ -75,7 +75,7 @@ def torchmetrics(measure, a, b):
     from torchmetrics.image.kid import KernelInceptionDistance
 
     class Given(torch.nn.Module):
-        """Features in place of images: what the metric does with them is all that is timed."""
+        """A feature network that returns its input, so that only the metric is timed."""
 
         num_features = a.shape[1]
 
@@ -95,15 +95,15 @@ def torchmetrics(measure, a, b):
 
 
 def peak_mib():
-    """The process's largest resident size so far in MiB."""
+    """Largest resident size of the process so far in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def child(program, measure, folder):
-    """One measure by one program: JSON with value, seconds and the growth of memory."""
+    """Print one measure of one program as JSON: value, seconds and growth of memory."""
     run = {"ours": ours, "torch-fidelity": torch_fidelity, "torchmetrics": torchmetrics}[program]
     a, b = np.load(folder / "a.npy"), np.load(folder / "b.npy")
-    # Imports and thread pools are no part of it.
+    # Imports and thread pools are not measured.
     run(measure, a[:16].copy(), b[:16].copy())
     before = peak_mib()
     start = time.perf_counter()
@@ -113,16 +113,8 @@ def child(program, measure, folder):
 
 
 def measured(program, measure, folder):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.bench_eval",
-        "--child",
-        program,
-        measure,
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-m", "benchmarks.speed.bench_eval", "--child", program, measure, str(folder)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{program} {measure} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -141,23 +133,14 @@ def rows_of(n, width, rounds, folder):
         seconds = {p: statistics.median(r["seconds"] for r in found[p]) for p in programs}
         fastest = min(seconds[p] for p in programs if p != "ours")
         for program in programs:
-            about = {
-                "case": f"{measure} {program}",
-                "shape": f"n {n} x {width}",
-                "dtype": "float32",
+            values = {
+                "time": (seconds[program], "s"),
+                "ratio": (seconds[program] / fastest, "x faster other"),
+                "memory": (max(r["mib"] for r in found[program]), "MiB"),
+                "value": (float(found[program][0]["value"]), ""),
             }
-            mib = max(r["mib"] for r in found[program])
-            value = found[program][0]["value"]
-            yield about | {"metric": "time", "value": seconds[program], "unit": "s"}
-            ratio = seconds[program] / fastest
-            yield about | {"metric": "ratio", "value": ratio, "unit": "x faster other"}
-            yield about | {"metric": "memory", "value": mib, "unit": "MiB"}
-            yield about | {"metric": "value", "value": float(value), "unit": ""}
-            print(
-                f"n {n:6} {measure:5} {program:15} {seconds[program]:8.2f} s {ratio:6.2f} x "
-                f"{mib:8.0f} MiB  {value:.6g}",
-                flush=True,
-            )
+            print(f"n {n:6} {measure:5} {program:15} {format_values(values)}", flush=True)
+            yield from as_rows(values, f"{measure} {program}", shape=f"n {n} x {width}")
 
 
 def main():
@@ -165,9 +148,9 @@ def main():
         child(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, nargs="+", default=[2048, 10000], help="images a side")
-    parser.add_argument("--width", type=int, default=2048, help="numbers an image")
-    parser.add_argument("--rounds", type=int, default=1, help="processes a number")
+    parser.add_argument("--n", type=int, nargs="+", default=[2048, 10000], help="images per set")
+    parser.add_argument("--width", type=int, default=2048, help="features per image")
+    parser.add_argument("--rounds", type=int, default=1, help="processes per program")
     parser.add_argument("--rows", type=Path, help="append rows to this CSV")
     options = parser.parse_args()
     for n in options.n:

@@ -1,9 +1,9 @@
-"""Speed of the language model beside Llama: training and greedy decoding, compiled and eager.
+"""Speed of the language model and of Llama: training and greedy decoding, compiled and eager.
 
-One process holds every model; their steps are timed in turn, round by round, so that a busy machine
-slows all of them alike. Reports medians, and the median of the per-round ratios to Llama. The Llama
-has the layers, widths and heads of the plain model, hence its active parameters but for norms.
-Qwen3 is Llama with QK-norm, which our models have too: it shows what that alone costs.
+One process holds all models; their steps are timed in turn, so that a busy machine slows all of
+them alike. Reports medians, and the median of the ratios to Llama within rounds. Llama has the
+layers, widths and heads of the plain model, and its active parameters except those of norms. Qwen3
+is Llama with QK norm, which our models have too: it shows the cost of QK norm alone.
 
     python -m benchmarks.speed.bench_lm --rows benchmarks/results.csv
 """
@@ -11,13 +11,14 @@ Qwen3 is Llama with QK-norm, which our models have too: it shows what that alone
 import argparse
 
 import torch
-from benchmarks.common.results import append_rows
+from benchmarks.common.memory import parameters
+from benchmarks.common.results import append_rows, as_rows
 from benchmarks.common.timing import paired
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 
-# case: (dynamics_placement, num_experts); the dynamics are the paper's, with a controller a token
+# case: (dynamics_placement, num_experts); the dynamics are the paper's, with its controller
 CASES = {"plain": ("none", 0), "dynamics": ("branch", 0), "dynamics+routing": ("branch", 4)}
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -27,13 +28,12 @@ SHAPE = (
 
 def active_parameters(model):
     """Parameters that act on one token."""
-    total = sum(p.numel() for p in model.parameters())
     experts = [p for p in model.parameters() if p.ndim == 3]
-    return total - sum(p.numel() - p[0].numel() for p in experts)
+    return parameters(model) - sum(p.numel() - p[0].numel() for p in experts)
 
 
 def build_models(preset, overrides, device):
-    """The Llama first, then every case, from one seed."""
+    """Llama and Qwen3, then every case, from one seed."""
     models = {}
     plain = DeepConfig.from_preset(preset, **overrides)
     shape = {name: getattr(plain, name) for name in SHAPE}
@@ -87,13 +87,13 @@ def decoder(model, prompt, new_tokens, compiled):
 
 
 def measure(works, tokens, rounds, device):
-    """{case: (tokens a second, ratio to Llama)}, medians over paired rounds."""
+    """{case: (tokens/s, ratio to Llama)}, medians over paired rounds."""
     times = paired(works, rounds, device, rotate=True)
     return {case: (tokens / seconds, 1 / ratio) for case, (seconds, ratio) in times.items()}
 
 
 def main():
-    """Print one table and, if asked, add its rows to the result file."""
+    """Print one table; `--rows` adds it to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="50m")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=INT")
@@ -130,7 +130,7 @@ def main():
         }
         for task in options.tasks:
             works, tokens = tasks[task]
-            torch.compiler.reset()  # or the models together exceed the limit of recompilations
+            torch.compiler.reset()  # all models together exceed the limit of recompilations
             rows = []
             for case, (speed, ratio) in measure(
                 works, tokens, options.rounds, options.device
@@ -138,10 +138,12 @@ def main():
                 millions = active_parameters(models[case]) / 1e6
                 name = f"{options.preset}/{case}/{task}/{mode}"
                 print(f"{name:44} {millions:7.1f}M active {speed:10.1f} tokens/s {ratio:6.3f}x")
-                about = {"case": name}
-                rows.append(about | {"metric": "speed", "value": speed, "unit": "tokens/s"})
-                rows.append(about | {"metric": "speed ratio", "value": ratio, "unit": "llama"})
-                rows.append(about | {"metric": "active", "value": millions, "unit": "M parameters"})
+                values = {
+                    "speed": (speed, "tokens/s"),
+                    "speed ratio": (ratio, "llama"),
+                    "active": (millions, "M parameters"),
+                }
+                rows += as_rows(values, name, dtype="")
             if options.rows:
                 append_rows(options.rows, "bench_lm", rows, options.device)
 

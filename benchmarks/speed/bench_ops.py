@@ -1,7 +1,7 @@
-"""Speed of every operation, forward and backward, beside what the machine can do.
+"""Speed of every operation, forward and backward, relative to the limits of the machine.
 
-Operations limited by memory: GB/s, of the tensors that must move, and their share of a plain copy
-measured in the same run. Matrix products: TFLOP/s and their share of a large product. Baselines:
+Operations limited by memory: GB/s of the tensors that must move, and the share of a plain copy
+measured in the same run. Matrix products: TFLOP/s and the share of a large product. Baselines:
 the definition (eager and compiled), F.rms_norm, Liger-Kernel where it is installed, and for the
 routed MLP a dense MLP of equal active width and a loop over experts.
 
@@ -20,7 +20,7 @@ from benchmarks.common.timing import Deadline, copy_gbs, matmul_tflops, median_m
 from benchmarks.speed import op_cases
 
 SIZES = {
-    # (samples, tokens a sample, widths), (tokens, width, inner, experts), copy MiB, product
+    # (samples, tokens per sample, widths), (tokens, width, inner, experts), copy MiB, product
     "full": ((256, 256, (768, 1152)), (65_536, 768, 2048, 8), 1024, 8192),
     "quick": ((2, 64, (64,)), (256, 64, 96, 4), 4, 128),
 }
@@ -33,7 +33,7 @@ def passes(case, function):
     leaves = case.leaves()
 
     def backward():
-        # the dense baseline leaves all experts but one without a gradient, and the plan aside
+        # the dense baseline uses one expert only and ignores the plan
         torch.autograd.grad(outputs, leaves, downs, retain_graph=True, allow_unused=True)
 
     yield "forward", lambda: case.run(function), case.forward, case.flops
@@ -41,7 +41,7 @@ def passes(case, function):
 
 
 def rows_of(case, backend, function, limits, dtype, device, seconds):
-    """Measure one implementation of one case."""
+    """Rows of one implementation of one case."""
     element = torch.finfo(dtype).bits // 8
     for name, call, traffic, flops in passes(case, function):
         ms = median_ms(call, device, seconds)
@@ -67,7 +67,7 @@ def cases(size, dtype, device):
 
 
 def measure(device, size, dtype, deadline, backends=(), match="", seconds=0.2):
-    """Yield lists of rows, a list an implementation; failures are yielded as text."""
+    """Yield one list of rows per implementation; failures and omissions are yielded as text."""
     copy_size, product_size = SIZES[size][2:]
     limits = {
         "copy": copy_gbs(device, copy_size), "matmul": matmul_tflops(device, product_size, dtype)
@@ -86,7 +86,7 @@ def measure(device, size, dtype, deadline, backends=(), match="", seconds=0.2):
             if backends and backend not in backends:
                 continue
             if deadline.passed():
-                yield f"left out for time: {case.name} {case.shape} {backend}"
+                yield f"not measured, the time is over: {case.name} {case.shape} {backend}"
                 continue
             torch.compiler.reset()
             try:
@@ -96,8 +96,8 @@ def measure(device, size, dtype, deadline, backends=(), match="", seconds=0.2):
 
 
 def run(device, size, dtype, deadline, out, backends=(), match="", seconds=0.2):
-    """Measure, print and write; the number of failures."""
-    # The backward is run again and again on one graph.
+    """Measure, print and write the rows; returns the number of failures."""
+    # The backward is repeated on one graph.
     torch._functorch.config.donated_buffer = False
     failures = 0
     found = measure(device, size, dtype, deadline, backends, match, seconds)
@@ -124,8 +124,8 @@ def main():
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--backends", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--match", default="", help="only operations with this in their name")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of calls, a measurement")
-    parser.add_argument("--minutes", type=float, default=30, help="nothing new begins after")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of calls per measurement")
+    parser.add_argument("--minutes", type=float, default=30, help="no new work starts after this")
     parser.add_argument("--out", help="CSV to add the rows to")
     options = parser.parse_args()
     size = "quick" if options.quick else "full"

@@ -1,24 +1,24 @@
-"""What the dynamics cost in the two models: step, memory and parameters of placements by `none`.
+"""Step time, memory and parameters of both models with each placement, relative to `none`.
 
     python -m benchmarks.speed.bench_placements --rows benchmarks/results.csv
 
-The image model (`tiny`, 64 tokens of 2x2 latents) and a language model of as many blocks are
-trained on one batch, compiled as their trainers compile them. The steps of all cases of a model are
-taken in turn, so that a busy machine slows all of them alike: medians, and the median of the
-per-round ratios to `none`. Memory is the peak of a step beyond weights and optimizer, which stay.
+The image model (`tiny`, 64 tokens of 2x2 latents) and a language model of as many blocks train on
+one batch, compiled as in their trainers. The steps of all cases of a model are taken in turn, so
+that a busy machine slows all of them alike: medians, and the median of the ratios to `none` within
+rounds. Memory is the peak of a step in addition to weights and optimizer state.
 """
 
 import argparse
 
 import torch
-from benchmarks.common.memory import peak_of
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.memory import parameters, peak_of
+from benchmarks.common.results import append_rows, as_rows, commit, format_values
 from benchmarks.common.timing import DEVICE, paired
 
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import DeepConfig, DeepForCausalLM
 
-# Placement and kind of coefficients; a model's own default is the first after `none`.
+# Placement and kind of coefficients; the default of the model is the first after `none`.
 CASES = {
     "dit": ("none", "branch channel", "branch token", "stream channel", "force channel",
             "force_mlp channel"),
@@ -38,7 +38,7 @@ def settings(case):
 
 
 def image_model(case, options):
-    """A network and what gives its loss."""
+    """A network and a function that returns its loss."""
     model = ComplexityDiTTransformer2DModel.from_size("tiny", **DIT, **settings(case))
     if not options.eager:
         model.compile_repeated_blocks(fullgraph=True)
@@ -49,7 +49,7 @@ def image_model(case, options):
 
 
 def language_model(case, options):
-    """A network and what gives its loss."""
+    """A network and a function that returns its loss."""
     model = DeepForCausalLM(DeepConfig(**LM, **settings(case)))
     forward = model if options.eager else torch.compile(model)
     ids = torch.randint(LM["vocab_size"], (options.texts, options.context), device=options.device)
@@ -60,7 +60,7 @@ BUILD = {"dit": image_model, "lm": language_model}
 
 
 def trainer(build, case, options):
-    """A network and a function that trains it one step."""
+    """A network and a function that trains it for one step."""
     torch.manual_seed(0)
     model, loss = build(case, options)
     model.to(options.device)
@@ -75,16 +75,14 @@ def trainer(build, case, options):
 
 
 def measured(name, options):
-    """{case: {metric: (value, unit)}} of one of the two models."""
+    """{case: {metric: (value, unit)}} of one model."""
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 64  # one code for the blocks of every case
     trained = {case: trainer(BUILD[name], case, options) for case in CASES[name]}
     steps = {case: step for case, (_, step) in trained.items()}
     times = paired(steps, options.rounds, options.device, rotate=True)
     memory = {case: peak_of(step, options.device) for case, step in steps.items()}
-    sizes = {
-        case: sum(p.numel() for p in model.parameters()) for case, (model, _) in trained.items()
-    }
+    sizes = {case: parameters(model) for case, (model, _) in trained.items()}
     return {
         case: {
             "step": (1000 * seconds, "ms"),
@@ -99,12 +97,12 @@ def measured(name, options):
 
 
 def main():
-    """Print a line a case and, if asked, add its numbers to the result file."""
+    """Print one line per case; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--images", type=int, default=32, help="dit: of a batch")
-    parser.add_argument("--texts", type=int, default=8, help="lm: of a batch")
-    parser.add_argument("--context", type=int, default=256, help="lm: tokens of a text")
+    parser.add_argument("--images", type=int, default=32, help="dit: images per batch")
+    parser.add_argument("--texts", type=int, default=8, help="lm: texts per batch")
+    parser.add_argument("--context", type=int, default=256, help="lm: tokens per text")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--device", default=DEVICE)
@@ -120,13 +118,9 @@ def main():
         }[name]
         rows = []
         for case, values in measured(name, options).items():
-            print(
-                f"{name} {case:18} " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()),
-                flush=True,
-            )
+            print(f"{name} {case:18} {format_values(values)}", flush=True)
             mode = "eager" if options.eager else "compiled"
-            about = {"case": f"{name} {case}, {mode}", "shape": shape, "dtype": "float32"}
-            rows += [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
+            rows += as_rows(values, f"{name} {case}, {mode}", shape=shape)
         if options.rows:
             append_rows(options.rows, "placements", rows, options.device, commit=started_from)
 

@@ -1,14 +1,13 @@
-"""What a training step of the recipe's rows costs, and whether the loader keeps up with it.
+"""Time of a training step of the rows of the recipe, and whether the loader keeps up with it.
 
-    python -m benchmarks.speed.bench_step flow-none full --latents CACHE --rows \
-        benchmarks/results.csv
+    python -m benchmarks.speed.bench_step flow-none full --latents CACHE \
+        --rows benchmarks/results.csv
 
-Every row takes the same step again and again: forward, backward, clipping, optimizer and average on
-one fixed batch that is on the device already. The rows take turns, and ratios are to the first row.
-With `--loop N` two more numbers stand beside that: how fast the loader makes N batches when nobody
-waits for anything else, and how fast training is with both, the loop of `complexity-dit train`. If
-the loop is slower than its step alone, the loader is the brake. `--profile FILE` writes which
-operations the time of the first row's step goes to.
+Every row repeats one step: forward, backward, clipping, optimizer and EMA on a fixed batch that is
+already on the device. The rows take turns, and ratios are to the first row. `--loop N` also
+measures the loader alone over N batches, and the loop of `complexity-dit train`, which has both: if
+it is slower than its step, the loader is the limit. `--profile FILE` writes the operations of a
+step of the first row by time.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.common.fields import overridden, override_flag
-from benchmarks.common.results import append_rows, commit, dtype_of
+from benchmarks.common.results import append_rows, as_rows, commit, dtype_of, format_values
 from benchmarks.common.timing import paired, wait
 from benchmarks.recipe.recipe import BUILD, ROWS, row_config, used_tflops
 
@@ -31,7 +30,7 @@ from complexity_dit.training.train import make_accelerator, optimizer_step
 
 
 class Trained:
-    """A row's network in training, without files: what `complexity-dit train` does in a step."""
+    """The training of a row, without files: a step is that of `complexity-dit train`."""
 
     def __init__(self, row, config):
         self.row, self.config = row, config
@@ -52,7 +51,7 @@ class Trained:
         )
 
     def speed(self, steps, work):
-        """Images/s of a loop that hands each batch to `work`, its first tenth not counted."""
+        """Images/s of a loop that passes each batch to `work`, without its first tenth."""
         begin = max(1, steps // 10)
         device = self.accelerator.device
         for i, batch in enumerate(step_loader(self.batches, range(steps), device)):
@@ -65,7 +64,7 @@ class Trained:
 
 
 def profile(training, file):
-    """Write the operations of three steps, those with most time of the device first."""
+    """Write the operations of three steps, those with most device time first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -80,7 +79,7 @@ def profile(training, file):
 
 
 def main():
-    """Print a line a row and, if asked, add its numbers to the result file."""
+    """Print one line per row; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,7 +89,7 @@ def main():
     parser.add_argument("--loop", type=int, default=0, metavar="N", help="steps with the loader")
     parser.add_argument("--profile", metavar="FILE")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--peak_tflops", type=float, help="of the device: adds its utilisation")
+    parser.add_argument("--peak_tflops", type=float, help="of the device; adds the utilisation")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
 
@@ -116,22 +115,15 @@ def main():
             if options.loop:
                 values["loader alone"] = (own.speed(options.loop, lambda batch: None), "images/s")
                 values["loop"] = (own.speed(options.loop, own.step), "images/s")
-            if options.peak_tflops and row not in BUILD:  # the formulas know our network
+            if options.peak_tflops and row not in BUILD:  # FLOPs are those of our network
                 used = used_tflops(own.config, own.network, speed)
                 values["model FLOPs"] = (used, "TFLOP/s")
-                values["utilisation"] = (
-                    used / options.peak_tflops,
-                    f"of {options.peak_tflops:g} TFLOP/s",
-                )
-            print(f"{row:18} " + ", ".join(f"{k} {v:.5g} {u}" for k, (v, u) in values.items()),
-                  flush=True)  # fmt: skip
-            about = {
-                "case": row,
-                "shape": f"{own.config.model.size}/{own.config.model.patch_size} "
-                + "x".join(map(str, own.batch["x"].shape)),
-                "dtype": dtype_of(own.config.mixed_precision),
-            }
-            rows += [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
+                share = used / options.peak_tflops
+                values["utilisation"] = (share, f"of {options.peak_tflops:g} TFLOP/s")
+            print(f"{row:18} {format_values(values)}", flush=True)
+            size = f"{own.config.model.size}/{own.config.model.patch_size}"
+            shape = f"{size} {'x'.join(map(str, own.batch['x'].shape))}"
+            rows += as_rows(values, row, shape=shape, dtype=dtype_of(own.config.mixed_precision))
         if options.profile:
             profile(trainings[options.cases[0]], options.profile)
     if options.rows:

@@ -1,17 +1,18 @@
-"""What dynamics and routing cost: training steps beside those of a model without.
+"""Time of training steps with dynamics, and of routed MLPs, relative to plain ones.
 
     python -m benchmarks.speed.bench_tax --out benchmarks/results.csv
 
-Two tables. A stack of compiled transformer blocks with each kind of coefficients against `none`:
-one step of each in turn, the median of the ratios within rounds. A token-routed MLP (with its
-shared expert, one plan for all calls) against a dense MLP of the same active width and a loop over
-experts, forward and backward.
+A stack of compiled transformer blocks with each kind of coefficients is compared with `none`: one
+step of each in turn, the median of the ratios within rounds. A token-routed MLP (with its shared
+expert, one plan for all calls) is compared with a dense MLP of the same active width and a loop
+over experts, forward and backward.
 """
 
 import argparse
 
 import torch
 from benchmarks.common import blocks
+from benchmarks.common.memory import parameters
 from benchmarks.common.results import append_rows
 from benchmarks.common.timing import Deadline, paired
 from benchmarks.speed.op_cases import mask_loop
@@ -21,7 +22,7 @@ from inl_core import TokenRoutedMLP, make_routing_plan, ops
 
 
 def stack_tax(size, batch_size, side, kinds, rounds, device, dtype, compiled, deadline):
-    """Yield rows a kind: seconds of a step, its ratio to `none`, parameters and theirs."""
+    """Yield (kind, values): time of a step and number of parameters, with ratios to `none`."""
     width, depth, heads = size
     torch.compiler.reset()
     random = torch.Generator().manual_seed(0)
@@ -32,16 +33,15 @@ def stack_tax(size, batch_size, side, kinds, rounds, device, dtype, compiled, de
 
     def build(kind):
         model = blocks.Stack(width, depth, heads, kind, side, compiled).to(device)
-        parameters = sum(p.numel() for p in model.parameters())
-        return blocks.training_step(model, batch, dtype), parameters
+        return blocks.training_step(model, batch, dtype), parameters(model)
 
     plain, plain_parameters = build("none")
     for kind in kinds:
         if deadline.passed():
-            print(f"left out for time: {kind}", flush=True)
+            print(f"not measured, the time is over: {kind}", flush=True)
             continue
         # Two models at a time: five of the largest do not fit on a GPU.
-        step, parameters = build(kind)
+        step, own_parameters = build(kind)
         times = paired({"none": plain, kind: step}, rounds, device, deadline=deadline)
         seconds, ratio = times[kind]
         yield (
@@ -50,7 +50,7 @@ def stack_tax(size, batch_size, side, kinds, rounds, device, dtype, compiled, de
                 ("none, same rounds", times["none"][0], "s"),
                 ("step", seconds, "s"),
                 ("ratio", ratio, "x none"),
-                ("parameters", parameters / plain_parameters, "x none"),
+                ("parameters", own_parameters / plain_parameters, "x none"),
             ],
         )
 
@@ -65,7 +65,7 @@ class Routed(nn.Module):
 
 
 class MaskLoop(Routed):
-    """The same weights, an expert after the other on the rows that a mask picks."""
+    """The same weights, one expert after the other on the rows that a mask selects."""
 
     def forward(self, x):
         mlp = self.mlp
@@ -75,7 +75,7 @@ class MaskLoop(Routed):
 
 
 def routing_cost(tokens, width, inner, experts, rounds, device, dtype, compiled, deadline):
-    """{name: (seconds, ratio to the dense MLP)} of a forward and backward."""
+    """{name: (seconds, ratio to the dense MLP)} of forward and backward."""
     random = torch.Generator().manual_seed(0)
     plan = make_routing_plan(torch.randint(experts, (tokens,), generator=random), experts)
     plan = type(plan)(*(t.to(device) for t in plan))
@@ -99,12 +99,7 @@ def routing_cost(tokens, width, inner, experts, rounds, device, dtype, compiled,
 
 
 def run(options, deadline):
-    """Measure, print, and write the rows as they come."""
-    with ops.use_backend(options.backend):
-        _run(options, deadline)
-
-
-def _run(options, deadline):
+    """Measure, print, and write the rows as they are measured."""
     device, dtype = options.device, getattr(torch, options.dtype)
     compiled = "eager" if options.eager else "compiled"
 
@@ -149,7 +144,7 @@ def parse(arguments=None):
     parser.add_argument("--sizes", nargs="*", choices=blocks.SIZES, default=["S/2"])
     parser.add_argument("--depth", type=int, help="layers; default: the size's own")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--side", type=int, default=8, help="tokens a side: side² tokens a sample")
+    parser.add_argument("--side", type=int, default=8, help="tokens per side of a sample")
     parser.add_argument("--kinds", nargs="+", choices=blocks.KINDS, default=list(blocks.KINDS[1:]))
     parser.add_argument(
         "--routing", type=int, nargs=4, metavar=("TOKENS", "WIDTH", "INNER", "EXPERTS"),
@@ -160,14 +155,15 @@ def parse(arguments=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--backend", choices=["auto", "reference", "triton"], default="auto")
-    parser.add_argument("--minutes", type=float, default=60, help="nothing new begins after")
+    parser.add_argument("--minutes", type=float, default=60, help="no new work starts after this")
     parser.add_argument("--out", help="CSV to add the rows to")
     return parser.parse_args(arguments)
 
 
 def main():
     options = parse()
-    run(options, Deadline(options.minutes))
+    with ops.use_backend(options.backend):
+        run(options, Deadline(options.minutes))
 
 
 if __name__ == "__main__":

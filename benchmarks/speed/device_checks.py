@@ -1,9 +1,9 @@
-"""Every kernel on the device it runs on, against the definition in fp64.
+"""Checks of every kernel on a device against the definition in fp64.
 
-Forward and backward, in fp32 and bf16, for whole, odd and single-channel widths, strided and empty
-input: the RMS error may be 1.25 times that of the definition in the same dtype, and what one
-rounding of the result can do. Two runs must agree to the bit, NaN must stay with its row, and the
-compiler must make one graph of it.
+Forward and backward, in fp32 and bf16, for even, odd and single-channel widths, strided and empty
+input: the RMS error may be 1.25 times that of the definition in the same dtype, plus one rounding
+of the result. Two runs must agree bit for bit, a NaN must stay in its row, and the compiler must
+produce a single graph.
 """
 
 import traceback
@@ -14,12 +14,12 @@ from benchmarks.speed import op_cases
 from inl_core import ops, reference
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
-"""Relative error of one rounding, as an RMS over many numbers; of a single one it may be twice."""
+"""Relative error of one rounding as an RMS over many numbers; that of a single one may be twice."""
 ARITHMETIC = 2.0**-21
-"""Of fp32 arithmetic on numbers of order one, which may cancel: eight half-ulps. On an H200 one of
-1152 products added up in another order than the library's took 4.1 beyond 1.25 times its error."""
+"""Absolute error of fp32 arithmetic on numbers of order one that may cancel: eight half-ulps. On an
+H200, one of 1152 products summed in another order than the library's took 4.1 of them."""
 SUM = 1e-5
-"""Of a gradient that is a sum over rows: in fp32, in any order."""
+"""Relative error of a gradient that is a sum over rows, in fp32 and any order."""
 
 
 def rms(x):
@@ -27,7 +27,7 @@ def rms(x):
 
 
 def results(case, function):
-    """Outputs, then the gradient of every leaf, for the same random cotangents each time."""
+    """Outputs, then the gradient of every leaf, for fixed random cotangents."""
     outputs = case.run(function)
     random = torch.Generator(outputs[0].device).manual_seed(1)
     downs = [
@@ -38,7 +38,7 @@ def results(case, function):
 
 
 def assert_close(a, b, rtol):
-    """Of the same numbers in another order: a sum over rows may be off by a share of its size."""
+    """Compare sums of the same numbers in another order, relative to their size."""
     torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5 * max(1.0, rms(b)))
 
 
@@ -47,8 +47,8 @@ def kernel(case):
 
 
 def as_good_as_eager(case, stores):
-    """Largest of error / bound over outputs and gradients."""
-    # The definition of a routed MLP rounds once, products in bf16 round three times.
+    """The largest error / bound over outputs and gradients."""
+    # The definition of the routed MLP rounds once, products in bf16 round three times.
     eager = op_cases.mask_loop if case.op == "routed_mlp" else getattr(reference, case.op)
     exact = results(case.changed(torch.Tensor.double), getattr(reference, case.op))
     worst = 0.0
@@ -58,7 +58,7 @@ def as_good_as_eager(case, stores):
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
         slack = stores * ROUNDING[got.dtype] * (2 if truth.numel() < 100 else 1)
         if truth.numel() < case.shape[0] * case.shape[1]:
-            # of terms that may be made from what was stored in the dtype of the rows
+            # a sum of terms that may come from values stored in the dtype of the rows
             slack += SUM + stores * ROUNDING[case.arguments[0].dtype]
         bound = 1.25 * rms(want.double() - truth) + slack * rms(truth) + ARITHMETIC
         error = rms(got.double() - truth)
@@ -73,7 +73,7 @@ def deterministic(case):
 
 
 def nan_stays(case):
-    """A NaN in the first token of the first argument: there in the output, and nowhere else."""
+    """A NaN in the first token of the first argument appears in that token of the output only."""
     broken = case.changed(lambda x: x.clone())
     rows = broken.arguments[0].data.flatten(0, -2)
     rows[0, 0] = torch.nan
@@ -82,7 +82,7 @@ def nan_stays(case):
 
 
 def strided(case):
-    """Columns of a tensor twice as wide give what the tensor itself gives."""
+    """A view of half of the columns of a wider tensor gives the same result."""
 
     def widened(x):
         return torch.cat([x, x], -1)[..., x.shape[-1] :] if x.ndim > 1 else x.clone()
@@ -119,7 +119,7 @@ def cases(device, quick):
             checks = ["as_good_as_eager"]
             if width == widths[0]:
                 checks += ["deterministic", "nan_stays", "strided"]
-                # An interpreter has nothing to compile, and inductor takes a minute without a GPU.
+                # The interpreter does not compile, and inductor takes a minute without a GPU.
                 checks += [] if torch.device(device).type == "cpu" else ["one_graph"]
             for case in op_cases.bandwidth_cases(samples, tokens, width, dtype, device):
                 yield case, dtype, checks
@@ -131,7 +131,7 @@ def cases(device, quick):
 
 
 def run(device, quick, deadline, write):
-    """Do all checks; `write` gets a row a check on errors. The number of failures."""
+    """Run all checks and return the number of failures; `write` gets one row per error check."""
     # The interpreter truncates where a GPU rounds, and the routed MLP stores four times in a row.
     truncates = torch.device(device).type == "cpu"
     failures, done, left = 0, 0, 0
@@ -160,7 +160,7 @@ def run(device, quick, deadline, write):
             else:
                 done += 1
                 print(f"ok {about}", flush=True)
-    print(f"{done} checks passed, {failures} failed, {left} left out for time", flush=True)
+    print(f"{done} checks passed, {failures} failed, {left} not run, the time is over", flush=True)
     if without:
         failures += 1
         print(f"FAILED: no case for {sorted(without)}: add it to op_cases.py", flush=True)

@@ -1,15 +1,14 @@
-"""Everything that needs a GPU, in three parts that take 13 minutes together at most.
+"""Everything that needs a GPU, in three parts that take at most 13 minutes together.
 
-    python3 -m benchmarks.speed.gpu tests     every kernel on the device, forward and backward,
-        against
-                                        the definition in fp64; then the kernels' test modules
-    python3 -m benchmarks.speed.gpu ops       bench_ops.py: GB/s and TFLOP/s of every operation
-    python3 -m benchmarks.speed.gpu models    bench_tax.py: training steps of compiled DiT-B/2 and
-                                        DiT-XL/2 block stacks, with each kind of dynamics and none
+    python3 -m benchmarks.speed.gpu tests     # the kernels against the definition in fp64,
+                                              # then their test modules
+    python3 -m benchmarks.speed.gpu ops       # bench_ops: GB/s and TFLOP/s of every operation
+    python3 -m benchmarks.speed.gpu models    # bench_tax: training steps of compiled stacks of
+                                              # blocks, B/2 and XL/2, with each kind of dynamics
 
-It needs torch and triton, nothing installed from here. Rows go to the folder $OUT (runs/gpu) as
-they are made. The exit status is 2 without a GPU, 1 after a failure, 3 when the time ran out in the
-middle of something. `--device cpu --quick` tries the script itself: kernels in the interpreter.
+Needs torch and triton; the packages need not be installed. Rows are written to the folder $OUT
+(runs/gpu) as they are measured. The exit status is 2 without a GPU, 1 after a failure and 3 if the
+time ended during a measurement. `--device cpu --quick` tests the script with interpreted kernels.
 """
 
 import argparse
@@ -22,14 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MINUTES = {"tests": 5.0, "ops": 2.5, "models": 4.0}
-"""After which a part begins nothing new."""
+"""Minutes after which a part starts nothing new."""
 MORE = 0.5
-"""Minutes after that, at which what still runs is stopped."""
+"""Minutes after that, when running work is stopped."""
 NOT_ON_A_DEVICE = "test_ops_switch.py"
 
 
 def give_up(*_):
-    print("stopped for time; the rows made until then are kept", file=sys.stderr)
+    print("the time is over; the rows measured so far are kept", file=sys.stderr)
     sys.stderr.flush()
     os._exit(3)
 
@@ -49,19 +48,19 @@ def device_tests(options, rows, deadline):
         return failures
     folder = ROOT / "tests/core/kernels"
     modules = [p for p in sorted(folder.glob("test_*.py")) if p.name not in NOT_ON_A_DEVICE]
-    # Without the project's settings: they name plugins that may be missing here.
+    # Without the project's settings, which name plugins that may be missing here.
     command = [
         sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}",
         "--import-mode=importlib", "-p", "no:cacheprovider", *map(str, modules),
     ]  # fmt: skip
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "4"]  # most of the time goes into compiling kernels
+        command += ["-n", "4"]  # most of the time is compilation of kernels
     environment = os.environ | {"INL_TEST_DEVICE": device}
     print("the kernels' test modules on the device:", flush=True)
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=deadline.left())
     except subprocess.TimeoutExpired:
-        print("the test modules were stopped for time")
+        print("the time is over; the test modules were stopped")
         return failures
     return failures + (done.returncode != 0)
 
@@ -84,14 +83,16 @@ def device_ops(options, rows, deadline):
 def device_models(options, rows, deadline):
     from benchmarks.speed import bench_tax
 
+    from inl_core import ops
+
     device = options.device
     small = ["--sizes", "S/2", "--depth", "1", "--batch_size", "1", "--side", "4", "--rounds", "1",
              "--eager"]  # fmt: skip
     full = ["--sizes", "B/2", "XL/2", "--batch_size", "64", "--side", "16",
             "--rounds", str(options.rounds)]  # fmt: skip
     routing = ["64", "32", "64", "4"] if options.quick else ["65536", "768", "2048", "8"]
-    # What matters most comes first: the time may end. What `auto` leaves to the compiler is decided
-    # on stacks with all kernels beside it.
+    # The most important kinds come first, because the time may end. `triton` shows what `auto`
+    # gains by leaving operations to the compiler.
     order = (
         ("auto", ["channel", "token"]), ("triton", ["channel", "token"]), ("auto", None),
         ("auto", ["lite", "layer"]), ("triton", ["lite", "layer"]),
@@ -106,7 +107,8 @@ def device_models(options, rows, deadline):
             parsed.sizes = []
         else:
             parsed.routing = None
-        bench_tax.run(parsed, deadline)
+        with ops.use_backend(backend):
+            bench_tax.run(parsed, deadline)
     return 0
 
 
@@ -120,8 +122,8 @@ def main():
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="the smallest sizes")
-    parser.add_argument("--minutes", type=float, help="nothing new begins after; see MINUTES")
-    parser.add_argument("--seconds", type=float, default=0.2, help="ops: of calls, a measurement")
+    parser.add_argument("--minutes", type=float, help="no new work starts after this; see MINUTES")
+    parser.add_argument("--seconds", type=float, default=0.2, help="ops: of calls per measurement")
     parser.add_argument("--rounds", type=int, default=30, help="models: steps of each network")
     options = parser.parse_args()
     minutes = options.minutes or MINUTES[options.part]

@@ -1,7 +1,7 @@
-"""What is measured and checked on a device: every operation with arguments of a given size.
+"""Cases for measurements and checks on a device: every operation with arguments of a given size.
 
-A case names its operation (of `inl_core.ops`, its definition in `inl_core.reference`), and how many
-tensors of (tokens × D) elements its forward and backward have to move at least.
+A case names its operation (of `inl_core.ops`, with its definition in `inl_core.reference`) and the
+number of tensors of (tokens × D) elements that its forward and backward move at least.
 """
 
 import importlib.util
@@ -19,14 +19,14 @@ BOUNDS = {"dt": 0.1, "beta_max": 2.0, "velocity_max": 10.0, "mu_min": 0.0, "mu_m
 
 @dataclass
 class Case:
-    """An operation and its arguments; the tensors that need a gradient are leaves."""
+    """An operation and its arguments; tensors that need a gradient are leaves."""
 
     name: str
     op: str
     arguments: list
     forward: int = 0  # tensors of (tokens × D) to move
     backward: int = 0
-    flops: int = 0  # of the forward; a backward has twice as many
+    flops: int = 0  # of the forward; the backward has twice as many
     options: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
 
@@ -53,7 +53,7 @@ class Case:
 
 
 class _Maker:
-    """Random tensors of one size, always the same ones."""
+    """Random tensors of one size, the same in every run."""
 
     def __init__(self, samples, tokens, width, dtype, device):
         self.samples, self.tokens, self.width = samples, tokens, width
@@ -83,7 +83,7 @@ def _inl_channel(m):
 
 
 def _inl_controlled(m):
-    # A controller 64 wide; its activations and weights are small beside the rows.
+    # A controller of width 64, whose activations and weights are small compared with the rows.
     hidden = m.randn(m.samples, m.tokens, 64)
     weight, bias = m.randn(3 * m.width, 64, scale=0.125), m.randn(3 * m.width)
     arguments = [*m.rows(2), hidden, weight, bias, *m.channel()]
@@ -91,7 +91,7 @@ def _inl_controlled(m):
 
 
 def _inl_branch(m):
-    # h, v, three coefficients and mu by channel, then residual, its gate, shift and scale.
+    # h, v, three coefficients and mu per channel, then the residual, its gate, shift and scale.
     arguments = [*m.rows(2), *m.channel(4), *m.rows(1), *m.per_sample(3)]
     bounds = {name: value for name, value in BOUNDS.items() if name != "beta_max"}
     return Case("inl_branch_epilogue", "inl_branch_epilogue", arguments, 6, 9, options=bounds)
@@ -136,17 +136,17 @@ BANDWIDTH = (
 
 
 def bandwidth_cases(samples, tokens, width, dtype, device):
-    """Cases that are limited by memory, made one after the other: all at once would not fit."""
+    """Yield cases limited by memory bandwidth, one at a time: all at once would not fit."""
     for build in BANDWIDTH:
         if build is _qk and width % 2:
-            continue  # rotary turns pairs of channels
+            continue  # rotary embedding rotates pairs of channels
         case = build(_Maker(samples, tokens, width, dtype, device))
         case.shape = (samples * tokens, width)
         yield case
 
 
 def routed_case(tokens, width, inner, experts, dtype, device):
-    """`routed_mlp` on ids that give every expert about the same, and each something else."""
+    """`routed_mlp` on random ids, which give each expert about as many tokens."""
     m = _Maker(1, tokens, width, dtype, device)
     ids = torch.randint(experts, (tokens,), generator=m.random, device=device)
     weights = [
@@ -161,7 +161,7 @@ def routed_case(tokens, width, inner, experts, dtype, device):
 
 
 def mask_loop(x, plan, gate, up, down):
-    """What `routed_mlp` replaces: a mask and three products an expert, with a wait for each."""
+    """The loop that `routed_mlp` replaces: per expert a mask, three products and a device sync."""
     ids = torch.searchsorted(plan.offsets, plan.inverse.int(), right=True)
     y = torch.zeros_like(x)
     for e in range(gate.shape[0]):
@@ -172,12 +172,12 @@ def mask_loop(x, plan, gate, up, down):
 
 
 def dense_mlp(x, plan, gate, up, down):
-    """A dense MLP of the width of one expert: the products that routing has to do."""
+    """A dense MLP as wide as one expert: the products that routing needs at least."""
     return F.linear(ops.swiglu(F.linear(x, gate[0]), F.linear(x, up[0])), down[0])
 
 
 def chosen(op, backend):
-    """The operation under one backend."""
+    """An operation that runs under one backend."""
 
     def run(*arguments, **options):
         with ops.use_backend(backend):
@@ -187,7 +187,7 @@ def chosen(op, backend):
 
 
 def implementations(case, device):
-    """{backend: function} for a case; "compile" is the definition under torch.compile."""
+    """{backend: function} of a case; "compile" is the definition under torch.compile."""
     definition = getattr(reference, case.op)
     if case.op == "routed_mlp":
         found = {

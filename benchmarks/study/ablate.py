@@ -1,4 +1,4 @@
-"""Ablations: a grid of named networks and seeds, one cell after the other or over processes.
+"""Ablations: a grid of named networks and seeds, run one after the other or in processes.
 
     python -m benchmarks.study.ablate list   configs/ablations/lm.yaml
     python -m benchmarks.study.ablate time   configs/ablations/lm.yaml --rows benchmarks/results.csv
@@ -7,37 +7,37 @@
     python -m benchmarks.study.ablate report configs/ablations/lm.yaml --runs runs/ablate-lm \
         --rows benchmarks/results.csv --into docs/results/dynamics
 
-A study names its networks (configs/README.md): `plain` ones without dynamics and
-`variants`. A cell is a network and a seed, trained by the package's own trainer in
-`OUT/NETWORK/seed-S/run`; `cell.json` is written when it is measured. A finished cell is not run
-again, and one that was killed goes on from its last checkpoint, so the same command given twice
-does the rest. A run whose loss is not finite is a result too: the step at which it ended.
+A study names its networks (configs/README.md): `plain` ones without dynamics and `variants`. A cell
+is a network and a seed, trained by the trainer of the package in `OUT/NETWORK/seed-S/run`;
+`cell.json` is written when it is measured. Finished cells are not run again and killed ones resume
+from their last checkpoint, so the same command does the rest. A run whose loss is not finite is a
+result as well: the step at which it ended.
 
-Two comparisons are fair to the plain network. *Equal parameters*: the plain network of the nearest
-size, widened in its MLP, after as many steps. *Equal time*: the plain network after so many more
-steps that it has taken the time of the variant. `time` measures the ratio of step times, steps of
-all networks in turn, so that a busy machine slows all alike; the study trains the plain network
-also `longer`, each time with the whole schedule, and the loss at that ratio is read between them,
-linear in the logarithm of the steps. Beyond the longest there is no number.
+There are two fair comparisons with the plain network. *Equal parameters*: the plain network of the
+nearest size, with a wider MLP, after as many steps. *Equal time*: the plain network after as many
+more steps as fit in the time of the variant. `time` measures the ratio of step times, steps of all
+networks in turn, so that a busy machine slows all alike. The study also trains the plain network
+for `longer` runs, each with a full schedule, and interpolates the loss at that ratio, linearly in
+the logarithm of the steps. Beyond the longest run there is no number.
 
 `report` prints the tables of a study; `--into FOLDER` also writes its figures.
 """
 
 import argparse
 import json
-import os
 import re
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common.fields import overridden, override_flag
-from benchmarks.common.results import append_rows, commit, read_rows
+from benchmarks.common.results import append_rows, as_rows, commit, read_rows
 from benchmarks.common.timing import DEVICE, paired
 from benchmarks.study.ablation_labs import LABS
 from benchmarks.study.ablation_study import BASELINE, expanded, read_study, shape_of
 
 from inl_core.run.errors import UserError
+from inl_core.run.files import atomic_file
 
 DIVERGED = re.compile(r"step (\d+): loss (\S+), gradient norm")
 
@@ -47,13 +47,12 @@ def cell_folder(out, network, seed):
 
 
 def write_json(path, content):
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run_cell(study, name, seed, out, overrides, started_from, fid):
-    """Train and measure one cell, as far as it is not there: what its JSON files hold."""
+    """Train and measure one cell where that is missing; returns the content of its JSON file."""
     lab, network = LABS[study.package], study.networks[name]
     folder = cell_folder(out, network, seed)
     config = study.config(lab, network, seed, folder / "run", overrides)
@@ -85,21 +84,21 @@ def run_cell(study, name, seed, out, overrides, started_from, fid):
 
 
 def add_missing_rows(path, bench, cells, command):
-    """Append what the result file does not have yet: a kill may have come before it."""
+    """Append rows of cells that the file does not have, also those lost by an earlier kill."""
     known = {(r["bench"], r["case"], r["shape"], r["metric"]) for r in read_rows(path)}
     for cell in cells:
+        values = cell["metrics"] | cell.get("fid", {})
         rows = [
-            {"case": cell["case"], "shape": cell["shape"], "dtype": "float32",
-             "metric": metric, "value": value, "unit": unit}
-            for metric, (value, unit) in (cell["metrics"] | cell.get("fid", {})).items()
-            if (bench, cell["case"], cell["shape"], metric) not in known
-        ]  # fmt: skip
+            row
+            for row in as_rows(values, cell["case"], shape=cell["shape"])
+            if (bench, cell["case"], cell["shape"], row["metric"]) not in known
+        ]
         if rows:
             append_rows(path, bench, rows, DEVICE, command=command, commit=cell["commit"])
 
 
 def run(study, options, overrides):
-    """All cells of a call; rows are written here, by one process."""
+    """Run all cells of a call; one process writes the rows."""
     started_from = commit()
     names = chosen(study, options.only)
     lab = LABS[study.package]
@@ -136,7 +135,7 @@ def run(study, options, overrides):
 
 
 def measure_steps(study, options, overrides):
-    """Step times of all networks, in turn: medians, and medians of ratios to the baseline."""
+    """Step times of all networks in turn: medians, and medians of ratios to the baseline."""
     lab, steps, sizes, rows = LABS[study.package], {}, {}, []
     for name in chosen(study, options.only):
         network = study.networks[name]
@@ -148,18 +147,15 @@ def measure_steps(study, options, overrides):
         raise ValueError(f"the first of --only must be {BASELINE}: the others are compared with it")
     for name, (seconds, ratio) in paired(steps, options.rounds, "cpu", rotate=True).items():
         print(f"{name:32} {sizes[name]:10,} {1000 * seconds:8.1f} ms {ratio:6.3f}")
-        for metric, value, unit in (("step", seconds, "s"), ("step ratio", ratio, f"x {BASELINE}")):
-            rows.append(
-                {"case": name, "shape": f"{options.rounds} rounds", "dtype": "float32",
-                 "metric": metric, "value": value, "unit": unit}
-            )  # fmt: skip
+        values = {"step": (seconds, "s"), "step ratio": (ratio, f"x {BASELINE}")}
+        rows += as_rows(values, name, shape=f"{options.rounds} rounds")
     if options.rows:
         command = f"python -m benchmarks.study.ablate time configs/ablations/{study.name}.yaml"
         append_rows(options.rows, lab.bench, rows, "cpu", command=command)
 
 
 def chosen(study, only):
-    """Names of the networks of a call, checked; by default all of them."""
+    """Names of the networks of a call; None is all of them."""
     if unknown := set(only or ()) - set(study.networks):
         raise ValueError(
             f"unknown networks {sorted(unknown)}, choose from: {', '.join(study.networks)}"
@@ -168,22 +164,22 @@ def chosen(study, only):
 
 
 def main():
-    """One of the four commands."""
+    """Run one of the four commands."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["list", "time", "run", "report"])
-    parser.add_argument("study", type=Path, help="a YAML of configs/ablations")
+    parser.add_argument("study", type=Path, help="a YAML file of configs/ablations")
     parser.add_argument("--out", type=Path, help="run: folder of the cells")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of networks; by default all")
-    parser.add_argument("--jobs", type=int, default=1, help="run: cells at once, a process each")
+    parser.add_argument("--jobs", type=int, default=1, help="run: cells in parallel processes")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--rounds", type=int, default=15, help="time: steps of each network")
-    parser.add_argument("--fid", type=int, default=0, help="run, dit: also FID of so many pictures")
-    parser.add_argument("--evaluations", type=int, default=20, help="of the network, a picture")
+    parser.add_argument("--fid", type=int, default=0, help="run, dit: images for FID; 0 for none")
+    parser.add_argument("--evaluations", type=int, default=20, help="of the network per image")
     parser.add_argument("--weights", default="auto", help="of the feature network")
-    parser.add_argument("--rows", help="CSV that rows are added to, or read from")
+    parser.add_argument("--rows", help="CSV to add rows to or read them from")
     parser.add_argument("--runs", type=Path, help="report: folder of the cells, for depth profiles")
     parser.add_argument("--into", type=Path, help="report: folder for the figures")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a training curve says in a few numbers."""
+"""Metrics of a training curve."""
 
 import csv
 
@@ -6,32 +6,32 @@ import numpy as np
 from scipy.signal import savgol_filter
 
 TREND = 51
-"""Steps of the window whose quadratic fit is the trend of a loss curve."""
+"""Steps of the window whose quadratic fit is the trend of the loss."""
 SPIKE_WINDOW, SPIKE_FACTOR, SPIKE_QUANTILE = 100, 2.0, 0.9
 
 
 def read_curve(path):
-    """Losses and gradient norms of every step of a `train_log.csv`, two arrays."""
+    """Losses and gradient norms of all steps of a `train_log.csv`, (S,) each."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return (np.array([float(row[name]) for row in rows]) for name in ("loss", "grad_norm"))
 
 
 def curve_metrics(losses, norms, warmup, unit):
-    """Numbers of a curve: {name: (value, unit)}.
+    """Metrics of a curve: {name: (value, unit)}.
 
     final training loss: mean over the last 2 % of the steps. mean training loss: the area under the
-    curve (trapezoids) over its length. detrended loss variance: of the losses less a moving
-    quadratic fit over `TREND` steps (Savitzky-Golay), after the warm-up; networks of one seed see
-    the same batches, so what the batches add is in all of them. gradient norm: quantiles after the
-    warm-up, before clipping. gradient spikes: steps whose norm is more than twice the 0.9-quantile
-    of the hundred before it, the rule of the image trainer's spike guard.
+    curve (trapezoids) over its length. detrended loss variance: variance of the losses minus a
+    moving quadratic fit over `TREND` steps (Savitzky-Golay), after the warm-up; networks of one
+    seed see the same batches, so the variance between batches is in all of them. gradient norm:
+    quantiles after the warm-up, before clipping. gradient spikes: steps whose norm is more than
+    twice the 0.9-quantile of the hundred before it, the rule of the image trainer's spike guard.
 
     Args:
-        losses: One a step, (S,).
-        norms: Likewise.
-        warmup: Steps at the start that say little about the rest.
-        unit: Of a loss.
+        losses: One per step, (S,).
+        norms: Gradient norms, one per step, (S,).
+        warmup: Steps at the start that quantiles and variance leave out.
+        unit: Unit of a loss.
     """
     later, quantiles = losses[warmup:], np.quantile(norms[warmup:], (0.5, 0.9, 0.99))
     window = min(TREND, len(later) - (1 - len(later) % 2))
@@ -52,7 +52,7 @@ def curve_metrics(losses, norms, warmup, unit):
 
 
 def spikes(norms):
-    """Steps whose gradient norm is far beyond those before it."""
+    """Number of steps whose gradient norm is far above those before it."""
     if len(norms) <= SPIKE_WINDOW:
         return 0
     before = np.lib.stride_tricks.sliding_window_view(norms, SPIKE_WINDOW)[:-1]

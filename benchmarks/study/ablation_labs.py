@@ -1,36 +1,37 @@
-"""How a cell of a study is trained and measured: `LM` and `DiT`, with the same methods.
+"""Training and measurement of a cell of a study: `LM` and `DiT`, with the same methods.
 
-Numbers come from what the trainers leave (train_log.csv, dynamics.csv, result.json) wherever it is
-there. Measured here on the finished network are the activations behind every layer, their size and
-their way through depth, and, for the image model, the held-out loss.
+Numbers come from the files of the trainers (train_log.csv, dynamics.csv, result.json) where they
+exist. The activations after every layer and, for the image model, the held-out loss are measured
+here on the finished network.
 """
 
 import csv
 import importlib
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from benchmarks.common.memory import parameters
 from benchmarks.common.timing import DEVICE
 from benchmarks.study.ablation_curves import curve_metrics, read_curve
 from benchmarks.study.claims_measures import total_curvature
 
 HELDOUT_SEED = 10_007
-"""Of the pictures, times and noise that held-out losses of the image model are measured with."""
+"""Seed of the images, times and noise of held-out losses of the image model."""
 HELDOUT_DRAWS = 4096
 STATS = ("alpha_mean", "beta_mean", "gate_mean", "velocity_rms", "spectral_radius")
 CLIPS = ("mu_clip_fraction", "beta_clip_fraction", "velocity_clip_fraction")
 
 
 class Lab:
-    """What both packages share.
+    """Base of both labs.
 
     Attributes:
-        bench: The rows' bench.
-        unit: Of a loss.
+        bench: Name in the rows.
+        unit: Unit of a loss.
+        package: Package of the trainer.
     """
 
     bench = unit = package = ""
@@ -40,20 +41,20 @@ class Lab:
         return importlib.import_module(f"{self.package}.config").TrainConfig()
 
     def metrics(self, config, swap):
-        """Numbers of a finished cell, {name: (value, unit)}, and its profile over depth."""
+        """Metrics of a finished cell, {name: (value, unit)}, and its profile over depth."""
         curve = read_curve(Path(config.out) / "train_log.csv")
         found = curve_metrics(*curve, config.optim.warmup_steps, self.unit)
         network, layers, probe, measured = self.finished(config, swap)
         probe = send_to_device(probe, DEVICE)
         states = states_by_depth(layers, lambda: network(**probe))
-        found = measured | {"parameters": (count(network), "")} | found | path_metrics(states)
+        found = measured | {"parameters": (parameters(network), "")} | found | path_metrics(states)
         profile = {"activation_rms": [float(x.square().mean().sqrt()) for x in states]}
-        looks = read_last_look(Path(config.out) / "dynamics.csv")
-        if looks:
-            profile["dynamics"] = looks
+        modules = read_last_stats(Path(config.out) / "dynamics.csv")
+        if modules:
+            profile["dynamics"] = modules
             for clip in CLIPS:
                 name = clip.replace("_", " ").replace("fraction", "share, largest of a layer")
-                found[name] = (max(look[clip] for look in looks), "")
+                found[name] = (max(stats[clip] for stats in modules), "")
         return found, profile
 
 
@@ -88,7 +89,7 @@ class LM(Lab):
         return model, model.model.layers, inputs, measured
 
     def step(self, config, swap):
-        """A call that makes one training step on random ids, and how many parameters it trains."""
+        """A function that trains one step on random ids, and the number of parameters."""
         from benchmarks.study.variants_lm import varied_build
 
         from complexity_lm.data import load_corpus
@@ -112,7 +113,7 @@ class DiT(Lab):
         train(config, varied_build(swap))
 
     def network(self, config, swap):
-        """The average of the weights that a finished run keeps."""
+        """The network of a finished run, with the EMA of its weights."""
         from benchmarks.study.variants_dit import varied_dit
 
         folder = Path(config.out) / "pipeline/transformer"
@@ -131,7 +132,7 @@ class DiT(Lab):
         return network, network.blocks, probe, {"held-out loss": (loss, self.unit)}
 
     def fid(self, config, swap, num_images, evaluations, weights, out):
-        """FID and KID of a finished cell as in `recipe.py`, {name: (value, unit)}."""
+        """FID and KID of a finished cell as in `recipe`, {name: (value, unit)}."""
         from benchmarks.common.painting import painting
 
         from complexity_dit.config import EvalConfig
@@ -172,10 +173,6 @@ class DiT(Lab):
 LABS = {"lm": LM(), "dit": DiT()}
 
 
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def stepper(model, loss):
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -186,11 +183,11 @@ def stepper(model, loss):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, count(model)
+    return step, parameters(model)
 
 
 def heldout_batches(config):
-    """Held-out pictures with their noise and times, the same for every network of a study."""
+    """Held-out images with noise and times, the same for every network of a study."""
     from complexity_dit.data.latents import load_training_data
     from complexity_dit.training.batches import StepBatches
 
@@ -206,7 +203,7 @@ def heldout_batches(config):
 
 @torch.no_grad()
 def heldout_loss(network, batches, config):
-    """Mean training loss over the batches, without dropped labels or tokens."""
+    """Mean training loss over the batches, without dropping labels or tokens."""
     from complexity_dit.training.objective import training_loss
 
     losses = []
@@ -219,18 +216,27 @@ def heldout_loss(network, batches, config):
 
 @torch.no_grad()
 def states_by_depth(layers, forward):
-    """What leaves each layer, from the first to the last: (tokens, D) each."""
+    """Outputs of each layer, from the first to the last, (tokens, D) each."""
     states = []
-    with _hooks(layers, lambda *seen: states.append(seen[2][0].flatten(0, -2).cpu())):
+    handles = [
+        layer.register_forward_hook(
+            lambda _, inputs, output: states.append(output[0].flatten(0, -2).cpu())
+        )
+        for layer in layers
+    ]
+    try:
         forward()
+    finally:
+        for handle in handles:
+            handle.remove()
     return states
 
 
 def path_metrics(states):
-    """How a token moves through depth, {name: (value, unit)}, means over tokens.
+    """Metrics of the path of a token through depth, {name: (value, unit)}, means over tokens.
 
     turning over depth: total curvature of the polygon of its states (`claims_measures`). largest
-    jump of a layer: |h' - h| / |h|, at the layer where its mean is largest.
+    jump of a layer: |h' - h| / |h| at the layer where its mean is largest.
     """
     path = torch.stack(states)
     jumps = path.diff(dim=0).norm(dim=-1) / path[:-1].norm(dim=-1)
@@ -240,18 +246,8 @@ def path_metrics(states):
     }
 
 
-@contextmanager
-def _hooks(layers, look):
-    handles = [layer.register_forward_hook(look) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def read_last_look(path):
-    """The last look of a `dynamics.csv`, a dictionary a module; none without dynamics."""
+def read_last_stats(path):
+    """The last entry of a `dynamics.csv`, one dictionary per module; empty without dynamics."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -1,10 +1,9 @@
-"""The report of a study: means, spreads, and paired differences with their intervals.
+"""The report of a study: means, standard deviations, and paired differences with intervals.
 
-Networks of one seed start from the same weights where they have the same ones and see the same
-batches, so differences are taken seed by seed. The interval is Student's: mean ± t(0.975, n - 1) ·
-s / sqrt(n) over the n seeds that both have, which supposes that differences are normal over seeds;
-of one seed there is none. No correction for the number of comparisons is made: of twenty variants
-without any effect one is expected to have an interval that excludes 0.
+Networks of one seed share initial weights and batches, so differences are taken per seed. The
+interval is Student's: mean ± t(0.975, n - 1) · s / sqrt(n) over the n common seeds, which assumes
+normal differences; one seed has no interval. There is no correction for multiple comparisons: of
+twenty variants without effect one is expected to have an interval that excludes 0.
 """
 
 import csv
@@ -25,24 +24,22 @@ from scipy import stats
 LEVEL = 0.95
 HELDOUT = "held-out loss"
 PAINTED = ("fid", "fd_random", "kid_mean")
-# Tolerated gap in size between a variant and the plain network it is compared with.
+# Tolerated relative difference in size between a variant and its plain network.
 NEAR = {"lm": 0.005, "dit": 0.021}
 CURVE = (
     "final training loss", "mean training loss", "detrended loss variance",
     "gradient norm, median", "gradient norm, 0.99", "gradient spikes",
     "turning over depth", "largest jump of a layer",
 )  # fmt: skip
-
-
 DRAWN = (
     BASELINE, "branch", "stream", "force", "force, MLP only", "force, MLP only, channel",
     "force, across layers only", "force, across blocks only",
 )  # fmt: skip
-"""Whose way through depth is drawn: thirty lines are no figure. The CSV beside it has them all."""
+"""The networks in the figure over depth; the CSV next to it has all of them."""
 
 
 def interval(differences):
-    """Mean and half width of the t-interval; no width with one."""
+    """Mean and half width of the t-interval; the width is None for one value."""
     middle = statistics.fmean(differences)
     if len(differences) < 2:
         return middle, None
@@ -60,24 +57,22 @@ def shown(differences):
 
 
 class Results:
-    """Rows of a study, as far as they belong to its present settings.
+    """Rows of a study that belong to its present settings.
 
     Attributes:
         values: {network: {metric: {seed: value}}}.
-        ratio: Step time over the baseline's, by network.
-        rows: They themselves. Where they name several machines, seeds of a network may come from
-            one and the plain ones from another.
-        cells: Names and shapes of the runs.
+        ratio: {network: step time over that of the baseline}.
+        rows: The rows. If they name several machines, a network and the plain one of the same seed
+            may come from different machines.
+        cells: (case, shape) of the runs.
     """
 
     def __init__(self, study, rows, overrides):
         self.study, lab = study, LABS[study.package]
         rows = [row for row in rows if row["bench"] == lab.bench]
         self.values, self.ratio, self.rows, self.cells = {}, {}, [], set()
-        shapes, seeds = (
-            {},
-            {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])},
-        )
+        seeds = {int(s) for row in rows for s in re.findall(r"seed (\d+)", row["shape"])}
+        shapes = {}
         for name, network in study.networks.items():
             for seed in seeds:
                 config = study.config(lab, network, seed, "", overrides)
@@ -93,14 +88,14 @@ class Results:
                 self.cells.add((row["case"], row["shape"]))
 
     def of(self, name, metric):
-        """{seed: value}; empty if there is none."""
+        """{seed: value}; empty if the metric was not measured."""
         return self.values.get(name, {}).get(metric, {})
 
     def size(self, name):
         return next(iter(self.of(name, "parameters").values()), None)
 
     def plain_of_equal_size(self, name):
-        """The plain network of the study's steps that is nearest in size, if it is near enough."""
+        """The plain network nearest in size after as many steps, or None if none is near."""
         wanted = self.size(name)
         plain = [n.name for n in self.study.networks.values() if n.plain and n.longer == 1.0]
         gaps = {other: abs(self.size(other) / wanted - 1) for other in plain if self.size(other)}
@@ -108,7 +103,7 @@ class Results:
         return nearest if nearest and gaps[nearest] <= NEAR[self.study.package] else None
 
     def plain_of_equal_time(self, name, seed):
-        """Held-out loss of the plain network in the time of a variant, or None beyond the runs."""
+        """Held-out loss of the plain network at the time of a variant; None beyond its runs."""
         ratio = self.ratio.get(name)
         points = sorted(
             (network.longer, self.of(network.name, HELDOUT)[seed])
@@ -120,13 +115,13 @@ class Results:
         if ratio is None or not points or points[0][0] != 1.0 or ratio > points[-1][0]:
             return None
         factors, losses = zip(*points, strict=True)
-        # A variant measured as a little quicker than the plain network gets no less than its steps.
+        # A variant that measures slightly faster than the plain network is compared at equal steps.
         return float(np.interp(math.log(max(ratio, 1.0)), np.log(factors), losses))
 
     def differences(self, name, metric, other):
-        """Over the seeds that both have: the variant's value less the other's."""
-        mine, theirs = self.of(name, metric), self.of(other, metric) if other else {}
-        return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+        """The value of the variant minus that of the other network, over common seeds."""
+        own, base = self.of(name, metric), self.of(other, metric) if other else {}
+        return [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
 
     def differences_at_equal_time(self, name):
         pairs = [(v, self.plain_of_equal_time(name, s)) for s, v in self.of(name, HELDOUT).items()]
@@ -170,7 +165,7 @@ def main_table(results):
 
 
 def curve_table(results):
-    """Of training curves and the way through depth: means, and differences to the baseline."""
+    """Metrics of curves and depth: means, and differences to the baseline."""
     named = [m for m in CURVE if any(results.of(n, m) for n in results.study.networks)]
     extra = sorted({m for v in results.values.values() for m in v if m.startswith(PAINTED)})
     lines = [
@@ -191,7 +186,7 @@ def curve_table(results):
 
 
 def text(results):
-    """Both tables and where they come from, Markdown."""
+    """Both tables and their origin as Markdown."""
     corpus = results.rows[-1]["shape"].partition(",")[0]
     about = (
         f"{made_by(results.rows)} Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of the "
@@ -201,10 +196,10 @@ def text(results):
 
 
 def of_all_commands(study, rows):
-    """The tables of every `ablate.py run` that the result file knows, Markdown.
+    """The tables of every `ablate run` in the rows as Markdown.
 
-    Rows are grouped by command and corpus: what a command overrides is part of a cell's settings,
-    and two corpora have no losses in common. Rows whose settings the study has no longer are named.
+    Rows are grouped by command and corpus: overrides are part of a cell's settings, and losses on
+    two corpora are not comparable. Rows with settings that the study no longer has are counted.
     """
     of = [row for row in rows if row["bench"] == LABS[study.package].bench]
     groups = {}
@@ -214,7 +209,7 @@ def of_all_commands(study, rows):
             groups.setdefault((row["command"], corpus), set()).add((row["case"], row["shape"]))
     parts = []
     for (command, corpus), cells in groups.items():
-        # The corpus stands for its path, of which a cell's name has nothing else.
+        # The name of the corpus stands for its path, which the rows do not have.
         overrides = overrides_of(command) | {"data.source": corpus}
         results = Results(study, of, overrides)
         lost = len(cells) - len(results.cells & cells)
@@ -232,7 +227,7 @@ def of_all_commands(study, rows):
 
 
 def overrides_of(command):
-    """What a recorded command gave to `--override`."""
+    """{field: value} of the `--override` of a recorded command."""
     words = shlex.split(command)
     if "--override" not in words:
         return {}
@@ -241,7 +236,7 @@ def overrides_of(command):
 
 
 def profiles(study, runs):
-    """Over depth, of all cells in a folder: rows of (network, seed, place, metric, value)."""
+    """Values over depth of all cells in a folder: (network, seed, place, metric, value)."""
     rows = []
     for path in sorted(runs.glob("*/seed-*/cell.json")):
         cell = json.loads(path.read_text())
@@ -250,17 +245,14 @@ def profiles(study, runs):
             continue
         for index, value in enumerate(cell["profile"].get("activation_rms", [])):
             rows.append((cell["case"], seed, f"layer {index}", "activation rms", value))
-        for look in cell["profile"].get("dynamics", []):
-            rows += [
-                (cell["case"], seed, look["layer"], metric, value)
-                for metric, value in look.items()
-                if metric != "layer"
-            ]
+        for module in cell["profile"].get("dynamics", []):
+            place = module.pop("layer")
+            rows += [(cell["case"], seed, place, metric, v) for metric, v in module.items()]
     return rows
 
 
 def write_profiles(study, runs, folder):
-    """`<study>-depth.csv`, and a figure of it: a panel a quantity, a line a network."""
+    """Write `<study>-depth.csv` and its figure, with one panel per quantity."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,7 +282,7 @@ def write_profiles(study, runs, folder):
 
 
 def write_differences(results, folder):
-    """`<study>.png`: each variant's held-out loss less that of the plain network in equal time."""
+    """Write `<study>.png`: held-out loss minus that of the plain network at equal time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -309,7 +301,7 @@ def write_differences(results, folder):
     axis.axvline(0, color="0.7", linewidth=0.8)
     axis.set_yticks(range(len(found)), list(found), fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel(f"{HELDOUT} less the plain network's in equal time (left is better)")
+    axis.set_xlabel(f"{HELDOUT} minus the plain network's at equal time (left is better)")
     figure.savefig(folder / f"{results.study.name}.png", dpi=110)
 
 

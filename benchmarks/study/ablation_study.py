@@ -1,4 +1,4 @@
-"""A study: a YAML file of named networks and what each changes in one run (`ablate.py`)."""
+"""A study: a YAML file of named networks with the changes of each to one run."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ SECTIONS = ("package", "run", "plain", "longer", "variants")
 
 @dataclass(frozen=True)
 class Network:
-    """One line of a study.
+    """A network of a study.
 
     Attributes:
-        name: As it is called in rows and tables.
+        name: Name in rows and tables.
         fields: Dotted fields of the config, with their values.
-        swap: What is exchanged in the network after it is built, see `variants`; None for nothing.
+        swap: Name of a swap of `variants` that is applied to the network, or None.
         longer: Steps of the run over those of the study.
-        plain: Whether it is a network without dynamics, to compare with.
+        plain: Whether it is a network without dynamics, for comparison.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Study:
-    """What the file says.
+    """The content of the file.
 
     Attributes:
-        name: The file's, without its ending.
+        name: Name of the file without suffix.
         package: lm or dit.
-        run: Fields of the config that all networks share.
-        networks: By name: the plain ones, the baseline first, then the variants.
+        run: Fields of the config of all networks.
+        networks: {name: network}: the plain ones, the baseline first, then the variants.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Study:
     networks: dict
 
     def config(self, lab, network, seed, out, overrides):
-        """The config of a cell; `overrides` are for all cells of a call and win."""
+        """The config of a cell; `overrides` apply to all cells of a call and take precedence."""
         shared = flat(self.run) | network.fields | overrides
         shared["steps"] = round(shared["steps"] * network.longer)
         own = {"out": str(out), "seed": seed, "resume": "auto", "dynamics_every": shared["steps"]}
@@ -58,10 +58,10 @@ class Study:
 
 
 def read_study(path):
-    """The study of a file.
+    """Read a study from a file.
 
     Raises:
-        ValueError: If a section is missing or unknown, or a name is there twice.
+        ValueError: If a section is missing or unknown, or a name occurs twice.
     """
     path = Path(path)
     content = yaml.safe_load(path.read_text())
@@ -82,12 +82,12 @@ def read_study(path):
         networks.append(Network(name, flat(fields), swap))
     by_name = {network.name: network for network in networks}
     if len(by_name) < len(networks):
-        raise ValueError(f"{path}: a name is there twice")
+        raise ValueError(f"{path}: a name occurs twice")
     return Study(path.stem, content["package"], content["run"], by_name)
 
 
 def flat(fields, prefix=""):
-    """Nested dictionaries as dotted fields."""
+    """Flatten nested dictionaries to dotted fields."""
     found = {}
     for key, value in fields.items():
         if isinstance(value, dict):
@@ -98,10 +98,10 @@ def flat(fields, prefix=""):
 
 
 def expanded(value):
-    """Text with environment variables in it, filled in.
+    """Expand environment variables in text; other values stay.
 
     Raises:
-        ValueError: For one that is not set.
+        ValueError: If a variable is not set.
     """
     if not isinstance(value, str):
         return value
@@ -112,9 +112,9 @@ def expanded(value):
 
 
 def shape_of(config, network):
-    """What identifies a cell in the result file beside its name: data, seed and a hash of the rest.
+    """Identifies a cell in the result file, together with its name: data, seed and a config hash.
 
-    Folders of the machine are left out, and what has no effect on the numbers.
+    The hash leaves out folders of the machine and fields without effect on the numbers.
     """
     settings = asdict(config) | {"swap": network.swap}
     for key in ("out", "resume", "seed", "checkpoint_every", "keep_last", "log_every"):

@@ -1,4 +1,4 @@
-"""Smooth denoising, consistent colours, steady FID: the paper's claims about pictures (§6.3, §7.3).
+"""Denoising paths, colours and steadiness of FID: the paper's claims on images (§6.3, §7.3).
 
     python -m benchmarks.study.claims_dit paths   none/0=RUN branch/0=RUN none/1=RUN branch/1=RUN \
         --source imagefolder:PATH --rows benchmarks/results.csv
@@ -6,12 +6,12 @@
     python -m benchmarks.study.claims_dit fid     none/0=RUN branch/0=RUN … --source … --out DIR \
         --rows …
 
-What is measured is defined in `claims_measures`. NETWORK/SEED=FOLDER names a trained model: a
-run's folder or, for `paths` and `colours`, a pipeline. All paint from the same noise under the same
-labels, those of the held-out paintings, without guidance, in Euler steps; on the page of results,
-differences to `none` are paired by seed. `fid` takes a run with its last checkpoints (train with
-`--keep_last 5`), or a folder of result.json files whose names tell the step (`step-00001400`); what
-is in --out already is read, not measured again, and results of other settings are refused.
+The measures are defined in `claims_measures`. NETWORK/SEED=FOLDER names a trained model: the folder
+of a run or, for `paths` and `colours`, a pipeline. All models sample from the same noise under the
+labels of the held-out paintings, without guidance, in Euler steps; the tables pair differences to
+`none` by seed. `fid` takes a run with its last checkpoints (train with `--keep_last 5`), or a
+folder of result.json files with the step in their names (`step-00001400`). Results in --out are
+read and not measured again, and results of other settings are refused.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.common.painting import painting
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit
 from benchmarks.common.timing import DEVICE
 from benchmarks.study.claims_measures import (
     colour_distances,
@@ -47,24 +47,24 @@ STEP = re.compile(r"step-(\d+)")
 
 
 def named(item):
-    """NETWORK/SEED=FOLDER, checked."""
+    """Parse NETWORK/SEED=FOLDER into (network, seed, folder)."""
     found = re.fullmatch(r"(.+)/(\d+)=(.+)", item)
     if found is None or not Path(found[3]).is_dir():
-        why = f"{found[3]} is no folder" if found else "expected NETWORK/SEED=FOLDER"
-        raise argparse.ArgumentTypeError(f"{item!r}: {why}, such as branch/0=runs/branch-0")
+        why = f"{found[3]} is not a folder" if found else "expected NETWORK/SEED=FOLDER"
+        raise argparse.ArgumentTypeError(f"{item!r}: {why}, for example branch/0=runs/branch-0")
     return found[1], int(found[2]), Path(found[3])
 
 
 def pipeline_folder(folder):
-    """A run's pipeline, or the folder itself."""
+    """The pipeline of a run, or the folder itself."""
     return folder / "pipeline" if (folder / "pipeline").is_dir() else folder
 
 
 @torch.no_grad()
 def expected_pictures(pipe, labels, steps, seed, batch_size=32):
-    """The pictures that a flow network expects at each step: batches of (steps, B, D).
+    """Yield the images that a flow network predicts at each step, (steps, B, D) per batch.
 
-    Read off the states: an Euler step from level s to s' moves x by (s' − s) u.
+    Derived from the states: an Euler step from level s to s' moves x by (s' − s) u.
     """
     if not is_flow(pipe.scheduler):
         raise ValueError(
@@ -95,28 +95,28 @@ def expected_pictures(pipe, labels, steps, seed, batch_size=32):
 
 
 def held_out(pipe, folder, options):
-    """The held-out paintings at the pipeline's size, which to take, and the label rows to ask."""
+    """The held-out paintings at the pipeline's size, the rows to take, and their labels."""
     side = pipe.sample_size
     reference = open_reference(options.source, (side, side), trained_on(folder))
     if reference.images is None or reference.train is None:
         raise ValueError(
             f"--source {options.source}: expected art, imagefolder:PATH or hub:NAME, which have "
-            "held-out paintings and others"
+            "training and held-out paintings"
         )
     rows = draw(len(reference.images), options.num_images, options.seed)
     labels, _ = labels_for_samples(pipe, len(rows), reference.images, rows)
     return reference, rows, labels
 
 
-def plainly(options):
-    """How all measures paint."""
+def sampling(options):
+    """The sampling config of all measures."""
     return painting(
         seed=options.seed, scheduler=EULER, num_inference_steps=options.steps, guidance_scale=1.0
     )
 
 
 def paths(items, options):
-    """Rows of how the expected picture moves, by model."""
+    """Rows on the path of the expected picture, per model."""
     for network, seed, folder in items:
         pipe = load_pipeline(str(pipeline_folder(folder))).to(DEVICE)
         *_, labels = held_out(pipe, pipeline_folder(folder), options)
@@ -126,19 +126,16 @@ def paths(items, options):
             longer.append(length_over_chord(path))
         curved, longer = torch.cat(curved), torch.cat(longer)
         count = len(curved)
-        yield from rows_of(
-            network,
-            f"seed {seed}, n {count}, {options.steps} steps",
-            {
-                "total curvature of the expected picture": (float(curved.mean()), "rad"),
-                "its standard error over pictures": (float(curved.std() / count**0.5), "rad"),
-                "length over chord": (float(longer.mean()), ""),
-            },
-        )
+        values = {
+            "total curvature of the expected picture": (float(curved.mean()), "rad"),
+            "its standard error over pictures": (float(curved.std() / count**0.5), "rad"),
+            "length over chord": (float(longer.mean()), ""),
+        }
+        yield from as_rows(values, network, shape=f"seed {seed}, n {count}, {options.steps} steps")
 
 
 def colours(items, options):
-    """Rows of how far a model's colours are from its styles' paintings, and the floor."""
+    """Rows on the distance of colours from those of the style, per model, and the floor."""
     floors = set()
     for network, seed, folder in items:
         pipe = load_pipeline(str(pipeline_folder(folder))).to(DEVICE)
@@ -150,7 +147,7 @@ def colours(items, options):
                 f"{folder} knows {list(pipe.id2label)}"
             )
         paintings, styles = real.read(range(len(real))), real.column(options.field)
-        images = np.concatenate([x for _, x in iter_samples(pipe, labels, plainly(options))])
+        images = np.concatenate([x for _, x in iter_samples(pipe, labels, sampling(options))])
         shape = f"n {len(rows)}, {options.steps} steps, {real.size[0]} px"
         floor = (reference.images.fingerprint, shape)
         if floor not in floors:
@@ -165,7 +162,7 @@ def colours(items, options):
 
 
 def as_many(train, wanted, options):
-    """Training paintings with as many of each style as `wanted` has, as far as there are."""
+    """Training paintings with at most as many of each style as `wanted` has."""
     of, chosen = train.column(options.field), []
     for style in np.unique(wanted[wanted >= 0]):
         there = np.flatnonzero(of == style)
@@ -180,19 +177,12 @@ def as_many(train, wanted, options):
 
 def colour_rows(case, shape, images, labels, real, real_labels):
     palette, picture, styles = colour_distances(images, labels, real, real_labels)
-    yield from rows_of(
-        case,
-        shape,
-        {
-            "palette to style": (palette, ""),
-            "picture to style": (picture, ""),
-            "styles": (styles, ""),
-        },
-    )
+    values = {"palette to style": palette, "picture to style": picture, "styles": styles}
+    return as_rows({name: (value, "") for name, value in values.items()}, case, shape=shape)
 
 
 def fid(items, options):
-    """Rows of how much FID moves over the last checkpoints of a run."""
+    """Rows on the variance of FID over the last checkpoints, per run."""
     first = None
     for network, seed, folder in items:
         found = checkpoint_results(network, seed, folder, options)
@@ -209,20 +199,17 @@ def fid(items, options):
                     f"{folder}, step {step}: measured under other settings than the first result, "
                     + ", ".join(f"{name} {a} and {b}" for name, (a, b) in other.items())
                 )
-        # A random feature network's distance is no FID, and is not called so.
+        # The distance under a random feature network is not an FID and has another name.
         name = "fid" if "fid" in first["metrics"] else "fd_random"
         values = [result["metrics"][name] for result in results]
         shape = f"seed {seed}, n {first['n_generated']}, last {options.last} checkpoints"
-        yield from rows_of(
-            network,
-            shape,
-            {f"{name}, {what}": (x, "") for what, x in steadiness(steps, values).items()}
-            | {"steps between": ((steps[-1] - steps[0]) / (len(steps) - 1), "")},
-        )
+        measured = {f"{name}, {what}": (x, "") for what, x in steadiness(steps, values).items()}
+        measured["steps between"] = ((steps[-1] - steps[0]) / (len(steps) - 1), "")
+        yield from as_rows(measured, network, shape=shape)
 
 
 def checkpoint_results(network, seed, folder, options):
-    """{step: result} of a folder of results, or of a run's checkpoints, measured where missing."""
+    """{step: result} of a folder of results or of a run's checkpoints, measured where missing."""
     checkpoints = all_checkpoints(folder / "checkpoints")[-options.last :]
     if not checkpoints:
         return {
@@ -231,42 +218,34 @@ def checkpoint_results(network, seed, folder, options):
             if STEP.search(str(path.relative_to(folder))) and path.name.startswith("result")
         }
     if options.out is None:
-        raise ValueError("fid of checkpoints needs --out, where their results are kept")
+        raise ValueError("fid of checkpoints needs --out, the folder for their results")
     name, found = re.sub(r"[^\w.-]+", "-", network), {}
     brief = EvalConfig.brief(num_images=options.num_images, weights=options.weights, quiet=True)
     for checkpoint in checkpoints:
         out = options.out / f"{name}-seed-{seed}" / checkpoint.name
         if not (out / "result.json").exists():
-            evaluate(checkpoint / "pipeline", options.source, out, brief, plainly(options))
+            evaluate(checkpoint / "pipeline", options.source, out, brief, sampling(options))
         found[int(STEP.fullmatch(checkpoint.name)[1])] = read_result(out)
     return found
 
 
-def rows_of(case, shape, values):
-    for metric, (value, unit) in values.items():
-        yield {
-            "case": case, "shape": shape, "dtype": "float32",
-            "metric": metric, "value": value, "unit": unit,
-        }  # fmt: skip
-
-
 MEASURES = {"paths": (paths, 256), "colours": (colours, 2048), "fid": (fid, 2048)}
-"""What a measure is called: (its rows, pictures by default)."""
+"""Name of a measure: (its function, default number of images)."""
 
 
 def main():
-    """Measure, print, and add rows if asked; rows come model by model."""
+    """Measure and print model by model; `--rows` adds the rows to the result file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("measure", choices=MEASURES)
     parser.add_argument("models", nargs="+", type=named, metavar="NETWORK/SEED=FOLDER")
     parser.add_argument("--source", required=True, help="art, imagefolder:PATH or hub:NAME")
-    parser.add_argument("--field", default="style", help="colours: the label that names a style")
+    parser.add_argument("--field", default="style", help="colours: the label field of styles")
     parser.add_argument("--num_images", type=int, help="256 for paths, 2048 otherwise")
     parser.add_argument("--steps", type=int, default=20, help="of denoising")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and draws, not of training")
-    parser.add_argument("--last", type=int, default=5, help="fid: how many checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and draws")
+    parser.add_argument("--last", type=int, default=5, help="fid: number of checkpoints")
     parser.add_argument("--out", type=Path, help="fid: folder of the results")
     parser.add_argument("--weights", default="auto", help="fid: of the feature network")
     parser.add_argument("--rows", help="CSV to add the rows to")
@@ -276,10 +255,10 @@ def main():
     if options.num_images < 2 or options.steps < 3:
         parser.error(
             f"--num_images {options.num_images} must be at least 2 and --steps {options.steps} at "
-            "least 3: a path of fewer has no corner"
+            "least 3: a shorter path does not turn"
         )
     started_from = commit()
-    # Without the folders of this machine, so that the same measure has one name in the rows.
+    # Without folders, so that rows of one measure have one command.
     command = f"python -m benchmarks.study.claims_dit {options.measure} NETWORK/SEED=FOLDER …"
     for row in measure(options.models, options):
         print(f"{row['case']}, {row['shape']}: {row['metric']} {row['value']:.6g}", flush=True)

@@ -1,4 +1,4 @@
-"""What the rows of `claims_dit.py` say, as tables: a line a network, differences paired by seed."""
+"""Tables of the rows of `claims_dit`: one line per network, differences paired by seed."""
 
 import re
 
@@ -6,17 +6,17 @@ from benchmarks.common.results import made_by
 from benchmarks.study.ablation_report import shown, spread
 from benchmarks.study.ablation_study import BASELINE
 
-# How sure the others are, and what they are of: not compared.
-BESIDE = ("its standard error over pictures", "styles", "steps between")
+# Metrics that are not compared.
+NOT_COMPARED = ("its standard error over pictures", "styles", "steps between")
 
 
 def table(rows):
-    """One measure at one amount, Markdown lines."""
+    """Markdown lines of one measure with one number of images and steps."""
     values = {}
     for row in rows:
         seed = int(re.match(r"seed (\d+)", row["shape"])[1])
         values.setdefault(row["case"], {}).setdefault(row["metric"], {})[seed] = float(row["value"])
-    metrics = {r["metric"]: r["unit"] for r in rows if r["metric"] not in BESIDE}
+    metrics = {r["metric"]: r["unit"] for r in rows if r["metric"] not in NOT_COMPARED}
     heads = [f"{metric} [{unit}]" if unit else metric for metric, unit in metrics.items()]
     lines = [
         "| network | seeds | " + " | ".join(f"{head} | − {BASELINE}" for head in heads) + " |",
@@ -25,16 +25,16 @@ def table(rows):
     for case, found in values.items():
         cells = []
         for metric in metrics:
-            mine, plain = found.get(metric, {}), values.get(BASELINE, {}).get(metric, {})
-            both = sorted(mine.keys() & plain.keys()) if case != BASELINE else []
-            cells += [spread(list(mine.values())), shown([mine[s] - plain[s] for s in both])]
+            own, plain = found.get(metric, {}), values.get(BASELINE, {}).get(metric, {})
+            both = sorted(own.keys() & plain.keys()) if case != BASELINE else []
+            cells += [spread(list(own.values())), shown([own[s] - plain[s] for s in both])]
         seeds = max(len(of_seed) for of_seed in found.values())
         lines.append(f"| {case} | {seeds} | " + " | ".join(cells) + " |")
     return lines
 
 
 def claims(rows):
-    """The tables of all measures, Markdown lines."""
+    """The tables of all measures as Markdown."""
     lines = []
     amounts = dict.fromkeys((r["command"], r["shape"].partition(", ")[2]) for r in rows)
     for command, amount in amounts:

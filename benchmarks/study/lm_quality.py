@@ -1,15 +1,14 @@
-"""Do dynamics help the language model? Held-out bits per byte with them and without, small models.
+"""Held-out bits per byte of small language models with the paper's dynamics and without.
 
     python -m benchmarks.study.lm_quality PATH/tinyshakespeare.txt --rows benchmarks/results.csv
-    python -m benchmarks.study.lm_quality PATH/wikitext2_valid.txt --heldout \
-        PATH/wikitext2_test.txt \
-        --rows benchmarks/results.csv
+    python -m benchmarks.study.lm_quality PATH/wikitext2_valid.txt \
+        --heldout PATH/wikitext2_test.txt --rows benchmarks/results.csv
 
 Three runs from one seed, on the same blocks in the same order: the paper's dynamics, `branch` with
-a controller a token (the rows call it "default", which it was); `none` with an MLP so much wider
-that both have the same number of parameters, as many steps; and `none` as narrow as the first and
-so much quicker, with as many steps as take the same time. The ratio of step
-times is measured first, steps of both in turn, so that a busy machine slows both alike.
+its controller ("default" in the rows, which it was); `none` with a wider MLP for equal parameters,
+after as many steps; and `none` with the same MLP, after as many steps as take the same time. The
+ratio of step times is measured first, steps of both in turn, so that a busy machine slows both
+alike.
 """
 
 import argparse
@@ -20,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.common.results import append_rows
+from benchmarks.common.memory import parameters
+from benchmarks.common.results import append_rows, as_rows, format_values
 from benchmarks.common.timing import paired
 from transformers.utils import logging as transformers_logging
 
@@ -45,12 +45,12 @@ VOCABULARY = 1024
 
 
 def shape(wider):
-    """The sizes, with an MLP `wider` by so much."""
+    """The sizes, with an MLP that is `wider` units wider."""
     return SHAPE | {"intermediate_size": SHAPE["intermediate_size"] + wider}
 
 
 def build(placement, wider=0):
-    """A model as `train` makes it."""
+    """A model as `complexity_lm.train` builds it."""
     config = DeepConfig.from_preset(
         "15m", vocab_size=VOCABULARY, dynamics_placement=placement, dynamics_adaptive="token",
         **shape(wider),
@@ -58,12 +58,8 @@ def build(placement, wider=0):
     return DeepForCausalLM(config)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def width_for_equal_parameters():
-    """What `none` needs more in its MLP to have the parameters of `branch`, within 0.5 %."""
+    """Units that `none` needs in addition to have the parameters of `branch` within 0.5 %."""
     wanted, plain = parameters(build("branch")), parameters(build("none"))
     per_unit = parameters(build("none", wider=1)) - plain
     wider = round((wanted - plain) / per_unit)
@@ -85,7 +81,7 @@ def step_of(model, batch_size, context):
 
 
 def main():
-    """Print the three runs and, if asked, add their rows to the result file."""
+    """Train and print the three runs; `--rows` adds them to the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--heldout", type=Path, help="by default a tenth of the text")
@@ -98,10 +94,8 @@ def main():
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
 
-    steps = {
-        name: step_of(build(name), options.batch_size, options.context)
-        for name in ("none", "branch")
-    }
+    size = options.batch_size, options.context
+    steps = {name: step_of(build(name), *size) for name in ("none", "branch")}
     ratio = paired(steps, 15, "cpu")["branch"][1]
     print(f"a step with dynamics takes {ratio:.3f} times one without", flush=True)
     wider = width_for_equal_parameters()
@@ -121,23 +115,15 @@ def main():
     for case, (placement, extra, count) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
-                out=f"{folder}/run",
-                seed=options.seed,
-                steps=count,
-                batch_size=options.batch_size,
-                eval_every=0,
-                checkpoint_every=10**9,
-                dynamics_every=0,
-                tracker="none",
-                data=data,
+                out=f"{folder}/run", seed=options.seed, steps=count,
+                batch_size=options.batch_size, eval_every=0, checkpoint_every=10**9,
+                dynamics_every=0, tracker="none", data=data,
                 tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
                 model=ModelConfig(
-                    dynamics_placement=placement,
-                    dynamics_adaptive="token",
-                    overrides=shape(extra),
+                    dynamics_placement=placement, dynamics_adaptive="token", overrides=shape(extra)
                 ),
                 optim=replace(OptimConfig(), lr=options.lr),
-            )
+            )  # fmt: skip
             start = time.perf_counter()
             train(config)
             seconds = time.perf_counter() - start
@@ -148,18 +134,9 @@ def main():
             "steps": (count, ""),
             "whole run": (seconds, "s"),
         }
-        print(f"{corpus} {case}: " + ", ".join(f"{k} {v:.5g}" for k, (v, _) in values.items()))
-        rows += [
-            {
-                "case": f"{corpus} {case}",
-                "shape": f"{options.batch_size}x{options.context} seed {options.seed}",
-                "dtype": "float32",
-                "metric": metric,
-                "value": value,
-                "unit": unit,
-            }
-            for metric, (value, unit) in values.items()
-        ]
+        print(f"{corpus} {case}: {format_values(values)}")
+        about = f"{options.batch_size}x{options.context} seed {options.seed}"
+        rows += as_rows(values, f"{corpus} {case}", shape=about)
     if options.rows:
         append_rows(options.rows, "lm_quality", rows, "cpu")
 

@@ -1,11 +1,11 @@
-"""Dynamics with one part exchanged, for ablations: what only a study needs, outside the product.
+"""Dynamics with one part replaced, for ablations.
 
-A kind is a subclass of `INLDynamics` with the same parameters, so a module of a finished model can
-be turned into it (`turn_into`) without drawing anything anew: all variants of a seed start from the
-same weights. `variants_lm` and `variants_dit` say which kinds and which layers make a variant.
+A kind is a subclass of `INLDynamics` with the same parameters, so a module of a built model can be
+turned into it (`turn_into`) without new random numbers: all variants of a seed start from the same
+weights. `variants_lm` and `variants_dit` define the variants of each model.
 
-Everything here is plain PyTorch on the definitions of `inl_core`; step times of these kinds are
-those of unfused code.
+All of it is plain PyTorch on the definitions of `inl_core`, so step times are those of unfused
+code.
 """
 
 import torch
@@ -15,7 +15,7 @@ from inl_core import INLDynamics, bounded_clamp, integrators, ops
 
 
 class OpenDynamics(INLDynamics):
-    """`INLDynamics` taken apart: `coefficients`, `equilibrium` and `move` can be exchanged."""
+    """`INLDynamics` with `coefficients`, `equilibrium` and `move` as methods to override."""
 
     def forward(self, h, v=None, force=None):
         self._check_inputs(h, v, force)
@@ -44,13 +44,13 @@ class OpenDynamics(INLDynamics):
 
 
 class _Integrated(OpenDynamics):
-    """Another integrator of the same equation; the clip comes after its step, for the next one."""
+    """Another integrator of the same equation; v is clipped after the step."""
 
     integrator = ""
 
     def move(self, h, v, alpha, beta, gate, mu, force):
         if force is not None:
-            raise ValueError(f"{self.integrator} knows no force: use placement stream or branch")
+            raise ValueError(f"{self.integrator} takes no force: use placement stream or branch")
         step = integrators.INTEGRATORS[self.integrator]
         h_next, v_next = step(h, v, alpha, beta, gate, mu, self.dt)
         return h_next, self.clipped(v_next)
@@ -69,10 +69,10 @@ class Exact(_Integrated):
 
 
 class ZeroSpring(OpenDynamics):
-    """beta = clamp(b, 0, beta_max) in place of softplus, with b = 0 at the start.
+    """beta = clamp(b, 0, beta_max) instead of softplus, with b = 0 at the start.
 
-    Together with v = 0 that makes the first step of training the identity: the layer is not there
-    until the loss asks for it. `bounded_clamp` lets b come back from below 0.
+    Together with v = 0 the layer is the identity in the first step of training. The gradient of
+    `bounded_clamp` lets b return from below 0.
     """
 
     def start(self):
@@ -81,16 +81,15 @@ class ZeroSpring(OpenDynamics):
 
     def coefficients(self, h, v, beta_max):
         alpha_raw, beta_raw, gate_raw = self._coefficients(h, v)
-        low = None if beta_max is None else 0.0  # None asks for what is not clipped yet
+        low = None if beta_max is None else 0.0  # None: the unclipped value
         return alpha_raw.sigmoid(), bounded_clamp(beta_raw, low, beta_max), gate_raw.sigmoid()
 
 
 class Critical(OpenDynamics):
-    """Our own: critically damped. alpha = (1 - sqrt(p))² with p = dt gate beta.
+    """Critical damping (not in the paper): alpha = (1 - sqrt(p))² with p = dt gate beta.
 
-    That is the alpha at which the eigenvalues of the transition matrix, whose trace is 1 + alpha -
-    p and determinant alpha, are equal: the fastest return to mu that does not swing over it. The
-    controller's alpha is not used.
+    At this alpha the eigenvalues of the transition matrix, with trace 1 + alpha - p and determinant
+    alpha, are equal: the fastest return to mu without overshoot. The controller's alpha is unused.
     """
 
     def coefficients(self, h, v, beta_max):
@@ -100,17 +99,17 @@ class Critical(OpenDynamics):
 
 
 class NoCarry(OpenDynamics):
-    """Forgets: every layer meets v = 0, so only the spring and the gate are left."""
+    """No memory: every layer starts from v = 0, which leaves the spring and the gate."""
 
     def forward(self, h, v=None, force=None):
         return super().forward(h, None, force)
 
 
 class Anchored(OpenDynamics):
-    """Our own: each token's equilibrium is its own start, mu + the state that enters the network.
+    """An equilibrium per token (not in the paper): mu + the state that enters the network.
 
-    The paper's mu is one point for all tokens; here the spring leads back to what the token was
-    before the first layer, a second-order cousin of residuals from the embedding.
+    The paper's mu is one point for all tokens; here the spring pulls towards the token's state
+    before the first layer, as residual connections from the embedding do.
     """
 
     def equilibrium(self, h):
@@ -118,14 +117,14 @@ class Anchored(OpenDynamics):
 
 
 class PlainResidual(nn.Module):
-    """In the place of a dynamics module under `force`: h + force, and v goes by."""
+    """Replaces a dynamics module under `force`: h + force, with v unchanged."""
 
     def forward(self, h, v=None, force=None):
         return h + force, v
 
 
 def turn_into(module, kind):
-    """Make `module` one of `kind`: its parameters stay what they are."""
+    """Change the class of `module` to `kind` and keep its parameters."""
     if type(module) is not INLDynamics:
         raise ValueError(f"{type(module).__name__} cannot become {kind.__name__}: adaptive is lite")
     module.__class__ = kind
@@ -134,7 +133,7 @@ def turn_into(module, kind):
 
 
 def dynamics_of(layers):
-    """The dynamics modules of layers, in the order in which they run."""
+    """The dynamics modules of layers in execution order."""
     found = [
         getattr(layer, name)
         for layer in layers
@@ -142,7 +141,7 @@ def dynamics_of(layers):
         if hasattr(layer, name)
     ]
     if not found:
-        raise ValueError("the network has no dynamics to exchange: set dynamics_placement")
+        raise ValueError("the network has no dynamics to replace: set dynamics_placement")
     return found
 
 
@@ -157,7 +156,7 @@ def kind_swap(kind):
 
 
 def anchor_swap(layers):
-    """Anchored dynamics; what enters the first layer is kept for the forward under way."""
+    """Anchored dynamics; a hook keeps the input of the first layer during a forward pass."""
     anchor = [None]
     for module in dynamics_of(layers):
         turn_into(module, Anchored)
@@ -182,10 +181,10 @@ def plain_swap(name):
 
 
 def scale_mlps(layers):
-    """No dynamics: what an MLP adds, times a learned factor a channel (LayerScale, 2103.17239).
+    """No dynamics: MLP outputs times a learned factor per channel (LayerScale, 2103.17239).
 
-    Under `force` the velocity keeps half of what it gets, so in the end a branch counts 1 + 1/2 +
-    1/4 + ... = 2 times. This starts there, and says how much of the effect is that factor.
+    Under `force` with alpha = 1/2 a branch is added 1 + 1/2 + 1/4 + ... = 2 times in total. The
+    factor starts at 2, which shows how much of the effect comes from it.
     """
     for layer in layers:
         if layer.placement != "none":
@@ -207,4 +206,4 @@ SWAPS = {
     "plain-mlp": plain_swap("dynamics_mlp"),
     "layer-scale": scale_mlps,
 }
-"""Changes that know nothing of the network but its list of layers; both models have these."""
+"""Swaps that need only the list of layers, for both models."""

@@ -1,8 +1,8 @@
-"""The image model with dynamics in other places or of other kinds (`ablate.py`).
+"""The image model with dynamics in other places or of other kinds.
 
-A variant is a class: the training loop copies a network by its class and config. Its pipeline
-folders open with this class only (`varied_dit(swap).from_pretrained(folder / "transformer")`);
-without it they would be the plain network with the same weights.
+A variant is a class, because the training loop copies a network by its class and config. Its
+pipeline folders must be loaded with this class (`varied_dit(swap).from_pretrained(folder /
+"transformer")`); otherwise they give the plain network with the same weights.
 """
 
 import copy
@@ -16,7 +16,7 @@ from complexity_dit.training.network import build_model
 
 
 class _Branches(ComplexityDiTBlock):
-    """Placement `branch` where `on_attention` and `on_mlp` say, one velocity through both."""
+    """Placement `branch` on attention, the MLP or both, with one velocity."""
 
     on_attention, on_mlp = True, True
 
@@ -45,7 +45,7 @@ class BothBranches(_Branches):
 
 
 class AcrossBlocks(ComplexityDiTBlock):
-    """Momentum from block to block only: what the whole plain block adds is the force."""
+    """Momentum across blocks only: the force is the change made by the whole plain block."""
 
     def forward(self, h_BND, v_BND, first_BNHE, *inputs):
         after_BND, _, first_BNHE = super().forward(h_BND, None, first_BNHE, *inputs)
@@ -76,7 +76,7 @@ def both_branches(model):
 def across_blocks(model):
     _needs(model, "stream")
     for block in model.blocks:
-        block.placement = "none"  # inside; AcrossBlocks puts the dynamics round it
+        block.placement = "none"  # of the inner block; AcrossBlocks adds the dynamics around it
         block.__class__ = AcrossBlocks
 
 
@@ -90,7 +90,7 @@ DIT_SWAPS = {
 
 @cache
 def varied_dit(swap):
-    """The class of networks with `swap` made in them; None is the product's own."""
+    """The class of networks with `swap` applied; None is the unchanged class."""
     if swap is None:
         return ComplexityDiTTransformer2DModel
     if swap not in DIT_SWAPS:
@@ -105,12 +105,12 @@ def varied_dit(swap):
 
 
 def varied_build(swap):
-    """What `train` builds with: the config's own network with `swap` made in it."""
+    """A build function for `train`: the network of the config with `swap` applied."""
     kind = varied_dit(swap)
 
     def build(config, data):
         shape = dict(build_model(config, data).config)
-        torch.manual_seed(config.seed)  # the numbers that the plain network was drawn from
+        torch.manual_seed(config.seed)  # the random numbers of the plain network
         return kind.from_config(shape)
 
     return build_model if swap is None else build

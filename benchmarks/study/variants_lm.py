@@ -1,7 +1,7 @@
-"""The language model with dynamics in other places or of other kinds (`ablate.py`).
+"""The language model with dynamics in other places or of other kinds.
 
-The name of the variant is a field of the config, so checkpoints and model folders bring their own
-network back, in programs that import this module.
+The name of the variant is a field of the config, so checkpoints and model folders load as the same
+network in programs that import this module.
 """
 
 import copy
@@ -40,7 +40,7 @@ class BothBranches(DeepDecoderLayer):
 
 
 class AcrossLayers(DeepDecoderLayer):
-    """Momentum from layer to layer only: what the whole plain layer adds is the force."""
+    """Momentum across layers only: the force is the change made by the whole plain layer."""
 
     def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
         after_BND, _ = super().forward(h_BND, None, plan, **kwargs)
@@ -48,9 +48,9 @@ class AcrossLayers(DeepDecoderLayer):
 
 
 class LookAhead(DeepDecoderLayer):
-    """Our own: `force`, with attention and MLP reading where the velocity leads (Nesterov).
+    """`force` with attention and MLP evaluated ahead of the state (Nesterov; not in the paper).
 
-    They see h + dt g α v with the initial coefficients: where inertia alone would take h.
+    Their input is h + dt g α v with the initial coefficients: where inertia alone would move h.
     """
 
     def forward(self, h_BND, v_BND=None, plan=None, **kwargs):
@@ -88,7 +88,7 @@ def both_branches(model):
 def across_layers(model):
     _needs(model.model.layers, "stream")
     for layer in model.model.layers:
-        layer.placement = "none"  # inside; AcrossLayers puts the dynamics round it
+        layer.placement = "none"  # of the inner layer; AcrossLayers adds the dynamics around it
         layer.__class__ = AcrossLayers
 
 
@@ -109,17 +109,17 @@ LM_SWAPS = {
 
 @strict
 class VariedConfig(DeepConfig):
-    """`DeepConfig` with the name of what is exchanged, one of `LM_SWAPS`; None for nothing."""
+    """`DeepConfig` with the name of a swap, one of `LM_SWAPS` or None."""
 
     model_type = "complexity-deep-varied"
     swap: str | None = None
 
 
 class VariedForCausalLM(DeepForCausalLM):
-    """`DeepForCausalLM`, changed when it is built."""
+    """`DeepForCausalLM` with the swap applied when it is built."""
 
     config_class = VariedConfig
-    _auto_class = None  # its folder carries no code: it is for programs that import this module
+    _auto_class = None  # saved folders carry no code
 
     def __init__(self, config):
         super().__init__(config)
@@ -132,7 +132,7 @@ AutoModelForCausalLM.register(VariedConfig, VariedForCausalLM)
 
 
 def varied_build(swap):
-    """What `complexity_lm.train` builds with: the config's own network with `swap` made in it."""
+    """A build function for `complexity_lm.train`: the network of the config with `swap` applied."""
     if swap is None:
         return build_model
     if swap not in LM_SWAPS:
@@ -141,7 +141,7 @@ def varied_build(swap):
     def build(config, tokenizer, tokens):
         plain = build_model(config, tokenizer, tokens)
         settings = plain.config.to_dict() | {"swap": swap, "model_type": VariedConfig.model_type}
-        torch.manual_seed(config.seed)  # the numbers that the plain network was drawn from
+        torch.manual_seed(config.seed)  # the random numbers of the plain network
         return VariedForCausalLM(VariedConfig.from_dict(settings)).to(plain.dtype)
 
     return build

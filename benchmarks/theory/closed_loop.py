@@ -2,21 +2,21 @@
 
     python -m benchmarks.theory.closed_loop --rows benchmarks/results.csv
 
-Joint angles q are to reach a target. A fixed controller gives kp (target - q) - kd q'; a learned
+Joint angles q should reach a target. A fixed controller applies kp (target - q) - kd q'; a learned
 policy adds a torque every 0.05 s. With `INLDynamics` as the policy, position h is the error q -
-target, velocity v the measured joint speed and mu 0: equation (2) says which speed v' there should
-be, and the torque is K (v' - q') = -K beta (q - target) - K (1 - alpha) q', a PD controller whose
-gains its token controller chooses from the state and its bounds keep from having the wrong sign.
-Beside it a perceptron of as many parameters that reads the same and may ask for any torque. Both
-learn through the simulation, on payloads of 0.5 to 1.5 kg, and are then tried on other targets with
-those payloads and with 3 to 5 kg, which neither has met.
+target, velocity v the measured joint speed and mu is 0: equation (2) gives a desired speed v', and
+the torque is K (v' - q') = -K beta (q - target) - K (1 - alpha) q', a PD controller whose gains the
+token controller chooses from the state and whose signs the bounds fix. It is compared with a
+perceptron of as many parameters on the same inputs, with any torque as output. Both learn through
+the simulation on payloads of 0.5 to 1.5 kg and are evaluated on other targets, with those payloads
+and with 3 to 5 kg.
 """
 
 import argparse
 import statistics
 
 import torch
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit
 from benchmarks.theory.physics_systems import arm_acceleration
 from torch import nn
 
@@ -65,7 +65,7 @@ def tasks(count, payloads, draw):
 
 
 def errors_of(policy, task):
-    """Errors and added torques at every control step, (STEPS, count, 2) twice."""
+    """Errors and added torques at every control step, (STEPS, count, 2) each."""
     q, target, payload = task
     speed = torch.zeros_like(q)
     errors, torques = [], []
@@ -100,7 +100,7 @@ def trained(policy, steps, seed, count=128):
 
 @torch.no_grad()
 def tried(policy, payloads):
-    """Numbers of a policy on 512 tasks that no training has met."""
+    """Metrics of a policy on 512 tasks that are not in the training."""
     draw = torch.Generator().manual_seed(1_000_003)
     errors, _ = errors_of(policy, tasks(512, payloads, draw))
     size = errors.norm(dim=-1)
@@ -127,19 +127,14 @@ def main():
     rows = []
     for (name, seed), policy in found.items():
         for about, payloads in PAYLOADS.items():
-            for metric, (value, unit) in tried(policy, payloads).items():
-                rows.append(
-                    {"case": f"{name}, {about}", "shape": f"seed {seed}, {options.steps} steps",
-                     "dtype": "float32", "metric": metric, "value": value, "unit": unit}
-                )  # fmt: skip
-    for case in dict.fromkeys(row["case"] for row in rows):
-        of = [row for row in rows if row["case"] == case]
-        for metric in dict.fromkeys(row["metric"] for row in of):
-            values = [row["value"] for row in of if row["metric"] == metric]
-            print(
-                f"{case}: {metric} median {statistics.median(values):.4g}, "
-                f"of {len(values)} in [{min(values):.4g}, {max(values):.4g}]"
-            )
+            shape = f"seed {seed}, {options.steps} steps"
+            rows += as_rows(tried(policy, payloads), f"{name}, {about}", shape=shape)
+    for case, metric in dict.fromkeys((row["case"], row["metric"]) for row in rows):
+        values = [r["value"] for r in rows if (r["case"], r["metric"]) == (case, metric)]
+        print(
+            f"{case}: {metric} median {statistics.median(values):.4g}, "
+            f"of {len(values)} in [{min(values):.4g}, {max(values):.4g}]"
+        )
     if options.rows:
         append_rows(options.rows, "closed_loop", rows, "cpu", commit=started_from)
 

@@ -1,10 +1,10 @@
-"""The figure of docs/maths.md: where the update is stable, and how it moves there.
+"""The figure of docs/maths.md: a map of stability and phase portraits of the update.
 
     python -m benchmarks.theory.phase_portraits --out docs/maths/phase.png
 
-The map has every frozen point as (alpha, p) with p = dt gate beta: both eigenvalues depend on these
-two numbers alone. The portraits are simulated with the definition (`inl_core.reference`); ellipses
-are level sets of the Lyapunov function.
+The map shows frozen points as (alpha, p) with p = dt gate beta, on which alone both eigenvalues
+depend. The portraits are simulated with the definition (`inl_core.reference`); ellipses are level
+sets of the Lyapunov function.
 """
 
 import argparse
@@ -31,7 +31,7 @@ POINTS = {
 
 
 def walk(alpha, beta, gate, dt, velocity_max, steps, start):
-    """(e, v) from a start, (steps + 1, 2); mu is 0."""
+    """The path (e, v) from `start`, (steps + 1, 2), with mu = 0."""
     mu = torch.zeros(1, dtype=torch.float64)
     h, v = (torch.tensor([x], dtype=torch.float64) for x in start)
     path = [(float(h), float(v))]

@@ -1,24 +1,23 @@
-"""Does a second-order layer help a transformer with second-order systems? (paper §10)
+"""Rollout error of a transformer on second-order systems with dynamics and without (paper §10).
 
     python -m benchmarks.theory.physics --rows benchmarks/results.csv
 
-A small causal transformer (the language model's, fed with continuous states) learns to predict the
-next state of three systems of `physics_systems`, then continues held-out trajectories on its own:
-32 true states, then 64 steps in which it reads its own output. The error of a rollout is the root
-mean square over trajectories, channels and steps, in units of the data's standard deviation. Each
-placement of the dynamics, with the paper's controller or, where a name ends in `channel`, with a
-coefficient a channel, is compared with the plain network of equal parameters (a wider MLP),
-pairwise by seed: the geometric mean of the ratios, with a 95 % t-interval. `force, no-carry` is the
-control: the same layer, whose velocity is forgotten from one step to the next. What has rows is not
-run again, and the table at the end is of all that was asked for; `tables.py` writes the same table
-into docs/results/dynamics.md.
+A small causal transformer (that of the language model, on continuous states) learns to predict the
+next state of three systems of `physics_systems`, then continues held-out trajectories: 32 true
+states, then 64 steps on its own output. The error of a rollout is the root mean square over
+trajectories, channels and steps, in standard deviations of the data. Each placement, with the
+paper's controller or, if its name ends in `channel`, with one coefficient per channel, is compared
+with the plain network of equal parameters (a wider MLP), paired by seed: the geometric mean of the
+ratios with a 95 % t-interval. `force, no-carry` is the control: the same layer with its velocity
+reset at every step. Runs with rows are not repeated; the table of all requested runs is printed.
 """
 
 import argparse
 import time
 
 import torch
-from benchmarks.common.results import append_rows, commit, read_rows
+from benchmarks.common.memory import parameters
+from benchmarks.common.results import append_rows, as_rows, commit, format_values, read_rows
 from benchmarks.study.variants import SWAPS
 from benchmarks.theory.physics_report import BASELINES, STEPS, known_of, table
 from benchmarks.theory.physics_systems import SYSTEMS, trajectories
@@ -27,7 +26,7 @@ from torch import nn
 from complexity_lm import DeepConfig, DeepModel
 
 PRIMER, HORIZON = 32, 64
-# The plain networks, each with the one whose parameters it has.
+# The plain networks, each with the network whose number of parameters it has.
 EQUALS = {"none": "branch", "none, wider": "force", "none, narrower": "force_mlp, channel"}
 NETWORKS = (*EQUALS, *BASELINES)
 SHAPE = {
@@ -42,13 +41,13 @@ SHAPE = {
 
 
 class Forecaster(nn.Module):
-    """States (B, N, O) -> the next state at every position, as the last one plus a change.
+    """States (B, N, O) -> the next state at every position, as the last state plus a change.
 
     Args:
         channels: O.
-        network: A placement, after a comma the kind of its coefficients if not the paper's `token`,
-            or what is exchanged in it (`variants.SWAPS`).
-        wider: What the MLP has more than its share.
+        network: A placement, optionally with a comma and the kind of coefficients (default: the
+            paper's `token`) or a swap (`variants.SWAPS`).
+        wider: Units that the MLP has in addition.
     """
 
     def __init__(self, channels, network, wider=0):
@@ -72,18 +71,14 @@ class Forecaster(nn.Module):
         return states + self.leave(hidden)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def width_for_equal_parameters(channels, network="branch"):
-    """What the MLP of `none` needs more to have the parameters of a network."""
+    """Units that the MLP of `none` needs in addition for the parameters of a network."""
     plain, wanted = (parameters(Forecaster(channels, name)) for name in ("none", network))
     return round((wanted - plain) / (parameters(Forecaster(channels, "none", 1)) - plain))
 
 
 def trained(model, data, steps, batch_size, seed):
-    """The model after `steps` of AdamW on one-step errors; the seed fixes the order of the data."""
+    """Train with AdamW on one-step errors; the seed fixes the order of the data."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     draw = torch.Generator().manual_seed(seed)
@@ -109,7 +104,7 @@ def rollout_errors(model, truth):
 
 
 def run(task, network, seed, options, data, truth):
-    """Train one model and return its rows' metrics."""
+    """Train one model and return its metrics."""
     channels = data.shape[-1]
     if network in EQUALS:
         wider = width_for_equal_parameters(channels, EQUALS[network])
@@ -125,23 +120,19 @@ def run(task, network, seed, options, data, truth):
     result = {f"rollout error, {k} steps": (float(errors[:k].mean()), "sd") for k in STEPS}
     result["parameters"] = (parameters(model), "")
     result["training"] = (seconds, "s")
-    print(
-        f"{task} / {network} / seed {seed}: "
-        + ", ".join(f"{k} {v:.4g}" for k, (v, _) in result.items()),
-        flush=True,
-    )
+    print(f"{task} / {network} / seed {seed}: {format_values(result)}", flush=True)
     return result
 
 
 def main():
-    """Run what has no rows yet, then the paired ratios."""
+    """Run what has no rows yet and print the paired ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--trajectories", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2 for an interval")
     parser.add_argument("--tasks", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
-    parser.add_argument("--rows", help="CSV to add the rows to; what it has is not run again")
+    parser.add_argument("--rows", help="CSV to add the rows to; runs that it has are skipped")
     options = parser.parse_args()
     amount = f"{options.steps} steps of {options.batch_size}"
     shape = f"{options.trajectories} x {PRIMER + HORIZON}, {amount}"
@@ -165,17 +156,7 @@ def main():
                 result = run(task, network, seed, options, data, truth)
                 known[case] = {metric: value for metric, (value, _) in result.items()}
                 if options.rows:
-                    rows = [
-                        {
-                            "case": case,
-                            "shape": shape,
-                            "dtype": "float32",
-                            "metric": m,
-                            "value": v,
-                            "unit": u,
-                        }
-                        for m, (v, u) in result.items()
-                    ]
+                    rows = as_rows(result, case, shape=shape)
                     append_rows(options.rows, "physics", rows, "cpu", commit=started_from)
     print("\n".join(table(known, options.tasks, range(options.seeds))))
 

@@ -1,7 +1,4 @@
-"""What the rows of `physics.py` and `closed_loop.py` say, as tables.
-
-Imports no network, so that the page of results is written without waiting for one.
-"""
+"""Tables of the rows of `physics` and `closed_loop`; imports no network."""
 
 import math
 import statistics
@@ -10,7 +7,7 @@ from benchmarks.common.results import made_by
 from scipy import stats
 
 STEPS = (1, 16, 64)
-# Each placement with the plain network of as many parameters.
+# Each placement with the plain network of equal parameters.
 BASELINES = {
     "stream": "none",
     "branch": "none",
@@ -19,12 +16,12 @@ BASELINES = {
     "force_mlp": "none",
     "force_mlp, channel": "none, narrower",
 }
-# What the carried velocity alone brings: the same layer, with and without it.
+# The effect of the carried velocity alone: the same layer with and without it.
 MEMORY = ("force", "force, no-carry")
 
 
 def ratio_interval(ratios):
-    """Geometric mean of paired ratios with the ends of its 95 % t-interval; no ends with one."""
+    """Geometric mean of paired ratios and the ends of its 95 % t-interval; None for one ratio."""
     logs = [math.log(ratio) for ratio in ratios]
     middle = statistics.fmean(logs)
     if len(logs) < 2:
@@ -34,12 +31,12 @@ def ratio_interval(ratios):
 
 
 def table(known, tasks, seeds):
-    """Markdown: rollout error over that of the plain network, mean and interval over seeds.
+    """Markdown lines: rollout error over that of the plain network, mean and interval over seeds.
 
     Args:
         known: {"TASK / NETWORK / seed S": {metric: value}}.
         tasks: Names of the systems.
-        seeds: Those to look for; a ratio is taken where both networks have the seed.
+        seeds: Seeds; a ratio is taken where both networks have the seed.
     """
     heads = [f"{steps} step{'s' * (steps > 1)} ahead" for steps in STEPS]
     lines = [
@@ -49,10 +46,10 @@ def table(known, tasks, seeds):
     for task in tasks:
         for placement, baseline in (*BASELINES.items(), MEMORY):
             pairs = [
-                (known[mine], known[theirs])
+                (known[own], known[base])
                 for seed in seeds
-                if (mine := f"{task} / {placement} / seed {seed}") in known
-                and (theirs := f"{task} / {baseline} / seed {seed}") in known
+                if (own := f"{task} / {placement} / seed {seed}") in known
+                and (base := f"{task} / {baseline} / seed {seed}") in known
             ]
             if not pairs:
                 continue
@@ -67,7 +64,7 @@ def table(known, tasks, seeds):
 
 
 def known_of(rows):
-    """{case: {metric: value}} of rows; of two with the same name the last counts."""
+    """{case: {metric: value}} of rows; of repeated rows the last counts."""
     known = {}
     for row in rows:
         known.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
@@ -75,7 +72,7 @@ def known_of(rows):
 
 
 def rollouts(rows):
-    """The table of every amount of training there are rows of, Markdown lines."""
+    """One table per amount of training as Markdown."""
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         of = [row for row in rows if row["shape"] == shape]
@@ -88,7 +85,7 @@ def rollouts(rows):
 
 
 def closed_loop(rows):
-    """A line for each policy and kind of payload: medians over seeds, with the range."""
+    """One line per policy and kind of payload as Markdown: medians and ranges over seeds."""
     lines = []
     for command in dict.fromkeys(row["command"] for row in rows):
         of = [row for row in rows if row["command"] == command]
@@ -101,7 +98,7 @@ def closed_loop(rows):
         for case in dict.fromkeys(row["case"] for row in of):
             cells, counts = [], set()
             for metric, _ in metrics:
-                # By shape, which names the seed: a run that was made twice counts once.
+                # By shape, which names the seed: a repeated run counts once.
                 values = list(
                     {
                         row["shape"]: float(row["value"])
@@ -113,5 +110,9 @@ def closed_loop(rows):
                 spread = f" [{min(values):.4g}, {max(values):.4g}]" if len(values) > 1 else ""
                 cells.append(f"{statistics.median(values):.4g}{spread}")
             lines.append(f"| {case} | " + " | ".join([*cells, str(max(counts))]) + " |")
-        lines += ["", f"Medians over seeds, in brackets least and largest. {made_by(of)}", ""]
+        lines += [
+            "",
+            f"Medians over seeds, with smallest and largest in brackets. {made_by(of)}",
+            "",
+        ]
     return "\n".join(lines[:-1])

@@ -1,9 +1,8 @@
-"""Three mechanical systems whose trajectories a model is asked to continue (paper §10).
+"""Three mechanical systems whose trajectories a model continues (paper §10).
 
-Each is a function that gives, for a batch of random systems, the equation of motion in fp64 and
-what an observer sees. Constants differ from trajectory to trajectory and are not shown: the model
-has to read them off the motion. Trajectories are made by Runge-Kutta steps much finer than the
-sampling interval.
+Each is a function that returns, for a batch of random systems, the equation of motion in fp64 and
+the observations. Constants differ between trajectories and are not observed: the model has to infer
+them from the motion. Trajectories use Runge-Kutta steps much finer than the sampling interval.
 """
 
 import math
@@ -21,7 +20,7 @@ class System:
     Attributes:
         start: States at time 0, (B, S).
         change: State (B, S) -> its time derivative (B, S).
-        observe: States (..., S) -> what is seen (..., O).
+        observe: States (..., S) -> observations (..., O).
         interval: Seconds between two observations.
     """
 
@@ -36,7 +35,7 @@ def uniform(draw, count, low, high):
 
 
 def oscillator(count, draw):
-    """A mass on a spring with friction: q'' = -w² q - 2 z w q'; seen: (q, q')."""
+    """A mass on a spring with friction: q'' = -w² q - 2 z w q'; observed: (q, q')."""
     frequency, damping = uniform(draw, count, 1.0, 3.0), uniform(draw, count, 0.02, 0.3)
 
     def change(state):
@@ -49,7 +48,7 @@ def oscillator(count, draw):
 
 
 def double_pendulum(count, draw):
-    """Two rods of 1 m with 1 kg at their ends, let go from rest; seen: sines, cosines, speeds."""
+    """Two rods of 1 m with 1 kg at their ends, released at rest; observed: sin, cos, speeds."""
     g = 9.81
 
     def change(state):
@@ -73,10 +72,10 @@ def double_pendulum(count, draw):
 
 
 def arm_acceleration(q, speed, torque, payload=1.0):
-    """Of the two joints, (..., 2): links of 1 m, masses of 1 and `payload` kg at their ends.
+    """Acceleration of the two joints, (..., 2), with links of 1 m and masses of 1 and `payload` kg.
 
-    Mass matrix [[1 + 2m + 2mc, m + mc], [m + mc, m]] with m the payload and c = cos q2, and the
-    forces of Coriolis.
+    Mass matrix [[1 + 2m + 2mc, m + mc], [m + mc, m]] with m the payload and c = cos q2, and
+    Coriolis forces.
     """
     cosine, sine = payload * q[..., 1].cos(), payload * q[..., 1].sin()
     m11, m12, m22 = 1 + 2 * payload + 2 * cosine, payload + cosine, payload
@@ -91,8 +90,8 @@ def arm_acceleration(q, speed, torque, payload=1.0):
 def arm(count, draw):
     """A two-link arm on a table, driven to a target by a PD controller of unknown gains.
 
-    Links of 1 m and 1 kg, mass at their ends; torque = kp (target - q) - kd q'. Seen: joint angles
-    and speeds, and the target, which is constant.
+    Links of 1 m with masses of 1 kg at their ends; torque = kp (target - q) - kd q'. Observed:
+    joint angles and speeds, and the constant target.
     """
     kp, kd = uniform(draw, count, 5.0, 20.0), uniform(draw, count, 1.0, 6.0)
     target = torch.stack([uniform(draw, count, -1.5, 1.5) for _ in range(2)], -1)
@@ -120,7 +119,7 @@ def rk4_step(change, state, dt):
 
 
 def trajectories(name, count, length, seed):
-    """What is seen of `count` systems of a kind at `length` moments, (count, length, O), fp32."""
+    """Observations of `count` random systems at `length` times, (count, length, O) fp32."""
     system = SYSTEMS[name](count, torch.Generator().manual_seed(seed))
     state, states = system.start, [system.start]
     for _ in range(length - 1):

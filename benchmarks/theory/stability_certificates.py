@@ -1,11 +1,11 @@
-"""What `inl_core.certify` finds in trained models, beside the same networks at their start.
+"""Figure and rows of `inl_core.certify` on trained models and on the same networks at their start.
 
     python -m benchmarks.theory.stability_certificates --lm runs/demo-lm --dit runs/demo/pipeline \
         --out docs/results/stability/certificates.png --rows benchmarks/results.csv
 
-A language model is led along held-out text of the source it was trained on, an image model along
-pure noise at five noise levels, without labels (as `complexity-dit inspect` does). A row's case is
-the name of the run, its shape the first digits of the weights' sha256.
+The inputs are held-out text of the training source for a language model, and noise at five noise
+levels without labels for an image model (as in `complexity-dit inspect`). The case of a row is the
+name of the run, its shape the first digits of the sha256 of the weights.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit
 from matplotlib.ticker import MaxNLocator
 
 from inl_core import certify
@@ -25,13 +25,13 @@ BLOCKS = 8
 
 
 def of_lm(folder):
-    """Name, network, the same network untrained, inputs, and what identifies the weights."""
+    """(network, the same network untrained, inputs, hash of the weights)."""
     from complexity_lm.data import collate, load_split, pack, tokenize
     from complexity_lm.loading import load, weights_hash
 
     loaded = load(str(folder), device="cpu")
     if loaded.data is None:
-        raise SystemExit(f"{folder} does not say what it was trained on")
+        raise SystemExit(f"{folder} has no record of its training data")
     heldout = load_split(loaded.data, "heldout")
     blocks = pack(tokenize(heldout.take(min(64, len(heldout))), loaded.tokenizer), loaded.context)
     ids = collate([blocks[i] for i in range(min(BLOCKS, len(blocks)))])["input_ids"]
@@ -57,7 +57,7 @@ def of_dit(folder):
 
 
 def name_of(folder):
-    """The run's name: what its folder is called, or the one round `model` and `pipeline`."""
+    """The name of the run: that of the folder, or of its parent for `model` and `pipeline`."""
     folder = Path(folder).resolve()
     return folder.parent.name if folder.name in ("model", "pipeline") else folder.name
 
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
-    started_from = commit()  # the figure changes a file that may be in it
+    started_from = commit()  # before the figure changes a tracked file
     opened = [(folder, of_lm) for folder in options.lm] + [(f, of_dit) for f in options.dit]
     if not opened:
         parser.error("give --lm or --dit folders")
@@ -94,11 +94,7 @@ def main():
             found = certify(network, inputs)
             print(f"{name}, {about}\n{found}\n")
             shape = f"weights {sha256[:8]}" if about == "trained" else "seed 0"
-            rows += [
-                {"case": f"{name}, {about}", "shape": shape, "dtype": "float32",
-                 "metric": m, "value": v, "unit": u}
-                for m, (v, u) in metrics(found).items()
-            ]  # fmt: skip
+            rows += as_rows(metrics(found), f"{name}, {about}", shape=shape)
             for axis, of in zip(axes, ("spectral_radius", "reach", "gain"), strict=True):
                 values = [getattr(layer, of) for layer in found.layers]
                 axis.plot(values, style, color=f"C{index}", label=f"{name}, {about}", markersize=4)
@@ -109,7 +105,7 @@ def main():
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="module, in the order of depth")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # Lines lie on each other and in every corner: outside is the only free place.
+    # Lines reach every corner, so the legend is outside.
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
-"""Does training explode without the bounds? The story of the 400,000th step, in minutes (README).
+"""Divergence of training with the bounds of the dynamics, without them, and without dynamics.
 
     python -m benchmarks.theory.stability_explosion --out docs/results/stability/explosion.png \
         --rows benchmarks/results.csv
 
-A small language model on this Python's own source, byte by byte, with the dynamics on the stream
-(paper §3.2) as the README warns of it: beta = softplus without a bound, velocity without a clip,
-against the same with the bounds, and the same without dynamics. Everything is made worse on
-purpose, one thing at a time (`SETTINGS`): learning rates up to a hundred times the usual; weights,
-gradients and optimizer in bf16; and the "small words", either as *bursts*, every tenth batch being
-one very frequent byte over and over, or *everywhere*, half of the bytes of every batch being one of
-four. A run has diverged when its loss is not finite, or for 20 steps after its first 50 no better
-than guessing among all bytes (ln 256). Frozen-point theory puts the edge at
-beta = 2 (1 + alpha) / (dt gate): 76 at the initial coefficients, 38 at gate 1.
+A small language model on the bytes of Python's standard library, with the dynamics on the stream
+(paper §3.2): without bounds, as the README warns against (beta = softplus, no clip of the
+velocity), with the bounds, and without dynamics. Training is made harder in one way at a time
+(`SETTINGS`): learning rates up to a hundred times the usual; weights, gradients and optimizer in
+bf16; and frequent bytes, either in *bursts*, where every tenth batch repeats one byte, or
+*everywhere*, where half of the bytes of every batch are one of four. A run has diverged when its
+loss is not finite, or is not below that of guessing among all bytes (ln 256) for 20 steps after its
+first 50. Frozen-point theory puts the edge at beta = 2 (1 + alpha) / (dt gate): 76 at the initial
+coefficients, 38 at gate 1.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from benchmarks.common.results import append_rows, commit
+from benchmarks.common.results import append_rows, as_rows, commit
 from matplotlib.lines import Line2D
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -60,12 +60,12 @@ EDGES = {0.5: 76, 1.0: 38}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is made worse.
+    """One setting of the study.
 
     Attributes:
         lr: Learning rate, reached after 20 steps.
-        shocks: What the frequent bytes do: "no shocks", "bursts" or "everywhere".
-        dtype: Of weights, gradients and optimizer.
+        shocks: Frequent bytes: "no shocks", "bursts" or "everywhere".
+        dtype: Type of weights, gradients and optimizer state.
     """
 
     lr: float
@@ -87,14 +87,14 @@ SETTINGS = (
 
 
 def corpus():
-    """Bytes of the standard library's top-level modules, in the order of their names."""
+    """Bytes of the top-level modules of the standard library, in the order of their names."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return torch.frombuffer(bytearray(text[:2_000_000]), dtype=torch.uint8)
 
 
 def batch_of(text, step, shocks, draw):
-    """Ids (BATCH, CONTEXT) of step `step`, with the shocks of a setting."""
+    """Ids (BATCH, CONTEXT) of a step, with the shocks of a setting."""
     starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=draw)
     rows = torch.stack([text[s : s + CONTEXT] for s in starts.tolist()]).long()
     frequent = torch.tensor(list(FREQUENT))
@@ -109,7 +109,7 @@ def batch_of(text, step, shocks, draw):
 
 
 def largest_beta(model):
-    """The largest beta that any token of the last forward met, over layers; 0 without dynamics."""
+    """The largest beta of any token and layer in the last forward pass; 0 without dynamics."""
     stats = [m.get_dynamics_stats() for m in model.modules() if isinstance(m, INLDynamics)]
     return max((s["beta_max"] for s in stats), default=0.0)
 
@@ -144,7 +144,7 @@ def run(case, setting, seed, steps, text):
 
 
 def rows_of(case, setting, steps, runs):
-    """How the runs of a case ended, as rows of the result file."""
+    """Rows of a case: number and steps of divergences, largest beta, last loss."""
     ends = [end for _, _, end in runs if end is not None]
     finals = [statistics.fmean(losses[-20:]) for losses, _, _ in runs]
     values = {
@@ -153,18 +153,17 @@ def rows_of(case, setting, steps, runs):
         "first divergence": (min(ends, default=""), "step"),
         "last divergence": (max(ends, default=""), "step"),
         "largest beta": (max(max(b) for _, b, _ in runs) if case != "none" else "", ""),
-        # A run that ended in NaN is above any other: sorted by itself, it would be anywhere.
+        # NaN sorts above every other loss.
         "last loss, median": (
             sorted(finals, key=lambda x: math.inf if math.isnan(x) else x)[len(finals) // 2],
             "nats",
         ),
     }
-    about = {"case": f"{case}, {setting}", "shape": f"{steps} steps", "dtype": setting.dtype}
-    return [about | {"metric": m, "value": v, "unit": u} for m, (v, u) in values.items()]
+    return as_rows(values, f"{case}, {setting}", shape=f"{steps} steps", dtype=setting.dtype)
 
 
 def draw_setting(upper, lower, setting, runs):
-    """Two panels, loss and largest beta, of all runs {case: [(losses, betas, end)]}."""
+    """Draw two panels, loss and largest beta, of all runs {case: [(losses, betas, end)]}."""
     counts = []
     for case, found in runs.items():
         colour = COLOURS[case]
@@ -173,7 +172,7 @@ def draw_setting(upper, lower, setting, runs):
             if case != "none":
                 lower.plot(betas, color=colour, alpha=0.6, linewidth=0.8)
             if end is not None:
-                # A loss that is not finite has no place of its own: the one before it.
+                # A loss that is not finite is drawn at the last finite one.
                 seen = next(x for x in reversed(losses[: end + 1]) if math.isfinite(x))
                 upper.plot(end, min(seen, 11.5), "x", color=colour, markersize=5)
         counts.append(f"{case} {sum(end is not None for *_, end in found)}")
@@ -202,7 +201,7 @@ def legend(figure):
 
 
 def main():
-    """Run all seeds of all cases in every setting; draw, print and keep how they ended."""
+    """Run all seeds of all cases in every setting; draw and print how they ended."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     parser.add_argument("--rows", help="CSV to add the rows to")
@@ -211,7 +210,7 @@ def main():
     options = parser.parse_args()
     if options.seeds < 1 or options.steps < 1:
         parser.error(f"--seeds {options.seeds} and --steps {options.steps} must be at least 1")
-    started_from = commit()  # the figure changes a file that may be in it
+    started_from = commit()  # before the figure changes a tracked file
     text, rows = corpus(), []
     figure, axes = plt.subplots(
         4, 3, figsize=(12, 10), sharex=True, sharey="row", constrained_layout=True

@@ -62,7 +62,7 @@ def test_integrators_come_as_near_to_the_solution_as_their_order():
     torch.testing.assert_close(
         turned("RK4", module)(h, v), integrators.rk4(h, v, alpha, beta, gate, mu, 0.5)
     )
-    with pytest.raises(ValueError, match="rk4 knows no force"):
+    with pytest.raises(ValueError, match="rk4 takes no force"):
         turned("RK4", module)(h, v, force=h)
 
 
