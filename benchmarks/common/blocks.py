@@ -5,6 +5,7 @@ placement `branch`) without diffusers, so that they run where only torch is inst
 """
 
 import torch
+from benchmarks.common.timing import training_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,17 +99,12 @@ class Stack(nn.Module):
         return h
 
 
-def training_step(model, batch, dtype):
-    """A function that runs forward, backward and update on one batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def batch_step(model, batch, dtype):
+    """A function that trains the stack for one step on one batch."""
     h, c = batch
-    device = h.device.type
 
-    def step():
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(h, c).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss():
+        with torch.autocast(h.device.type, dtype, enabled=dtype != torch.float32):
+            return model(h, c).float().square().mean()
 
-    return step
+    return training_step(model, loss)

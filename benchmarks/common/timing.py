@@ -77,6 +77,27 @@ def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
     }
 
 
+def training_step(model, loss, lr=1e-4, clip=False):
+    """A function that runs one training step: `loss()`, backward and AdamW.
+
+    Args:
+        model: The network whose parameters are trained.
+        loss: Function that returns the loss of one batch.
+        lr: Learning rate.
+        clip: Whether gradient norms are clipped at 1.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+
+    def step():
+        loss().backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def copy_gbs(device, megabytes):
     """GB/s of a plain copy, counting bytes read and written."""
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)

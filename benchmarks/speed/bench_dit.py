@@ -20,7 +20,7 @@ import torch
 from benchmarks.common.diffusers_dit import DiffusersDiT
 from benchmarks.common.memory import of_process, parameters
 from benchmarks.common.results import append_rows, as_rows, format_values
-from benchmarks.common.timing import paired
+from benchmarks.common.timing import paired, training_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.models.tokens import draw_kept_tokens
@@ -81,7 +81,6 @@ def stepper(case, options, compiled):
     """A function that trains for one step, and its model."""
     model = build(case, options)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch, device = options.batch_size, options.device
     x = torch.randn(batch, options.channels, options.cells, options.cells, device=device)
     t = torch.rand(batch, device=device) * 1000
@@ -89,7 +88,7 @@ def stepper(case, options, compiled):
     tokens = (options.cells // options.patch) ** 2
     draw = torch.Generator().manual_seed(0)
 
-    def step():
+    def loss():
         kept = {}
         if CASES[case][1]:
             kept["kept_tokens"] = draw_kept_tokens(batch, tokens, 0.5, draw).to(device)
@@ -98,12 +97,9 @@ def stepper(case, options, compiled):
         )
         with autocast:
             out = forward(x, t, labels, return_dict=False, **kept)[0]
-        torch.nn.functional.mse_loss(out.float(), x).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return torch.nn.functional.mse_loss(out.float(), x)
 
-    return step, model
+    return training_step(model, loss, clip=True), model
 
 
 def step_gflops(case, options):

@@ -13,7 +13,7 @@ import argparse
 import torch
 from benchmarks.common.memory import parameters
 from benchmarks.common.results import append_rows, as_rows
-from benchmarks.common.timing import paired
+from benchmarks.common.timing import paired, training_step
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -54,15 +54,12 @@ def build_models(preset, overrides, device):
 def trainer(model, ids, compiled):
     """A function that trains one step."""
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step():
+    def loss():
         model.train()
-        forward(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return forward(ids, labels=ids, use_cache=False).loss
 
-    return step
+    return training_step(model, loss)
 
 
 def decoder(model, prompt, new_tokens, compiled):

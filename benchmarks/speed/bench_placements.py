@@ -13,7 +13,7 @@ import argparse
 import torch
 from benchmarks.common.memory import parameters, peak_of
 from benchmarks.common.results import append_rows, as_rows, commit, format_values
-from benchmarks.common.timing import DEVICE, paired
+from benchmarks.common.timing import DEVICE, paired, training_step
 
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -63,15 +63,7 @@ def trainer(build, case, options):
     """A network and a function that trains it for one step."""
     torch.manual_seed(0)
     model, loss = build(case, options)
-    model.to(options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step():
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return model, step
+    return model, training_step(model.to(options.device), loss)
 
 
 def measured(name, options):

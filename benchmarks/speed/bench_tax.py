@@ -33,7 +33,7 @@ def stack_tax(size, batch_size, side, kinds, rounds, device, dtype, compiled, de
 
     def build(kind):
         model = blocks.Stack(width, depth, heads, kind, side, compiled).to(device)
-        return blocks.training_step(model, batch, dtype), parameters(model)
+        return blocks.batch_step(model, batch, dtype), parameters(model)
 
     plain, plain_parameters = build("none")
     for kind in kinds:

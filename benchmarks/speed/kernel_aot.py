@@ -1,18 +1,14 @@
 """Ahead-of-time compilation without a GPU: registers, shared memory and spills of every kernel.
 
-``python -m benchmarks.speed.kernel_aot [--arch 80 90] [--match inl_step] [--json]`` prints them.
-Triton's interpreter must be off: it replaces the kernels by Python functions, which cannot be
-compiled.
+`kernel_resources` writes the table of these specifications. Triton's interpreter must be off: it
+replaces the kernels by Python functions, which cannot be compiled.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -366,24 +362,3 @@ def reports(match: str = "", archs: tuple[int, ...] = ARCHITECTURES) -> Iterator
             for arch in archs:
                 names = {"file": file, "kernel": spec[0].__name__, "variant": describe(spec)}
                 yield {**names, "arch": f"sm_{arch}", **compile_report(spec, arch)}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the reports; the exit status is 1 if a kernel spills."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.kernel_aot", description=__doc__
-    )
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--match", default="", help="only kernel files with this in their name")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    options = parser.parse_args(arguments)
-    spilled = False
-    for row in reports(options.match, tuple(options.arch)):
-        spilled = spilled or row["spills_store"] + row["spills_load"] + row["stack"] > 0
-        line = json.dumps(row) if options.json else "  ".join(str(value) for value in row.values())
-        print(line, flush=True)
-    return int(spilled)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
 from benchmarks.common.memory import parameters
-from benchmarks.common.timing import DEVICE
+from benchmarks.common.timing import DEVICE, training_step
 from benchmarks.study.ablation_curves import curve_metrics, read_curve
 from benchmarks.study.claims_measures import total_curvature
 
@@ -174,16 +174,7 @@ LABS = {"lm": LM(), "dit": DiT()}
 
 
 def stepper(model, loss):
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step():
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, parameters(model)
+    return training_step(model.train(), loss, lr=1e-5, clip=True), parameters(model)
 
 
 def heldout_batches(config):

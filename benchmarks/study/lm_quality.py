@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from benchmarks.common.memory import parameters
 from benchmarks.common.results import append_rows, as_rows, format_values
-from benchmarks.common.timing import paired
+from benchmarks.common.timing import paired, training_step
 from transformers.utils import logging as transformers_logging
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -69,15 +69,9 @@ def width_for_equal_parameters():
 
 def step_of(model, batch_size, context):
     ids = torch.randint(VOCABULARY, (batch_size, context))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(
+        model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, clip=True
+    )
 
 
 def main():
