@@ -159,7 +159,7 @@ def test_the_values_of_torchmetrics_documentation() -> None:
         for part in x.split(20):
             y = network.preprocess(part)
             for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):
-                y = network.stem[name](y)
+                y = getattr(network, name)(y)
             parts.append(F.max_pool2d(y, 3, 2).mean((2, 3)))
         return torch.cat(parts).numpy()
 

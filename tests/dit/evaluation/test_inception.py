@@ -1,4 +1,4 @@
-"""The feature network against outside implementations, and the search for its weights."""
+"""The feature networks against other implementations, and the search for the weights."""
 
 import importlib.util
 import json
@@ -13,17 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from complexity_dit.evaluation import networks as inception
 from complexity_dit.evaluation.distances import fid_from_features
 from complexity_dit.evaluation.networks import (
     InceptionV3Features,
+    conv_names,
     find_inception,
+    fold_batch_norm,
     load_extractor,
     load_inception,
     load_random_features,
     resize_tf1,
 )
+from complexity_dit.hashing import file_hash, weights_sha256
 from inl_core.run.errors import UserError
 from support.data import needs_data, needs_weights, shared_data
 
@@ -32,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("weights_cache")
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches, no helper package, no network: a machine that has no weights."""
+    """A machine without weights: empty caches, no helper package, no network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -60,12 +65,10 @@ def script_network(path: Path) -> torch.jit.ScriptModule:
 
 
 def pytorch_fid_state(helper_file: Path) -> dict[str, torch.Tensor]:
-    """The helper's numbers under the names that pytorch-fid and torch-fidelity give them."""
-    from complexity_dit.evaluation.networks import _layer_names
-
+    """The helper package's weights under the names of pytorch-fid and torch-fidelity."""
     raw, renamed = script_network(helper_file).state_dict(), {}
-    for _, name, script_name in _layer_names():
-        prefix = f"net.layers.{script_name}."
+    prefixes = [key.removesuffix("weight") for key in raw if key.endswith(".weight")]
+    for name, prefix in zip(conv_names(), prefixes, strict=True):
         renamed[f"{name}.conv.weight"] = raw[prefix + "weight"]
         renamed[f"{name}.bn.bias"] = raw[prefix + "beta"]
         renamed[f"{name}.bn.running_mean"] = raw[prefix + "mean"]
@@ -85,17 +88,17 @@ def noise(n: int, height: int = 40, width: int = 56, seed: int = 0) -> torch.Ten
 
 
 @pytest.mark.parametrize("size", [(32, 32), (128, 128), (299, 299), (400, 310)])
-def test_tf1_resize_is_torch_fidelitys_bit_for_bit(size: tuple[int, int]) -> None:
+def test_tf1_resize_equals_torch_fidelity_bit_for_bit(size: tuple[int, int]) -> None:
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x,
     )
 
     x = noise(2, *size).float()
-    judge = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
-    assert torch.equal(resize_tf1(x), judge)
+    expected = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
+    assert torch.equal(resize_tf1(x), expected)
 
 
-def test_each_resize_is_the_one_it_names() -> None:
+def test_each_resize_equals_its_definition() -> None:
     x = noise(1)
     size = (299, 299)
     x01 = x.float() / 255
@@ -115,15 +118,15 @@ def test_each_resize_is_the_one_it_names() -> None:
 
 
 @needs_weights
-def test_network_equals_the_torchscript_one(helper_file: Path) -> None:
+def test_network_equals_the_torchscript_network(helper_file: Path) -> None:
     extractor = load_inception(str(helper_file))
     x = noise(2)
     with torch.inference_mode():
-        judge = script_network(helper_file)(extractor.network.preprocess(x))
+        expected = script_network(helper_file)(extractor.network.preprocess(x))
     got = extractor(x)
     assert got.shape == (2, 2048)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, judge, rtol=0, atol=3e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=3e-5)
     assert not torch.allclose(got[0], got[1], atol=1e-2)
 
 
@@ -152,16 +155,15 @@ def test_reference_features_and_fid_from_images(helper_file: Path) -> None:
 
 
 @needs_weights
-def test_state_dict_names_give_the_same_tensors(helper_file: Path) -> None:
-    """pytorch-fid's file is not at hand: its names, with the script's numbers, must fold alike."""
-    from complexity_dit.evaluation.networks import fold_state_dict
-
+def test_both_namings_give_the_same_tensors(helper_file: Path) -> None:
+    """The script's weights under pytorch-fid's names, whose own file is not installed."""
     raw, renamed = script_network(helper_file).state_dict(), pytorch_fid_state(helper_file)
-    ours, theirs = fold_state_dict(raw, "torchscript"), fold_state_dict(renamed, "state_dict")
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert ours.keys() == theirs.keys()
-    with pytest.raises(UserError, match="lack the tensors"):
-        fold_state_dict({}, "state_dict")
+    first, second = fold_batch_norm(raw, "torchscript"), fold_batch_norm(renamed, "state_dict")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    for naming in ("state_dict", "torchscript"):
+        with pytest.raises(UserError, match="lack the tensors"):
+            fold_batch_norm({}, naming)
 
 
 @needs_weights
@@ -173,17 +175,17 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
     classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0)) / 45
     path = nowhere / "with_fc.pth"
     torch.save(state | {"fc.weight": classifier, "fc.bias": torch.zeros(1008)}, path)
-    monkeypatch.setitem(inception.KNOWN_WEIGHTS, inception.sha256_of(path), "state_dict")
+    monkeypatch.setitem(inception.KNOWN_WEIGHTS, file_hash(path), "state_dict")
     for _ in ("the file", "its converted copy"):
         extractor = load_extractor(str(path), spatial=True)
         assert extractor.classifier is not None
         torch.testing.assert_close(extractor.classifier, classifier)
     assert load_inception(str(helper_file)).classifier is None
 
-    # The spatial features are channels of the block that ADM names, and change no other number.
+    # The spatial features are channels of the block that ADM names; the others do not change.
     x = noise(2)
     kept = []
-    block = extractor.network.mixed["Mixed_6d"].convs["branch1x1"]
+    block = extractor.network.Mixed_6d.branch1x1
     block.register_forward_hook(lambda module, inputs, output: kept.append(output))
     both = extractor(x)
     assert both.shape == (2, 2048 + extractor.spatial_dim) == (2, 2048 + 2023)
@@ -192,7 +194,7 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
 
 
 @needs_weights
-def test_conversion_happens_once_and_later_loads_read_safetensors(
+def test_weights_are_converted_once_and_later_loads_read_safetensors(
     nowhere: Path, helper_file: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     state = torch.get_rng_state()
@@ -217,7 +219,7 @@ def test_conversion_happens_once_and_later_loads_read_safetensors(
     assert torch.equal(first(x), alone(x))
     assert alone.weights_sha256 == first.weights_sha256
 
-    # One flipped byte is noticed: an error when it is the file asked for, else made again.
+    # A flipped byte is detected: an error for the file asked for, a new conversion otherwise.
     damaged = bytearray(converted.path.read_bytes())
     damaged[-5] ^= 1
     converted.path.write_bytes(damaged)
@@ -228,6 +230,26 @@ def test_conversion_happens_once_and_later_loads_read_safetensors(
     load_inception(str(helper_file))
     assert "is made again" in caplog.text
     assert torch.equal(load_inception(str(converted.path))(x), first(x))
+
+
+@needs_weights
+def test_a_converted_copy_of_the_first_format_loads(nowhere: Path, helper_file: Path) -> None:
+    extractor = load_inception(str(helper_file))
+    found = find_inception("auto", allow_download=False)
+    assert found is not None
+    with safe_open(found.path, "pt") as file:
+        metadata = file.metadata() | {"format": "complexity-dit-inception-1"}
+    state = {}
+    for name, tensor in load_file(found.path).items():
+        block, _, rest = name.partition(".")
+        is_stem = block.startswith("Conv2d")
+        state[f"stem.{name}" if is_stem else f"mixed.{block}.convs.{rest}"] = tensor
+    save_file(state, found.path, metadata | {"tensors_sha256": weights_sha256(state)})
+    written = found.path.read_bytes()
+    x = noise(1)
+    assert torch.equal(load_inception(str(helper_file))(x), extractor(x))
+    assert torch.equal(load_inception(allow_download=False)(x), extractor(x))
+    assert found.path.read_bytes() == written
 
 
 def test_search_order(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +279,7 @@ def test_search_order(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         find_inception("nothing.pt")
 
 
-def test_an_unknown_file_is_refused_unopened(
+def test_an_unknown_file_is_rejected_without_being_opened(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = nowhere / "evil.pt"
@@ -265,7 +287,7 @@ def test_an_unknown_file_is_refused_unopened(
     opened: list[str] = []
     monkeypatch.setattr(torch, "load", lambda *a, **k: opened.append("load"))
     monkeypatch.setattr(torch.jit, "load", lambda *a, **k: opened.append("jit"))
-    with pytest.raises(UserError, match="none of the known Inception weights"):
+    with pytest.raises(UserError, match="not one of the known Inception weights"):
         load_extractor(str(path))
     shutil.copy(path, nowhere / "evil.safetensors")
     with pytest.raises(UserError, match="not a readable safetensors"):
@@ -273,7 +295,7 @@ def test_an_unknown_file_is_refused_unopened(
     assert opened == []
 
 
-def test_a_wrong_download_is_refused_and_not_kept(
+def test_a_wrong_download_is_rejected_and_deleted(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import io
@@ -282,14 +304,14 @@ def test_a_wrong_download_is_refused_and_not_kept(
         headers = {"Content-Length": "4"}  # noqa: RUF012
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: Reply(b"evil"))
-    with pytest.raises(UserError, match="none of the known"):
+    with pytest.raises(UserError, match="not one of the known"):
         find_inception()
     assert list((nowhere / "cache" / "complexity_dit").iterdir()) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert find_inception() is None
 
 
-def test_without_weights_the_random_network_stands_in_and_says_so(nowhere: Path, caplog) -> None:
+def test_without_weights_the_random_network_is_used_with_a_warning(nowhere: Path, caplog) -> None:
     extractor = load_extractor("auto")
     assert extractor.name == "random-conv"
     assert not extractor.is_inception
@@ -299,7 +321,7 @@ def test_without_weights_the_random_network_stands_in_and_says_so(nowhere: Path,
         load_inception("auto")
 
 
-def test_random_features_are_fixed_by_the_seed() -> None:
+def test_the_seed_determines_the_random_features() -> None:
     state = torch.get_rng_state()
     a, b, c = load_random_features(0), load_random_features(0), load_random_features(1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -313,7 +335,7 @@ def test_random_features_are_fixed_by_the_seed() -> None:
     torch.testing.assert_close(half(x), a(x), rtol=0.05, atol=0.05)
 
 
-def test_bad_arguments_are_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     extractor = load_random_features()
     with pytest.raises(UserError, match=r"float32 of shape \(1, 3, 8, 8\)"):
         extractor(torch.zeros(1, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Frechet distances in the features of transformers vision models, named after the model."""
+"""Feature extractors from transformers vision models."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def noise(n: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def test_dinov2_features_are_the_models_own(dinov2: Path) -> None:
+def test_dinov2_features_equal_the_class_token(dinov2: Path) -> None:
     from transformers import AutoModel
 
     extractor = load_extractor(str(dinov2))
@@ -50,13 +50,13 @@ def test_dinov2_features_are_the_models_own(dinov2: Path) -> None:
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     model = AutoModel.from_pretrained(dinov2).eval()
     with torch.no_grad():
-        judge = model(pixel_values=(images / 255 - mean) / std).last_hidden_state[:, 0]
-    torch.testing.assert_close(extractor(images), judge, rtol=1e-4, atol=1e-5)
+        expected = model(pixel_values=(images / 255 - mean) / std).last_hidden_state[:, 0]
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
     assert extractor(noise(2, 50, 31)).shape == (2, 32)
     assert load_extractor(str(dinov2), dtype="bfloat16")(images).dtype == torch.float32
 
 
-def test_clip_features_are_the_projected_embedding(tmp_path: Path) -> None:
+def test_clip_features_equal_the_projected_embedding(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_clip_features_are_the_projected_embedding(tmp_path: Path) -> None:
     assert np.abs(features[0] - features[1]).max() > 1e-3
 
 
-def test_a_changed_file_is_another_extractor(dinov2: Path) -> None:
+def test_changed_weights_change_the_identity(dinov2: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     before = load_extractor(str(dinov2)).identity
@@ -89,12 +89,12 @@ def test_a_changed_file_is_another_extractor(dinov2: Path) -> None:
     assert load_extractor(str(dinov2)).identity["weights_sha256"] != before["weights_sha256"]
 
 
-def test_folders_that_are_no_model_are_refused(dinov2: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_rejected(dinov2: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
         load_extractor(str(tmp_path / "empty"))
     (dinov2 / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say how images are scaled"):
+    with pytest.raises(UserError, match="does not define the preprocessing"):
         load_extractor(str(dinov2))
     write_processor(dinov2, size=28)
     (dinov2 / "model.safetensors").rename(dinov2 / "model.bin")
