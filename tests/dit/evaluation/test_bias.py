@@ -1,4 +1,4 @@
-"""The bias of a Frechet distance over n, and its removal, on Gaussians whose distance is known."""
+"""Bias of the Frechet distance over n, on Gaussians with a known distance."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_the_distance_converges_to_the_analytic_value_with_n() -> None:
     assert errors[2] < 0.01 * TRUTH
 
 
-def test_the_continuation_removes_the_bias_within_its_interval() -> None:
+def test_the_extrapolation_removes_the_bias_within_its_interval() -> None:
     n, seeds = 128, range(30)
     raw, infinite, inside = [], [], 0
     for seed in seeds:
@@ -49,11 +49,11 @@ def test_the_continuation_removes_the_bias_within_its_interval() -> None:
     bias = np.mean(raw) - TRUTH
     assert bias > 4 * np.std(raw) / np.sqrt(len(seeds))
     assert abs(np.mean(infinite) - TRUTH) < bias / 4
-    # 95 % of 30 are 28.5; below 26 an interval with its stated coverage falls once in 60 tests.
+    # 95 % of 30 are 28.5; an interval with that coverage gives fewer than 26 in 1 of 60 tests.
     assert inside >= 26
 
 
-def test_the_bootstrap_gives_the_spread_over_fresh_samples() -> None:
+def test_the_bootstrap_estimates_the_deviation_over_new_samples() -> None:
     fresh = np.std([distance_of_sets(*samples(256, seed)) for seed in range(60)])
     estimate = np.mean([bootstrap(*samples(256, seed), 20, seed).stderr for seed in range(10)])
     assert estimate == pytest.approx(fresh, rel=0.35)
@@ -62,8 +62,8 @@ def test_the_bootstrap_gives_the_spread_over_fresh_samples() -> None:
     assert bootstrap(x, y, 5, seed=3) != bootstrap(x, y, 5, seed=4)
 
 
-def test_the_interval_is_wide_where_the_line_does_not_hold() -> None:
-    """With fewer images than dimensions the distance is no straight line in 1 / n."""
+def test_the_interval_is_wide_where_the_curve_is_not_straight() -> None:
+    """With fewer images than dimensions, the distance is not linear in 1 / n."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 80, 200)) * np.exp(-np.arange(200) / 30)
     curve = fid_curve(x, y, 0.0)
@@ -71,7 +71,7 @@ def test_the_interval_is_wide_where_the_line_does_not_hold() -> None:
     assert curve.low <= 0 <= curve.high
 
 
-def test_sizes_are_halves_and_too_few_images_are_refused() -> None:
+def test_sizes_are_halved_and_too_few_images_are_rejected() -> None:
     x, y = samples(70, 0)
     assert fid_curve(x, y[:64], 0.0).sizes == [64, 32, 16, 8]
     with pytest.raises(UserError, match="3 sizes of at least 8 images; 20 images give 2"):

@@ -1,4 +1,4 @@
-"""Distances from features: closed forms, outside judges, reference values, bad input."""
+"""Distances of features: closed forms, other implementations, reference values, bad input."""
 
 import json
 import logging
@@ -29,14 +29,14 @@ def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
 
 
 def fid_by_sqrtm(a: np.ndarray, b: np.ndarray) -> float:
-    """The textbook formula, with scipy's matrix square root in float64."""
+    """Definition with scipy's matrix square root in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(s1 @ s2)
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real))
 
 
-def test_frechet_of_diagonal_gaussians_is_the_closed_form() -> None:
+def test_diagonal_gaussians_give_the_closed_form() -> None:
     s1, s2 = np.array([4.0, 1.0, 0.25]), np.array([1.0, 9.0, 0.0])
     mu = np.array([1.0, -2.0, 0.5])
     expected = (mu**2).sum() + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
@@ -45,21 +45,21 @@ def test_frechet_of_diagonal_gaussians_is_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("n1", "n2", "d"), [(200, 150, 24), (12, 40, 24), (9, 7, 24)])
-def test_fid_equals_scipy_and_both_routes_agree(n1: int, n2: int, d: int) -> None:
+def test_fid_equals_scipy_by_every_function(n1: int, n2: int, d: int) -> None:
     a, b = features(n1, d, 0), features(n2, d, 1, shift=0.3)
     s1, s2 = feature_statistics(a), feature_statistics(b)
-    routes = [
+    results = [
         fid_from_features(a, b),
         frechet_distance(s1.mu, s1.sigma, s2.mu, s2.sigma),
         fid_to_statistics(a, s2),
     ]
-    assert routes == pytest.approx([routes[0]] * 3, rel=1e-9)
-    # A rank-deficient product costs sqrtm digits, not us.
+    assert results == pytest.approx([results[0]] * 3, rel=1e-9)
+    # sqrtm loses digits for a rank-deficient product.
     full_rank = min(n1, n2) > d
     if full_rank:
-        assert routes[0] == pytest.approx(fid_by_sqrtm(a, b), rel=1e-9)
+        assert results[0] == pytest.approx(fid_by_sqrtm(a, b), rel=1e-9)
     else:
-        assert routes[0] == pytest.approx(fid_by_sqrtm(a, b), rel=1e-5)
+        assert results[0] == pytest.approx(fid_by_sqrtm(a, b), rel=1e-5)
 
 
 def test_fid_equals_torchmetrics() -> None:
@@ -82,10 +82,10 @@ def trace_of_root(s1: np.ndarray, s2: np.ndarray) -> float:
     [(40, 50, 600, 100), (900, 700, 600, 550), (560, 900, 640, 540), (600, 600, 560, 20)],
 )
 def test_rank_deficient_covariances_equal_scipy(n1: int, n2: int, d: int, rank: int) -> None:
-    """Few samples, dead features, and both; sizes on either side of the switch to eigenvalues.
+    """Few samples, constant features, and both, for sizes around the switch to eigenvalues.
 
-    scipy works within the space that the features span, where nothing is singular: in the whole
-    space the eigenvalues that should be 0 leave it three digits.
+    scipy works in the space spanned by the features, where no matrix is singular; in the full
+    space, eigenvalues that should be 0 leave it three digits.
     """
     rng = np.random.default_rng(5)
     spanned = np.linalg.qr(rng.standard_normal((d, rank)))[0].T
@@ -100,7 +100,7 @@ def test_rank_deficient_covariances_equal_scipy(n1: int, n2: int, d: int, rank: 
 
 
 @pytest.mark.parametrize(("n", "d"), [(6, 40), (300, 40), (600, 640), (900, 600)])
-def test_identical_sets_are_at_distance_zero(n: int, d: int) -> None:
+def test_equal_sets_have_distance_zero(n: int, d: int) -> None:
     a = features(n, d, 0) * 10
     assert abs(fid_from_features(a, a)) < 1e-6
     assert abs(fid_from_features(a, a[::-1])) < 1e-6
@@ -109,21 +109,21 @@ def test_identical_sets_are_at_distance_zero(n: int, d: int) -> None:
 
 
 @pytest.mark.parametrize("d", [5, 60])
-def test_a_row_with_a_count_stands_for_equal_rows(d: int) -> None:
+def test_a_row_with_a_count_equals_repeated_rows(d: int) -> None:
     a, b = features(30, d, 0), features(20, d, 1, 0.3)
     counts = np.random.default_rng(0).integers(1, 5, 30)
     copied = distance_of_sets(np.repeat(a, counts, 0), b)
     assert distance_of_sets(a, b, counts.astype(float)) == pytest.approx(copied, rel=1e-9)
 
 
-def test_inception_score_is_torch_fidelitys() -> None:
+def test_inception_score_equals_torch_fidelity() -> None:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 3 * np.random.default_rng(0).standard_normal((103, 17))
-    judge = isc_features_to_metric(torch.from_numpy(logits))
+    expected = isc_features_to_metric(torch.from_numpy(logits))
     mean, std = inception_score(logits)
-    assert mean == pytest.approx(judge["inception_score_mean"], rel=1e-12)
-    assert std == pytest.approx(judge["inception_score_std"], rel=1e-9)
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-12)
+    assert std == pytest.approx(expected["inception_score_std"], rel=1e-9)
     assert inception_score(np.zeros((20, 4)))[0] == pytest.approx(1)
     assert inception_score(np.tile(1e3 * np.eye(4), (25, 1)), 1)[0] == pytest.approx(4)
     with pytest.raises(UserError, match="as many images; got 9"):
@@ -143,7 +143,7 @@ def test_reference_values_from_stored_features() -> None:
     assert fid_from_features(*small) == pytest.approx(values[2], rel=1e-5)
 
 
-def test_few_samples_are_refused_or_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_samples_are_rejected_or_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     a = features(5, 4, 0)
     for measure in (fid_from_features, kid_from_features):
         with pytest.raises(UserError, match="at least 2"):
@@ -157,7 +157,7 @@ def test_few_samples_are_refused_or_warned_about(caplog: pytest.LogCaptureFixtur
     assert "below the feature dimension 6" in caplog.text
 
 
-def test_bad_features_name_the_fault() -> None:
+def test_errors_name_what_is_wrong_with_the_features() -> None:
     a = features(6, 4, 0)
     broken = a.copy()
     broken[2, 1] = np.nan

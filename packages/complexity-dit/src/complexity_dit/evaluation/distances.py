@@ -1,125 +1,77 @@
-"""Frechet distance of two sets of features (FID: Heusel et al., 2017) and the Inception score.
+"""Distances between two sets of features: functions on arrays, and torchmetrics metrics.
 
-Numbers in, numbers out; sums, covariances and eigenvalues in float64.
+FID (Heusel et al., 2017), KID (Binkowski et al., 2018), precision and recall (Kynkaanniemi et al.,
+2019), density and coverage (Naeem et al., 2020) and the Inception score (Salimans et al., 2016).
+Sums, covariances and eigenvalues are in float64.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from inl_core.run.errors import UserError
 
-# Inner products of feature vectors, block by block: kernel distances and neighbours.
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-BLOCK_ROWS = 1024
-"""Rows of a matrix of pairs made at once: memory stays at rows x n for any n."""
-STRIP_ROWS = 64
-"""Rows of a product of a thousand columns that stay in a processor's cache in float64."""
 
+def checked(features: Array, name: str) -> Array:
+    """Convert features to a float32 or float64 array (n, D) and check its values.
 
-def common_centre(x: Array, y: Array) -> Float64:
-    """Mean of the two sets' means, (D,)."""
-    return (x.mean(0, dtype=np.float64) + y.mean(0, dtype=np.float64)) / 2
-
-
-def blocks(n: int) -> Iterator[slice]:
-    """Slices of `BLOCK_ROWS` that cover n rows."""
-    for start in range(0, n, BLOCK_ROWS):
-        yield slice(start, min(start + BLOCK_ROWS, n))
-
-
-class CentredProducts:
-    """Inner products of two sets about a common centre in the features' own dtype.
-
-    x.y = (x - c).(y - c) + x.c + y.c - c.c, the last three in float64: what all features share is
-    exact, so that float32 products of float32 features, several times faster than float64, cost
-    about 1e-7 of what the features vary by.
-
-    Args:
-        x: (n, D).
-        y: (m, D); None for ``x`` itself.
-        centre: (D,), about the mean of both.
+    Raises:
+        UserError: Another shape, fewer than 2 rows, or non-finite values (with their number).
     """
-
-    def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
-        dtype = x.dtype if y is None else np.result_type(x, y)
-        self.x, self.x_shift = _centred(x, centre, dtype)
-        self.y, self.y_shift = (self.x, self.x_shift) if y is None else _centred(y, centre, dtype)
-
-    def pick(self, rows: Indices, columns: Indices) -> "CentredProducts":
-        """The products of some rows of x with some of y."""
-        part = copy(self)
-        part.x, part.x_shift = self.x[rows], self.x_shift[rows]
-        part.y, part.y_shift = self.y[columns], self.y_shift[columns]
-        return part
-
-    def themselves(self) -> "tuple[CentredProducts, CentredProducts]":
-        """The products of x among themselves, and those of y."""
-        first, second = copy(self), copy(self)
-        first.y, first.y_shift = self.x, self.x_shift
-        second.x, second.x_shift = self.y, self.y_shift
-        return first, second
-
-    def block(self, rows: slice, columns: slice) -> Float64:
-        """(x[rows] @ y[columns].T) in float64."""
-        return self._shifted(self.x[rows] @ self.y[columns].T, rows, columns)
-
-    def strips(self, plus: float = 0.0) -> Iterator[Float64]:
-        """All products, each with `plus` added, a few rows at a time, to pass over often."""
-        products = self.x @ self.y.T
-        for start in range(0, len(products), STRIP_ROWS):
-            rows = slice(start, start + STRIP_ROWS)
-            yield self._shifted(products[rows], rows, slice(None), plus)
-
-    def upper_strips(self, plus: float = 0.0) -> Iterator[Float64]:
-        """As `strips`, of different rows of x, each pair once, in half of the work.
-
-        A strip begins at its diagonal; there and to the left of it stands 0.
-        """
-        products = self.x @ self.x.T  # numpy sees that it is symmetric and makes half of it
-        for start in range(0, len(products), STRIP_ROWS):
-            rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
-            strip = self._shifted(products[rows, columns], rows, columns, plus)
-            square = strip[:, : len(strip)]
-            square[...] = np.triu(square, 1)
-            yield strip
-
-    def _shifted(self, products: Array, rows: slice, columns: slice, plus: float = 0.0) -> Float64:
-        shifted = products.astype(np.float64)
-        shifted += self.x_shift[rows, None] + plus
-        shifted += self.y_shift[None, columns]
-        return shifted
+    x = np.asarray(features)
+    if x.dtype not in (np.float32, np.float64):
+        x = x.astype(np.float64)
+    if x.ndim != 2 or len(x) < 2:
+        raise UserError(
+            f"{name} have shape {x.shape}; a distance needs (n, D) with n of at least 2 images"
+        )
+    finite = np.isfinite(x).all(1)
+    if not finite.all():
+        raise UserError(
+            f"{int((~finite).sum())} of {len(x)} rows of {name} are not finite (the first is row "
+            f"{int(finite.argmin())}); check those images"
+        )
+    return x
 
 
-def _centred(x: Array, centre: Float64, dtype: np.dtype) -> tuple[Array, Float64]:
-    """x - c in the dtype, and x.c - c.c / 2 of each row."""
-    rounded, shift = np.empty(x.shape, dtype), np.empty(len(x))
-    for rows in blocks(len(x)):
-        exact = x[rows] - centre
-        rounded[rows], shift[rows] = exact, exact @ centre
-    return rounded, shift + centre @ centre / 2
+def checked_pair(features1: Array, features2: Array) -> tuple[Array, Array]:
+    """Both sets `checked`, with the same number of columns.
+
+    Raises:
+        UserError: As `checked`, or the numbers of columns differ.
+    """
+    x1, x2 = checked(features1, "the first features"), checked(features2, "the second features")
+    if x1.shape[1] != x2.shape[1]:
+        raise UserError(
+            f"features are {x1.shape[1]} and {x2.shape[1]} wide; use one extractor for both"
+        )
+    return x1, x2
 
 
-logger = logging.getLogger(__name__)
+# Frechet distance
 
 RECOMMENDED_SAMPLES = 2048
-# Rows of a covariance summed at once: memory stays at D x D for any n.
-_BLOCK_ROWS = 4096
-# Up to this size a singular value decomposition costs about what eigenvalues do.
+# Rows of a covariance that are summed at once: memory stays at D x D for any n.
+_COVARIANCE_ROWS = 4096
+# Up to this size a singular value decomposition is about as fast as the eigenvalues.
 _SMALL = 512
 
 
 class Statistics(NamedTuple):
-    """Mean (D,), unbiased covariance (D, D) and number of a set of features (0: not known)."""
+    """Mean (D,), unbiased covariance (D, D) and number of a set of features (0 if unknown)."""
 
     mu: Float64
     sigma: Float64
@@ -136,7 +88,7 @@ def feature_statistics(features: Array) -> Statistics:
         `Statistics` in float64.
 
     Raises:
-        UserError: Fewer than 2 rows, or values that are not finite.
+        UserError: Fewer than 2 rows, or non-finite values.
     """
     x = checked(features, "features")
     mu = x.mean(0, dtype=np.float64)
@@ -146,9 +98,9 @@ def feature_statistics(features: Array) -> Statistics:
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Squared Frechet distance of two Gaussians (Dowson & Landau, 1982).
 
-    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64. With S = F F^T the trace
-    term is the sum of the singular values of F1^T F2, which needs no square root of a product
-    that may be singular: right for covariances of any rank.
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64. With S = F F^T, the last
+    trace is the sum of the singular values of F1^T F2. This avoids the square root of a product
+    that may be singular, and is valid for covariances of any rank.
 
     Args:
         mu1: Mean, (D,).
@@ -157,10 +109,10 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
         sigma2: Covariance, (D, D).
 
     Returns:
-        The distance; rounding can leave it a little below 0 for equal inputs.
+        The distance; rounding can make it slightly negative for equal inputs.
 
     Raises:
-        UserError: Shapes do not fit, values are not finite, or a covariance has an eigenvalue
+        UserError: Shapes do not match, values are not finite, or a covariance has an eigenvalue
             that is negative beyond rounding.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
@@ -169,7 +121,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     if shapes != [(d,), (d, d), (d,), (d, d)]:
         raise UserError(f"statistics have shapes {shapes}; expected (D,), (D, D), (D,), (D, D)")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise UserError("statistics hold values that are not finite; make them again")
+        raise UserError("statistics contain non-finite values; compute them again")
     traces = float(np.trace(sigma1) + np.trace(sigma2))
     return _frechet(mu1 - mu2, traces, _factor(sigma1), _factor(sigma2))
 
@@ -177,76 +129,44 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 def fid_from_features(features1: Array, features2: Array) -> float:
     """`frechet_distance` of two sets of features.
 
-    A set with at most D rows is its own factor of its covariance, so no (D, D) matrix is made.
+    A set with at most D rows is a factor of its own covariance, so no (D, D) matrix is formed.
 
     Args:
         features1: (n1, D) with n1 >= 2; a warning is logged below 2048.
         features2: (n2, D) with n2 >= 2.
 
     Returns:
-        The distance: FID when the features are Inception's pool3.
+        The distance; it is FID if the features are Inception's pool3.
 
     Raises:
-        UserError: Fewer than 2 rows, widths that differ, or values that are not finite.
+        UserError: Fewer than 2 rows, different numbers of columns, or non-finite values.
     """
     x1, x2 = checked_pair(features1, features2)
-    warn_few(min(len(x1), len(x2)), x1.shape[1])
+    _warn_if_few(min(len(x1), len(x2)), x1.shape[1])
     return distance_of_sets(x1, x2)
 
 
 def fid_to_statistics(features: Array, reference: Statistics) -> float:
-    """`frechet_distance` of features to kept statistics; arguments as in `fid_from_features`."""
+    """`frechet_distance` of features to stored statistics; arguments as in `fid_from_features`."""
     x = checked(features, "features")
     if x.shape[1] != reference.mu.size:
         raise UserError(
             f"features are {x.shape[1]} wide and the statistics {reference.mu.size}; they were "
             "made with another network"
         )
-    warn_few(min(len(x), reference.n) if reference.n else len(x), x.shape[1])
+    _warn_if_few(min(len(x), reference.n) if reference.n else len(x), x.shape[1])
     own = feature_statistics(x)
     return frechet_distance(own.mu, own.sigma, reference.mu, reference.sigma)
-
-
-def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """Inception score (Salimans et al., 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
-
-    The images are shuffled and split as torch-fidelity does it with its default seed.
-
-    Args:
-        logits: (n, classes) of the classifier, without its bias (as torch-fidelity and ADM do).
-        splits: Parts whose scores are averaged.
-        seed: Seed of the shuffle.
-
-    Returns:
-        Mean and population standard deviation over splits; both between 1 and ``classes``.
-
-    Raises:
-        UserError: Fewer images than splits, or values that are not finite.
-    """
-    x = checked(logits, "logits").astype(np.float64)
-    n = len(x)
-    if n < splits:
-        raise UserError(f"an Inception score of {splits} splits needs as many images; got {n}")
-    x = x[np.random.RandomState(seed).permutation(n)]
-    log_p = x - x.max(1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
-    scores = []
-    for i in range(splits):
-        part = log_p[i * n // splits : (i + 1) * n // splits]
-        p = np.exp(part)
-        scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
 
 
 def distance_of_sets(
     x1: Array, x2: Array, counts1: Float64 | None = None, counts2: Float64 | None = None
 ) -> float:
-    """`fid_from_features` without its checks and its warning, for many calls.
+    """`fid_from_features` without its checks and its warning, for repeated calls.
 
-    With counts, row i stands for as many equal images: a resample costs no copies.
+    With counts, row i stands for that many equal images, so a resample needs no copies.
     """
-    parts = [_moments(x1, counts1), _moments(x2, counts2)]
-    (mu1, trace1, factor1), (mu2, trace2, factor2) = parts
+    (mu1, trace1, factor1), (mu2, trace2, factor2) = _moments(x1, counts1), _moments(x2, counts2)
     return _frechet(mu1 - mu2, trace1 + trace2, factor1, factor2)
 
 
@@ -270,9 +190,9 @@ def _frechet(difference: Float64, traces: float, factor1: Float64, factor2: Floa
         squares = torch.linalg.eigvalsh(torch.from_numpy(gram)).numpy().clip(0)
         distance = apart - 2 * float(np.sqrt(squares).sum())
         # Eigenvalues are several times faster than singular values, but an error delta in a
-        # square s^2 is one of about delta / 2s in s; those of different values add up as random
-        # numbers do. Where that could matter, as between sets that share a null space, the
-        # singular values themselves are taken.
+        # square s^2 becomes about delta / 2s in s; errors of different values add like random
+        # numbers. Where this could matter, such as for sets that share a null space, the
+        # singular values are computed instead.
         delta = 10 * np.finfo(np.float64).eps * float(squares[-1])
         each = delta / (np.sqrt(squares) + np.sqrt(delta) + 1e-300)
         if 2 * np.linalg.norm(each) <= max(3e-7 * distance, 1e-9 * traces):
@@ -283,8 +203,8 @@ def _frechet(difference: Float64, traces: float, factor1: Float64, factor2: Floa
 def _centred_rows(x: Array, mu: Float64, counts: Float64) -> Float64:
     """R (n - 1, D) with R^T R the covariance of x.
 
-    A reflection takes the direction of the mean, u = (c / sum c)^(1/2), onto the first row, which
-    is dropped: the rows left have full rank, where those of x - mu are one too many.
+    A reflection maps the direction of the mean, u = (c / sum c)^(1/2), to the first row, which is
+    dropped. The remaining rows have full rank, whereas x - mu has one row too many.
     """
     n, roots = counts.sum(), np.sqrt(counts)
     u = roots / np.sqrt(n)
@@ -296,8 +216,9 @@ def _covariance(x: Array, mu: Float64, counts: Float64) -> Float64:
     """Unbiased covariance (D, D) in float64, summed over blocks of rows."""
     total = np.zeros((x.shape[1], x.shape[1]))
     roots = np.sqrt(counts)[:, None]
-    for start in range(0, len(x), _BLOCK_ROWS):
-        block = (x[start : start + _BLOCK_ROWS] - mu) * roots[start : start + _BLOCK_ROWS]
+    for start in range(0, len(x), _COVARIANCE_ROWS):
+        rows = slice(start, start + _COVARIANCE_ROWS)
+        block = (x[rows] - mu) * roots[rows]
         total += block.T @ block
     return total / (counts.sum() - 1)
 
@@ -309,73 +230,161 @@ def _factor(sigma: Float64) -> Float64:
         return lower
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    # Below this an eigenvalue is rounding; its square root would not be.
+    # An eigenvalue below this is rounding noise, but its square root would not be small.
     floor = len(values) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
     if values[0] < -1e3 * floor:
         raise UserError(
-            f"a covariance has the eigenvalue {values[0]:.3e} beside {values[-1]:.3e}; it must be "
-            "positive semi-definite: make the statistics again, in float64"
+            f"a covariance has eigenvalues from {values[0]:.3e} to {values[-1]:.3e}; it must be "
+            "positive semi-definite: compute the statistics again, in float64"
         )
     keep = values > floor
     factor: Float64 = vectors[:, keep] * np.sqrt(values[keep])
     return factor
 
 
-def checked(features: Array, name: str) -> Array:
-    """Features as float32 or float64 (n, D), n at least 2 and every value finite.
-
-    Raises:
-        UserError: Another shape, fewer rows, or values that are not finite, with their number.
-    """
-    x = np.asarray(features)
-    if x.dtype not in (np.float32, np.float64):
-        x = x.astype(np.float64)
-    if x.ndim != 2 or len(x) < 2:
-        raise UserError(
-            f"{name} have shape {x.shape}; a distance needs (n, D) with n of at least 2 images"
-        )
-    finite = np.isfinite(x).all(1)
-    if not finite.all():
-        raise UserError(
-            f"{int((~finite).sum())} of {len(x)} rows of {name} are not finite (the first is row "
-            f"{int(finite.argmin())}); look at those images"
-        )
-    return x
-
-
-def checked_pair(features1: Array, features2: Array) -> tuple[Array, Array]:
-    """Both sets `checked`, and of one width.
-
-    Raises:
-        UserError: As `checked`, or widths that differ.
-    """
-    x1, x2 = checked(features1, "the first features"), checked(features2, "the second features")
-    if x1.shape[1] != x2.shape[1]:
-        raise UserError(
-            f"features are {x1.shape[1]} and {x2.shape[1]} wide; use one extractor for both"
-        )
-    return x1, x2
-
-
-def warn_few(n: int, dimension: int) -> None:
-    """Log that a Frechet distance of few samples is strongly biased."""
+def _warn_if_few(n: int, dimension: int) -> None:
+    """Warn that a Frechet distance of few samples is strongly biased."""
     if n < RECOMMENDED_SAMPLES:
+        singular = f", and the covariance is singular below the feature dimension {dimension}"
         logger.warning(
             "n is %d: below %d the Frechet distance is strongly biased%s; compare only with "
             "numbers at the same n",
-            n,
-            RECOMMENDED_SAMPLES,
-            f", and below the feature dimension {dimension} it is no full covariance's"
-            if n < dimension
-            else "",
+            *(n, RECOMMENDED_SAMPLES, singular if n < dimension else ""),
         )
 
+
+def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Inception score (Salimans et al., 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
+
+    Images are shuffled and split as in torch-fidelity with its default seed.
+
+    Args:
+        logits: (n, classes) of the classifier, without its bias (as in torch-fidelity and ADM).
+        splits: Number of parts whose scores are averaged.
+        seed: Seed of the shuffle.
+
+    Returns:
+        Mean and population standard deviation over splits; the mean is between 1 and ``classes``.
+
+    Raises:
+        UserError: Fewer images than splits, or non-finite values.
+    """
+    x = checked(logits, "logits").astype(np.float64)
+    n = len(x)
+    if n < splits:
+        raise UserError(f"an Inception score of {splits} splits needs as many images; got {n}")
+    x = x[np.random.RandomState(seed).permutation(n)]
+    log_p = x - x.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    scores = []
+    for i in range(splits):
+        part = log_p[i * n // splits : (i + 1) * n // splits]
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# Inner products of feature vectors, block by block, for kernel distances and neighbours
+
+BLOCK_ROWS = 1024
+"""Rows of a pairwise matrix that are computed at once: memory is this times n, for any n."""
+STRIP_ROWS = 64
+"""Rows of a thousand float64 columns that fit into a processor's cache."""
+
+
+def common_centre(x: Array, y: Array) -> Float64:
+    """Average of the two sets' means, (D,)."""
+    return (x.mean(0, dtype=np.float64) + y.mean(0, dtype=np.float64)) / 2
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """Slices of `BLOCK_ROWS` that cover n rows."""
+    for start in range(0, n, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, n))
+
+
+class CentredProducts:
+    """Inner products of two sets about a common centre, in the features' own dtype.
+
+    x.y = (x - c).(y - c) + x.c + y.c - c.c, the last three in float64. The part that all features
+    share is exact, so float32 products of float32 features, which are several times faster than
+    float64 products, have an error of about 1e-7 of the variation of the features.
+
+    Args:
+        x: (n, D).
+        y: (m, D); None for ``x`` itself.
+        centre: (D,), about the mean of both.
+    """
+
+    def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
+        dtype = x.dtype if y is None else np.result_type(x, y)
+        self.x, self.x_shift = _centred(x, centre, dtype)
+        self.y, self.y_shift = (self.x, self.x_shift) if y is None else _centred(y, centre, dtype)
+
+    def select(self, rows: Indices, columns: Indices) -> "CentredProducts":
+        """Products of some rows of x with some rows of y."""
+        return self._of(self.x[rows], self.x_shift[rows], self.y[columns], self.y_shift[columns])
+
+    def within(self) -> "tuple[CentredProducts, CentredProducts]":
+        """Products of x with itself, and of y with itself."""
+        return (
+            self._of(self.x, self.x_shift, self.x, self.x_shift),
+            self._of(self.y, self.y_shift, self.y, self.y_shift),
+        )
+
+    @classmethod
+    def _of(cls, x: Array, x_shift: Float64, y: Array, y_shift: Float64) -> "CentredProducts":
+        products = cls.__new__(cls)
+        products.x, products.x_shift, products.y, products.y_shift = x, x_shift, y, y_shift
+        return products
+
+    def block(self, rows: slice, columns: slice) -> Float64:
+        """(x[rows] @ y[columns].T) in float64."""
+        return self._shifted(self.x[rows] @ self.y[columns].T, rows, columns)
+
+    def strips(self, plus: float = 0.0) -> Iterator[Float64]:
+        """All products with `plus` added, `STRIP_ROWS` rows at a time."""
+        products = self.x @ self.y.T
+        for start in range(0, len(products), STRIP_ROWS):
+            rows = slice(start, start + STRIP_ROWS)
+            yield self._shifted(products[rows], rows, slice(None), plus)
+
+    def upper_strips(self, plus: float = 0.0) -> Iterator[Float64]:
+        """As `strips`, for pairs of different rows of x, each pair once, in half the time.
+
+        A strip begins at its diagonal; the diagonal and the entries to its left are 0.
+        """
+        products = self.x @ self.x.T  # numpy detects the symmetry and computes half of it
+        for start in range(0, len(products), STRIP_ROWS):
+            rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
+            strip = self._shifted(products[rows, columns], rows, columns, plus)
+            square = strip[:, : len(strip)]
+            square[...] = np.triu(square, 1)
+            yield strip
+
+    def _shifted(self, products: Array, rows: slice, columns: slice, plus: float = 0.0) -> Float64:
+        shifted = products.astype(np.float64)
+        shifted += self.x_shift[rows, None] + plus
+        shifted += self.y_shift[None, columns]
+        return shifted
+
+
+def _centred(x: Array, centre: Float64, dtype: np.dtype) -> tuple[Array, Float64]:
+    """x - c in the dtype, and x.c - c.c / 2 of each row."""
+    rounded, shift = np.empty(x.shape, dtype), np.empty(len(x))
+    for rows in blocks(len(x)):
+        exact = x[rows] - centre
+        rounded[rows], shift[rows] = exact, exact @ centre
+    return rounded, shift + centre @ centre / 2
+
+
+# Kernel distance
 
 Draws = list[tuple[Indices, Indices]]
 
 
-class KernelDistance(NamedTuple):
-    """KID over subsets: mean, spread, standard error of the mean, and how it was subsampled."""
+class KernelEstimate(NamedTuple):
+    """KID over subsets: mean, standard deviation, standard error of the mean, and subset sizes."""
 
     mean: float
     std: float
@@ -390,25 +399,25 @@ def kid_from_features(
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
-) -> KernelDistance:
+) -> KernelEstimate:
     """Kernel distance: unbiased squared MMD with k(x, y) = (x.y / D + 1)^3, over random subsets.
 
-    Subset i takes ``subset_size`` rows of each set without replacement; the draws are those of
+    Each subset takes ``subset_size`` rows of each set without replacement; the draws equal those of
     torch-fidelity for the same seed.
 
     Args:
         features1: (n1, D) with n1 >= 2.
         features2: (n2, D) with n2 >= 2.
-        subsets: How many subsets, at least 1.
-        subset_size: Rows a subset, at least 2; reduced to the smaller set (and reported so).
+        subsets: Number of subsets, at least 1.
+        subset_size: Rows per subset, at least 2; reduced to the size of the smaller set.
         seed: Seed of the draws.
 
     Returns:
-        `KernelDistance`: mean and population standard deviation over subsets, the standard error
-        std / sqrt(subsets), and the sizes used. The mean may be a little below 0.
+        `KernelEstimate`: mean and population standard deviation over subsets, the standard error
+        std / sqrt(subsets), and the sizes used. The mean may be slightly negative.
 
     Raises:
-        UserError: Fewer than 2 rows, widths that differ, values that are not finite, or sizes
+        UserError: Fewer than 2 rows, different numbers of columns, non-finite values, or sizes
             below their minimum.
     """
     x1, x2 = checked_pair(features1, features2)
@@ -418,18 +427,18 @@ def kid_from_features(
         )
     m = min(subset_size, len(x1), len(x2))
     if m == len(x1) == len(x2):
-        logger.warning("each KID subset is the whole set of %d: kid_std says nothing", m)
+        logger.warning("each KID subset is the full set of %d: kid_std is meaningless", m)
     rng = np.random.RandomState(seed)
     draws = [(rng.choice(len(x1), m, False), rng.choice(len(x2), m, False)) for _ in range(subsets)]
     values = _mmd2(x1, x2, draws)
     std = float(values.std())
-    return KernelDistance(float(values.mean()), std, std / float(np.sqrt(subsets)), subsets, m)
+    return KernelEstimate(float(values.mean()), std, std / float(np.sqrt(subsets)), subsets, m)
 
 
 def _mmd2(x1: Array, x2: Array, draws: Draws) -> Float64:
     centre = common_centre(x1, x2)
-    # Few rows, many subsets: sum one kernel matrix under 0/1 masks instead of remaking its parts.
-    # The masks cost about half as much again as the matrix.
+    # With few rows and many subsets it is faster to sum one kernel matrix under 0/1 masks than to
+    # compute its parts again. The masks add about half of the time of the matrix.
     masked = 1.5 * max(len(x1), len(x2)) ** 2 <= len(draws) * len(draws[0][0]) ** 2
     return (_mmd2_masked if masked else _mmd2_direct)(x1, x2, draws, centre)
 
@@ -439,20 +448,20 @@ def _mmd2_direct(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64
     values, d = [], x1.shape[1]
     products = CentredProducts(x1, x2, centre)
     for i, j in draws:
-        across, m = products.pick(i, j), len(i)
-        within = sum(_cubes(s) for own in across.themselves() for s in own.upper_strips(plus=d))
+        across, m = products.select(i, j), len(i)
+        within = sum(_cubes(s) for own in across.within() for s in own.upper_strips(plus=d))
         between = sum(_cubes(s) for s in across.strips(plus=d))
         values.append(2 * within / (m * (m - 1)) - 2 * between / (m * m))
     return np.array(values) / float(d) ** 3  # (p / d + 1)^3 = (p + d)^3 / d^3
 
 
 def _cubes(strip: Float64) -> float:
-    """Sum of p^3: two passes over what is in the processor's cache."""
+    """Sum of p^3, in two passes over values in the processor's cache."""
     return float(np.vdot(strip * strip, strip))
 
 
 def _mmd2_masked(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64:
-    """The same values: a subset's kernel sum is z^T K z with z its 0/1 mask."""
+    """`_mmd2_direct` by masks: the kernel sum of a subset with 0/1 mask z is z^T K z."""
     m = len(draws[0][0])
     masks1, masks2 = np.zeros((len(x1), len(draws))), np.zeros((len(x2), len(draws)))
     for s, (i, j) in enumerate(draws):
@@ -466,7 +475,7 @@ def _mmd2_masked(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64
 
 
 def _masked_sums(products: CentredProducts, masks_x: Float64, masks_y: Float64 | None) -> Float64:
-    """Kernel sums of every subset; without ``masks_y``, of pairs of different rows of x."""
+    """Kernel sums of every subset; without ``masks_y``, over pairs of different rows of x."""
     sums = np.zeros(masks_x.shape[1])
     d = products.x.shape[1]
     for rows in blocks(len(masks_x)):
@@ -474,7 +483,7 @@ def _masked_sums(products: CentredProducts, masks_x: Float64, masks_y: Float64 |
             kernel = _cubed(products.block(rows, slice(None)), d)
             sums += np.einsum("ns,ns->s", masks_x[rows], kernel @ masks_y)
             continue
-        # The matrix is symmetric: what is right of the diagonal counts twice.
+        # The matrix is symmetric: entries to the right of the diagonal count twice.
         kernel = _cubed(products.block(rows, slice(rows.start, None)), d)
         own = kernel[:, : len(kernel)]
         np.fill_diagonal(own, 0)
@@ -492,26 +501,24 @@ def _cubed(products: Float64, d: int) -> Float64:
     return products
 
 
-# What two sets of features share: precision, recall, density and coverage by nearest neighbours.
-#
-# Precision and recall: Kynkaanniemi et al., 2019; density and coverage: Naeem et al., 2020.
+# Nearest neighbours: precision, recall, density and coverage
 
 PRECISION_NEIGHBOURS = 3
-"""k of precision and recall (the paper's, and torch-fidelity's default)."""
+"""k of precision and recall (the value of the paper, and torch-fidelity's default)."""
 
 DENSITY_NEIGHBOURS = 5
-"""k of density and coverage (the paper's)."""
+"""k of density and coverage (the value of the paper)."""
 
 
 class Manifold(NamedTuple):
-    """How two sets overlap.
+    """Overlap of two sets.
 
     Attributes:
-        precision: Share of generated images inside the ball of a real one.
-        recall: Share of real images inside the ball of a generated one.
-        density: Mean number of real balls a generated image is in, over k; above 1 where real
-            images crowd.
-        coverage: Share of real images with a generated one in their ball.
+        precision: Fraction of generated images inside the ball of a real one.
+        recall: Fraction of real images inside the ball of a generated one.
+        density: Mean number of real balls that contain a generated image, divided by k; it exceeds
+            1 where real images are dense.
+        coverage: Fraction of real images whose ball contains a generated image.
     """
 
     precision: float
@@ -528,8 +535,8 @@ def manifold_overlap(
 ) -> Manifold:
     """Precision, recall, density and coverage.
 
-    The ball of an image reaches to its k-th nearest neighbour within its own set (Euclidean, the
-    image itself not counted). No (n, n) matrix is held: memory is `BLOCK_ROWS` rows of one.
+    The ball of an image extends to its k-th nearest neighbour within its own set (Euclidean, the
+    image itself not counted). No (n, n) matrix is stored: memory is `BLOCK_ROWS` rows of it.
 
     Args:
         generated: Features (n, D).
@@ -538,17 +545,18 @@ def manifold_overlap(
         density_neighbours: k of density and coverage.
 
     Returns:
-        `Manifold`, four numbers.
+        `Manifold`.
 
     Raises:
-        UserError: A set has no k-th neighbour, widths differ, or values are not finite.
+        UserError: A set has no k-th neighbour, the numbers of columns differ, or values are not
+            finite.
     """
     x, y = checked_pair(generated, real)
     most = max(neighbours, density_neighbours)
     if min(len(x), len(y)) <= most or min(neighbours, density_neighbours) < 1:
         raise UserError(
             f"sets of {len(x)} and {len(y)} images have no neighbours {neighbours} and "
-            f"{density_neighbours}; more than {most} images of each side are needed"
+            f"{density_neighbours}; more than {most} images per side are needed"
         )
     centre = common_centre(x, y)
     near_x = _neighbour_squares(x, most, centre)
@@ -557,25 +565,25 @@ def manifold_overlap(
     wide_y = near_y[:, density_neighbours - 1]
 
     pairs = _SquaredDistances(x, y, centre)
-    inside, inside_any = 0, np.zeros(len(y), bool)
-    recalled, counted = np.zeros(len(y), bool), 0
+    precise = counted = 0
+    recalled, covered = np.zeros(len(y), bool), np.zeros(len(y), bool)
     for rows in blocks(len(x)):
         squares = pairs.block(rows, slice(None))
-        inside += int((squares <= ball_y).any(1).sum())
+        precise += int((squares <= ball_y).any(1).sum())
         recalled |= (squares <= ball_x[rows, None]).any(0)
         in_wide = squares <= wide_y
         counted += int(in_wide.sum())
-        inside_any |= in_wide.any(0)
+        covered |= in_wide.any(0)
     return Manifold(
-        precision=inside / len(x),
+        precision=precise / len(x),
         recall=float(recalled.mean()),
         density=counted / (density_neighbours * len(x)),
-        coverage=float(inside_any.mean()),
+        coverage=float(covered.mean()),
     )
 
 
 def nearest(x: Array, y: Array) -> tuple[Float64, NDArray[np.int64]]:
-    """The nearest row of y for every row of x.
+    """Nearest row of y for every row of x.
 
     Args:
         x: Features (n, D).
@@ -585,7 +593,7 @@ def nearest(x: Array, y: Array) -> tuple[Float64, NDArray[np.int64]]:
         Euclidean distances (n,) and rows of y (n,).
 
     Raises:
-        UserError: Fewer than 2 rows, widths that differ, or values that are not finite.
+        UserError: Fewer than 2 rows, different numbers of columns, or non-finite values.
     """
     x, y = checked_pair(x, y)
     pairs = _SquaredDistances(x, y, common_centre(x, y))
@@ -593,7 +601,7 @@ def nearest(x: Array, y: Array) -> tuple[Float64, NDArray[np.int64]]:
     for rows in blocks(len(x)):
         best = pairs.block(rows, slice(None)).argmin(1)
         indices[rows] = best
-        # The winner's distance once more, without the cancellation of |x|^2 + |y|^2 - 2 x.y.
+        # Computed again without the cancellation of |x|^2 + |y|^2 - 2 x.y.
         apart = x[rows].astype(np.float64) - y[best]
         distances[rows] = np.sqrt((apart * apart).sum(1))
     return distances, indices
@@ -603,7 +611,7 @@ class _SquaredDistances:
     """Squared Euclidean distances of rows, by block."""
 
     def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
-        # |x - y|^2 does not change with the origin, so the products need no shift back.
+        # |x - y|^2 is independent of the origin, so the products are not shifted back.
         self.products = CentredProducts(x, y, centre)
         self.x_norms = _norms(self.products.x)
         self.y_norms = self.x_norms if y is None else _norms(self.products.y)
@@ -622,16 +630,16 @@ def _norms(x: Array) -> Array:
 
 
 def _neighbour_squares(x: Array, k: int, centre: Float64) -> Array:
-    """Squared distances (n, k) from each row to its k nearest others, ascending."""
+    """Squared distances (n, k) from each row to its k nearest other rows, ascending."""
     pairs = _SquaredDistances(x, None, centre)
-    found = np.full((len(x), k), np.inf, pairs.x_norms.dtype)
+    nearest_k = np.full((len(x), k), np.inf, pairs.x_norms.dtype)
 
     def keep(rows: slice, squares: Array) -> None:
-        both = np.concatenate([found[rows], squares], 1)
-        found[rows] = np.partition(both, k - 1, 1)[:, :k]
+        both = np.concatenate([nearest_k[rows], squares], 1)
+        nearest_k[rows] = np.partition(both, k - 1, 1)[:, :k]
 
     for rows in blocks(len(x)):
-        # The matrix is symmetric: a block right of the diagonal serves its columns as well.
+        # The matrix is symmetric: a block to the right of the diagonal also serves its columns.
         for columns in blocks(len(x)):
             if columns.start < rows.start:
                 continue
@@ -641,14 +649,12 @@ def _neighbour_squares(x: Array, k: int, centre: Float64) -> Array:
             else:
                 keep(columns, squares.T)
             keep(rows, squares)
-    return np.sort(found, 1)
+    return np.sort(nearest_k, 1)
 
 
-# How a Frechet distance depends on n: its value at several n, at infinite n, and its spread.
-#
-# The distance of two samples is biased upwards by about c / n (Chong & Forsyth, 2020): both means
-# and both covariances are estimates. Here both sides are taken at the same n, as the evaluation
-# does, and the curve over 1 / n is continued to 0.
+# Bias and error of the Frechet distance. The distance of two samples is biased upwards by about
+# c / n (Chong & Forsyth, 2020), because both means and both covariances are estimates. Both sides
+# are taken at the same n, and the curve over 1 / n is extrapolated to 0.
 
 NORMAL_95 = 1.959963984540054
 MIN_PART = 8
@@ -656,16 +662,16 @@ MIN_PART = 8
 
 
 class FidCurve(NamedTuple):
-    """Distance over n and its continuation to infinite n.
+    """Distance over n and its extrapolation to infinite n.
 
     Attributes:
         sizes: n of each point, descending.
         values: Mean distance over disjoint parts of that size.
-        infinity: The weighted straight line over 1 / n, at 0.
+        infinity: Value at 0 of the weighted straight line over 1 / n.
         low: Lower end of the 95 % interval of ``infinity``.
-        high: Its upper end.
-        curvature: What a term in 1 / n^2 changes of ``infinity``; a part of the interval. Large
-            where n is not far above the feature dimension: the line does not hold there.
+        high: Upper end of the 95 % interval of ``infinity``.
+        curvature: Change of ``infinity`` by a term in 1 / n^2, which is part of the interval. It is
+            large where n is not far above the feature dimension, where the curve is not straight.
     """
 
     sizes: list[int]
@@ -686,15 +692,15 @@ class BootstrapError(NamedTuple):
 def bootstrap(
     features1: Array, features2: Array, rounds: int = 20, seed: int = 0
 ) -> BootstrapError:
-    """Standard error of the Frechet distance when both sets are drawn again with replacement.
+    """Standard error of the Frechet distance when both sets are resampled with replacement.
 
-    The resampled distances lie above the distance itself (a resample has fewer different images,
-    so more bias), which is why their spread is used and not their quantiles.
+    The resampled distances are larger than the distance itself (a resample has fewer different
+    images and therefore more bias), so their standard deviation is used and not their quantiles.
 
     Args:
         features1: (n1, D).
         features2: (n2, D).
-        rounds: Resamples; the relative error of the result is about 1 / sqrt(2 rounds).
+        rounds: Number of resamples; the relative error of the result is about 1 / sqrt(2 rounds).
         seed: Seed of the draws.
 
     Returns:
@@ -723,29 +729,30 @@ def fid_curve(
     seed: int = 0,
     distance: Callable[[Array, Array], float] = distance_of_sets,
 ) -> FidCurve:
-    """The distance at n, n/2, n/4, ... and its continuation to infinite n.
+    """Distance at n, n/2, n/4, ... and its extrapolation to infinite n.
 
-    Both sets are shuffled and cut into k disjoint parts; the point at n / k is the mean over the
+    Both sets are shuffled and split into k disjoint parts; the point at n / k is the mean over the
     parts and over ``repeats`` shuffles. A straight line in 1 / n is fitted by least squares with
-    the weight n / k (small parts say less about the line). The 95 % interval adds, in squares,
-    the sampling error of the sets (``stderr``), that of the shuffles, and twice what a term in
-    1 / n^2 would change, as if each further term changed half as much as the one before.
+    the weight n / k (small parts say less about the line). The squared 95 % interval is the sum of
+    the squared sampling error of the sets (``stderr``), that of the shuffles, and the square of
+    twice the change by a term in 1 / n^2, as if each further term changed half as much as the one
+    before it.
 
     Args:
         features1: (n1, D).
         features2: (n2, D); n is the smaller of n1 and n2.
         stderr: Standard error of the distance at n, as from `bootstrap`.
-        parts: Into how many parts the sets are cut, ascending from 1; those below `MIN_PART`
-            images are left out.
-        repeats: Shuffles.
+        parts: Numbers of parts, ascending from 1; parts of fewer than `MIN_PART` images are left
+            out.
+        repeats: Number of shuffles.
         seed: Seed of the shuffles.
-        distance: Of two sets of features.
+        distance: Distance of two sets of features.
 
     Returns:
         `FidCurve`.
 
     Raises:
-        UserError: Fewer than 3 points are left, or features as in `fid_from_features`.
+        UserError: Fewer than 3 points remain, or features as in `fid_from_features`.
     """
     x1, x2 = checked_pair(features1, features2)
     n = min(len(x1), len(x2))
@@ -787,6 +794,109 @@ def _at_zero(sizes: Sequence[int], points: Float64, degree: int) -> Float64:
 
 
 def _resample(x: Array, rng: np.random.Generator) -> tuple[Array, Float64]:
-    """n draws with replacement: the different rows drawn, and how often each was."""
+    """n draws with replacement: the different rows drawn, and the count of each."""
     counts = np.bincount(rng.integers(0, len(x), len(x)), minlength=len(x))
     return x[counts > 0], counts[counts > 0].astype(np.float64)
+
+
+# Metrics for a training loop, over the functions above
+
+
+class FeatureMetric(Metric):
+    """Base of metrics of two sets of features.
+
+    All features are kept, 4 D bytes per float32 image, and are gathered from all processes by
+    ``compute``. Every process must have updated both sides at least once.
+
+    Args:
+        kwargs: Options of `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    real: list[Tensor]
+    generated: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("real", default=[], dist_reduce_fx="cat")
+        self.add_state("generated", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Add features (n, D) to the real or to the generated set.
+
+        Raises:
+            UserError: The features are not (n, D).
+        """
+        if features.ndim != 2:
+            raise UserError(f"features have shape {tuple(features.shape)}; expected (n, D)")
+        (self.real if real else self.generated).append(features.detach())
+
+    def _sets(self) -> tuple[Array, Array]:
+        """The generated and the real features."""
+        sides = {"generated": self.generated, "real": self.real}
+        for name, features in sides.items():
+            if len(features) == 0:
+                raise UserError(
+                    f"there are no {name} features; call update(features, real={name == 'real'})"
+                )
+        x, y = (dim_zero_cat(features).cpu() for features in sides.values())
+        # NumPy has no bfloat16.
+        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
+        return x.numpy(), y.numpy()
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+
+class FrechetDistance(FeatureMetric):
+    """`fid_from_features` as a metric: FID if the features are Inception's pool3.
+
+    ``compute`` returns a float64 scalar.
+    """
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The distance of all features so far."""
+        return self._scalar(fid_from_features(*self._sets()))
+
+
+class KernelDistance(FeatureMetric):
+    """`kid_from_features` as a metric: KID if the features are Inception's pool3.
+
+    ``compute`` returns mean and standard deviation over subsets, two float64 scalars.
+
+    Args:
+        subsets: Number of subsets.
+        subset_size: Rows per subset.
+        seed: Seed of the draws.
+        kwargs: Options of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self, subsets: int = 100, subset_size: int = 1000, seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the distance of all features so far."""
+        kid = kid_from_features(*self._sets(), self.subsets, self.subset_size, self.seed)
+        return self._scalar(kid.mean), self._scalar(kid.std)
+
+
+class PrecisionRecall(FeatureMetric):
+    """`manifold_overlap` as a metric.
+
+    ``compute`` returns ``precision``, ``recall``, ``density`` and ``coverage`` by name, float64.
+    """
+
+    higher_is_better = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """The overlap of all features so far."""
+        overlap = manifold_overlap(*self._sets())._asdict()
+        return {name: self._scalar(value) for name, value in overlap.items()}

@@ -38,7 +38,7 @@ from complexity_dit.evaluation.breakdown import (
 from complexity_dit.evaluation.distances import (
     DENSITY_NEIGHBOURS,
     PRECISION_NEIGHBOURS,
-    KernelDistance,
+    KernelEstimate,
     bootstrap,
     distance_of_sets,
     feature_statistics,
@@ -231,7 +231,7 @@ def spatial(features: Features, extractor: FeatureExtractor) -> Features:
     return features[:, extractor.feature_dim :]
 
 
-def kid_of(x: Features, y: Features, config: EvalConfig) -> KernelDistance:
+def kid_of(x: Features, y: Features, config: EvalConfig) -> KernelEstimate:
     """KID with the subsets of a configuration."""
     return kid_from_features(x, y, config.kid_subsets, config.kid_subset_size, config.seed)
 
