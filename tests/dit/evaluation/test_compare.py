@@ -1,4 +1,4 @@
-"""Two results side by side, and the refusal to compare what was measured differently."""
+"""Comparison of two results, which is rejected if their settings differ."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def write(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_results_measured_alike_stand_side_by_side(tmp_path: Path) -> None:
+def test_results_with_equal_settings_are_compared(tmp_path: Path) -> None:
     a = write(tmp_path / "result.json")
     b = write(
         tmp_path / "b.json",
@@ -68,14 +68,14 @@ def test_results_measured_alike_stand_side_by_side(tmp_path: Path) -> None:
         ("settings__kid", "kid: nothing and 7"),
     ],
 )
-def test_every_setting_that_matters_is_named(tmp_path: Path, field: str, shown: str) -> None:
+def test_errors_name_every_differing_setting(tmp_path: Path, field: str, shown: str) -> None:
     a, b = write(tmp_path / "a.json"), write(tmp_path / "b.json", **{field: 7})
     with pytest.raises(UserError, match="different settings") as caught:
         compare(a, b)
     assert f"  {shown}\n" in str(caught.value)
 
 
-def test_what_may_differ_is_allowed_by_name(tmp_path: Path) -> None:
+def test_allowed_differences_are_listed(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json")
     b = write(tmp_path / "b.json", settings__sample__guidance_scale=1.0, settings__eval__seed=3)
     text = compare(a, b, ["sample", "eval.seed"])
@@ -85,10 +85,10 @@ def test_what_may_differ_is_allowed_by_name(tmp_path: Path) -> None:
     assert "eval.seed" not in str(caught.value)
 
 
-def test_files_that_are_no_result_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_a_result_are_rejected(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json")
     (tmp_path / "b.json").write_text('{"metrics": {}}')
-    with pytest.raises(UserError, match=r"b\.json is no result\.json"):
+    with pytest.raises(UserError, match=r"b\.json is not a result\.json"):
         compare(a, tmp_path / "b.json")
     with pytest.raises(UserError, match="cannot be read as a result"):
         compare(a, tmp_path / "none.json")

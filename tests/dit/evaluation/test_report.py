@@ -1,4 +1,4 @@
-"""report.html: everything of a result on one page, and nothing from outside it."""
+"""report.html: a self-contained page with everything in a result."""
 
 import html.parser
 import re
@@ -13,7 +13,7 @@ from complexity_dit.evaluation.report import Pictures, render, write_report
 
 
 class Page(html.parser.HTMLParser):
-    """Elements of a page, and whether they are closed in order."""
+    """Parser that records elements and checks that they are closed in order."""
 
     void = frozenset({"meta", "img", "br"})
 
@@ -86,7 +86,7 @@ def pictures() -> Pictures:
     return Pictures(images, images[:3], [(images[0], images[1], "sample 0 & image 1")])
 
 
-def test_the_page_holds_everything_and_is_whole(
+def test_the_page_contains_everything_and_is_well_formed(
     result: dict[str, Any], pictures: Pictures, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
@@ -105,7 +105,9 @@ def test_the_page_holds_everything_and_is_whole(
     assert sum(tag == "img" for tag, _ in page.tags) == 2 + 2  # two grids, one pair
 
 
-def test_the_page_refers_to_nothing_outside(result: dict[str, Any], pictures: Pictures) -> None:
+def test_the_page_refers_to_nothing_outside_itself(
+    result: dict[str, Any], pictures: Pictures
+) -> None:
     text = render(result, pictures)
     for tag, attributes in Page(text).tags:
         assert tag not in ("script", "link", "iframe", "object"), tag
@@ -116,7 +118,7 @@ def test_the_page_refers_to_nothing_outside(result: dict[str, Any], pictures: Pi
     assert "not FID" not in text
 
 
-def test_a_distance_of_another_network_is_called_so(
+def test_a_distance_of_another_network_is_not_called_fid(
     result: dict[str, Any], pictures: Pictures
 ) -> None:
     result["settings"]["extractor"]["name"] = "dinov2-32x2"
@@ -124,5 +126,5 @@ def test_a_distance_of_another_network_is_called_so(
     assert "They are not FID" in render(result, pictures)
 
 
-def test_the_same_result_is_the_same_page(result: dict[str, Any], pictures: Pictures) -> None:
+def test_equal_results_give_equal_pages(result: dict[str, Any], pictures: Pictures) -> None:
     assert render(result, pictures) == render(result, pictures)

@@ -1,7 +1,6 @@
-"""report.html: a result as one page that opens anywhere, with its pictures and curves inside."""
+"""Results for people: the table on the terminal, report.html, and the comparison of two results."""
 
 import base64
-import html
 import io
 import json
 import re
@@ -10,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
+import jinja2
 import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from torchvision.transforms.v2.functional import resize, to_pil_image
+from torchvision.utils import make_grid
 
 from complexity_dit.evaluation.breakdown import Memorisation
 from complexity_dit.evaluation.image_sets import ImageSet
@@ -23,83 +25,9 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
-# The charts of a report, as SVG text to put into a page.
-
-matplotlib.use("Agg")  # no screen is needed or wanted
-
-
-def curve_chart(curve: dict[str, Any], name: str) -> str:
-    """The distance over 1 / n with the line to infinite n and its interval."""
-    figure, axes = plt.subplots(figsize=(6.5, 3.2), constrained_layout=True)
-    inverse = 1 / np.asarray(curve["sizes"], float)
-    axes.plot(inverse, curve["values"], "o", color="C0", label="measured")
-    # The line of `fid_curve` again: the same weights, through the same points.
-    slope = np.polyfit(inverse, curve["values"], 1, w=np.sqrt(1 / inverse))
-    ends = np.array([0, inverse.max()])
-    axes.plot(ends, np.polyval(slope, ends), "--", color="0.6", label="line in 1/n")
-    half = (curve["high"] - curve["low"]) / 2
-    axes.errorbar([0], [curve["infinity"]], [half], fmt="s", color="C1", capsize=4, label="n → ∞")
-    axes.set_xticks([0, *inverse], ["∞", *(f"{n:,}" for n in curve["sizes"])])
-    axes.set(xlabel="n (spaced as 1/n)", ylabel=name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def label_chart(labels: dict[str, dict[str, Any]]) -> str:
-    """A bar for each label's Frechet distance, with its floor as a mark."""
-    rows = {name: row for name, row in labels.items() if "n" in row}
-    if not rows:
-        return ""
-    key = next(k for k in next(iter(rows.values())) if k == "fid" or k.startswith("fd_"))
-    figure, axes = plt.subplots(figsize=(6.5, 0.6 + 0.32 * len(rows)), constrained_layout=True)
-    places = np.arange(len(rows))
-    axes.barh(places, [row[key] for row in rows.values()], height=0.6, color="C0")
-    floors = [
-        (place, row["floor"][key])
-        for place, row in zip(places, rows.values(), strict=True)
-        if "n" in row.get("floor", {})
-    ]
-    if floors:
-        at, values = zip(*floors, strict=True)
-        axes.plot(values, at, "|", color="black", markersize=14, label="training images")
-        axes.legend(frameon=False)
-    names = [f"{one_line(name)} ({row['n']})" for name, row in rows.items()]
-    axes.set_yticks(places, names, parse_math=False)  # a "$" in a name is a dollar
-    axes.invert_yaxis()
-    axes.set(xlabel="FID, each label at its own n (in brackets)" if key == "fid" else key)
-    axes.grid(alpha=0.3, axis="x")
-    return _svg(figure)
-
-
-def nearest_chart(copies: Memorisation) -> str:
-    """Distances to the nearest training image, of samples and of held-out images."""
-    figure, axes = plt.subplots(figsize=(6.5, 2.8), constrained_layout=True)
-    edges = np.histogram_bin_edges(np.concatenate([copies.samples, copies.heldout]), 50)
-    for distances, label in ((copies.heldout, "held-out images"), (copies.samples, "samples")):
-        axes.hist(distances, edges, density=True, alpha=0.55, label=label)
-    axes.set(xlabel="distance to the nearest training image", ylabel="density", xlim=(0, None))
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """The SVG element alone: no prologue, no date, text as text, and ids that do not change."""
-    with plt.rc_context({"svg.hashsalt": "complexity-dit", "svg.fonttype": "none"}):
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    # The metadata block names vocabularies by their address; a page of its own needs none.
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-
-
-# The table that ends an evaluation on the terminal.
-
 
 def format_result(result: dict[str, Any]) -> str:
-    """The table that ends an evaluation on the terminal."""
+    """Table of a result for the terminal."""
     extractor, n = result["settings"]["extractor"], result["n_reference"]
     lines = [
         f"n = {result['n_generated']} generated, {'an unknown number of' if n is None else n} "
@@ -108,7 +36,7 @@ def format_result(result: dict[str, Any]) -> str:
         f"resize {extractor['resize']}, {extractor['dtype']}",
     ]
     if "fd_random" in result["metrics"]:
-        lines.append("fd_random comes from a random network: it is NOT FID and compares with none")
+        lines.append("fd_random comes from a random network: it is NOT FID, nor comparable with it")
     elif extractor["name"].partition("-")[0] not in ("inception", "random"):
         lines.append("the distance is named after its network: it is NOT FID")
     width = max(map(len, result["metrics"]), default=0)
@@ -128,10 +56,10 @@ def _label_line(row: dict[str, Any]) -> str:
     return f"n {row['n']}  " + "  ".join(n for n in numbers if "_std" not in n)
 
 
-# Two results side by side, when they were measured alike.
+# Comparison of two results
 
-# What a number does not depend on: names, speed, output, and extras beside it.
-_FREE = (
+# Settings on which the compared numbers do not depend: names, speed, output, additional measures.
+IGNORED_SETTINGS = (
     "target",
     "reference",
     "vae",
@@ -147,58 +75,57 @@ _FREE = (
     "eval.cache",
     "eval.overwrite",
     "eval.quiet",
-    "eval.num_images",  # what was reached counts: n_generated and n_reference
+    "eval.num_images",  # n_generated and n_reference are the numbers reached
     "eval.measures",
     "eval.curve",
     "eval.device",
     "n_train",
     "shrunk",
     "extractor.weights_source",
-    "data",  # reference_fingerprint says whether it is the same data
+    "data",  # reference_fingerprint identifies the data
     "sample.batch_size",
 )
 _TOP = ("n_generated", "n_reference", "weights_sha256", "reference_fingerprint")
 
 
 def compare(first: str | Path, second: str | Path, allow: Sequence[str] = ()) -> str:
-    """A table of two results.
+    """Table of two results.
 
     Args:
-        first: A ``result.json``.
+        first: A ``result.json`` or its folder.
         second: Another.
-        allow: Fields that may differ, such as ``sample.guidance_scale``; a prefix (``sample``)
-            allows all below it. They are shown above the table.
+        allow: Settings that may differ, such as ``sample.guidance_scale``; a prefix (``sample``)
+            allows all settings below it. They are listed above the table.
 
     Returns:
         The table as text.
 
     Raises:
-        UserError: A file is no result, or settings differ that are not allowed to; it names them.
+        UserError: A file is not a result, or settings differ that are not allowed to (they are
+            named).
     """
     a, b = read_result(first), read_result(second)
-    differing = different_settings(a, b)
-    allowed = {name: pair for name, pair in differing.items() if _covered(name, allow)}
-    refused = {name: pair for name, pair in differing.items() if name not in allowed}
+    differing = {
+        name: f"{name}: " + " and ".join("nothing" if v is None else str(v) for v in pair)
+        for name, pair in different_settings(a, b).items()
+    }
+    refused = [line for name, line in differing.items() if not _covered(name, allow)]
     if refused:
-        lines = [f"{name}: {_shown(x)} and {_shown(y)}" for name, (x, y) in refused.items()]
         raise UserError(
             f"{first} and {second} were measured under different settings:\n  "
-            + "\n  ".join(lines)
-            + "\nMeasure both alike, or name what may differ with --allow"
+            + "\n  ".join(refused)
+            + "\nMeasure both under the same settings, or allow a difference with --allow"
         )
     lines = [
         f"A = {first} ({a['settings'].get('target')})",
         f"B = {second} ({b['settings'].get('target')})",
-    ]
-    lines += [
-        f"different by --allow: {name}: {_shown(x)} and {_shown(y)}"
-        for name, (x, y) in allowed.items()
+        *(f"different by --allow: {line}" for line in differing.values()),
     ]
     rows = [("", "A", "B", "B - A")]
     for name in dict.fromkeys([*a["metrics"], *b["metrics"]]):
         x, y = a["metrics"].get(name), b["metrics"].get(name)
         gap = f"{y - x:+.4g}" if x is not None and y is not None else ""
-        rows.append((name, _number(x), _number(y), gap))
+        rows.append((name, *("" if v is None else f"{v:.6g}" for v in (x, y)), gap))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]
@@ -207,19 +134,19 @@ def compare(first: str | Path, second: str | Path, allow: Sequence[str] = ()) ->
 
 
 def different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that numbers depend on and that differ: name -> both values, in order."""
+    """Differing settings on which the numbers depend: name -> both values, in order."""
     flat_a, flat_b = (
         {name: result.get(name) for name in _TOP} | _flat(result["settings"]) for result in (a, b)
     )
-    names = [n for n in dict.fromkeys([*flat_a, *flat_b]) if not _covered(n, _FREE)]
+    names = [n for n in dict.fromkeys([*flat_a, *flat_b]) if not _covered(n, IGNORED_SETTINGS)]
     return {n: (flat_a.get(n), flat_b.get(n)) for n in names if flat_a.get(n) != flat_b.get(n)}
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """A result.json, or the one in a folder.
+    """Read a result.json, or the one in a folder.
 
     Raises:
-        UserError: No such file, or it is no result.
+        UserError: There is no such file, or it is not a result.
     """
     file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
     try:
@@ -229,8 +156,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
     metrics, settings = result.get("metrics"), result.get("settings")
     if not fits(metrics, dict[str, float | None]) or not fits(settings, dict[str, Any]):
         raise UserError(
-            f"{file} is no result.json of complexity-dit evaluate: it has numbers under `metrics` "
-            "and what they were measured with under `settings`"
+            f"{file} is not a result.json of complexity-dit evaluate, which has numbers under "
+            "`metrics` and their settings under `settings`"
         )
     return result
 
@@ -246,23 +173,122 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _covered(name: str, names: Sequence[str]) -> bool:
-    return any(name == known or name.startswith(known + ".") for known in names)
+    return any(name == covering or name.startswith(covering + ".") for covering in names)
 
 
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+# Charts, as SVG elements
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+def curve_chart(curve: dict[str, Any], name: str) -> str:
+    """Distance over 1 / n, with the line to infinite n and its interval."""
+    figure, axes = _figure(3.2)
+    inverse = 1 / np.asarray(curve["sizes"], float)
+    axes.plot(inverse, curve["values"], "o", color="C0", label="measured")
+    # The line of `fid_curve`: the same weights, through the same points.
+    line = np.polyfit(inverse, curve["values"], 1, w=np.sqrt(1 / inverse))
+    ends = np.array([0, inverse.max()])
+    axes.plot(ends, np.polyval(line, ends), "--", color="0.6", label="line in 1/n")
+    half = (curve["high"] - curve["low"]) / 2
+    axes.errorbar([0], [curve["infinity"]], [half], fmt="s", color="C1", capsize=4, label="n → ∞")
+    axes.set_xticks([0, *inverse], ["∞", *(f"{n:,}" for n in curve["sizes"])])
+    axes.set(xlabel="n (spaced as 1/n)", ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _svg(figure)
 
+
+def label_chart(labels: dict[str, dict[str, Any]]) -> str:
+    """Frechet distance of each label as a bar, with its floor as a mark."""
+    rows = {name: row for name, row in labels.items() if "n" in row}
+    if not rows:
+        return ""
+    key = next(k for k in next(iter(rows.values())) if k == "fid" or k.startswith("fd_"))
+    figure, axes = _figure(0.6 + 0.32 * len(rows))
+    places = np.arange(len(rows))
+    axes.barh(places, [row[key] for row in rows.values()], height=0.6, color="C0")
+    floors = [
+        (place, row["floor"][key])
+        for place, row in zip(places, rows.values(), strict=True)
+        if "n" in row.get("floor", {})
+    ]
+    if floors:
+        at, values = zip(*floors, strict=True)
+        axes.plot(values, at, "|", color="black", markersize=14, label="training images")
+        axes.legend(frameon=False)
+    names = [f"{one_line(name)} ({row['n']})" for name, row in rows.items()]
+    axes.set_yticks(places, names, parse_math=False)  # "$" in a name is not mathematics
+    axes.invert_yaxis()
+    axes.set(xlabel="FID, each label at its own n (in brackets)" if key == "fid" else key)
+    axes.grid(alpha=0.3, axis="x")
+    return _svg(figure)
+
+
+def nearest_chart(copies: Memorisation) -> str:
+    """Distances to the nearest training image, of samples and of held-out images."""
+    figure, axes = _figure(2.8)
+    edges = np.histogram_bin_edges(np.concatenate([copies.samples, copies.heldout]), 50)
+    for distances, label in ((copies.heldout, "held-out images"), (copies.samples, "samples")):
+        axes.hist(distances, edges, density=True, alpha=0.55, label=label)
+    axes.set(xlabel="distance to the nearest training image", ylabel="density", xlim=(0, None))
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.5, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    """The SVG element alone: no prologue, no date, text as text, and reproducible ids."""
+    with rc_context({"svg.hashsalt": "complexity-dit", "svg.fonttype": "none"}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    # The metadata element refers to vocabularies by URL, and the page refers to nothing outside.
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+# The page
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 16
 LARGEST_SIDE = 96
-"""Pixels of an image in the report; larger ones are scaled down."""
+"""Side in pixels to which larger images are reduced in the report."""
 
-_STYLE = """
+_MEANINGS = {
+    "fid": "Fréchet Inception distance at this n; lower is better, compare at equal n only",
+    "fd": "Fréchet distance in the features of this network; it is not FID",
+    "kid_mean": "kernel Inception distance, unbiased at any n",
+    "kd_mean": "kernel distance in the features of this network; it is not KID",
+    "_std": "standard deviation over subsets",
+    "_stderr": "standard error",
+    "_infinity": "extrapolated to infinite n",
+    "_infinity_low": "lower end of its 95 % interval",
+    "_infinity_high": "upper end of its 95 % interval",
+    "_train": "floor: as many training images instead of samples",
+    "_vae": "floor: held-out images encoded and decoded by the VAE",
+    "_shrunk": "held-out images reduced to 8 px and enlarged: colours without structure",
+    "precision": "fraction of samples within the manifold of the reference",
+    "recall": "fraction of reference images within the manifold of the samples",
+    "density": "density of reference images around samples",
+    "coverage": "fraction of reference images with a sample nearby",
+    "sfid": "Fréchet distance of spatial features",
+    "inception_score_mean": "Inception score",
+    "inception_score_std": "its standard deviation over splits",
+    "label_accuracy": "fraction of samples whose nearest class mean is that of their label",
+    "label_accuracy_real": "the same for reference images",
+    "closer_than_1_percent": "fraction of samples nearer to training images than 99 % of held-out "
+    "images; 0.01 if samples resemble them",
+}
+
+_PAGE = """\
+{%- macro picture(image) -%}
+<img alt="" width="{{ image.width }}" height="{{ image.height }}" src="{{ image.source }}">
+{%- endmacro -%}
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
        max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -275,38 +301,64 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img, svg { max-width: 100%; height: auto; } img { image-rendering: pixelated; }
 figure { margin: 0; } .pairs { display: flex; flex-wrap: wrap; gap: .8rem; }
 .pairs figcaption { font-size: .8rem; color: #555; } pre { overflow-x: auto; font-size: .8rem; }
+</style></head>
+<body>
+<h1>Evaluation</h1>
+<p class="about">{{ settings.target }} against {{ settings.reference }}: n = {{ n_generated }}
+generated, {{ "an unknown number of" if n_reference is none else n_reference }} reference images.
+Features: {{ extractor.name }}, resize {{ extractor.resize }}, {{ extractor.dtype }}.</p>
+{% if not extractor.name.startswith("inception") %}
+<p class="warning">These distances are named after their network. They are not FID, and are
+comparable only with distances of the same network.</p>
+{% endif %}
+<h2>Numbers</h2>
+<table>{% for name, value in metrics.items() %}
+<tr><td>{{ name }}</td><td class="number">{{ "%.6g" % value }}</td>
+<td class="note">{{ meaning(name) }}</td></tr>{% endfor %}</table>
+{% if absent %}
+<p class="note">Not measured:</p><ul class="note">{% for name, why in absent.items() %}
+<li>{{ name }}: {{ why }}</li>{% endfor %}</ul>
+{% endif %}
+{% if curve %}
+<h2>Distance over n</h2>{{ curve|safe }}
+<p class="note">Both sides in disjoint parts of n images, and the weighted straight line over 1/n;
+the bar is the 95 % interval at infinite n.</p>
+{% endif %}
+{% if per_label %}
+<h2>By {{ per_label.field }}</h2>{{ label_bars|safe }}
+<table>
+<tr><th>label</th><th>n</th><th>distance</th><th>kernel distance</th><th>floor</th><th></th></tr>
+{% for name, row in per_label.labels.items() %}<tr><td>{{ name }}</td>
+{%- if row.skipped %}<td></td><td></td><td></td><td></td><td>{{ row.skipped }}</td>
+{%- else %}<td>{{ row.n }}</td><td>{{ "%.5g" % number(row, "") }}</td>
+<td>{{ "%.4g ± %.2g" % (number(row, "_mean"), number(row, "_stderr")) }}</td>
+<td>{% if row.floor and "n" in row.floor -%}
+{{ "%.5g (n %d)" % (number(row.floor, ""), row.floor.n) }}{% endif %}</td><td></td>
+{%- endif %}</tr>
+{% endfor %}</table>
+{% endif %}
+<h2>Samples</h2>{{ picture(samples) }}
+{% if reference %}<h2>Reference</h2>{{ picture(reference) }}{% endif %}
+{% if copies %}
+<h2>Nearest training images</h2>{{ nearest|safe }}
+<p class="note">A sample is nearer than a held-out image with probability
+{{ "%.3f" % copies.probability_closer }} (0.5 if samples resemble held-out images);
+{{ "%.2f" % (100 * copies.closer_than_1_percent) }} % of samples are nearer than 99 % of held-out
+images (1 % if they resemble them). Below, the closest pairs: sample (left), training image (right)
+and their distance.</p>
+<div class="pairs">{% for sample, other, caption in pairs %}
+<figure>{{ picture(sample) }} {{ picture(other) }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>
+{% endif %}
+<h2>Settings</h2>
+<details><summary>All settings</summary><pre>{{ all_settings }}</pre></details>
+</body></html>
 """
-
-_MEANINGS = {
-    "fid": "Fréchet Inception distance at this n; lower is better, compare at equal n only",
-    "fd": "Fréchet distance in the features of this network; it is not FID",
-    "kid_mean": "kernel Inception distance, unbiased at any n",
-    "kd_mean": "kernel distance in the features of this network; it is not KID",
-    "_std": "spread over subsets",
-    "_stderr": "standard error",
-    "_infinity": "continued to infinite n",
-    "_infinity_low": "lower end of its 95 % interval",
-    "_infinity_high": "upper end of its 95 % interval",
-    "_train": "floor: as many training images instead of samples",
-    "_vae": "floor: held-out images through the VAE",
-    "_shrunk": "held-out images shrunk to 8 px and back: colours without structure",
-    "precision": "share of samples within the reference's manifold",
-    "recall": "share of reference images within the samples' manifold",
-    "density": "how crowded the reference is where samples are",
-    "coverage": "share of reference images with a sample near",
-    "sfid": "Fréchet distance of spatial features",
-    "inception_score_mean": "Inception score",
-    "inception_score_std": "its spread over splits",
-    "label_accuracy": "samples whose asked label the nearest class mean names",
-    "label_accuracy_real": "the same of reference images",
-    "closer_than_1_percent": "samples nearer to training images than 99 % of held-out ones; "
-    "0.01 when alike",
-}
 
 
 @dataclass
 class Pictures:
-    """What the report shows: uint8 images (n, H, W, 3), and pairs of sample and training image."""
+    """Images of a report, uint8 (n, H, W, 3), and pairs of a sample and a training image."""
 
     samples: NDArray[np.uint8]
     reference: NDArray[np.uint8] | None = None
@@ -316,9 +368,9 @@ class Pictures:
     def of(
         cls,
         generated: ImageSet,
-        picked: NDArray[np.int64],
+        generated_rows: NDArray[np.int64],
         reference: ImageSet | None,
-        rows: NDArray[np.int64],
+        real_rows: NDArray[np.int64],
         train: ImageSet | None,
         pairs: Sequence[dict[str, Any]],
     ) -> "Pictures":
@@ -330,8 +382,8 @@ class Pictures:
                 caption = f"sample {i}, training image {j}: {distance:.3g}"
                 shown.append((generated.read([i])[0], train.read([j])[0], caption))
         return cls(
-            generated.read(picked[:GRID_IMAGES].tolist()),
-            reference.read(rows[:GRID_IMAGES].tolist()) if reference else None,
+            generated.read(generated_rows[:GRID_IMAGES].tolist()),
+            reference.read(real_rows[:GRID_IMAGES].tolist()) if reference else None,
             shown,
         )
 
@@ -339,78 +391,40 @@ class Pictures:
 def write_report(
     path: Path, result: dict[str, Any], pictures: Pictures, copies: Memorisation | None = None
 ) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        path: Where to.
-        result: As `evaluate` returns it.
-        pictures: What to show.
-        copies: Nearest training images, where they were looked for.
+        path: The HTML file.
+        result: Result of `evaluate`.
+        pictures: Images to show.
+        copies: Nearest training images, if they were searched.
     """
-    with atomic_file(path) as aside:
-        aside.write_text(render(result, pictures, copies), encoding="utf-8")
+    with atomic_file(path) as scratch:
+        scratch.write_text(render(result, pictures, copies), encoding="utf-8")
 
 
 def render(result: dict[str, Any], pictures: Pictures, copies: Memorisation | None = None) -> str:
-    """The page as text; it refers to nothing outside itself."""
-    settings, extractor = result["settings"], result["settings"]["extractor"]
-    n = result["n_reference"]
-    about = (
-        f"{settings['target']} against {settings['reference']}: n = {result['n_generated']} "
-        f"generated, {'an unknown number of' if n is None else n} reference images. Features: "
-        f"{extractor['name']}, resize {extractor['resize']}, {extractor['dtype']}."
+    """The page as text, which refers to nothing outside itself."""
+    metrics, curve = result["metrics"], result["fid_over_n"]
+    labels = result["per_label"].get("labels", {})
+    name = next((m for m in metrics if m == "fid" or m.startswith("fd_")), "fid")
+    kept = ("settings", "versions", "weights_sha256", "reference_fingerprint", "target_fingerprint")
+    environment = jinja2.Environment(autoescape=True)
+    return environment.from_string(_PAGE).render(
+        result,
+        extractor=result["settings"]["extractor"],
+        meaning=_meaning,
+        number=_number,
+        # Charts are inserted as SVG, in which matplotlib has escaped all text.
+        curve=curve_chart(curve, "FID" if name == "fid" else name) if curve else "",
+        label_bars=label_chart(labels),
+        nearest=nearest_chart(copies) if copies else "",
+        copies=copies,
+        samples=_picture(pictures.samples),
+        reference=None if pictures.reference is None else _picture(pictures.reference),
+        pairs=[(_picture(a[None]), _picture(b[None]), text) for a, b, text in pictures.pairs],
+        all_settings=json.dumps({key: result[key] for key in kept}, indent=2),
     )
-    parts = ["<h1>Evaluation</h1>", f'<p class="about">{html.escape(about)}</p>']
-    if not extractor["name"].startswith("inception"):
-        parts.append(
-            '<p class="warning">These distances are named after their network. They are not FID, '
-            "and compare only with distances of the same network.</p>"
-        )
-    parts += ["<h2>Numbers</h2>", _numbers(result["metrics"]), _absent(result["absent"])]
-    name = next((m for m in result["metrics"] if m in ("fid",) or m.startswith("fd_")), "fid")
-    if result["fid_over_n"]:
-        parts += [
-            "<h2>Distance over n</h2>",
-            curve_chart(result["fid_over_n"], "FID" if name == "fid" else name),
-            '<p class="note">Both sides in disjoint parts of n images, and the weighted straight '
-            "line over 1/n; the bar is the 95 % interval at infinite n.</p>",
-        ]
-    if result["per_label"]:
-        parts += [
-            f"<h2>By {html.escape(result['per_label']['field'])}</h2>",
-            label_chart(result["per_label"]["labels"]),
-            _labels(result["per_label"]["labels"]),
-        ]
-    parts += ["<h2>Samples</h2>", _grid(pictures.samples)]
-    if pictures.reference is not None:
-        parts += ["<h2>Reference</h2>", _grid(pictures.reference)]
-    if copies is not None:
-        parts += [
-            "<h2>Nearest training images</h2>",
-            nearest_chart(copies),
-            f'<p class="note">A sample is nearer than a held-out image with probability '
-            f"{copies.probability_closer:.3f} (0.5 when alike); "
-            f"{100 * copies.closer_than_1_percent:.2f} % of samples are nearer than 99 % of "
-            "held-out images (1 % when alike). Below, the closest pairs: sample left, training "
-            "image right, and their distance.</p>",
-            '<div class="pairs">' + "".join(_pair(*pair) for pair in pictures.pairs) + "</div>",
-        ]
-    parts += ["<h2>Settings</h2>", _settings(result)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>Evaluation</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-
-
-def _numbers(metrics: dict[str, float]) -> str:
-    rows = [
-        f"<tr><td>{html.escape(name)}</td><td class=number>{value:.6g}</td>"
-        f'<td class="note">{_meaning(name)}</td></tr>'
-        for name, value in metrics.items()
-    ]
-    return f"<table>{''.join(rows)}</table>"
 
 
 def _meaning(name: str) -> str:
@@ -422,70 +436,25 @@ def _meaning(name: str) -> str:
     return _MEANINGS[max(ends, key=len)] if ends else _MEANINGS["fd"]
 
 
-def _absent(absent: dict[str, str]) -> str:
-    lines = [f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in absent.items()]
-    return (
-        f'<p class="note">Not measured:</p><ul class="note">{"".join(lines)}</ul>' if lines else ""
-    )
-
-
-def _labels(labels: dict[str, dict[str, Any]]) -> str:
-    rows = ["<tr><th>label<th>n<th>distance<th>kernel distance<th>floor<th></tr>"]
-    for name, row in labels.items():
-        cells = [html.escape(name)]
-        if "skipped" in row:
-            cells += ["", "", "", "", html.escape(row["skipped"])]
-        else:
-            distance, kernel, error = (_value(row, end) for end in ("", "_mean", "_stderr"))
-            floor = _value(row["floor"], "") if "n" in row.get("floor", {}) else None
-            cells += [str(row["n"]), f"{distance:.5g}", f"{kernel:.4g} ± {error:.2g}"]
-            cells += [f"{floor:.5g} (n {row['floor']['n']})" if floor is not None else "", ""]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _value(row: dict[str, Any], end: str) -> float:
-    """The Frechet distance of a label's row (no end), or its kernel distance's part."""
-    starts = ("fid", "fd_") if not end else ("kid", "kd_")
+def _number(row: dict[str, Any], end: str) -> float:
+    """The Frechet distance in a label's row (end ""), or a number of its kernel distance."""
+    starts = ("kid", "kd_") if end else ("fid", "fd_")
     return next(v for k, v in row.items() if k.startswith(starts) and k.endswith(end))
 
 
-def _pair(sample: NDArray[np.uint8], other: NDArray[np.uint8], caption: str) -> str:
-    both = f"{_picture(_scaled(sample))} {_picture(_scaled(other))}"
-    return f"<figure>{both}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _grid(images: NDArray[np.uint8]) -> str:
-    small = [_scaled(image) for image in images]
-    width, height = small[0].size
-    rows = -(-len(small) // GRID_COLUMNS)
-    sheet = Image.new("RGB", (GRID_COLUMNS * (width + 2), rows * (height + 2)), "white")
-    for i, image in enumerate(small):
-        row, column = divmod(i, GRID_COLUMNS)
-        sheet.paste(image, (column * (width + 2), row * (height + 2)))
-    return _picture(sheet, cell=width)
-
-
-def _scaled(image: NDArray[np.uint8]) -> Image.Image:
-    picture = Image.fromarray(image)
-    if max(picture.size) > LARGEST_SIDE:
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    return picture
-
-
-def _picture(image: Image.Image, cell: int | None = None) -> str:
-    """An <img>, small ones enlarged by a whole factor; ``cell`` is the width of one in a sheet."""
-    scale = max(1, LARGEST_SIDE // 2 // (cell or image.width))
+def _picture(images: NDArray[np.uint8]) -> dict[str, Any]:
+    """A grid of images (n, H, W, 3) as attributes of an <img>; small ones are enlarged."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    height, width = x.shape[2:]
+    if max(height, width) > LARGEST_SIDE:
+        factor = LARGEST_SIDE / max(height, width)
+        x = resize(x, [max(1, round(height * factor)), max(1, round(width * factor))])
+    scale = max(1, LARGEST_SIDE // 2 // x.shape[3])
+    sheet = make_grid(x, GRID_COLUMNS, padding=2 * (len(x) > 1), pad_value=255)
     file = io.BytesIO()
-    image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<img alt="" width="{scale * image.width}" height="{scale * image.height}" '
-        f'src="data:image/png;base64,{data}">'
-    )
-
-
-def _settings(result: dict[str, Any]) -> str:
-    kept = ("settings", "versions", "weights_sha256", "reference_fingerprint", "target_fingerprint")
-    text = json.dumps({key: result[key] for key in kept}, indent=2)
-    return f"<details><summary>All of them</summary><pre>{html.escape(text)}</pre></details>"
+    to_pil_image(sheet).save(file, "PNG")
+    return {
+        "width": scale * sheet.shape[2],
+        "height": scale * sheet.shape[1],
+        "source": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+    }
