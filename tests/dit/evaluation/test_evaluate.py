@@ -1,4 +1,4 @@
-"""The evaluation from pictures to result.json, with a network small enough for tests."""
+"""Evaluations from images to result.json, with the random network."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import complexity_dit.pipelines.sampling
+import complexity_dit.evaluation.samples
 from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation import evaluate as module
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def as_inception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that carries Inception's name: names are what is tested, not numbers."""
+    """Use the random network under Inception's name, to test the names of the metrics."""
 
     def load(*args: object, **kwargs: object) -> FeatureExtractor:
         return replace(load_random_features(), name="inception-v3-2015-12-05")
@@ -58,21 +58,21 @@ def as_inception(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_extractor", load)
 
 
-def test_features_do_not_depend_on_the_batches() -> None:
+def test_features_are_independent_of_the_batches() -> None:
     extractor = load_random_features()
     images = pictures(FEATURE_CHUNK + 9, 0)
-    whole = extract_features([images], extractor)
+    full = extract_features([images], extractor)
     ones = extract_features((images[i : i + 1] for i in range(len(images))), extractor, len(images))
     sevens = extract_features(np.array_split(images, 7), extractor)
-    assert whole.shape == (len(images), extractor.feature_dim)
-    assert whole.dtype == np.float32
-    np.testing.assert_array_equal(whole, ones)
-    np.testing.assert_array_equal(whole, sevens)
-    # A prefix has the same features as in the whole.
-    np.testing.assert_array_equal(extract_features([images[:3]], extractor), whole[:3])
+    assert full.shape == (len(images), extractor.feature_dim)
+    assert full.dtype == np.float32
+    np.testing.assert_array_equal(full, ones)
+    np.testing.assert_array_equal(full, sevens)
+    # The features of a prefix equal those in the full set.
+    np.testing.assert_array_equal(extract_features([images[:3]], extractor), full[:3])
 
 
-def test_bad_batches_are_named() -> None:
+def test_errors_name_bad_batches() -> None:
     extractor = load_random_features()
     with pytest.raises(UserError, match="float64"):
         extract_features([np.zeros((1, 8, 8, 3))], extractor)
@@ -82,7 +82,9 @@ def test_bad_batches_are_named() -> None:
         extract_features([], extractor)
 
 
-def test_two_folders(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+def test_two_folders_give_a_result_and_a_report(
+    folders: tuple[Path, Path], tmp_path: Path, capsys
+) -> None:
     out = tmp_path / "out"
     config = replace(QUICK, quiet=False, floors=True, seed=4)
     result = evaluate(folders[0], folders[1], out, config)
@@ -106,7 +108,7 @@ def test_two_folders(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None
     assert f"{metrics['fd_random']:.6g}" in table
 
 
-def test_inception_alone_gives_the_names_fid_and_kid(
+def test_only_inception_gives_metrics_named_fid_and_kid(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     as_inception(monkeypatch)
@@ -118,11 +120,11 @@ def test_inception_alone_gives_the_names_fid_and_kid(
     assert "NOT FID" not in capsys.readouterr().out
 
 
-def test_same_folder_is_at_distance_zero(folders: tuple[Path, Path]) -> None:
+def test_the_same_folder_has_distance_zero(folders: tuple[Path, Path]) -> None:
     assert abs(evaluate(folders[0], folders[0], config=QUICK)["metrics"]["fd_random"]) < 1e-6
 
 
-def test_statistics_as_reference(
+def test_statistics_can_be_the_reference(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = folder_images(folders[1])
@@ -146,7 +148,7 @@ def test_statistics_as_reference(
         evaluate(folders[0], path, config=QUICK)
 
 
-def test_real_features_are_cached_by_what_they_are(
+def test_real_features_are_cached_by_content(
     folders: tuple[Path, Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     calls: list[str] = []
@@ -165,7 +167,7 @@ def test_real_features_are_cached_by_what_they_are(
     evaluate(*folders, config=replace(QUICK, dtype="bfloat16"))
     evaluate(*folders, config=replace(QUICK, cache=False))
     assert calls.count("features of real") == 4
-    # A picture that changed is another data set.
+    # A changed image makes another data set.
     Image.fromarray(pictures(1, 8)[0]).save(folders[1] / "0000.png")
     assert evaluate(*folders, config=QUICK)["metrics"] != first
     assert calls.count("features of real") == 5
@@ -179,7 +181,9 @@ def test_real_features_are_cached_by_what_they_are(
     assert "computed again" in caplog.text
 
 
-def test_a_result_is_replaced_only_when_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_result_is_replaced_only_with_overwrite(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "result.json").write_text("mine")
@@ -190,11 +194,13 @@ def test_a_result_is_replaced_only_when_asked(folders: tuple[Path, Path], tmp_pa
     assert "metrics" in json.loads((out / "result.json").read_text())
 
 
-def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path, caplog) -> None:
+def test_errors_name_bad_folders_and_files(
+    folders: tuple[Path, Path], tmp_path: Path, caplog
+) -> None:
     fake, real = folders
     with pytest.raises(UserError, match="num_images is 1"):
         evaluate(fake, real, config=replace(QUICK, num_images=1))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         evaluate(fake, tmp_path / "none", config=QUICK)
     with pytest.raises(UserError, match="holds 0 images"):
         evaluate(tmp_path, (tmp_path / "empty").mkdir() or tmp_path / "empty", config=QUICK)
@@ -208,16 +214,16 @@ def test_bad_folders_are_named(folders: tuple[Path, Path], tmp_path: Path, caplo
     Image.new("RGBA", (20, 20)).save(fake / "zz.png")
     with pytest.raises(UserError, match=r"zz\.png has the mode RGBA"):
         evaluate(fake, real, config=QUICK)
-    whole = io.BytesIO()
-    Image.fromarray(pictures(1, 0)[0]).save(whole, "png")
-    (fake / "zz.png").write_bytes(whole.getvalue()[:-40])
+    full = io.BytesIO()
+    Image.fromarray(pictures(1, 0)[0]).save(full, "png")
+    (fake / "zz.png").write_bytes(full.getvalue()[:-40])
     with pytest.raises(UserError, match=r"zz\.png cannot be read"):
         evaluate(fake, real, config=QUICK)
 
 
 @pytest.fixture
 def art_pipe(pipe: ComplexityDiTPipeline) -> tuple[ComplexityDiTPipeline, DataConfig]:
-    """The shared pipeline, its first style and genres renamed to ones the art set has."""
+    """The shared pipeline with some styles and genres of the art set."""
     data = DataConfig(source="art", resolution=8, num_images=120, holdout=0.3)
     names = load_data(data, "train").label_names
     pipe.register_to_config(
@@ -229,7 +235,7 @@ def art_pipe(pipe: ComplexityDiTPipeline) -> tuple[ComplexityDiTPipeline, DataCo
     return pipe, data
 
 
-def test_a_pipeline_is_asked_for_the_held_out_labels(
+def test_samples_are_requested_with_the_held_out_labels(
     art_pipe: tuple[ComplexityDiTPipeline, DataConfig],
     monkeypatch: pytest.MonkeyPatch,
     caplog,
@@ -239,15 +245,15 @@ def test_a_pipeline_is_asked_for_the_held_out_labels(
     n = 16
     rows = draw(len(held), n, seed=2)
     asked: list[torch.Tensor] = []
-    original = complexity_dit.pipelines.sampling.iter_samples
+    original = complexity_dit.evaluation.samples.iter_samples
 
     def spy(pipe, labels, config, indices=None, progress=True):
         asked.append(labels)
-        # Out of order on purpose: results belong to indices, not to arrival.
+        # Reversed on purpose: images are assigned by index, not by order of arrival.
         batches = list(original(pipe, labels, config, indices, progress))
         yield from reversed(batches)
 
-    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", spy)
+    monkeypatch.setattr(complexity_dit.evaluation.samples, "iter_samples", spy)
     config = replace(QUICK, num_images=n, seed=2, floors=True)
     sample = SampleConfig(num_inference_steps=2, batch_size=5, chunk_size=5)
     result = evaluate(pipe, "art", config=config, sample=sample, data=data)
@@ -270,15 +276,15 @@ def test_a_pipeline_is_asked_for_the_held_out_labels(
     assert result["settings"]["n_train"] == 16
     json.dumps(result)
 
-    # The same set in other batches: the same numbers.
+    # Other batches give the same numbers.
     again = evaluate(pipe, "art", config=config, sample=replace(sample, batch_size=10), data=data)
     assert again["metrics"] == metrics
 
 
-def test_samples_of_each_label_own_the_accuracy(
+def test_perfect_samples_have_the_accuracy_of_real_images(
     art_pipe: tuple[ComplexityDiTPipeline, DataConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipeline that returns the very pictures whose labels it is asked for scores like them."""
+    """A pipeline that returns the images whose labels are requested."""
     pipe, data = art_pipe
     held = load_data(data, "heldout")
     real = dataset_images(held, "real")
@@ -290,7 +296,7 @@ def test_samples_of_each_label_own_the_accuracy(
     def perfect(pipe, labels, config, indices=None, progress=True):
         yield list(range(n)), real.read(order.tolist())
 
-    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", perfect)
+    monkeypatch.setattr(complexity_dit.evaluation.samples, "iter_samples", perfect)
     config = replace(QUICK, num_images=n)
     metrics = evaluate(pipe, "art", config=config, data=data)["metrics"]
     assert metrics["label_accuracy"] == metrics["label_accuracy_real"]
@@ -300,7 +306,7 @@ def test_samples_of_each_label_own_the_accuracy(
     assert "label_accuracy" not in without["metrics"]
 
 
-def test_a_pipeline_folder_and_an_unlabelled_reference(
+def test_samples_for_an_unlabelled_reference_are_unconditional(
     pipe: ComplexityDiTPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe.save_pretrained(tmp_path / "pipeline")

@@ -1,4 +1,4 @@
-"""`complexity-dit evaluate` and `compare` as typed: what wrong input says and returns."""
+"""`complexity-dit evaluate` and `compare` on the command line: exit statuses and messages."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ def write_set(folder: Path, n: int = 12, size: int = 16, seed: int = 0) -> Path:
     return folder
 
 
-def broken_set(folder: Path, name: str, **what: object) -> Path:
-    """A set with one file that is not like the others."""
+def broken_set(folder: Path, name: str, **fault: object) -> Path:
+    """A set with one file that differs from the others."""
     write_set(folder)
-    kind = what["mode"]
+    kind = fault["mode"]
     if kind == "size":
         Image.new("RGB", (9, 9)).save(folder / name)
     elif kind == "corrupt":
@@ -49,20 +49,20 @@ BROKEN = [
 
 
 def bad_inputs(root: Path, pipe: ComplexityDiTPipeline) -> list[tuple[str, list[object], str]]:
-    """(what is wrong, command, words of the message) of everything that must be refused."""
+    """(fault, command, part of the message) of everything that must be rejected."""
     good, real = write_set(root / "good"), write_set(root / "real", seed=1)
     one = write_set(root / "one", n=1)
     start = ["evaluate", good, "--reference", real, "--weights", "random", "--out", root / "out"]
     cases: list[tuple[str, list[object], str]] = [
         ("n < 2", [*start, "--num_images", 1], "num_images is 1"),
         ("one image", ["evaluate", one, *start[2:]], "holds 1 images"),
-        ("no such reference", [*start[:3], root / "none", *start[4:]], "is no folder"),
+        ("no such reference", [*start[:3], root / "none", *start[4:]], "is not a folder"),
     ]
-    for what, name, mode, words in BROKEN:
-        folder = broken_set(root / f"with {what}", name, mode=mode)
-        cases.append((what, ["evaluate", folder, *start[2:]], words))
+    for fault, name, mode, words in BROKEN:
+        folder = broken_set(root / f"with {fault}", name, mode=mode)
+        cases.append((fault, ["evaluate", folder, *start[2:]], words))
     np.savez(root / "nan.npz", arr_0=np.full((4, 16, 16, 3), np.nan, np.float32))
-    cases.append(("NaN images", ["evaluate", root / "nan.npz", *start[2:]], "not finite"))
+    cases.append(("NaN images", ["evaluate", root / "nan.npz", *start[2:]], "non-finite"))
     identity = {"name": "dinov2-32x2", "weights_sha256": "0", "resize": "x", "dtype": "float32"}
     np.savez(root / "other.npz", mu=np.zeros(256), sigma=np.eye(256), n=9, **identity)
     other = [*start[:3], root / "other.npz", *start[4:]]
@@ -82,18 +82,18 @@ def bad_inputs(root: Path, pipe: ComplexityDiTPipeline) -> list[tuple[str, list[
     return cases
 
 
-def test_wrong_input_exits_with_2_and_says_what_to_do(
+def test_wrong_input_gives_status_2_and_a_message(
     command, pipe: ComplexityDiTPipeline, tmp_path: Path
 ) -> None:
-    for what, arguments, words in bad_inputs(tmp_path, pipe):
+    for fault, arguments, words in bad_inputs(tmp_path, pipe):
         status, _, err = command(*arguments)
-        assert status == 2, (what, err)
-        assert words in err, (what, err)
+        assert status == 2, (fault, err)
+        assert words in err, (fault, err)
         assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_compared_when_measured_alike(command, tmp_path: Path) -> None:
+def test_results_with_equal_settings_are_compared(command, tmp_path: Path) -> None:
     good, real = write_set(tmp_path / "good"), write_set(tmp_path / "real", seed=1)
     for name, extra in (("a", []), ("b", []), ("c", ["--seed", 1])):
         arguments = ["evaluate", good, "--reference", real, "--weights", "random", "--out"]

@@ -1,4 +1,4 @@
-"""Evaluations of every kind of input, with floors, labels and copies, with a network of seconds."""
+"""Evaluations of every kind of input, with floors, labels and memorisation."""
 
 import logging
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import complexity_dit.pipelines.sampling
+import complexity_dit.evaluation.samples
 from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate, evaluate_images
@@ -25,38 +25,38 @@ QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bo
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_samples_of_an_interrupted_run_are_used_again(
+def test_samples_of_an_interrupted_run_are_reused(
     pipe: ComplexityDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = write_folder(tmp_path / "real", pictures(40, 0, 8))
     config = replace(QUICK, num_images=40)
     sample = SampleConfig(num_inference_steps=1, batch_size=32)
-    painted: list[int] = []
-    original = complexity_dit.pipelines.sampling.iter_samples
+    sampled: list[int] = []
+    original = complexity_dit.evaluation.samples.iter_samples
 
     def stopping(pipe, labels, config, indices=None, progress=True):
         for batch, images in original(pipe, labels, config, indices, progress):
-            if 32 in batch and not painted.count(-1):
-                painted.append(-1)
+            if 32 in batch and not sampled.count(-1):
+                sampled.append(-1)
                 raise KeyboardInterrupt
-            painted.extend(batch)
+            sampled.extend(batch)
             yield batch, images
 
-    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", stopping)
+    monkeypatch.setattr(complexity_dit.evaluation.samples, "iter_samples", stopping)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(pipe, real, out, config, sample)
     assert not (out / "result.json").exists()
     result = evaluate(pipe, real, out, config, sample)
-    assert painted == [*range(32), -1, *range(32, 40)]
+    assert sampled == [*range(32), -1, *range(32, 40)]
     assert sorted(p.name for p in out.iterdir()) == ["generated", "report.html", "result.json"]
     assert result["metrics"] == evaluate(pipe, real, None, config, sample)["metrics"]
-    # The kept PNGs are an ordinary folder of images.
+    # The kept PNG files are an ordinary folder of images.
     folder = evaluate(out / "generated", real, config=config)["metrics"]
     assert folder["precision"] == pytest.approx(result["metrics"]["precision"], abs=0.05)
 
 
-def test_every_input_of_the_same_images_gives_the_same_numbers(
+def test_every_kind_of_input_gives_the_same_numbers(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     fake, real = (folder_images(folder) for folder in folders)
@@ -66,7 +66,7 @@ def test_every_input_of_the_same_images_gives_the_same_numbers(
     config = replace(QUICK, measures=["fid", "prdc"])
     usual = evaluate(*folders, config=config)["metrics"]
     assert evaluate(tmp_path / "a.npz", tmp_path / "b.npz", config=config)["metrics"] == usual
-    # All images of both sides, where `evaluate` draws as many as the smaller side has.
+    # `evaluate` draws as many images as the smaller side has; here all are used.
     found = evaluate_images(arrays[0], arrays[1][draw(15, 12, 0)], config).metrics
     assert found["fd_random"] == pytest.approx(usual["fd_random"], rel=1e-6)
     np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
@@ -74,7 +74,9 @@ def test_every_input_of_the_same_images_gives_the_same_numbers(
         evaluate(tmp_path / "s.npz", folders[1], config=config)
 
 
-def test_our_statistics_know_their_extractor(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_statistics_are_bound_to_their_extractor(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     saving = replace(QUICK, save_statistics=True, measures=["fid"], num_images=12)
     usual = evaluate(*folders, tmp_path / "out", saving)
     path = tmp_path / "out" / "reference.npz"
@@ -90,7 +92,7 @@ def test_our_statistics_know_their_extractor(folders: tuple[Path, Path], tmp_pat
         evaluate(*folders, None, saving)
 
 
-def test_a_source_as_target_is_its_training_split(tmp_path: Path, caplog) -> None:
+def test_a_source_as_target_is_measured_by_its_training_split(tmp_path: Path, caplog) -> None:
     """Held-out against training pictures, each school beside its floor, and the copies found."""
     data = DataConfig(source="art", resolution=8, num_images=200, holdout=0.4)
     config = replace(QUICK, num_images=70, floors=True, label_min=8, memorisation=True)
@@ -126,7 +128,7 @@ def test_a_source_as_target_is_its_training_split(tmp_path: Path, caplog) -> Non
     assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_vaes_floor_stands_beside_the_others(
+def test_the_floor_of_the_vae_is_measured(
     pipe: ComplexityDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import AutoencoderTiny
@@ -146,7 +148,7 @@ def test_the_vaes_floor_stands_beside_the_others(
     assert result["settings"]["vae"].startswith("vae: AutoencoderTiny")
 
 
-def test_a_label_without_pictures_is_named(folders: tuple[Path, Path]) -> None:
+def test_a_label_without_images_is_skipped_with_a_reason(folders: tuple[Path, Path]) -> None:
     from complexity_dit.evaluation.breakdown import distances_by_label
 
     x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
@@ -172,15 +174,15 @@ def test_a_label_without_pictures_is_named(folders: tuple[Path, Path]) -> None:
         ({"memorisation": True}, "memorisation needs training images"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_refused(
+def test_invalid_settings_are_rejected(
     folders: tuple[Path, Path], change: dict[str, object], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         evaluate(*folders, config=replace(QUICK, **change))
 
 
-def test_kept_features_belong_to_the_order_of_the_pictures() -> None:
-    """A source's fingerprint is the same when its files are renamed; its rows are not."""
+def test_cached_features_depend_on_the_order_of_the_images() -> None:
+    """The fingerprint of a source is unchanged when its files are renamed; its rows are not."""
     images, rows = pictures(6, 0), np.arange(6)
     extractor = load_random_features()
     found = []

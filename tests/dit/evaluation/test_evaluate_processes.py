@@ -1,4 +1,4 @@
-"""An evaluation gives the same bits for any number of processes and any batch."""
+"""Evaluations are bit-identical for any number of processes and any batch size."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from support.processes import torchrun
 N = 2 * FEATURE_CHUNK + 5
 
 
-def test_blocks_are_shared_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_distributed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for index in range(3):
         state = SimpleNamespace(process_index=index, num_processes=3)
@@ -31,25 +31,25 @@ def test_blocks_are_shared_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         shares.append(own_blocks(70, 16))
     assert [[run[0] for run in share] for share in shares] == [[0, 48], [16, 64], [32]]
     assert sorted(number for share in shares for run in share for number in run) == list(range(70))
-    assert own_blocks(16, 16) == []  # the third of three processes has nothing to do
+    assert own_blocks(16, 16) == []  # nothing for the third of three processes
 
 
-def test_one_process_puts_rows_in_their_places() -> None:
+def test_gathered_rows_are_in_order() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     np.testing.assert_array_equal(gather_rows(rows, [2, 0, 1], 3), rows[[1, 2, 0]])
 
 
-def test_features_of_samples_do_not_depend_on_batch_and_processes(
+def test_features_are_independent_of_batch_size_and_processes(
     pipe: ComplexityDiTPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shares of 1, 2 and 3 processes, one after the other, and batches of 1, 7 and 64."""
+    """The parts of 1, 2 and 3 simulated processes, and batches of 1, 7 and 64."""
     labels = torch.tensor([[i % 3, i % 2] for i in range(N)])
     extractor = load_random_features()
-    whole = np.empty((N, extractor.feature_dim), np.float32)
+    full = np.empty((N, extractor.feature_dim), np.float32)
 
     def place(rows: np.ndarray, numbers: list[int], count: int) -> np.ndarray:
-        whole[numbers] = rows
-        return whole
+        full[numbers] = rows
+        return full
 
     found = {}
     with monkeypatch.context() as patch:
@@ -57,21 +57,21 @@ def test_features_of_samples_do_not_depend_on_batch_and_processes(
         patch.setattr(features_module, "all_agree", lambda value: value)
         patch.setattr(features_module, "is_main", lambda: True)
         for batch, world in ((64, 1), (1, 3), (7, 2)):
-            whole[:] = np.nan
+            full[:] = np.nan
             sampling = SampleConfig(num_inference_steps=1, batch_size=batch)
             images = generated_images(pipe, labels, sampling)
             for index in range(world):
                 state = SimpleNamespace(process_index=index, num_processes=world)
                 patch.setattr(parallel_evaluation, "process_state", lambda state=state: state)
                 set_features(images, np.arange(N), extractor, cache=False)
-            found[batch, world] = whole.copy()
+            found[batch, world] = full.copy()
     first = found[64, 1]
     assert np.isfinite(first).all()
     for other in found.values():
         np.testing.assert_array_equal(other, first)
 
 
-def test_another_chunk_moves_the_distance_by_rounding_only(
+def test_the_chunk_size_changes_the_distance_only_by_rounding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from complexity_dit.evaluation.image_sets import array_images
@@ -91,10 +91,10 @@ def test_another_chunk_moves_the_distance_by_rounding_only(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_two_and_three_processes_give_one_result(
+def test_one_two_and_three_processes_give_the_same_result(
     pipe: ComplexityDiTPipeline, tmp_path: Path
 ) -> None:
-    """The command under torchrun, with gloo: images, statistics and result."""
+    """Images, statistics and result of the command under torchrun with gloo."""
     pipe.save_pretrained(tmp_path / "pipeline")
     (tmp_path / "real").mkdir()
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""Our numbers against torch-fidelity's, torchmetrics' and pytorch-fid's on the same pictures.
+"""Evaluations against torch-fidelity, torchmetrics and pytorch-fid on the same images.
 
-The network is Inception wherever the other program's published value needs it; a small one where
-the metrics alone are compared.
+The network is Inception where the published value of the other program needs it, and the random
+network where only the metrics are compared.
 """
 
 import json
@@ -26,8 +26,8 @@ from support.data import needs_data, needs_weights, shared_data
 pytestmark = pytest.mark.usefixtures("weights_cache")
 
 
-class OurFeatures(FeatureExtractorBase):
-    """One of our extractors in torch-fidelity's clothes."""
+class AdaptedFeatures(FeatureExtractorBase):
+    """A `FeatureExtractor` behind the interface of torch-fidelity."""
 
     name = "complexity-dit"
     network: Callable[[torch.Tensor], torch.Tensor]
@@ -44,35 +44,37 @@ class OurFeatures(FeatureExtractorBase):
         return "pooled"
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
-        # In float32 its kernel sums keep four digits of a small KID; it computes in what it gets.
+        # torch-fidelity keeps the dtype, and in float32 a small KID would have only four digits.
         return (type(self).network(input).double(),)
 
 
-def judged_by_torch_fidelity(
+def measured_by_torch_fidelity(
     first: Path, second: Path, network: Callable, subset_size: int, seed: int
 ) -> dict[str, float]:
-    OurFeatures.network = staticmethod(network)
-    torch_fidelity.register_feature_extractor(OurFeatures.name, OurFeatures)
+    AdaptedFeatures.network = staticmethod(network)
+    torch_fidelity.register_feature_extractor(AdaptedFeatures.name, AdaptedFeatures)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own deprecations are not ours to mend
+            warnings.simplefilter("ignore")  # deprecations in torch-fidelity
             return torch_fidelity.calculate_metrics(
-                input1=str(first), input2=str(second), feature_extractor=OurFeatures.name,
+                input1=str(first), input2=str(second), feature_extractor=AdaptedFeatures.name,
                 fid=True, kid=True, prc=True, kid_subsets=20, kid_subset_size=subset_size,
                 rng_seed=seed, cuda=False, cache=False, batch_size=16, verbose=False,
                 samples_find_deep=True,
             )  # fmt: skip
     finally:
-        torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY.pop(OurFeatures.name)
+        torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY.pop(AdaptedFeatures.name)
 
 
 def compared(first: Path, second: Path, extractor, subset_size: int) -> None:
-    judge = judged_by_torch_fidelity(first, second, extractor, subset_size, seed=3)
+    expected = measured_by_torch_fidelity(first, second, extractor, subset_size, seed=3)
     config = EvalConfig(
         seed=3, kid_subsets=20, kid_subset_size=subset_size, measures=["fid", "kid", "prdc"],
         bootstrap=0,
     )  # fmt: skip
-    ours = evaluate_images(folder_images(first), folder_images(second), config, extractor).metrics
+    metrics = evaluate_images(
+        folder_images(first), folder_images(second), config, extractor
+    ).metrics
     fd, kd = extractor.prefixes
     pairs = {
         fd: "frechet_inception_distance",
@@ -82,11 +84,11 @@ def compared(first: Path, second: Path, extractor, subset_size: int) -> None:
         "recall": "recall",
     }
     for name, other in pairs.items():
-        assert ours[name] == pytest.approx(judge[other], rel=1e-4), name
+        assert metrics[name] == pytest.approx(expected[other], rel=1e-4), name
 
 
-def test_folders_of_png_score_as_in_torch_fidelity(tmp_path: Path) -> None:
-    """FID, KID with the same subsets, precision and recall of the same features."""
+def test_png_folders_equal_torch_fidelity(tmp_path: Path) -> None:
+    """FID, KID with the same subsets, precision and recall, of the same features."""
     rng = np.random.default_rng(0)
     sides = []
     for name, n, shift in (("a", 60, 25), ("b", 70, 0)):
@@ -102,7 +104,7 @@ def test_folders_of_png_score_as_in_torch_fidelity(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_data
 @needs_weights
-def test_paintings_score_as_in_torch_fidelity_with_inception(tmp_path: Path) -> None:
+def test_paintings_equal_torch_fidelity_with_inception(tmp_path: Path) -> None:
     """48 + 48 paintings as PNG, Inception with resize tf1."""
     source = shared_data() / "wikiart" / "images"
     sides = []
@@ -116,25 +118,25 @@ def test_paintings_score_as_in_torch_fidelity_with_inception(tmp_path: Path) -> 
 
 
 def docstring_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of torchmetrics' examples, drawn as its documentation draws them.
+    """Images of the examples in torchmetrics' documentation.
 
-    Its metric makes its network first, whose initialisation draws from the same generator.
+    Its metric first initialises its network, which draws from the same generator.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.manual_seed(42)
     with pytest.MonkeyPatch.context() as patch:
 
-        class Drawn(Exception):
-            """The network is made, its weights are about to be loaded."""
+        class Initialised(Exception):
+            """The network is initialised, and its weights are about to be loaded."""
 
         def stop(*args: object, **kwargs: object) -> None:
-            raise Drawn
+            raise Initialised
 
         patch.setattr(
             torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", stop
         )
-        with pytest.raises(Drawn):
+        with pytest.raises(Initialised):
             FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
     first = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
     return first, torch.randint(100, 255, (100, 3, 299, 299), dtype=torch.uint8)
@@ -142,7 +144,7 @@ def docstring_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 @needs_weights
-def test_the_values_of_torchmetrics_documentation() -> None:
+def test_values_in_the_documentation_of_torchmetrics() -> None:
     """FID of the 64 channels after the first pooling, KID of pool3; resize antialias."""
     import torch.nn.functional as F
 
@@ -172,8 +174,8 @@ def test_the_values_of_torchmetrics_documentation() -> None:
 @pytest.mark.slow
 @needs_data
 @needs_weights
-def test_pytorch_fids_values_from_the_pictures_themselves() -> None:
-    """The stored features are pytorch-fid's; these come from the paintings with its resize."""
+def test_reference_values_of_pytorch_fid_from_images() -> None:
+    """The stored features are those of pytorch-fid; these are computed with its resize."""
     data = shared_data()
     folder = data / "fid_reference"
     values = list(json.loads((folder / "reference_values.json").read_text())["values"].values())

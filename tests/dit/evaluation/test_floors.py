@@ -1,4 +1,4 @@
-"""What a perfect generator would score: the VAE's round trip, and pictures without structure."""
+"""Floors: images after the VAE, and images without structure."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def vae(request: pytest.FixtureRequest) -> AutoencoderKL | AutoencoderTiny:
     ).eval()  # fmt: skip
 
 
-def test_the_round_trip_is_the_vaes_without_noise(
+def test_reconstructions_equal_the_vae_without_noise(
     pipe: ComplexityDiTPipeline, vae: AutoencoderKL | AutoencoderTiny
 ) -> None:
     pipe.vae = vae
@@ -36,18 +36,18 @@ def test_the_round_trip_is_the_vaes_without_noise(
     with torch.no_grad():
         found = vae.encode(x)
         latents = found.latents if isinstance(vae, AutoencoderTiny) else found.latent_dist.mode()
-        judge = ((vae.decode(latents).sample + 1) * 127.5).round().clamp(0, 255).byte()
-    difference = got[:VAE_CHUNK].astype(int) - judge.permute(0, 2, 3, 1).numpy().astype(int)
+        expected = ((vae.decode(latents).sample + 1) * 127.5).round().clamp(0, 255).byte()
+    difference = got[:VAE_CHUNK].astype(int) - expected.permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(difference).max() <= 1
     assert got.shape == images.shape
-    # Each image for itself, whatever its neighbours are.
+    # Each image is independent of the others in its batch.
     np.testing.assert_array_equal(transform(images[:3]), got[:3])
     with torch.no_grad():
         next(vae.parameters()).view(-1)[0] += 1
     assert vae_reconstruction(pipe)[1] != name
 
 
-def test_shrinking_keeps_colour_and_loses_structure() -> None:
+def test_shrinking_keeps_colours_and_removes_structure() -> None:
     images = noise(3, 32)
     small = shrink(images)
     assert small.shape == images.shape

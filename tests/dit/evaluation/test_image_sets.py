@@ -1,4 +1,4 @@
-"""What an evaluation can read: folders, .npz of images and statistics; and what it refuses."""
+"""Image folders, and .npz files of images and of statistics."""
 
 import io
 from pathlib import Path
@@ -55,21 +55,19 @@ RED = Image.new("RGB", (12, 12), "red")
         ("x.png", b"", r"x\.png cannot be read"),
     ],
 )  # fmt: skip
-def test_files_that_need_a_decision_are_refused_by_name(
-    folder: Path, name: str, data: bytes, words: str
-) -> None:
+def test_errors_name_unsuitable_files(folder: Path, name: str, data: bytes, words: str) -> None:
     (folder / name).write_bytes(data)
     with pytest.raises(UserError, match=words):
         folder_images(folder).read(range(4))
 
 
-def test_grey_is_read_as_equal_channels(folder: Path) -> None:
+def test_grey_images_are_read_with_equal_channels(folder: Path) -> None:
     Image.new("L", (12, 12), 77).save(folder / "x.png")
     assert (folder_images(folder).read([3]) == 77).all()
 
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
-def test_npz_images_are_the_array(tmp_path: Path, write) -> None:
+def test_npz_images_equal_the_array(tmp_path: Path, write) -> None:
     images, path = noise(5, 12), tmp_path / "a.npz"
     write(path, arr_0=images, other=np.zeros(2))
     found = npz_images(path)
@@ -80,7 +78,7 @@ def test_npz_images_are_the_array(tmp_path: Path, write) -> None:
     assert npz_images(path) is None
 
 
-def test_a_stored_array_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_an_uncompressed_array_is_memory_mapped(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=noise(5, 12))
     found = npz_images(tmp_path / "a.npz")
     assert found is not None
@@ -89,12 +87,12 @@ def test_a_stored_array_is_not_read_into_memory(tmp_path: Path) -> None:
     assert any(isinstance(cell.cell_contents, np.memmap) for cell in mapped)
 
 
-def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
+def test_unsuitable_npz_files_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     broken = noise(3, 12).astype(np.float32)
     broken[1, 0, 0, 0] = np.nan
     cases = [
-        (broken, "float32 .*, 1 image with values that are not finite; expected images as uint8"),
+        (broken, "float32 .*, 1 image with non-finite values; expected images as uint8"),
         (noise(3, 12).transpose(0, 3, 1, 2), r"uint8 of shape \(3, 3, 12, 12\); expected"),
         (noise(1, 12), "holds 1 images"),
     ]
@@ -111,7 +109,7 @@ def test_npz_of_other_things_is_refused(tmp_path: Path) -> None:
         array_images(broken)
 
 
-def test_statistics_come_back_whole(tmp_path: Path) -> None:
+def test_statistics_survive_writing_and_reading(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     main, own = (Statistics(rng.random(d), np.eye(d), 40) for d in (4, 6))
     identity = {"name": "n", "weights_sha256": "s", "resize": "tf1", "dtype": "float32"}
@@ -124,7 +122,7 @@ def test_statistics_come_back_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_other_programs_statistics_are_read(tmp_path: Path) -> None:
+def test_statistics_of_other_programs_are_read(tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
     np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
     kept = read_statistics(path)

@@ -28,7 +28,7 @@ from complexity_dit.evaluation.networks import (
     load_random_features,
     resize_tf1,
 )
-from complexity_dit.hashing import file_hash, weights_sha256
+from complexity_dit.hashing import file_sha256, weights_sha256
 from inl_core.run.errors import UserError
 from support.data import needs_data, needs_weights, shared_data
 
@@ -175,7 +175,7 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
     classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0)) / 45
     path = nowhere / "with_fc.pth"
     torch.save(state | {"fc.weight": classifier, "fc.bias": torch.zeros(1008)}, path)
-    monkeypatch.setitem(inception.KNOWN_WEIGHTS, file_hash(path), "state_dict")
+    monkeypatch.setitem(inception.KNOWN_WEIGHTS, file_sha256(path), "state_dict")
     for _ in ("the file", "its converted copy"):
         extractor = load_extractor(str(path), spatial=True)
         assert extractor.classifier is not None

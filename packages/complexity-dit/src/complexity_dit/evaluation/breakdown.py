@@ -1,7 +1,7 @@
-"""Numbers by label: the nearest-class-mean classifier, and each label's own distances."""
+"""Parts of an evaluation besides the distances: labels, floors and nearest training images."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,28 +17,23 @@ from complexity_dit.evaluation.distances import (
     nearest,
 )
 from complexity_dit.hashing import module_hash
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
-if TYPE_CHECKING:
-    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-
-
-# Whether samples are copies: the nearest training image of each, beside those of held-out images.
-#
-# Held-out images say how near an image can come to the training set without having seen it. Samples
-# that lie nearer than that, as a whole or a few of them, are worth looking at.
+# Memorisation: the nearest training image of each sample, compared with those of held-out images,
+# which show how near an image comes to the training set without being a copy.
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
 CLOSEST_PAIRS = 16
 
 
 class Memorisation(NamedTuple):
-    """Nearest training images.
+    """Distances to the nearest training images.
 
     Attributes:
         samples: Distance from each sample to its nearest training image, (n,).
-        heldout: The same of held-out images, (m,).
-        pairs: (sample, training image, distance) of the closest samples, nearest first; each
+        heldout: The same for held-out images, (m,).
+        pairs: (sample, training image, distance) of the closest samples, nearest first, each
             training image once.
     """
 
@@ -48,19 +43,19 @@ class Memorisation(NamedTuple):
 
     @property
     def closer_than_1_percent(self) -> float:
-        """Share of samples nearer than all but 1 % of held-out images; 0.01 when alike."""
+        """Fraction of samples nearer than 99 % of held-out images; 0.01 for equal distributions."""
         return float((self.samples < np.quantile(self.heldout, 0.01)).mean())
 
     @property
     def probability_closer(self) -> float:
-        """Chance that a sample is nearer than a held-out image (ties half); 0.5 when alike."""
+        """Probability that a sample is nearer than a held-out image; ties count half."""
         ordered = np.sort(self.heldout)
         above = len(ordered) - np.searchsorted(ordered, self.samples, "right")
         equal = len(ordered) - np.searchsorted(ordered, self.samples, "left") - above
         return float((above + equal / 2).mean() / len(ordered))
 
     def summary(self) -> dict[str, Any]:
-        """As JSON: quantiles of both, the two shares and the closest pairs."""
+        """Quantiles of both sides, the two fractions and the closest pairs, as JSON."""
         levels = [f"{q:g}" for q in QUANTILES]
         return {
             "quantiles": {
@@ -78,19 +73,20 @@ class Memorisation(NamedTuple):
 def memorisation(
     generated: Array, heldout: Array, train: Array, pairs: int = CLOSEST_PAIRS
 ) -> Memorisation:
-    """Nearest training images of samples and of held-out images, in feature space.
+    """Find the nearest training images of samples and of held-out images, in feature space.
 
     Args:
         generated: Features of samples (n, D).
         heldout: Features of held-out images (m, D).
         train: Features of training images (k, D).
-        pairs: How many of the closest pairs to name.
+        pairs: Number of closest pairs to list.
 
     Returns:
         `Memorisation`.
 
     Raises:
-        UserError: A set has fewer than 2 rows, widths differ, or values are not finite.
+        UserError: A set has fewer than 2 rows, the numbers of columns differ, or values are not
+            finite.
     """
     distances, neighbours = nearest(generated, train)
     from_heldout, _ = nearest(heldout, train)
@@ -104,21 +100,19 @@ def memorisation(
     return Memorisation(distances, from_heldout, list(closest.values()))
 
 
-# Distances that a perfect generator has too: of training images, of the VAE's round trip.
-#
-# The same real images serve as reference at the same n, so that a floor stands beside the number it
-# belongs to.
+# Floors: distances that a perfect generator would also have, measured at the same n against the
+# same reference images: those of training images, and of images after the VAE.
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 SHRUNK_SIZE = 8
 SHRUNK_FILTER = "area mean down to 8x8, bicubic up, rounded to uint8"
 VAE_CHUNK = 8
-"""Images in one call of the VAE; the last one is padded to it."""
+"""Images per call of the VAE; the last chunk is padded to this size."""
 
 
 def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images shrunk to 8 x 8 and back (`SHRUNK_FILTER`): colours stay, structure goes.
+    """Reduce images to 8 x 8 and enlarge them (`SHRUNK_FILTER`), which keeps only the colours.
 
     Args:
         images: uint8 (n, H, W, 3).
@@ -132,12 +126,12 @@ def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _to_uint8(back)
 
 
-def vae_reconstruction(pipe: "ComplexityDiTPipeline") -> tuple[Transform, str]:
-    """The VAE's round trip, without noise: the best that any model of its latents can paint.
+def vae_reconstruction(pipe: ComplexityDiTPipeline) -> tuple[Transform, str]:
+    """Transform that encodes and decodes images, without noise: the limit of a latent model.
 
     Args:
         pipe: A pipeline with a VAE of diffusers' interface: ``encode(x)`` gives ``latents`` or a
-            ``latent_dist`` (whose mean is taken), ``decode(z)`` a ``sample``; x in [-1, 1].
+            ``latent_dist`` (whose mean is used), ``decode(z)`` a ``sample``; x in [-1, 1].
 
     Returns:
         The transform of uint8 (n, H, W, 3), and its name with the VAE's hash.
@@ -169,18 +163,21 @@ def _to_uint8(x: torch.Tensor) -> NDArray[np.uint8]:
     return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+# Labels: nearest-class-mean classifier, and the distances of each label
+
+
 def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:
     """Mean feature vector of every class that has an image.
 
     Args:
         features: (n, D).
-        labels: (n,) class ids; -1 is a missing label and is left out.
+        labels: (n,) class ids; images with -1, a missing label, are left out.
 
     Returns:
         Class id -> mean (D,), float64, ids ascending.
 
     Raises:
-        UserError: Lengths differ, or every label is missing.
+        UserError: The lengths differ, or every label is missing.
     """
     x, labels = _labelled(features, labels)
     means = {int(c): x[labels == c].mean(0) for c in np.unique(labels) if c >= 0}
@@ -192,12 +189,12 @@ def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float
 def nearest_class_mean_accuracy(
     features: Array, labels: NDArray[np.integer], means: dict[int, Float64]
 ) -> float:
-    """Share of labelled images whose nearest class mean (Euclidean) is that of their label.
+    """Fraction of labelled images whose nearest class mean (Euclidean) is that of their label.
 
     Args:
         features: (n, D).
-        labels: (n,) class ids; images with -1 are left out, a class without a mean counts as a
-            miss.
+        labels: (n,) class ids; images with -1 are left out, and a class without a mean counts as
+            an error.
         means: From `class_means`.
 
     Returns:
@@ -212,7 +209,7 @@ def nearest_class_mean_accuracy(
         raise UserError("no image has a label; the accuracy needs at least one")
     ids = np.array(sorted(means))
     centres = np.stack([means[int(i)] for i in ids])
-    # |x - c|^2 without its |x|^2, which is the same for every class.
+    # |x - c|^2 without |x|^2, which is equal for every class.
     scores = np.einsum("kd,kd->k", centres, centres) - 2 * x[known] @ centres.T
     return float((ids[scores.argmin(1)] == labels[known]).mean())
 
@@ -235,16 +232,16 @@ def distances_by_label(
     config: EvalConfig,
     prefixes: tuple[str, str] = ("fid", "kid"),
 ) -> dict[str, dict[str, Any]]:
-    """Frechet and kernel distance of each label's own images, both sides at one n.
+    """Frechet and kernel distance of the images of each label, with equal n on both sides.
 
     Args:
         generated: Features (n, D) in the order of their draw.
-        generated_ids: The label of each (n,), -1 for none.
+        generated_ids: Label of each, (n,), -1 for none.
         real: Features (m, D).
-        real_ids: The label of each (m,).
+        real_ids: Label of each, (m,).
         names: Names of the labels by id.
         config: ``label_min``, KID subsets and seed.
-        prefixes: What the two distances are called.
+        prefixes: Names of the two distances.
 
     Returns:
         Name -> ``n_generated``, ``n_reference`` and either ``n`` (the smaller of both, used on
@@ -260,7 +257,7 @@ def distances_by_label(
             side = "samples" if len(x) < len(y) else "reference images"
             row["skipped"] = f"{n or 'no'} {side}, fewer than label_min = {config.label_min}"
         else:
-            # Half of the images a subset: a subset that is the whole set has no spread.
+            # Subsets of half the images: subsets of all images would have no spread.
             size = min(config.kid_subset_size, max(2, n // 2))
             kid = kid_from_features(x[:n], y[:n], config.kid_subsets, size, config.seed)
             row |= {"n": n, fd: distance_of_sets(x[:n], y[:n])}

@@ -1,4 +1,4 @@
-"""From images to features: fixed network chunks, and a cache on disk for images that stay."""
+"""Features of images in fixed network batches, with a disk cache for images of data sources."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from inl_core.run.files import atomic_file
 logger = logging.getLogger(__name__)
 
 FEATURE_CHUNK = 32
-"""Images in one call of the feature network; the last chunk is padded to it."""
+"""Images per call of the feature network; the last chunk is padded to this size."""
 
 
 def extract_features(
@@ -31,13 +31,13 @@ def extract_features(
     total: int | None = None,
     desc: str = "features",
 ) -> NDArray[np.float32]:
-    """Features of images, the same whatever the batches.
+    """Compute features of images, independent of how they are batched.
 
     Args:
         batches: uint8 (n, H, W, 3) arrays, any n, one H and W.
         extractor: The network.
         total: Number of images, for the progress bar.
-        desc: Its text.
+        desc: Title of the progress bar.
 
     Returns:
         (N, D) float32 in the order of the images.
@@ -46,41 +46,41 @@ def extract_features(
         UserError: No image at all, or batches that are not uint8 (n, H, W, 3) of one size.
     """
     features: list[NDArray[np.float32]] = []
+    with tqdm(total=total, desc=desc, unit="image", disable=not is_main()) as bar:
+        for images in _rebatch(batches, FEATURE_CHUNK):
+            n = len(images)
+            # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.
+            padded = np.zeros((FEATURE_CHUNK, *images.shape[1:]), np.uint8)
+            padded[:n] = images
+            tensor = torch.from_numpy(padded).permute(0, 3, 1, 2).contiguous()
+            features.append(extractor(tensor)[:n].numpy())
+            bar.update(n)
+    if not features:
+        raise UserError("there are no images to compute features of")
+    return np.concatenate(features)
+
+
+def _rebatch(batches: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
+    """Checked images in batches of `size`; the last one may be smaller."""
     pending: list[NDArray[np.uint8]] = []
     held, shape = 0, None
-
-    def run(images: NDArray[np.uint8]) -> None:
-        n = len(images)
-        # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.
-        padded = np.concatenate(
-            [images, np.zeros((FEATURE_CHUNK - n, *images.shape[1:]), np.uint8)]
-        )
-        tensor = torch.from_numpy(padded).permute(0, 3, 1, 2).contiguous()
-        features.append(extractor(tensor)[:n].numpy())
-        bar.update(n)
-
-    with tqdm(total=total, desc=desc, unit="image", disable=not is_main()) as bar:
-        for batch in batches:
-            if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
-                raise UserError(
-                    f"images are {batch.dtype} of shape {batch.shape}; expected uint8 (n, H, W, 3)"
-                )
-            shape = shape or batch.shape[1:]
-            if batch.shape[1:] != shape:
-                raise UserError(f"images of {batch.shape[1:]} and of {shape}; make them one size")
-            pending.append(batch)
-            held += len(batch)
-            if held >= FEATURE_CHUNK:
-                images = np.concatenate(pending)
-                whole = held - held % FEATURE_CHUNK
-                for start in range(0, whole, FEATURE_CHUNK):
-                    run(images[start : start + FEATURE_CHUNK])
-                pending, held = [images[whole:]], held - whole
-        if held:
-            run(np.concatenate(pending))
-    if not features:
-        raise UserError("no images to take features of")
-    return np.concatenate(features)
+    for batch in batches:
+        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
+            raise UserError(
+                f"images are {batch.dtype} of shape {batch.shape}; expected uint8 (n, H, W, 3)"
+            )
+        shape = shape or batch.shape[1:]
+        if batch.shape[1:] != shape:
+            raise UserError(f"images are {batch.shape[1:]} and {shape}; make them one size")
+        pending.append(batch)
+        held += len(batch)
+        if held >= size:
+            images = np.concatenate(pending)
+            end = held - held % size
+            yield from (images[start : start + size] for start in range(0, end, size))
+            pending, held = [images[end:]], held - end
+    if held:
+        yield np.concatenate(pending)
 
 
 def draw(count: int, n: int, seed: int) -> NDArray[np.int64]:
@@ -96,18 +96,18 @@ def set_features(
     transform: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
     transform_name: str = "",
 ) -> NDArray[np.float32]:
-    """Features of some images of a set, through the cache on disk when it may be used.
+    """Compute the features of some images of a set, or read them from the disk cache.
 
-    With several processes each takes blocks of whole network calls, so that every image is at the
-    same place of the same call whatever their number.
+    With several processes, each computes blocks of full network batches, so that every image has
+    the same position in the same batch for any number of processes.
 
     Args:
         images: The set.
-        rows: Numbers of the images (n,).
+        rows: Numbers of the images, (n,).
         extractor: The network.
         cache: Whether features may be read from and written to the user's cache folder.
-        transform: Changes uint8 (n, H, W, 3) images first.
-        transform_name: What it is, with all that its result depends on.
+        transform: Function of uint8 (n, H, W, 3) images that is applied first.
+        transform_name: Its name, with everything that its result depends on.
 
     Returns:
         (n, D) float32 in the order of rows, on every process.
@@ -134,8 +134,7 @@ def set_features(
             yield transform(batch) if transform else batch
 
     own = [number for run in runs for number in run]
-    what = transform_name.partition(":")[0]
-    desc = " ".join(filter(None, ["features of", images.name, what]))
+    desc = " ".join(filter(None, ["features of", images.name, transform_name.partition(":")[0]]))
     part = np.empty((0, 0), np.float32)
     if own:
         part = extract_features(batches(), extractor, len(own), desc)
@@ -145,12 +144,12 @@ def set_features(
             with atomic_file(path) as scratch:
                 np.savez(scratch, features=features, key=np.array(key))
         except OSError as error:
-            logger.warning("features could not be kept for the next evaluation (%s)", error)
+            logger.warning("features could not be cached for the next evaluation (%s)", error)
     return features
 
 
 def _pixel_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
-    """Of the pixels in the order of rows: a source's fingerprint does not say its order."""
+    """Hash of the pixels in the order of rows, which a source's fingerprint does not cover."""
     digest = hashlib.sha256()
     for start in range(0, len(rows), images.block):
         digest.update(images.read(rows[start : start + images.block].tolist()).tobytes())

@@ -1,4 +1,4 @@
-"""Sets of images an evaluation can compare: folders, .npz files, splits of a data source."""
+"""Images and statistics that an evaluation compares: folders, .npz files and data sources."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,140 +15,19 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
-from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE, DataConfig
+from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Float64, Statistics
+from complexity_dit.hashing import array_hash, file_sha256
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import filled, read_json_object
 
-if TYPE_CHECKING:
-    from complexity_dit.config import DataConfig
-    from complexity_dit.data.dataset import PaintingDataset
-    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-
-
-# Kept statistics (mu, sigma, n) as .npz: ours, which say what they were made with, and others'.
-
-UNPACKED_LIMIT = 4 * 2**30
-"""Bytes of arrays that one file may unpack to; a small file may claim any number."""
-
-IDENTITY_KEYS = ("name", "weights_sha256", "resize", "dtype")
-
-
-@dataclass(frozen=True)
-class KeptStatistics:
-    """Statistics as a file holds them.
-
-    Attributes:
-        statistics: Of the features distances are measured in; n is 0 where the file has none.
-        spatial: Of the spatial features of sFID, where the file has them.
-        identity: The extractor that made them (`FeatureExtractor.identity`); empty in files of
-            other programs, which do not say.
-        fingerprint: Of the images they were made of; empty where not said.
-    """
-
-    statistics: Statistics
-    spatial: Statistics | None = None
-    identity: dict[str, str] = field(default_factory=dict)
-    fingerprint: str = ""
-
-
-def write_statistics(path: Path, kept: KeptStatistics) -> None:
-    """Write statistics with what they were made with, whole or not at all."""
-    arrays: dict[str, Any] = dict(kept.statistics._asdict())
-    if kept.spatial:
-        arrays |= {"mu_s": kept.spatial.mu, "sigma_s": kept.spatial.sigma}
-    with atomic_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays, **kept.identity, fingerprint=kept.fingerprint)
-
-
-def read_statistics(path: Path) -> KeptStatistics:
-    """Read ``mu`` (D,) and ``sigma`` (D, D), and what else the file says.
-
-    pytorch-fid's files hold no more than these two; ADM's add ``mu_s`` and ``sigma_s`` of the
-    spatial features; ours add n, the extractor and the fingerprint of the images.
-
-    Raises:
-        UserError: No such file, or arrays that are missing, do not fit or are not finite.
-    """
-    arrays = read_arrays(
-        path, ("mu", "sigma", "mu_s", "sigma_s", "n", "fingerprint", *IDENTITY_KEYS)
-    )
-    missing = sorted({"mu", "sigma"} - set(arrays))
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}; expected statistics (mu, sigma and, if known, n) "
-            "or images (arr_0, uint8 NHWC)"
-        )
-    n = arrays.get("n", np.array(0))
-    if n.size != 1 or n.dtype.kind not in "iuf" or not 0 <= n.item() < 2**63:
-        raise UserError(f"{path} holds n as {n.dtype} of shape {n.shape}; expected one number")
-    main = _checked(path, arrays["mu"], arrays["sigma"], int(n.item()))
-    spatial = None
-    if {"mu_s", "sigma_s"} <= set(arrays):
-        spatial = _checked(path, arrays["mu_s"], arrays["sigma_s"], main.n)
-    identity = {key: str(arrays[key]) for key in IDENTITY_KEYS if key in arrays}
-    if identity and len(identity) < len(IDENTITY_KEYS):
-        lost = sorted(set(IDENTITY_KEYS) - set(identity))
-        raise UserError(f"{path} names its extractor without {', '.join(lost)}; make it again")
-    return KeptStatistics(main, spatial, identity, str(arrays.get("fingerprint", "")))
-
-
-def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
-    """Those arrays of an .npz that are asked for; no pickle is opened.
-
-    Raises:
-        UserError: No such file, it is no whole .npz, or it unpacks to more than `UNPACKED_LIMIT`.
-    """
-    try:
-        # Opened here because np.load leaks the handle of a broken zip.
-        with path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, NpzFile):
-                return {}
-            wanted = [name for name in names if name in file.files]
-            assert file.zip is not None  # it is open
-            members = file.zip.infolist()
-            # No member gives more bytes than its entry says: zipfile stops there.
-            sizes = {info.filename: info.file_size for info in members}
-            size = sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in wanted)
-            if size > UNPACKED_LIMIT:
-                raise UserError(
-                    f"{path} unpacks to {size / 2**30:.1f} GiB and at most "
-                    f"{UNPACKED_LIMIT / 2**30:g} are read at once; images that numpy.savez stores "
-                    "uncompressed are read one by one"
-                )
-            arrays = {name: file[name] for name in wanted}
-            # Of a member that does not begin as an array numpy gives the bytes.
-            if lost := [name for name, found in arrays.items() if isinstance(found, bytes)]:
-                raise UserError(f"{path} cannot be read as .npz ({', '.join(lost)}: no array)")
-            return arrays
-    except UserError:
-        raise
-    # zipfile, zlib and numpy raise almost anything on broken bytes (NotImplementedError for an
-    # unknown compression, RuntimeError for a password, MemoryError for an impossible shape, …).
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        if "allow_pickle" in said or "Object arrays" in said:
-            said = "it holds Python objects as a pickle, which is not opened"
-        raise UserError(f"{path} cannot be read as .npz ({said})") from error
-
-
-def _checked(path: Path, mu: Float64, sigma: Float64, n: int) -> Statistics:
-    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
-        raise UserError(
-            f"{path} holds mu as {mu.dtype} and sigma as {sigma.dtype}; expected numbers"
-        )
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise UserError(
-            f"{path} holds mu {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)"
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds values that are not finite; make the statistics again")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), n)
-
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 _MODES = {
@@ -167,18 +46,18 @@ _MODES = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that can be read by number.
+    """Images that are read by number.
 
     Attributes:
-        name: For progress bars.
-        fingerprint: Hash of what the images are.
-        count: How many there are.
+        name: Name for progress bars.
+        fingerprint: Hash that identifies the images.
+        count: Number of images.
         size: Height and width in pixels.
         read: Numbers -> uint8 (n, H, W, 3).
-        labels: (count, F) class ids, -1 where missing; F is 0 without labels.
+        labels: (count, F) class ids, -1 if missing; F is 0 without labels.
         label_names: Field -> names in the order of their ids; fields in column order.
-        block: How many are best read together.
-        lasting: Whether the images are a data source's, so that features are worth keeping.
+        block: Number of images that are best read together.
+        lasting: Whether the images are those of a data source, whose features are worth caching.
     """
 
     name: str
@@ -195,31 +74,27 @@ class ImageSet:
         return self.count
 
     def column(self, field: str) -> NDArray[np.int64]:
-        """The ids (count,) of one label field."""
+        """Class ids (count,) of one label field."""
         return self.labels[:, list(self.label_names).index(field)]
 
 
-def is_source(text: str) -> bool:
-    """Whether a reference is a data source (``art``, ``imagefolder:PATH``, ``hub:NAME``)."""
-    return text == "art" or text.startswith(("imagefolder:", "hub:"))
-
-
 def folder_images(folder: Path) -> ImageSet:
-    """The images of a folder and its sub-folders, in the order of their relative paths.
+    """Images of a folder and its sub-folders, in the order of their relative paths.
 
     Args:
-        folder: Where image files of one size are, PNG preferably.
+        folder: Folder of image files of one size, preferably PNG.
 
     Returns:
         Their `ImageSet`; the fingerprint is a sha256 over relative paths and bytes.
 
     Raises:
-        UserError: No such folder, or fewer than 2 images. Reading raises it too, naming the file:
-            another size, a broken file, an animation, a mode other than 8-bit RGB or grey.
+        UserError: The folder does not exist or has fewer than 2 images. Reading raises it too,
+            naming the file: another size, a broken file, an animation, or a mode other than 8-bit
+            RGB or grey.
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder; expected a folder of images, a statistics .npz, or one of "
+            f"{folder} is not a folder; expected a folder of images, a statistics .npz, or one of "
             "art, imagefolder:PATH, hub:NAME"
         )
     paths = sorted(
@@ -234,7 +109,7 @@ def folder_images(folder: Path) -> ImageSet:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     height, width = _read_image(paths[0]).shape[:2]
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -249,12 +124,32 @@ def folder_images(folder: Path) -> ImageSet:
             images.append(image)
         return np.stack(images)
 
-    nothing = np.empty((len(paths), 0), np.int64)
-    return ImageSet(folder.name, digest.hexdigest(), len(paths), (height, width), read, nothing)
+    no_labels = np.empty((len(paths), 0), np.int64)
+    return ImageSet(folder.name, digest.hexdigest(), len(paths), (height, width), read, no_labels)
 
 
-def dataset_images(dataset: "PaintingDataset", name: str) -> ImageSet:
-    """A split of a data source with its labels."""
+def _read_image(path: Path) -> NDArray[np.uint8]:
+    try:
+        with bombs_refused(), Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(
+                    f"{path} is an animation of {image.n_frames} frames; give one image per file"
+                )
+            if image.mode not in ("RGB", "L"):
+                raise UserError(
+                    f"{path} has the mode {image.mode} ({_MODES.get(image.mode, 'other')}); "
+                    "expected 8-bit RGB or grey: convert it, as the distance depends on how"
+                )
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
+    # Pillow's parsers raise almost any exception on broken bytes.
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({error}); remove or replace it") from error
+
+
+def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:
+    """A split of a data source, with its labels."""
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
         return dataset.pixels(numbers).permute(0, 2, 3, 1).contiguous().numpy()
@@ -274,32 +169,31 @@ def array_images(images: NDArray[np.uint8], name: str = "images") -> ImageSet:
     Raises:
         UserError: Another dtype or shape, or fewer than 2 images.
     """
-    _require_images(images, name)
-    return _array_set(images, name, hashlib.sha256(images.tobytes()).hexdigest())
+    _check_array(images, name)
+    return _array_set(images, name, array_hash(images))
 
 
 def npz_images(path: Path) -> ImageSet | None:
-    """The images of an ADM-style ``.npz``: ``arr_0``, uint8 (N, H, W, 3).
+    """Images of an ADM-style ``.npz``: ``arr_0``, uint8 (N, H, W, 3).
 
-    An array stored uncompressed, as ``numpy.savez`` does, stays on disk and is read by number.
+    An array that is stored uncompressed, as by ``numpy.savez``, is memory-mapped.
 
     Returns:
-        Their `ImageSet`, or None when the file holds no ``arr_0`` (it may hold statistics).
+        Their `ImageSet`, or None if the file has no ``arr_0`` (it may hold statistics).
 
     Raises:
-        UserError: No such file, or ``arr_0`` is something else (floats name their values that are
-            not finite), or fewer than 2 images.
+        UserError: The file does not exist, ``arr_0`` is something else (for floats, with the number
+            of non-finite images), or there are fewer than 2 images.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    stored = _stored_array(path, "arr_0.npy")
+    stored = _mapped_array(path, "arr_0.npy")
     if stored is None:
         stored = read_arrays(path, ("arr_0",)).get("arr_0")
     if stored is None:
         return None
-    _require_images(stored, f"arr_0 of {path}")
-    with path.open("rb") as file:
-        return _array_set(stored, path.name, hashlib.file_digest(file, "sha256").hexdigest())
+    _check_array(stored, f"arr_0 of {path}")
+    return _array_set(stored, path.name, file_sha256(path))
 
 
 def _array_set(images: NDArray[np.uint8], name: str, fingerprint: str) -> ImageSet:
@@ -310,14 +204,12 @@ def _array_set(images: NDArray[np.uint8], name: str, fingerprint: str) -> ImageS
     )
 
 
-def _require_images(array: NDArray[Any], name: str) -> None:
+def _check_array(array: NDArray[Any], name: str) -> None:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         broken = ""
         if np.issubdtype(array.dtype, np.floating) and array.size and array.ndim:
-            lost = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
-            broken = (
-                f", {lost} image{'s' * (lost > 1)} with values that are not finite" if lost else ""
-            )
+            count = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
+            broken = f", {count} image{'s' * (count > 1)} with non-finite values" if count else ""
         raise UserError(
             f"{name} is {array.dtype} of shape {array.shape}{broken}; expected images as uint8 "
             "(n, H, W, 3), made by (x * 255).round().clip(0, 255)"
@@ -325,21 +217,21 @@ def _require_images(array: NDArray[Any], name: str) -> None:
     if len(array) < 2:
         raise UserError(f"{name} holds {len(array)} images; a distance needs at least 2")
     if 0 in array.shape:
-        raise UserError(f"{name} holds pictures without a pixel, of shape {array.shape[1:3]}")
+        raise UserError(f"{name} holds images without pixels, of shape {array.shape[1:3]}")
 
 
-def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
-    """A member of a zip that is stored uncompressed, mapped from disk; None for any other."""
+def _mapped_array(path: Path, name: str) -> NDArray[Any] | None:
+    """Memory map of an uncompressed member of a zip; None for any other member."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            found = archive.getinfo(name)
-            if found.compress_type != zipfile.ZIP_STORED:
+            member = archive.getinfo(name)
+            if member.compress_type != zipfile.ZIP_STORED:
                 return None
-            # 30 bytes of local header end with the lengths of the name and of an extra field,
-            # which come next; then the member's bytes as they are.
-            file.seek(found.header_offset + 26)
+            # The local header has 30 bytes, of which the last 4 are the lengths of the name and of
+            # an extra field. These follow it, and then the unchanged bytes of the member.
+            file.seek(member.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
-            file.seek(found.header_offset + 30 + name_length + extra_length)
+            file.seek(member.header_offset + 30 + name_length + extra_length)
             is_first = np.lib.format.read_magic(file) == (1, 0)
             header = np.lib.format
             read = header.read_array_header_1_0 if is_first else header.read_array_header_2_0
@@ -348,49 +240,155 @@ def _stored_array(path: Path, name: str) -> NDArray[Any] | None:
                 return None
             return np.memmap(path, dtype, "r", file.tell(), shape)
     except Exception:
-        # zipfile and numpy raise almost anything here; the plain reader says what is wrong.
+        # zipfile and numpy raise almost any exception here; `read_arrays` reports what is wrong.
         return None
 
 
-def _read_image(path: Path) -> NDArray[np.uint8]:
+# Statistics (mu, sigma, n) as .npz. Files of other programs do not name their extractor.
+
+UNPACKED_LIMIT = 4 * 2**30
+"""Limit of the unpacked bytes of the arrays of one file, as a small file may claim any size."""
+
+IDENTITY_KEYS = ("name", "weights_sha256", "resize", "dtype")
+
+
+@dataclass(frozen=True)
+class KeptStatistics:
+    """Statistics in a file.
+
+    Attributes:
+        statistics: Of the features in which distances are measured; n is 0 if not in the file.
+        spatial: Of the spatial features of sFID, if the file has them.
+        identity: The extractor that made them (`FeatureExtractor.identity`); empty in files of
+            other programs.
+        fingerprint: Hash of the images that they were made of; empty if not in the file.
+    """
+
+    statistics: Statistics
+    spatial: Statistics | None = None
+    identity: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def write_statistics(path: Path, kept: KeptStatistics) -> None:
+    """Write statistics and their extractor atomically."""
+    arrays: dict[str, Any] = dict(kept.statistics._asdict())
+    if kept.spatial:
+        arrays |= {"mu_s": kept.spatial.mu, "sigma_s": kept.spatial.sigma}
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, **arrays, **kept.identity, fingerprint=kept.fingerprint)
+
+
+def read_statistics(path: Path) -> KeptStatistics:
+    """Read ``mu`` (D,), ``sigma`` (D, D) and the optional arrays.
+
+    Files of pytorch-fid have only these two; files of ADM add ``mu_s`` and ``sigma_s`` of the
+    spatial features; `write_statistics` adds n, the extractor and the fingerprint of the images.
+
+    Raises:
+        UserError: The file does not exist, or arrays are missing, do not match or are not finite.
+    """
+    arrays = read_arrays(
+        path, ("mu", "sigma", "mu_s", "sigma_s", "n", "fingerprint", *IDENTITY_KEYS)
+    )
+    missing = sorted({"mu", "sigma"} - set(arrays))
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; expected statistics (mu, sigma and, if known, n) "
+            "or images (arr_0, uint8 NHWC)"
+        )
+    n = arrays.get("n", np.array(0))
+    if n.size != 1 or n.dtype.kind not in "iuf" or not 0 <= n.item() < 2**63:
+        raise UserError(f"{path} holds n as {n.dtype} of shape {n.shape}; expected one number")
+    main = _checked(path, arrays["mu"], arrays["sigma"], int(n.item()))
+    spatial = None
+    if {"mu_s", "sigma_s"} <= set(arrays):
+        spatial = _checked(path, arrays["mu_s"], arrays["sigma_s"], main.n)
+    identity = {key: str(arrays[key]) for key in IDENTITY_KEYS if key in arrays}
+    if identity and len(identity) < len(IDENTITY_KEYS):
+        absent = sorted(set(IDENTITY_KEYS) - set(identity))
+        raise UserError(f"{path} names its extractor without {', '.join(absent)}; make it again")
+    return KeptStatistics(main, spatial, identity, str(arrays.get("fingerprint", "")))
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Read the named arrays of an .npz, if present, without opening any pickle.
+
+    Raises:
+        UserError: The file does not exist, is not a complete .npz, or unpacks to more than
+            `UNPACKED_LIMIT`.
+    """
     try:
-        with bombs_refused(), Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+        # Opened here because np.load leaks the handle of a broken zip.
+        with path.open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, NpzFile):
+                return {}
+            wanted = [name for name in names if name in file.files]
+            assert file.zip is not None  # it is open
+            # zipfile stops at the size that the entry of a member declares.
+            sizes = {info.filename: info.file_size for info in file.zip.infolist()}
+            size = sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in wanted)
+            if size > UNPACKED_LIMIT:
                 raise UserError(
-                    f"{path} is an animation of {image.n_frames} frames; give one image a file"
+                    f"{path} unpacks to {size / 2**30:.1f} GiB, and at most "
+                    f"{UNPACKED_LIMIT / 2**30:g} are read at once; images stored uncompressed, as "
+                    "by numpy.savez, are read one by one"
                 )
-            if image.mode not in ("RGB", "L"):
+            arrays = {name: file[name] for name in wanted}
+            # numpy returns the bytes of a member that does not begin like an array.
+            if broken := [name for name, array in arrays.items() if isinstance(array, bytes)]:
                 raise UserError(
-                    f"{path} has the mode {image.mode} ({_MODES.get(image.mode, 'other')}); "
-                    "expected 8-bit RGB or grey: convert it, as the distance depends on how"
+                    f"{path} cannot be read as .npz ({', '.join(broken)}: not an array)"
                 )
-            return np.asarray(image.convert("RGB"))
+            return arrays
     except UserError:
         raise
-    # Pillow's parsers raise almost anything on broken bytes.
+    # zipfile, zlib and numpy raise almost any exception on broken bytes (NotImplementedError for an
+    # unknown compression, RuntimeError for a password, MemoryError for an impossible shape, ...).
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({error}); remove or replace it") from error
+        error_text = f"{type(error).__name__}: {error}"
+        if "allow_pickle" in error_text or "Object arrays" in error_text:
+            error_text = "it holds Python objects as a pickle, which is not opened"
+        raise UserError(f"{path} cannot be read as .npz ({error_text})") from error
 
 
-# The two sides of an evaluation: what is measured, what it is measured against, which labels.
+def _checked(path: Path, mu: Float64, sigma: Float64, n: int) -> Statistics:
+    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path} holds mu as {mu.dtype} and sigma as {sigma.dtype}; expected numbers"
+        )
+    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
+        raise UserError(
+            f"{path} holds mu {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds values that are not finite; make the statistics again")
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), n)
 
-logger = logging.getLogger(__name__)
+
+# Both sides of an evaluation, and the labels of the samples
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, with training images where the source has them, or statistics alone."""
+    """Real images, with a function for the training images of a source, or statistics alone."""
 
     images: ImageSet | None = None
     train: Callable[[], ImageSet] | None = None
     statistics: KeptStatistics | None = None
-    data: "DataConfig | None" = None
+    data: DataConfig | None = None
+
+
+def is_source(text: str) -> bool:
+    """Whether a reference is a data source (``art``, ``imagefolder:PATH``, ``hub:NAME``)."""
+    return text == "art" or text.startswith(("imagefolder:", "hub:"))
 
 
 def open_target(
-    target: "str | Path | ComplexityDiTPipeline", device: torch.device, data: "DataConfig | None"
-) -> "ImageSet | ComplexityDiTPipeline":
-    """What is measured: a pipeline, or images of a folder, an .npz or a source's training split.
+    target: str | Path | ComplexityDiTPipeline, device: torch.device, data: DataConfig | None
+) -> ImageSet | ComplexityDiTPipeline:
+    """Open a pipeline, or the images of a folder, an .npz or a source's training split.
 
     Raises:
         UserError: It is none of these, or cannot be read.
@@ -404,18 +402,16 @@ def open_target(
             raise UserError(f"{path} holds no images (arr_0); statistics can only be a --reference")
         return images
     if is_source(str(target)):
-        return _split(_read_as(str(target), data), "train", "training images")
+        source = replace(data or DataConfig(), source=str(target))
+        return _split(source, "train", "training images")
     networks = ("model_index.json", ADAPTER_FILE)
     if path.is_dir() and not any((path / name).is_file() for name in networks):
         return folder_images(path)
-    # Imported here: two folders of images need no diffusion library.
-    from complexity_dit.pipelines.sampling import load_pipeline
-
     return load_pipeline(str(target)).to(device)
 
 
-def open_reference(reference: str, size: tuple[int, int], data: "DataConfig | None") -> Reference:
-    """What is measured against: images, or statistics.
+def open_reference(reference: str, size: tuple[int, int], data: DataConfig | None) -> Reference:
+    """Open reference images or statistics.
 
     Args:
         reference: A source (its held-out split), a folder, or an .npz of images or statistics.
@@ -423,7 +419,7 @@ def open_reference(reference: str, size: tuple[int, int], data: "DataConfig | No
         data: How a source is read.
 
     Raises:
-        UserError: It is none of these, cannot be read, or a source is asked for at no square size.
+        UserError: It is none of these, cannot be read, or is a source and ``size`` is not square.
     """
     if reference.endswith(".npz"):
         images = npz_images(Path(reference))
@@ -437,81 +433,71 @@ def open_reference(reference: str, size: tuple[int, int], data: "DataConfig | No
             f"the images to evaluate are {size[1]}x{size[0]}, and {reference} is read as squares; "
             "give a folder of images as reference"
         )
-    read = replace(_read_as(reference, data), resolution=size[0])
+    source = replace(data or DataConfig(), source=reference, resolution=size[0])
     return Reference(
-        images=_split(read, "heldout", "held-out images"),
-        train=lambda: _split(read, "train", "training images"),
-        data=read,
+        images=_split(source, "heldout", "held-out images"),
+        train=lambda: _split(source, "train", "training images"),
+        data=source,
     )
 
 
-def trained_on(target: object) -> "DataConfig | None":
-    """The data that a pipeline folder says it was trained on."""
-    from complexity_dit.config import DataConfig
+def _split(data: DataConfig, split: str, name: str) -> ImageSet:
+    return dataset_images(main_first(lambda: load_data(data, split)), name)
 
+
+def trained_on(target: object) -> DataConfig | None:
+    """Read the data configuration with which a pipeline folder was trained, if it has one."""
     if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
         return None
     try:
         return filled(DataConfig, read_json_object(Path(target) / DATA_FILE))
     except (OSError, ValueError) as error:
-        raise UserError(f"{Path(target) / DATA_FILE} is no DataConfig: {error}") from error
+        raise UserError(f"{Path(target) / DATA_FILE} is not a DataConfig: {error}") from error
 
 
 def labels_for_samples(
-    pipe: "ComplexityDiTPipeline", n: int, real: ImageSet | None, rows: NDArray[np.int64]
+    pipe: ComplexityDiTPipeline, n: int, real: ImageSet | None, rows: NDArray[np.int64]
 ) -> tuple[torch.Tensor, dict[str, NDArray[np.int64]]]:
-    """The label rows of n samples in the pipeline's ids: those of the real images drawn.
+    """Label rows for n samples: those of the drawn real images, in the pipeline's ids.
 
     Returns:
-        Labels (n, F) int64 with -1 for not given, and by field the ids asked for (n,) as the
-        reference numbers them; fields of which nothing is asked for are left out.
+        Labels (n, F) int64 with -1 for not given, and by field the requested ids (n,) in the
+        numbering of the reference; fields without a request are left out.
     """
     labels = torch.full((n, len(pipe.id2label)), -1, dtype=torch.int64)
     asked: dict[str, NDArray[np.int64]] = {}
     for name, names in real.label_names.items() if real else ():
         if real is None or name not in pipe.id2label:
             continue
-        # Fewer real images than samples: their label rows are asked for again in turn.
+        # With fewer real images than samples, their label rows are repeated.
         wanted = real.column(name)[np.resize(rows, n)]
         mapped = _renamed(wanted, names, list(pipe.id2label[name].items()))
         unknown = int(((mapped < 0) & (wanted >= 0)).sum())
         if unknown:
             logger.warning(
-                "%d of %d %s labels are unknown to the pipeline: not asked for", unknown, n, name
+                "%d of %d %s labels are unknown to the pipeline and are not used", unknown, n, name
             )
         labels[:, list(pipe.id2label).index(name)] = torch.from_numpy(mapped)
         if (mapped >= 0).any():
             asked[name] = np.where(mapped >= 0, wanted, -1)
     if pipe.id2label and bool((labels < 0).all()):
-        logger.warning("no labels are asked for: the samples are unconditional")
+        logger.warning("no labels are given: the samples are unconditional")
     return labels, asked
 
 
 def labels_in_reference_ids(
-    subject: ImageSet, field: str | None, names: list[str]
+    images: ImageSet, field: str | None, names: list[str]
 ) -> NDArray[np.int64] | None:
-    """A field's ids of a set's images as a reference with these names has them; None without."""
-    if field is None or field not in subject.label_names:
+    """Ids of a field of a set in the numbering of a reference with these names, or None."""
+    if field is None or field not in images.label_names:
         return None
-    return _renamed(subject.column(field), subject.label_names[field], list(enumerate(names)))
+    return _renamed(images.column(field), images.label_names[field], list(enumerate(names)))
 
 
 def _renamed(
     ids: NDArray[np.int64], names: list[str], others: list[tuple[int, str]]
 ) -> NDArray[np.int64]:
-    """Ids of ``names`` as ids of the same names among others; -1 where there is none."""
-    known = {name: i for i, name in others}
-    # The last entry is where -1, a missing label, looks.
-    return np.array([*(known.get(name, -1) for name in names), -1], np.int64)[ids]
-
-
-def _read_as(source: str, data: "DataConfig | None") -> "DataConfig":
-    from complexity_dit.config import DataConfig
-
-    return replace(data or DataConfig(), source=source)
-
-
-def _split(data: "DataConfig", split: str, name: str) -> ImageSet:
-    from complexity_dit.data.dataset import load_data
-
-    return dataset_images(main_first(lambda: load_data(data, split)), name)
+    """Ids of ``names`` as ids of the same names among others; -1 if there is none."""
+    numbers = {name: i for i, name in others}
+    # -1, a missing label, indexes the last entry.
+    return np.array([*(numbers.get(name, -1) for name in names), -1], np.int64)[ids]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
-from complexity_dit.evaluation.breakdown import Memorisation
-from complexity_dit.evaluation.image_sets import ImageSet
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
+
+if TYPE_CHECKING:  # `compare` needs neither the pipeline nor the data sources
+    from complexity_dit.evaluation.breakdown import Memorisation
+    from complexity_dit.evaluation.image_sets import ImageSet
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -223,7 +225,7 @@ def label_chart(labels: dict[str, dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def nearest_chart(copies: Memorisation) -> str:
+def nearest_chart(copies: "Memorisation") -> str:
     """Distances to the nearest training image, of samples and of held-out images."""
     figure, axes = _figure(2.8)
     edges = np.histogram_bin_edges(np.concatenate([copies.samples, copies.heldout]), 50)
@@ -367,11 +369,11 @@ class Pictures:
     @classmethod
     def of(
         cls,
-        generated: ImageSet,
+        generated: "ImageSet",
         generated_rows: NDArray[np.int64],
-        reference: ImageSet | None,
+        reference: "ImageSet | None",
         real_rows: NDArray[np.int64],
-        train: ImageSet | None,
+        train: "ImageSet | None",
         pairs: Sequence[dict[str, Any]],
     ) -> "Pictures":
         """Read the first images of both sides, and the closest pairs."""
@@ -389,7 +391,7 @@ class Pictures:
 
 
 def write_report(
-    path: Path, result: dict[str, Any], pictures: Pictures, copies: Memorisation | None = None
+    path: Path, result: dict[str, Any], pictures: Pictures, copies: "Memorisation | None" = None
 ) -> None:
     """Write the page atomically.
 
@@ -403,7 +405,7 @@ def write_report(
         scratch.write_text(render(result, pictures, copies), encoding="utf-8")
 
 
-def render(result: dict[str, Any], pictures: Pictures, copies: Memorisation | None = None) -> str:
+def render(result: dict[str, Any], pictures: Pictures, copies: "Memorisation | None" = None) -> str:
     """The page as text, which refers to nothing outside itself."""
     metrics, curve = result["metrics"], result["fid_over_n"]
     labels = result["per_label"].get("labels", {})

@@ -1,7 +1,7 @@
-"""The samples of a pipeline as a set of images: painted when they are read, kept, and reused.
+"""Samples of a pipeline as a set of images, generated when they are read, kept and reused.
 
-Kept images are PNGs of a folder beside ``settings.json``. An interrupted evaluation finds them
-again: a file counts when its pixels, its number and the settings give the check it carries.
+Kept images are PNG files in a folder with a ``settings.json``. An interrupted evaluation reuses
+them: a file is valid if its checksum matches its pixels, its number and the settings.
 """
 
 import hashlib
@@ -11,27 +11,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from complexity_dit.config import SampleConfig
 from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import on_main
 from complexity_dit.evaluation.features import FEATURE_CHUNK
 from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.hashing import array_hash, module_hash
-from complexity_dit.pipelines.sampling import pipeline_hash, scheduler_settings
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import (
+    iter_samples,
+    load_guide,
+    pipeline_hash,
+    scheduler_settings,
+)
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.json_files import read_json_object
-
-if TYPE_CHECKING:
-    from complexity_dit.config import SampleConfig
-    from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-
 
 logger = logging.getLogger(__name__)
 
@@ -40,53 +42,52 @@ CHECK = "complexity-dit-check"
 
 
 def generated_images(
-    pipe: "ComplexityDiTPipeline",
+    pipe: ComplexityDiTPipeline,
     labels: Tensor,
-    config: "SampleConfig",
+    config: SampleConfig,
     folder: Path | None = None,
     overwrite: bool = False,
     asked: dict[str, NDArray[np.int64]] | None = None,
     label_names: dict[str, list[str]] | None = None,
 ) -> ImageSet:
-    """The seeded samples of a pipeline.
+    """Seeded samples of a pipeline.
 
     Args:
         pipe: The pipeline.
-        labels: Label ids to ask for, (n, F) int64, -1 for not given.
+        labels: Label ids, (n, F) int64, -1 for not given.
         config: Seed, sampler and batch.
-        folder: Keeps the images; None keeps none, and an image read twice is painted twice.
-        overwrite: Remove what the folder keeps of other settings.
-        asked: Field -> ids (n,) asked for, as the reference numbers them.
+        folder: Folder that keeps the images; with None, an image read twice is generated twice.
+        overwrite: Remove images of other settings from the folder.
+        asked: Field -> requested ids (n,) in the numbering of the reference.
         label_names: Field -> names of those ids.
 
     Returns:
-        An `ImageSet` of n images; its fingerprint is one of the settings, weights included.
+        An `ImageSet` of n images; its fingerprint is a hash of the settings and the weights.
 
     Raises:
-        UserError: The folder keeps images of other settings (named), and ``overwrite`` is false.
+        UserError: The folder has images of other settings (named), and ``overwrite`` is false.
     """
     settings = _settings(pipe, labels, config)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if folder is not None:
         on_main(lambda: _open(folder, settings, overwrite))
-    from complexity_dit.pipelines.sampling import iter_samples
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
-        found: dict[int, NDArray[np.uint8]] = {}
+        images: dict[int, NDArray[np.uint8]] = {}
         if folder is not None:
             for number in numbers:
                 image = _read_kept(folder / f"{number:06d}.png", number, key)
                 if image is not None:
-                    found[number] = image
-        missing = sorted(set(numbers) - set(found))
-        for indices, images in iter_samples(pipe, labels, config, missing, progress=False):
-            for number, image in zip(indices, images, strict=True):
-                found[number] = image
+                    images[number] = image
+        missing = sorted(set(numbers) - set(images))
+        for indices, batch in iter_samples(pipe, labels, config, missing, progress=False):
+            for number, image in zip(indices, batch, strict=True):
+                images[number] = image
                 if folder is not None:
                     _keep(folder / f"{number:06d}.png", image, number, key)
-        return np.stack([found[number] for number in numbers])
+        return np.stack([images[number] for number in numbers])
 
-    whole = math.lcm(config.chunk_size, FEATURE_CHUNK)
+    unit = math.lcm(config.chunk_size, FEATURE_CHUNK)
     asked, names = asked or {}, label_names or {}
     return ImageSet(
         name="samples",
@@ -96,17 +97,13 @@ def generated_images(
         read=read,
         labels=np.stack([*asked.values()], 1) if asked else np.empty((len(labels), 0), np.int64),
         label_names={field: names[field] for field in asked},
-        # Whole network calls of the painter and of the feature network, a batch or more.
-        block=whole * math.ceil(config.batch_size / whole),
+        # Full chunks of the pipeline and of the feature network, at least one batch.
+        block=unit * math.ceil(config.batch_size / unit),
     )
 
 
-def _settings(
-    pipe: "ComplexityDiTPipeline", labels: Tensor, config: "SampleConfig"
-) -> dict[str, Any]:
-    """All that the bits of the images depend on."""
-    from complexity_dit.pipelines.sampling import load_guide
-
+def _settings(pipe: ComplexityDiTPipeline, labels: Tensor, config: SampleConfig) -> dict[str, Any]:
+    """Everything that determines the bits of the images."""
     sample, guide = asdict(config), {}
     sample.pop("batch_size")
     if config.autoguidance is not None:
@@ -124,31 +121,31 @@ def _settings(
 
 
 def _open(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder ready for these settings, or say which others it is for."""
+    """Prepare the folder for these settings, or raise if it has images of others."""
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
     if path.is_file():
-        remove_partial_writes(folder)  # of a run that was killed while it wrote a picture
+        remove_partial_writes(folder)  # of a run that was killed while writing
         try:
             kept = read_json_object(path)
         except ValueError:
             kept = {}
         if kept == settings:
             count = sum(1 for _ in folder.glob("*.png"))
-            logger.info("%s keeps %d images of an earlier run; they are checked", folder, count)
+            logger.info("%s has %d images of an earlier run, which are checked", folder, count)
             return
         differ = sorted(k for k in kept.keys() | settings.keys() if kept.get(k) != settings.get(k))
         if not overwrite:
             raise UserError(
-                f"{folder} keeps images made with other settings ({', '.join(differ)}); choose "
+                f"{folder} has images made with other settings ({', '.join(differ)}); choose "
                 "another --out, remove it, or set overwrite"
             )
         for image in folder.glob("[0-9]*.png"):
             image.unlink()
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and has no {SETTINGS_FILE}; choose another --out")
-    with atomic_file(path) as aside:
-        aside.write_text(json.dumps(settings, indent=2) + "\n")
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _check(image: NDArray[np.uint8], number: int, key: str) -> str:
@@ -158,20 +155,20 @@ def _check(image: NDArray[np.uint8], number: int, key: str) -> str:
 def _keep(path: Path, image: NDArray[np.uint8], number: int, key: str) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text(CHECK, _check(image, number, key))
-    with atomic_file(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG", pnginfo=about)
+    with atomic_file(path) as scratch:
+        Image.fromarray(image).save(scratch, format="PNG", pnginfo=about)
 
 
 def _read_kept(path: Path, number: int, key: str) -> NDArray[np.uint8] | None:
-    """A kept image if it is whole and what these settings painted, else None."""
+    """A kept image if it is complete and of these settings, else None."""
     if not path.is_file():
         return None
     try:
         with bombs_refused(), Image.open(path) as file:
             image, check = np.asarray(file.convert("RGB")), file.info.get(CHECK)
-    except Exception:  # Pillow's parsers raise almost anything on broken bytes
+    except Exception:  # Pillow's parsers raise almost any exception
         image, check = None, None
     if image is not None and check == _check(image, number, key):
         return image
-    logger.warning("%s is not what was painted; it is painted again", path)
+    logger.warning("%s does not match its checksum; it is generated again", path)
     return None

@@ -1,4 +1,4 @@
-"""The samples of a pipeline as a set: kept, checked and reused, the same whatever the batches."""
+"""Samples of a pipeline as an image set: kept, checked and reused, independent of batches."""
 
 import copy
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import complexity_dit.pipelines.sampling
+import complexity_dit.evaluation.samples
 from complexity_dit.config import SampleConfig
 from complexity_dit.evaluation.features import FEATURE_CHUNK
 from complexity_dit.evaluation.samples import generated_images
@@ -26,37 +26,37 @@ def labels() -> torch.Tensor:
 
 
 @pytest.fixture
-def painted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of the images that were painted, in order."""
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the generated images, in order."""
     numbers: list[int] = []
-    original = complexity_dit.pipelines.sampling.iter_samples
+    original = complexity_dit.evaluation.samples.iter_samples
 
     def spy(pipe, labels, config, indices=None, progress=True):
         for batch, images in original(pipe, labels, config, indices, progress):
             numbers.extend(batch)
             yield batch, images
 
-    monkeypatch.setattr(complexity_dit.pipelines.sampling, "iter_samples", spy)
+    monkeypatch.setattr(complexity_dit.evaluation.samples, "iter_samples", spy)
     return numbers
 
 
-def test_kept_images_are_reused_and_are_the_same_bits(
-    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
+def test_kept_images_are_reused_bit_for_bit(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, sampled: list[int]
 ) -> None:
     free = generated_images(pipe, labels, SAMPLING).read(range(N))
-    painted.clear()
+    sampled.clear()
     kept = generated_images(pipe, labels, SAMPLING, tmp_path / "kept")
     np.testing.assert_array_equal(kept.read([0, 1, 2, 3]), free[:4])
-    # Stopped here, and started again with another batch size: that is no other setting.
+    # Interrupted here and resumed with another batch size, which is not a different setting.
     again = generated_images(pipe, labels, replace(SAMPLING, batch_size=3), tmp_path / "kept")
     np.testing.assert_array_equal(again.read(range(N)), free)
-    assert painted == list(range(N))
+    assert sampled == list(range(N))
     np.testing.assert_array_equal(again.read([7, 2]), free[[7, 2]])
-    assert painted == list(range(N))
+    assert sampled == list(range(N))
     assert again.fingerprint == kept.fingerprint
 
 
-def test_what_a_killed_run_was_writing_is_cleared_and_not_counted(
+def test_partial_files_of_a_killed_run_are_removed(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, caplog
 ) -> None:
     folder = tmp_path / "kept"
@@ -64,27 +64,29 @@ def test_what_a_killed_run_was_writing_is_cleared_and_not_counted(
     (folder / ".000002.png.partial.ab12.png").write_bytes(b"half")
     with caplog.at_level("INFO"):
         generated_images(pipe, labels, SAMPLING, folder)
-    assert "keeps 2 images" in caplog.text
+    assert "has 2 images" in caplog.text
     assert {p.name for p in folder.iterdir()} == {"000000.png", "000001.png", "settings.json"}
 
 
-def test_a_changed_file_is_painted_again(
-    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int], caplog
+def test_a_changed_file_is_generated_again(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, sampled: list[int], caplog
 ) -> None:
     images = generated_images(pipe, labels, SAMPLING, tmp_path)
     first = images.read(range(N))
-    painted.clear()
+    sampled.clear()
     broken = tmp_path / "000002.png"
     broken.write_bytes(broken.read_bytes()[:-30])
-    Image.fromarray(first[0]).save(tmp_path / "000004.png")  # no check of ours
-    (tmp_path / "000007.png").write_bytes((tmp_path / "000006.png").read_bytes())  # another's
+    Image.fromarray(first[0]).save(tmp_path / "000004.png")  # without a checksum
+    (tmp_path / "000007.png").write_bytes(
+        (tmp_path / "000006.png").read_bytes()
+    )  # of another image
     np.testing.assert_array_equal(images.read(range(N)), first)
-    assert painted == [2, 4, 7]
-    assert caplog.text.count("painted again") == 3
+    assert sampled == [2, 4, 7]
+    assert caplog.text.count("generated again") == 3
 
 
-def test_other_settings_are_refused_by_name(
-    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, painted: list[int]
+def test_errors_name_different_settings(
+    pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path, sampled: list[int]
 ) -> None:
     generated_images(pipe, labels, SAMPLING, tmp_path).read([0])
     other = replace(SAMPLING, guidance_scale=3.0, seed=5)
@@ -94,16 +96,16 @@ def test_other_settings_are_refused_by_name(
         next(pipe.transformer.parameters()).view(-1)[0] += 1
     with pytest.raises(UserError, match="pipeline_sha256"):
         generated_images(pipe, labels, SAMPLING, tmp_path)
-    painted.clear()
+    sampled.clear()
     generated_images(pipe, labels, SAMPLING, tmp_path, overwrite=True).read([0])
-    assert painted == [0]
+    assert sampled == [0]
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "cat.png").touch()
     with pytest.raises(UserError, match="is not empty"):
         generated_images(pipe, labels, SAMPLING, tmp_path / "foreign")
 
 
-def test_images_led_by_a_guide_belong_to_the_guides_weights(
+def test_the_weights_of_a_guide_are_part_of_the_settings(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path
 ) -> None:
     pipe.save_pretrained(tmp_path / "guide")
@@ -120,7 +122,7 @@ def test_images_led_by_a_guide_belong_to_the_guides_weights(
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 16), (7, 16), (64, 16), (40, 12)])
-def test_blocks_hold_whole_calls_of_painter_and_feature_network(
+def test_blocks_are_full_chunks_of_pipeline_and_feature_network(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, batch: int, chunk: int
 ) -> None:
     block = generated_images(pipe, labels, SampleConfig(batch_size=batch, chunk_size=chunk)).block
@@ -128,7 +130,7 @@ def test_blocks_hold_whole_calls_of_painter_and_feature_network(
     assert batch <= block < batch + 2 * max(block // 2, 96)
 
 
-def test_pictures_that_are_not_finite_are_refused(
+def test_non_finite_images_are_rejected(
     pipe: ComplexityDiTPipeline, labels: torch.Tensor, tmp_path: Path
 ) -> None:
     with torch.no_grad():
