@@ -6,7 +6,7 @@ Sums, covariances and eigenvalues are in float64.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -727,7 +727,6 @@ def fid_curve(
     parts: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 2,
     seed: int = 0,
-    distance: Callable[[Array, Array], float] = distance_of_sets,
 ) -> FidCurve:
     """Distance at n, n/2, n/4, ... and its extrapolation to infinite n.
 
@@ -746,7 +745,6 @@ def fid_curve(
             out.
         repeats: Number of shuffles.
         seed: Seed of the shuffles.
-        distance: Distance of two sets of features.
 
     Returns:
         `FidCurve`.
@@ -772,7 +770,7 @@ def fid_curve(
                 points[r, p] = points[0, p]  # all images, in another order
                 continue
             cuts = [slice(i * size, (i + 1) * size) for i in range(k)]
-            points[r, p] = np.mean([distance(x1[order1[c]], x2[order2[c]]) for c in cuts])
+            points[r, p] = np.mean([distance_of_sets(x1[order1[c]], x2[order2[c]]) for c in cuts])
     line, parabola = (_at_zero(sizes, points, degree) for degree in (1, 2))
     infinity = float(line.mean())
     curvature = float(parabola.mean()) - infinity

@@ -50,7 +50,7 @@ from complexity_dit.evaluation.distances import (
     kid_from_features,
     manifold_overlap,
 )
-from complexity_dit.evaluation.features import FEATURE_CHUNK, draw, extract_features, set_features
+from complexity_dit.evaluation.features import FEATURE_CHUNK, draw, set_features
 from complexity_dit.evaluation.image_sets import (
     ImageSet,
     KeptStatistics,
@@ -71,8 +71,6 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
-
-__all__ = ["EvalConfig", "evaluate", "evaluate_images", "extract_features", "format_result"]
 
 logger = logging.getLogger(__name__)
 

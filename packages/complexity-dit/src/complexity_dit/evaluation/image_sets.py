@@ -20,6 +20,7 @@ from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Float64, Statistics
+from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
@@ -31,17 +32,10 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 _MODES = {
-    "RGBA": "alpha",
-    "LA": "grey with alpha",
-    "PA": "palette with alpha",
-    "P": "palette",
-    "I;16": "16-bit grey",
-    "I": "32-bit grey",
-    "F": "floating point",
-    "1": "black and white",
-    "CMYK": "print colours",
-    "YCbCr": "video colours",
-}
+    "RGBA": "alpha", "LA": "grey with alpha", "PA": "palette with alpha", "P": "palette",
+    "I;16": "16-bit grey", "I": "32-bit grey", "F": "floating point", "1": "black and white",
+    "CMYK": "print colours", "YCbCr": "video colours",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -248,8 +242,6 @@ def _mapped_array(path: Path, name: str) -> NDArray[Any] | None:
 
 UNPACKED_LIMIT = 4 * 2**30
 """Limit of the unpacked bytes of the arrays of one file, as a small file may claim any size."""
-
-IDENTITY_KEYS = ("name", "weights_sha256", "resize", "dtype")
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models.inception import (
-    Inception3,
-    InceptionA,
-    InceptionB,
-    InceptionC,
-    InceptionD,
-    InceptionE,
-)
+from torchvision.models import inception
 from tqdm.auto import tqdm
 
 from complexity_dit.config import Dtype, Resize
@@ -45,18 +38,6 @@ from complexity_dit.models.loading import load_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
-
-__all__ = [
-    "Dtype",
-    "FeatureExtractor",
-    "InceptionV3Features",
-    "RandomConvFeatures",
-    "Resize",
-    "find_inception",
-    "load_extractor",
-    "load_inception",
-    "load_random_features",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +71,7 @@ def _average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-class _BlockA(InceptionA):
+class _BlockA(inception.InceptionA):
     """`InceptionA` whose average pooling does not count the padding."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -102,7 +83,7 @@ class _BlockA(InceptionA):
         ]
 
 
-class _BlockC(InceptionC):
+class _BlockC(inception.InceptionC):
     """`InceptionC` whose average pooling does not count the padding."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -115,7 +96,7 @@ class _BlockC(InceptionC):
         ]
 
 
-class _BlockE(InceptionE):
+class _BlockE(inception.InceptionE):
     """`InceptionE` whose average pooling does not count the padding."""
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -164,7 +145,7 @@ def resize_tf1(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
     return top + (x[:, :, high] - top) * weight[:, None]
 
 
-class InceptionV3Features(Inception3):
+class InceptionV3Features(inception.Inception3):
     """Inception-v3 of TensorFlow's 2015-12-05 release, up to its last pooling ("pool3").
 
     Szegedy et al., "Rethinking the Inception Architecture" (2015), with the properties of the graph
@@ -190,7 +171,15 @@ class InceptionV3Features(Inception3):
     def __init__(self, resize: Resize = "tf1", spatial: bool = False) -> None:
         if resize not in ("tf1", "pytorch-fid", "antialias"):
             raise UserError(f"resize is {resize!r}; expected tf1, pytorch-fid or antialias")
-        blocks = (_BlockA, InceptionB, _BlockC, InceptionD, _BlockE, nn.Identity)
+        # The last of the blocks is an auxiliary classifier, which is not built.
+        blocks = (
+            _BlockA,
+            inception.InceptionB,
+            _BlockC,
+            inception.InceptionD,
+            _BlockE,
+            nn.Identity,
+        )
         folded = [partial(block, conv_block=ConvReLU) for block in blocks]
         super().__init__(aux_logits=False, init_weights=False, inception_blocks=[ConvReLU, *folded])
         self.Mixed_7c = _LastBlock(2048, conv_block=ConvReLU)
@@ -319,6 +308,7 @@ class RandomConvFeatures(nn.Module):
 
 INCEPTION_NAME = "inception-v3-2015-12-05"
 RANDOM_NAME = "random-conv"
+IDENTITY_KEYS = ("name", "weights_sha256", "resize", "dtype")
 
 
 @dataclass(frozen=True)
@@ -364,12 +354,7 @@ class FeatureExtractor:
     @property
     def identity(self) -> dict[str, str]:
         """What two sets of features must have in common to be comparable."""
-        return {
-            "name": self.name,
-            "weights_sha256": self.weights_sha256,
-            "resize": self.resize,
-            "dtype": self.dtype,
-        }
+        return {key: getattr(self, key) for key in IDENTITY_KEYS}
 
     @property
     def device(self) -> torch.device:
@@ -433,11 +418,7 @@ def load_inception(
     device: str | torch.device = "cpu",
     allow_download: bool = True,
 ) -> FeatureExtractor:
-    """Load Inception or raise; arguments as in `load_extractor`.
-
-    Raises:
-        UserError: No weights were found, or the given file is missing, unknown or broken.
-    """
+    """Load Inception, or raise a `UserError` if there is none; arguments as in `load_extractor`."""
     found = find_inception(weights, allow_download)
     if found is None:
         raise UserError(

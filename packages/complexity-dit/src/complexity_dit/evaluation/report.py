@@ -61,32 +61,15 @@ def _label_line(row: dict[str, Any]) -> str:
 # Comparison of two results
 
 # Settings on which the compared numbers do not depend: names, speed, output, additional measures.
+# n_generated and n_reference are compared in place of num_images, reference_fingerprint in place of
+# data.
 IGNORED_SETTINGS = (
-    "target",
-    "reference",
-    "vae",
-    "eval.weights",
-    "eval.label_field",
-    "eval.label_min",
-    "eval.floors",
-    "eval.memorisation",
-    "eval.memorisation_images",
-    "eval.keep_images",
-    "eval.report",
-    "eval.save_statistics",
-    "eval.cache",
-    "eval.overwrite",
-    "eval.quiet",
-    "eval.num_images",  # n_generated and n_reference are the numbers reached
-    "eval.measures",
-    "eval.curve",
-    "eval.device",
-    "n_train",
-    "shrunk",
-    "extractor.weights_source",
-    "data",  # reference_fingerprint identifies the data
-    "sample.batch_size",
-)
+    "target", "reference", "data", "vae", "shrunk", "n_train", "extractor.weights_source",
+    "sample.batch_size", "eval.num_images", "eval.weights", "eval.device", "eval.measures",
+    "eval.curve", "eval.label_field", "eval.label_min", "eval.floors", "eval.memorisation",
+    "eval.memorisation_images", "eval.keep_images", "eval.report", "eval.save_statistics",
+    "eval.cache", "eval.overwrite", "eval.quiet",
+)  # fmt: skip
 _TOP = ("n_generated", "n_reference", "weights_sha256", "reference_fingerprint")
 
 
