@@ -114,7 +114,6 @@ def evaluate(
             setting out of range, or another process that has died.
     """
     config = config or EvalConfig()
-    config.check()
     with report_dead_evaluation_workers():
         folder = Path(out) if out is not None else None
         return _evaluate(target, str(reference), folder, config, sample or SampleConfig(), data)
@@ -209,7 +208,6 @@ def evaluate_images(
         UserError: As `evaluate`.
     """
     config = config or EvalConfig()
-    config.check()
     extractor = extractor or load_extractor(
         *(config.weights, config.resize, config.dtype, pick_device(config.device)),
         spatial="sfid" in config.measures,
