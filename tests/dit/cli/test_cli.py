@@ -46,7 +46,7 @@ def test_train_sample_and_evaluate(command, tmp_path):
         "Orphism", "--num_images=16", "--num_inference_steps=1",
     )  # fmt: skip
     assert status == 0, text
-    assert "16 pictures" in text
+    assert "16 images" in text
     status, text, _ = command(
         "evaluate", out / "pipeline", "--reference=art", "--out", tmp_path / "eval",
         "--num_images=8", "--weights=random", "--sample.num_inference_steps=1",

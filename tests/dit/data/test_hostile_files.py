@@ -122,7 +122,7 @@ def test_a_member_that_is_no_array_is_named(tmp_path):
             for name in ("arr_0", "mu", "sigma"):
                 archive.writestr(f"{name}.npy", content)
         for read in (npz_images, read_statistics):
-            with pytest.raises(UserError, match="no array"):
+            with pytest.raises(UserError, match="not an array"):
                 read(tmp_path / "x.npz")
 
 
