@@ -33,14 +33,10 @@ def enter_at_the_second_checkpoint(package, monkeypatch, context):
     monkeypatch.setattr(saver, name, save)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    package, tmp_path, resumed, monkeypatch, record_property
-):
+def test_a_full_disk_keeps_the_last_good_checkpoint(package, tmp_path, resumed, monkeypatch):
     undisturbed, starved = tmp_path / "undisturbed", tmp_path / "starved"
     package.train(package.run(undisturbed))
-    limits = 10, 4000, 12000
-    record_property("injected", len(limits))
-    for limit in limits:
+    for limit in (10, 4000, 12000):
         with monkeypatch.context() as patch:
             enter_at_the_second_checkpoint(package, patch, small_files(limit))
             with pytest.raises(

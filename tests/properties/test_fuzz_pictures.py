@@ -1,7 +1,6 @@
 """Fuzzing of the parsers of images and arrays: any input gives a value or a `UserError`.
 
-Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run) and
-appends a line to the file `COMPLEXITY_FUZZ_LOG`.
+Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run).
 """
 
 from pathlib import Path
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from complexity_dit.data import pictures
 from complexity_dit.evaluation import image_sets
-from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import mangled_bytes, npz_bytes, picture_bytes, png_bytes
 
@@ -46,7 +44,7 @@ def statistics_npz(folder: Path) -> Parser:
     good = [npz_bytes(zipped, **current, **identity, **adm) for zipped in (False, True)]
     cases = st.one_of(mangled_bytes(good), strange_npz([*current, *identity, *adm]))
     parse = of_file(folder / "s.npz", image_sets.read_statistics)
-    return Parser(cases, parse, [image_sets], (UserError,))
+    return Parser(cases, parse)
 
 
 @ROWS.row
@@ -60,7 +58,7 @@ def images_npz(folder: Path) -> Parser:
             images.read([0, len(images) - 1])
 
     cases = st.one_of(mangled_bytes(good), strange_npz(["arr_0"]))
-    return Parser(cases, of_file(folder / "i.npz", parse), [image_sets], (UserError,))
+    return Parser(cases, of_file(folder / "i.npz", parse))
 
 
 PICTURES = [
@@ -78,15 +76,13 @@ def image_folder(folder: Path) -> Parser:
     def parse(path: Path) -> None:
         image_sets.folder_images(path.parent).read([0, 1])
 
-    return Parser(
-        mangled_bytes(PICTURES), of_file(folder / "1.png", parse), [image_sets], (UserError,)
-    )
+    return Parser(mangled_bytes(PICTURES), of_file(folder / "1.png", parse))
 
 
 @ROWS.row
 def training_picture(folder: Path) -> Parser:
     cases = mangled_bytes(PICTURES)
-    return Parser(cases, lambda data: pictures.square_pixels(data, 4), [pictures], (UserError,))
+    return Parser(cases, lambda data: pictures.square_pixels(data, 4))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -151,7 +151,7 @@ print(f"{len(reached)} kills at {reached}, {time.perf_counter() - began:.0f} s")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_25_kills_change_nothing(tmp_path, record_property, processes):
+def test_25_kills_change_nothing(tmp_path, processes):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path), str(processes)],
@@ -159,4 +159,3 @@ def test_25_kills_change_nothing(tmp_path, record_property, processes):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    record_property("injected", int(done.stdout.partition(" kills at ")[0]))
