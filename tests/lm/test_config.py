@@ -127,7 +127,7 @@ OUT_OF_RANGE = [
     ({"expert_intermediate_size": 64}, r"expert_intermediate_size 64 needs num_experts above 0"),
     (
         {"num_experts": 2, "expert_intermediate_size": 9, "shared_intermediate_size": 9},
-        r"size 9 \(at least 1\) plus shared_intermediate_size 9 must equal intermediate_size 2048",
+        r"size 9 plus shared_intermediate_size 9 must equal intermediate_size 2048",
     ),
     ({"sliding_window": 0}, r"sliding_window must be at least 1 or None, got 0"),
     (
@@ -178,7 +178,7 @@ def test_values_of_the_wrong_type(settings: dict, message: str) -> None:
         DeepConfig(**settings)
 
 
-def test_a_misspelt_dynamics_key_gives_suggestions() -> None:
+def test_a_misspelt_dynamics_key_gives_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'dynamics_placment'.*dynamics_placement"):
         DeepConfig(dynamics_placment="none")
 

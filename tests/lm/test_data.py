@@ -143,9 +143,16 @@ def test_text_shorter_than_a_block_is_rejected(tokenizer, tmp_path):
         pack(tokenize(corpus.train, tokenizer), 512)
 
 
-def test_text_that_is_not_utf8_is_rejected(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("tä".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin.txt is not UTF-8: byte 0xe4 at offset 1"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("tä".encode("latin-1"), r"a.txt is not UTF-8: byte 0xe4 at offset 1"),
+        (b"", r"1 file\(s\) contain no text"),
+    ],
+)
+def test_files_without_text_are_rejected(tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
         load_corpus(DataConfig(source=f"text:{tmp_path}"))
 
 
@@ -164,12 +171,6 @@ def test_text_that_is_not_utf8_is_rejected(tmp_path):
 def test_invalid_sources_and_splits(texts, settings, words):
     with pytest.raises(UserError, match=words):
         load_corpus(replace(DataConfig(source=f"text:{texts}"), **settings))
-
-
-def test_empty_files_are_rejected(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match=r"1 file\(s\) contain no text"):
-        load_corpus(DataConfig(source=f"text:{tmp_path}"))
 
 
 def block_stream(rows, tokenizer) -> BlockStream:

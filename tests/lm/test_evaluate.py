@@ -63,9 +63,7 @@ def test_windows_score_each_token_once_and_are_full():
 @pytest.mark.parametrize("stride", [24, 10, 1])
 def test_scores_equal_those_of_one_window_at_a_time(loaded, texts, stride):
     documents = [(texts / "00.txt").read_text(), "ka", (texts / "01.txt").read_text()[:300]]
-    score = score_texts(
-        loaded.model, loaded.tokenizer, documents, 24, stride, batch_size=5, progress=False
-    )
+    score = score_texts(loaded.model, loaded.tokenizer, documents, 24, stride, batch_size=5)
     nats, tokens = 0.0, 0
     for text in documents:
         ids = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -109,7 +107,7 @@ def test_evaluation_measures_the_held_out_side_of_the_training_source(loaded, te
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     heldout = list(load_split(loaded.data, "heldout")["text"])
     train = list(load_split(loaded.data, "train")["text"])
-    score = score_texts(loaded.model, loaded.tokenizer, heldout, 24, progress=False)
+    score = score_texts(loaded.model, loaded.tokenizer, heldout, 24)
     metrics = result["metrics"]
     assert metrics["bits_per_byte"] == score.bits_per_byte
     assert metrics["gzip_bits_per_byte"] == gzip_bits_per_byte(heldout)
@@ -150,7 +148,7 @@ def test_the_table_names_its_values(loaded, texts, capsys):
 def test_a_lossy_tokenizer_is_rejected(loaded, words):
     lossy = words("<unk>", "<end>", "ka", unk_token="<unk>", eos_token="<end>")
     with pytest.raises(UserError, match="loses some of the text that begins with 'ka  lo"):
-        score_texts(loaded.model, lossy, ["ka  lo"], 24, progress=False)
+        score_texts(loaded.model, lossy, ["ka  lo"], 24)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import cmath
 import csv
 import dataclasses
-import errno
 import json
 import math
 import shutil
@@ -243,24 +242,6 @@ def test_nan_loss_stops_the_run_and_names_the_step(small_run, monkeypatch):
     assert len(losses(out)) == 8
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(small_run, monkeypatch):
-    real = LMTrainer._save_rng_state
-
-    def full_at_step_8(self, output_dir):
-        if self.state.global_step == 8:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, output_dir)
-
-    monkeypatch.setattr(LMTrainer, "_save_rng_state", full_at_step_8)
-    with pytest.raises(UserError, match=r"No space left.*step-00000004"):
-        train(small_run)
-    checkpoints = Path(small_run.out) / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
-    monkeypatch.undo()
-    train(dataclasses.replace(small_run, resume="auto"))
-    assert latest_checkpoint(checkpoints).name == "step-00000008"
-
-
 def test_interrupted_saving_leaves_no_checkpoint(small_run, monkeypatch):
     def interrupt(written, target):
         raise KeyboardInterrupt
@@ -330,7 +311,7 @@ def test_settings_out_of_range(small_run, changes, words):
     ("overrides", "words"),
     [
         ({"num_attention_heads": 5}, "hidden_size 32 must be divisible by num_attention_heads 5"),
-        ({"dynamics_alhpa": 0.5}, "did you mean: dynamics_alpha"),
+        ({"dynamics_alhpa": 0.5}, "dynamics_alhpa.*keys are: .*dynamics_alpha,"),
         ({"vocab_size": 200}, "the tokenizer has 300 ids, the model 200"),
         ({"max_position_embeddings": 16}, "data.context is 24.*16 tokens"),
         ({"hidden_size": "wide"}, "cannot build this model"),

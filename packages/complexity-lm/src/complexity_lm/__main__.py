@@ -121,20 +121,10 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse and run one command."""
-    command, options = parse(arguments)
-    _COMMANDS[command](options)
-
-
 def parse(
     arguments: Sequence[str], parser: ArgumentParser | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Parse a command and its options to typed values, without running it.
-
-    Args:
-        arguments: The arguments after the program name.
-        parser: Result of `build_parser`, to be reused; built by default.
 
     Raises:
         UserError: A value is invalid.
@@ -150,65 +140,49 @@ def parse(
     return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 
-# Commands import what they need themselves, so that `--help` loads neither datasets nor Trainer.
+def run(arguments: Sequence[str]) -> None:
+    """Parse and run one command.
 
+    Each imports what it needs itself, so that `--help` loads neither datasets nor Trainer.
+    """
+    command, options = parse(arguments)
+    match command:
+        case "demo":
+            from complexity_lm.demo import demo
 
-def _demo(options: dict[str, Any]) -> None:
-    from complexity_lm.demo import demo
+            demo(**options)
+        case "train":
+            from complexity_lm.train import train
 
-    demo(options["out"])
+            options.pop("config")
+            folder = train(TrainConfig(**options))
+            if os.environ.get("RANK", "0") == "0":
+                print(f"the model is in {folder}")
+        case "generate":
+            from complexity_lm.generate import print_generated, read_prompts
+            from complexity_lm.loading import load
 
+            prompts = read_prompts(options.pop("prompt"), options.pop("prompts_file"), sys.stdin)
+            settings = {name: options.pop(name) for name in generation_flags()}
+            model, tokenizer = options.pop("model"), options.pop("tokenizer")
+            assistant = options.pop("assistant_model")
+            config = GenerateConfig(**options)
+            loaded = load(model, tokenizer, config.device)
+            helper = load(assistant, tokenizer, config.device) if assistant else None
+            print_generated(loaded, prompts, settings, config, helper)
+        case "evaluate":
+            from complexity_lm.evaluate import evaluate
 
-def _train(options: dict[str, Any]) -> None:
-    from complexity_lm.train import train
+            own = {name: options.pop(name) for name in ("source", "out", "data")}
+            evaluate(options.pop("model"), **own, config=EvalConfig(**options))
+        case "tokenizer":
+            from complexity_lm.data import make_tokenizer
 
-    options.pop("config")
-    folder = train(TrainConfig(**options))
-    if os.environ.get("RANK", "0") == "0":
-        print(f"the model is in {folder}")
+            print(make_tokenizer(**options))
+        case "inspect":
+            from complexity_lm.inspect_model import inspect
 
-
-def _generate(options: dict[str, Any]) -> None:
-    from complexity_lm.generate import print_generated, read_prompts
-    from complexity_lm.loading import load
-
-    prompts = read_prompts(options.pop("prompt"), options.pop("prompts_file"), sys.stdin)
-    settings = {name: options.pop(name) for name in generation_flags()}
-    model, tokenizer = options.pop("model"), options.pop("tokenizer")
-    assistant = options.pop("assistant_model")
-    config = GenerateConfig(**options)
-    loaded = load(model, tokenizer, config.device)
-    helper = load(assistant, tokenizer, config.device) if assistant else None
-    print_generated(loaded, prompts, settings, config, helper)
-
-
-def _evaluate(options: dict[str, Any]) -> None:
-    from complexity_lm.evaluate import evaluate
-
-    own = {name: options.pop(name) for name in ("source", "out", "data")}
-    evaluate(options.pop("model"), **own, config=EvalConfig(**options))
-
-
-def _tokenizer(options: dict[str, Any]) -> None:
-    from complexity_lm.data import make_tokenizer
-
-    print(make_tokenizer(**options))
-
-
-def _inspect(options: dict[str, Any]) -> None:
-    from complexity_lm.inspect_model import inspect
-
-    print(yaml.safe_dump(inspect(options["model"]), sort_keys=False), end="")
-
-
-_COMMANDS = {
-    "demo": _demo,
-    "train": _train,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "tokenizer": _tokenizer,
-    "inspect": _inspect,
-}
+            print(yaml.safe_dump(inspect(options["model"]), sort_keys=False), end="")
 
 
 def main() -> None:

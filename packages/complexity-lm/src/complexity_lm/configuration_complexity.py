@@ -3,7 +3,7 @@
 A saved model folder contains a copy of this file, so it imports nothing from this package.
 """
 
-import difflib
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -12,17 +12,10 @@ from transformers.modeling_rope_utils import RopeParameters
 
 
 class Preset(NamedTuple):
-    """A named model size.
+    """A named model size: fields of `DeepConfig`, and the parameters in millions.
 
-    Attributes:
-        millions: Parameters in millions, with the default vocabulary (32000) and dynamics. The
-            names give the size with the paper's dynamics, whose controllers add up to 4.6 %.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP that acts on one token.
-        num_hidden_layers: Number of decoder layers.
-        num_attention_heads: Query heads per layer.
-        num_key_value_heads: Key and value heads per layer.
-        tie_word_embeddings: Whether the output head shares the embedding table.
+    `millions` is with the default vocabulary (32000) and dynamics. The names give the size with the
+    paper's dynamics, whose controllers add up to 4.6 %.
     """
 
     millions: float
@@ -32,10 +25,6 @@ class Preset(NamedTuple):
     num_attention_heads: int
     num_key_value_heads: int
     tie_word_embeddings: bool
-
-    def sizes(self) -> dict[str, int | bool]:
-        """Return the fields of `DeepConfig` that define this size."""
-        return {name: value for name, value in self._asdict().items() if name != "millions"}
 
 
 # With experts, a row describes the active size: the parameters that act on one token.
@@ -55,6 +44,8 @@ PRESETS: dict[str, Preset] = {
 Placement = Literal["stream", "branch", "force", "force_mlp", "none"]
 Adaptive = Literal["token", "channel", "layer", "lite"]
 RoutingScheme = Literal["modulo", "balanced"]
+
+_INF = float("inf")
 
 # Defaults of unset coefficients. A force adds entire sub-layer outputs to the velocity, so it
 # starts near the plain residual: full steps, an open gate, little memory.
@@ -180,34 +171,29 @@ class DeepConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeepConfig":
-        """Create the configuration of a named size.
+        """Create the configuration of a named size, "15m" to "7b" (`complexity_lm.PRESETS`).
 
-        Args:
-            name: A key of `complexity_lm.PRESETS`, "15m" to "7b".
-            **overrides: Fields of the configuration; they take precedence over the preset.
-
-        Returns:
-            The configuration.
+        `overrides` are fields of the configuration; they take precedence over the preset.
 
         Raises:
             ValueError: No preset has that name; the message lists the presets.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, choose from: {', '.join(PRESETS)}")
-        settings: dict[str, Any] = PRESETS[name].sizes() | overrides
-        return cls(**settings)
+        sizes = PRESETS[name]._asdict()
+        del sizes["millions"]
+        return cls(**(sizes | overrides))
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Replace `None` by defaults and reject misspelt dynamics keys.
 
-        Args:
-            **kwargs: Keys that are not fields of this class; transformers keeps those it knows.
+        `kwargs` are keys that are not fields of this class; transformers keeps those it knows.
         """
-        known = [name for name in type(self).__dataclass_fields__ if name.startswith("dynamics_")]
         for name in kwargs:
             if name.startswith("dynamics_"):
-                near = difflib.get_close_matches(name, known, n=3) or known
-                raise ValueError(f"unknown config key {name!r}, did you mean: {', '.join(near)}?")
+                fields = type(self).__dataclass_fields__
+                known = ", ".join(field for field in fields if field.startswith("dynamics_"))
+                raise ValueError(f"unknown config key {name!r}; the keys are: {known}")
 
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -231,54 +217,41 @@ class DeepConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Check the sizes; called by `@strict` after construction and before saving.
-
-        Raises:
-            ValueError: A size is out of range, or sizes do not fit together.
-        """
+        """Check the sizes; called by `@strict` after construction and before saving."""
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
             "dynamics_controller_hidden",
         ):  # fmt: skip
-            if self._number(name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            self._check(name, "at least 1", lambda x: x >= 1)
         for name in ("rms_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            self._check(name, "positive and finite", lambda x: 0 < x < _INF)
+        self._check("sliding_window", "at least 1 or None", lambda x: x >= 1)
 
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be divisible by num_attention_heads {heads}"
             )
-        if heads % self._number("num_key_value_heads"):
+        if heads % (kv_heads or 1):
             raise ValueError(
                 f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}"
             )
-        head_dim = self._number("head_dim")
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(
-                f"head_dim must be an even number of at least 2 for rotary embeddings, got "
-                f"{head_dim}: change hidden_size, num_attention_heads or head_dim"
-            )
+        self._check(
+            "head_dim",
+            "an even number of at least 2 for rotary embeddings (change it, hidden_size or "
+            "num_attention_heads)",
+            lambda x: x >= 2 and x % 2 == 0,
+        )
         layer_types = self.layer_types or []
         for kind in layer_types:
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(
                     f"layer_types must be 'full_attention' or 'sliding_attention', got {kind!r}"
                 )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1 or None, got {self.sliding_window}"
-            )
         if self.sliding_window is None and "sliding_attention" in layer_types:
             raise ValueError("layer_types has 'sliding_attention' but sliding_window is None")
-        self._validate_experts()
-
-    def _validate_experts(self) -> None:
-        if self.num_experts < 0:
-            raise ValueError(f"num_experts must be 0 (dense MLP) or more, got {self.num_experts}")
+        self._check("num_experts", "0 (dense MLP) or more", lambda x: x >= 0)
         if self.num_experts == 0:
             for name in ("expert_intermediate_size", "shared_intermediate_size"):
                 if getattr(self, name) is not None:
@@ -289,54 +262,48 @@ class DeepConfig(PreTrainedConfig):
                 f"num_experts {self.num_experts} must not exceed vocab_size {self.vocab_size}: "
                 "experts are chosen by token id"
             )
-        expert = self._number("expert_intermediate_size")
-        shared = self._number("shared_intermediate_size")
-        if expert < 1 or shared < 0 or expert + shared != self.intermediate_size:
+        rule = "(both add up to intermediate_size)"
+        self._check("expert_intermediate_size", f"at least 1 {rule}", lambda x: x >= 1)
+        self._check("shared_intermediate_size", f"at least 0 {rule}", lambda x: x >= 0)
+        expert, shared = self.expert_intermediate_size, self.shared_intermediate_size
+        if (expert or 0) + (shared or 0) != self.intermediate_size:
             raise ValueError(
-                f"expert_intermediate_size {expert} (at least 1) plus shared_intermediate_size "
-                f"{shared} must equal intermediate_size {self.intermediate_size}, the width that "
-                "acts on one token"
+                f"expert_intermediate_size {expert} plus shared_intermediate_size {shared} must "
+                f"equal intermediate_size {self.intermediate_size}, the width that acts on one "
+                "token"
             )
 
     def validate_dynamics(self) -> None:
-        """Check the dynamics settings against the bounds of the mathematics.
-
-        Raises:
-            ValueError: A coefficient or bound is out of range.
-        """
-        inf = float("inf")
-        self._number("dynamics_dt")
-        for name in ("dynamics_dt", "dynamics_beta_max", "dynamics_velocity_max"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                expected = "positive and finite" + ("" if name == "dynamics_dt" else ", or None")
-                raise ValueError(f"{name} must be {expected}, got {value}")
+        """Check the dynamics settings against the bounds of the mathematics."""
+        self._check("dynamics_dt", "positive and finite", lambda x: 0 < x < _INF)
+        for name in ("dynamics_beta_max", "dynamics_velocity_max"):
+            self._check(name, "positive and finite, or None", lambda x: 0 < x < _INF)
 
         # Learned coefficients start at the logit or inverse softplus of the number, which is
         # infinite at the ends of the range; fixed ones ("lite") may lie on the ends.
-        fixed = self.dynamics_adaptive == "lite"
+        fixed, top = self.dynamics_adaptive == "lite", self.dynamics_beta_max
         for name in ("dynamics_alpha", "dynamics_gate"):
-            value = self._number(name)
-            if not (0 <= value <= 1 if fixed else 0 < value < 1):
-                expected = "in [0, 1]" if fixed else "inside (0, 1), ends excluded"
-                raise ValueError(f"{name} must be {expected}, got {value}")
-        beta, top = self._number("dynamics_beta"), self.dynamics_beta_max
-        if not (0 <= beta < inf if fixed else 0 < beta < inf) or (top is not None and beta > top):
-            expected = f"in {'[' if fixed else '('}0, dynamics_beta_max = {top}]"
-            raise ValueError(f"dynamics_beta must be {expected}, got {beta}")
+            expected = "in [0, 1]" if fixed else "inside (0, 1), ends excluded"
+            self._check(name, expected, lambda x: 0 <= x <= 1 if fixed else 0 < x < 1)
+        self._check(
+            "dynamics_beta",
+            f"in {'[' if fixed else '('}0, dynamics_beta_max = {top}]",
+            lambda x: (0 <= x < _INF if fixed else 0 < x < _INF) and (top is None or x <= top),
+        )
 
         low, high = self.dynamics_mu_min, self.dynamics_mu_max
-        for name, value in (("dynamics_mu_min", low), ("dynamics_mu_max", high)):
-            if value is not None and not -inf < value < inf:
-                raise ValueError(f"{name} must be finite or None, got {value}")
+        for name in ("dynamics_mu_min", "dynamics_mu_max"):
+            self._check(name, "finite or None", lambda x: -_INF < x < _INF)
         if low is not None and high is not None and low > high:
             raise ValueError(f"dynamics_mu_min {low} must not exceed dynamics_mu_max {high}")
 
-    def _number(self, name: str) -> Any:
+    def _check(self, name: str, expected: str, accepts: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"{name} must be a number in a complete config, got None")
-        return value
+        if value is None and not expected.endswith("or None"):
+            expected = "a number in a complete config"
+        elif value is None or accepts(value):
+            return
+        raise ValueError(f"{name} must be {expected}, got {value}")
 
 
 __all__ = ["PRESETS", "DeepConfig", "Preset"]

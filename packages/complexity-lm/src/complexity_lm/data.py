@@ -48,11 +48,8 @@ _KEPT_POSITIONS = 64
 class Corpus:
     """Both sides of a source; rows have the single column ``text``.
 
-    Attributes:
-        train: Training documents, in memory or streamed.
-        heldout: Held-out documents, in memory; None if nothing is held out.
-        sample: Training documents for the tokenizer and routing counts: all of them, or the first
-            ones of a stream.
+    `sample` are the training documents for the tokenizer and routing counts: all of them, or the
+    first ones of a stream.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -118,16 +115,7 @@ def load_split(config: DataConfig, split: Split) -> datasets.Dataset:
 def make_tokenizer(
     source: str, out: str, vocab_size: int = 4096, data: DataConfig | None = None
 ) -> str:
-    """Train a tokenizer on the training side of a source and save it.
-
-    Args:
-        source: stdlib, text:PATH or hub:NAME.
-        out: Folder of the tokenizer; must not exist.
-        vocab_size: Number of ids to aim for.
-        data: How the source is read and what is held out.
-
-    Returns:
-        A summary in one line.
+    """Train a tokenizer on the training side of a source, save it, and return a summary.
 
     Raises:
         UserError: The folder exists, the source cannot be read, or `vocab_size` is too small.
@@ -148,10 +136,6 @@ def _dataset(texts: Iterable[str]) -> datasets.Dataset:
     )
 
 
-def _documents(source: str, config: DataConfig) -> list[str]:
-    return [d.text for d in read_documents(source, config.files, config.piece_bytes)]
-
-
 def _stream(source: str, config: DataConfig) -> datasets.IterableDataset:
     return stream_documents(source, config.hub_subset, config.hub_split, config.text_column)
 
@@ -160,7 +144,7 @@ def _read_all(source: str, config: DataConfig) -> datasets.Dataset:
     if is_streamed(source):
         rows = islice(_stream(source, config), config.heldout_documents)
         return _dataset(row["text"] for row in rows)
-    return _dataset(_documents(source, config))
+    return _dataset(d.text for d in read_documents(source, config.files, config.piece_bytes))
 
 
 def _split_documents(
@@ -168,8 +152,8 @@ def _split_documents(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     train: list[str] = []
     heldout: list[str] = []
-    for text in _documents(config.source, config):
-        (heldout if is_held_out(text, fraction) else train).append(text)
+    for document in read_documents(config.source, config.files, config.piece_bytes):
+        (heldout if is_held_out(document.text, fraction) else train).append(document.text)
     if fraction and not (train and heldout):
         raise UserError(
             f"{config.source}: data.holdout {fraction:g} holds out {len(heldout)} of "
@@ -185,8 +169,10 @@ def _split_stream(
     rows = _stream(config.source, config)
     if not fraction:
         return rows, None
-    train = rows.filter(_is_on_side, fn_kwargs={"fraction": fraction, "held_out": False})
-    rest = rows.filter(_is_on_side, fn_kwargs={"fraction": fraction, "held_out": True})
+    train, rest = (
+        rows.filter(_is_on_side, fn_kwargs={"fraction": fraction, "held_out": held_out})
+        for held_out in (False, True)
+    )
     heldout = [row["text"] for row in islice(rest, config.heldout_documents)]
     if not heldout or next(iter(train), None) is None:
         raise UserError(
@@ -204,14 +190,9 @@ def _is_on_side(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
 
 
 def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Encode documents as token ids, each preceded by a separator.
+    """Encode the column ``text`` of a dataset, in memory or streamed, as ``input_ids``.
 
-    Args:
-        documents: A dataset with the column ``text``, in memory or streamed.
-        tokenizer: Has an end-of-text token, which is the separator.
-
-    Returns:
-        The same kind of dataset with the single column ``input_ids``.
+    Each document is preceded by the separator, the tokenizer's end-of-text token.
     """
     return documents.map(
         _token_ids,
@@ -238,16 +219,8 @@ def pack(tokens: Any, context: int, side: str = "training") -> Any:
     Documents in memory form one stream. Of a streamed source, every 1000 documents do, so that a
     resumed run can start at any of these groups.
 
-    Args:
-        tokens: A dataset with the column ``input_ids``, in memory or streamed.
-        context: Tokens per block.
-        side: Name of the text in the error message.
-
-    Returns:
-        The same kind of dataset; every row has `context` ids.
-
     Raises:
-        UserError: Text in memory does not fill one block.
+        UserError: Text in memory (`side` names it) does not fill one block.
     """
     in_memory = isinstance(tokens, datasets.Dataset)
     if in_memory and (total := sum(map(len, tokens["input_ids"]))) < context:
@@ -279,12 +252,7 @@ def _progress_title(rows: Any, title: str) -> dict[str, str]:
 
 
 def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
-    """Occurrences of each id, (vocab_size,) int64; balanced routing distributes experts by them.
-
-    Args:
-        tokens: A dataset in memory with the column ``input_ids``.
-        vocab_size: Number of ids.
-    """
+    """Occurrences of each id, (vocab_size,) int64; balanced routing distributes experts by them."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for rows in tokens.iter(batch_size=1000):
         for ids in cast(dict[str, list[list[int]]], rows)["input_ids"]:
@@ -307,11 +275,6 @@ class BlockOrder(Sampler[int]):
     The order is a function of the seed, so that a resumed run continues as if it had not stopped,
     and any number of processes shares one order. A pass may end inside a batch: no batch is short
     and no block is left out.
-
-    Args:
-        blocks: Number of blocks in the data.
-        draws: Number of indices to yield.
-        seed: The run's seed.
     """
 
     def __init__(self, blocks: int, draws: int, seed: int) -> None:
@@ -333,11 +296,7 @@ class BlockStream(IterableDataset):
     The data loader reads ahead of the training, so at a checkpoint the stream is past the blocks
     that were trained on. Every `every` blocks the stream records its position. A checkpoint after n
     blocks keeps the last position at or before n; a resumed run reads from there and skips up to n.
-
-    Args:
-        blocks: Packed blocks, as `pack` makes them of a stream.
-        every: Blocks between recorded positions; the global batch, so that checkpoints coincide
-            with positions.
+    `every` is the global batch, so that checkpoints coincide with positions.
     """
 
     def __init__(self, blocks: datasets.IterableDataset, every: int) -> None:

@@ -12,8 +12,8 @@ from complexity_lm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from complexity_lm.data import load_corpus
-from complexity_lm.evaluate import ORDER, ByteModel, gzip_bits_per_byte, table
+from complexity_lm.data import load_split
+from complexity_lm.evaluate import baselines, table
 from complexity_lm.generate import generate
 from complexity_lm.loading import Loaded, load
 from complexity_lm.train import train
@@ -64,17 +64,13 @@ def demo(out: str) -> None:
     start = time.perf_counter()
     config, folder = demo_config(out), Path(out)
     model = train(config)
-    samples = python_lines(load(str(model)))
+    loaded = load(str(model))
+    samples = python_lines(loaded)
     with atomic_file(folder / "samples.txt") as partial:
         partial.write_text(samples)
 
-    corpus = load_corpus(config.data)
-    assert corpus.heldout is not None
-    heldout = list(corpus.heldout["text"])
-    byte_model = ByteModel(corpus.train["text"])
     result = json.loads((folder / "result.json").read_text())
-    result["metrics"]["gzip_bits_per_byte"] = gzip_bits_per_byte(heldout)
-    result["metrics"][f"order{ORDER}_bits_per_byte"] = byte_model.bits_per_byte(heldout)
+    result["metrics"] |= baselines(loaded, list(load_split(config.data, "heldout")["text"]))
     with atomic_file(folder / "result.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
     print(

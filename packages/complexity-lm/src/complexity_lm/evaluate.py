@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from complexity_lm.config import DataConfig, EvalConfig, Split
+from complexity_lm.config import DataConfig, EvalConfig
 from complexity_lm.data import load_split
 from complexity_lm.hub import report_errors
 from complexity_lm.loading import Loaded, load, versions, weights_hash
@@ -67,14 +67,21 @@ def evaluate(
     result: dict[str, Any] = {"metrics": {}}
     text_settings: DataConfig | None = None
     if source is not None:
-        text_settings, split = _text_settings(loaded, source, config, data)
+        is_training_source = loaded.data is not None and loaded.data.source == source
+        text_settings = replace(data or loaded.data or DataConfig(), source=source)
+        if not is_training_source and data is None:
+            # The held-out source of the training belongs to the training source only.
+            text_settings = replace(text_settings, heldout_source=None)
+        split = config.split
+        if split == "auto":
+            split = "heldout" if is_training_source else "all"
         texts = list(load_split(text_settings, split)["text"])[: config.max_documents]
         score = score_texts(
             loaded.model, loaded.tokenizer, texts, context, config.stride, config.batch_size
         )
         result = score_report(score, texts)
         if config.baselines:
-            result["metrics"] |= _baselines(loaded, texts)
+            result["metrics"] |= baselines(loaded, texts)
         config = replace(config, split=split, context=context, stride=config.stride or context)
     if config.tasks:
         result["tasks"] = run_tasks(
@@ -98,19 +105,6 @@ def evaluate(
     if not config.quiet:
         print(table(result))
     return result
-
-
-def _text_settings(
-    loaded: Loaded, source: str, config: EvalConfig, data: DataConfig | None
-) -> tuple[DataConfig, Split]:
-    is_training_source = loaded.data is not None and loaded.data.source == source
-    settings = replace(data or loaded.data or DataConfig(), source=source)
-    if not is_training_source and data is None:
-        # The held-out source of the training belongs to the training source only.
-        settings = replace(settings, heldout_source=None)
-    if config.split != "auto":
-        return settings, config.split
-    return settings, "heldout" if is_training_source else "all"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -143,7 +137,8 @@ def table(result: dict[str, Any]) -> str:
 # text and then stays fixed.
 
 
-def _baselines(loaded: Loaded, texts: list[str]) -> dict[str, float]:
+def baselines(loaded: Loaded, texts: list[str]) -> dict[str, float]:
+    """Metrics of the baselines on the documents that the model is measured on."""
     result = {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
     if loaded.data is None:
         logger.warning(
@@ -176,9 +171,6 @@ class ByteModel:
 
     where c' is c without its oldest byte and P_{-1} = 1/256. A context that did not occur keeps
     P_{k-1}. Three zero bytes precede each document.
-
-    Args:
-        texts: Training documents.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -205,11 +197,6 @@ class ByteModel:
         return float(-np.log2(p).sum() / len(keys))
 
 
-_Table = tuple[
-    NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]
-]
-
-
 def _keys(texts: Iterable[str]) -> NDArray[np.uint32]:
     """For each byte the number whose base-256 digits are its three predecessors and itself."""
     parts = [np.zeros(0, np.uint32)]
@@ -222,7 +209,7 @@ def _keys(texts: Iterable[str]) -> NDArray[np.uint32]:
     return np.concatenate(parts)
 
 
-def _count(grams: NDArray[np.uint32]) -> _Table:
+def _count(grams: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
     """Distinct grams and their counts; their contexts with totals and numbers of followers."""
     unique, counts = np.unique(grams, return_counts=True)
     contexts, first, kinds = np.unique(
@@ -232,9 +219,7 @@ def _count(grams: NDArray[np.uint32]) -> _Table:
     return unique, counts, contexts, totals, kinds
 
 
-def _look_up(
-    known: NDArray[np.uint32], values: NDArray[np.int64], keys: NDArray[np.uint32]
-) -> NDArray[np.int64]:
+def _look_up(known: NDArray[Any], values: NDArray[Any], keys: NDArray[Any]) -> NDArray[Any]:
     """The value of each key, 0 if it is not among the sorted `known`."""
     if not len(known):
         return np.zeros(len(keys), np.int64)
@@ -248,18 +233,10 @@ def _look_up(
 def run_tasks(
     loaded: Loaded, tasks: list[str], batch_size: int, context: int, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks of lm-eval through its `HFLM`.
+    """Return the metrics of lm-eval tasks, named as there without the filter ("bits_per_byte").
 
-    Args:
-        loaded: The model and its tokenizer.
-        tasks: Names of tasks that lm-eval contains, or paths of task files (YAML); the folder of a
-            file is searched for what it includes.
-        batch_size: Number of requests run at once.
-        context: Maximum length of a window in tokens.
-        limit: Documents per task; None for all.
-
-    Returns:
-        The metrics of each task, named as in lm-eval without the filter ("bits_per_byte").
+    `tasks` are names of tasks that lm-eval contains, or paths of task files (YAML); the folder of a
+    file is searched for what it includes. `limit` is the documents per task; None for all.
 
     Raises:
         UserError: lm-eval is not installed, or does not know a task.

@@ -19,13 +19,9 @@ DEFAULT_NEW_TOKENS = 200
 
 
 def read_prompts(prompt: str | None, prompts_file: str | None, stdin: TextIO) -> list[str]:
-    """Read prompts from an argument, a file with one per line, or all of standard input.
+    """Read prompts from an argument, a UTF-8 file with one per line, or all of standard input.
 
-    Args:
-        prompt: A text, or None.
-        prompts_file: A UTF-8 file with one prompt per line, or None. A line that begins with a
-            quote is a JSON string, which can contain line breaks.
-        stdin: Read when both are None.
+    A line that begins with a quote is a JSON string, which can contain line breaks.
 
     Raises:
         UserError: Both are given, the file cannot be read, or a prompt is empty.
@@ -64,12 +60,9 @@ def _prompt_lines(path: Path) -> list[str]:
 
 
 def generation_settings(loaded: Loaded, options: dict[str, Any], longest: int) -> GenerationConfig:
-    """Apply a user's options to the generation defaults of the model, checked against the context.
+    """Apply options to the generation defaults of a model; None means not set.
 
-    Args:
-        loaded: The model.
-        options: Fields of transformers' `GenerationConfig`; None means not set.
-        longest: Tokens in the longest prompt.
+    The length is checked against the context, given the tokens of the longest prompt.
 
     Raises:
         UserError: The prompt fills the context, prompt and requested length exceed it, or
@@ -146,14 +139,12 @@ def generate(
     config, options = config or GenerateConfig(), options or {}
     ids = [encode_prompt(loaded, prompt) for prompt in prompts]
     settings = generation_settings(loaded, options, max(map(len, ids), default=0))
-    streamer = None
-    if stream:
-        streamer = TextStreamer(
-            loaded.tokenizer,  # pyright: ignore[reportArgumentType]
-            skip_prompt=config.only_new,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+    streamer = TextStreamer(
+        loaded.tokenizer,  # pyright: ignore[reportArgumentType]
+        skip_prompt=config.only_new,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
     if assistant is not None and tokenizer_hash(assistant.tokenizer) != tokenizer_hash(
         loaded.tokenizer
     ):
@@ -162,39 +153,30 @@ def generate(
             "with the same one (--tokenizer.path)"
         )
     helpers = {
-        "streamer": streamer,
+        "streamer": streamer if stream else None,
         "assistant_model": assistant.model if assistant else None,
         "tokenizer": loaded.tokenizer if settings.stop_strings else None,
     }
     set_seed(config.seed)
     for first in range(0, len(ids), config.batch_size):
-        yield from _batch(loaded, ids[first : first + config.batch_size], settings, config, helpers)
-
-
-def _batch(
-    loaded: Loaded,
-    ids: list[list[int]],
-    settings: GenerationConfig,
-    config: GenerateConfig,
-    helpers: dict[str, Any],
-) -> list[list[str]]:
-    batch = loaded.tokenizer.pad(
-        {"input_ids": ids}, padding_side="left", return_tensors="pt", verbose=False
-    ).to(loaded.model.device)
-    try:
-        out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
-            **batch, generation_config=settings, **helpers
+        some = {"input_ids": ids[first : first + config.batch_size]}
+        batch = loaded.tokenizer.pad(
+            some, padding_side="left", return_tensors="pt", verbose=False
+        ).to(loaded.model.device)
+        try:
+            out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
+                **batch, generation_config=settings, **helpers
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"transformers cannot generate with these options: {error}") from error
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        if config.only_new:
+            sequences = sequences[:, batch["input_ids"].shape[1] :]
+        texts = loaded.tokenizer.batch_decode(
+            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"transformers cannot generate with these options: {error}") from error
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    if config.only_new:
-        sequences = sequences[:, batch["input_ids"].shape[1] :]
-    texts = loaded.tokenizer.batch_decode(
-        sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    count = len(texts) // len(ids)
-    return [texts[i : i + count] for i in range(0, len(texts), count)]
+        count = len(texts) // len(some["input_ids"])
+        yield from (texts[i : i + count] for i in range(0, len(texts), count))
 
 
 def print_generated(
@@ -204,10 +186,7 @@ def print_generated(
     config: GenerateConfig,
     assistant: Loaded | None = None,
 ) -> None:
-    """Stream a single text, or print each of several texts below a title.
-
-    Arguments and errors are those of `generate`.
-    """
+    """Stream a single text, or print each of several texts below a title; see `generate`."""
     texts_per_prompt = options.get("num_return_sequences") or 1
     stream = len(prompts) == 1 and texts_per_prompt == 1 and (options.get("num_beams") or 1) == 1
     results = generate(loaded, prompts, options, config, stream, assistant)

@@ -21,13 +21,8 @@ def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
     front page of the Hub is requested first, because without a network the libraries would retry
     for 23 s; with ``HF_HUB_OFFLINE=1`` it is not, and the cache is used.
 
-    Args:
-        name: Path or Hub id.
-        hint: What to do without the Hub; a clause of the error message.
-        wanted: How the error message refers to it; `name` by default.
-
     Raises:
-        UserError: It is a Hub id and the Hub does not answer.
+        UserError: It is a Hub id and the Hub does not answer: "WANTED: cannot reach ...; HINT".
     """
     if os.path.isdir(name) or name.startswith((".", "/", "~")):
         return Path(name).expanduser()
@@ -61,10 +56,7 @@ def report_errors(
 ) -> Iterator[None]:
     """Translate errors of libraries into one line.
 
-    Args:
-        action: Beginning of the message, such as "cannot read FILE".
-        hint: End of the message: what to do.
-        kinds: Errors to translate. transformers, tokenizers and safetensors raise almost any type.
+    By default all errors: transformers, tokenizers and safetensors raise almost any type.
 
     Raises:
         UserError: "ACTION: first line of the innermost cause; HINT".

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -35,13 +34,9 @@ TRAINING_FILE = "training.json"
 
 @dataclass
 class Loaded:
-    """A model ready for use.
+    """A model in evaluation mode, the name it was loaded by, and its tokenizer.
 
-    Attributes:
-        model: In evaluation mode, on its device.
-        tokenizer: The tokenizer it was trained with.
-        data: The text it was trained on; None if the folder does not contain it.
-        name: The name it was loaded by.
+    `data` is the text it was trained on; None if the folder does not contain it.
     """
 
     model: PreTrainedModel
@@ -56,9 +51,7 @@ class Loaded:
 
 
 def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loaded:
-    """Load a model and its tokenizer.
-
-    No pickle is opened and no code of the folder is run.
+    """Load a model and its tokenizer; no pickle is opened and no code of the folder is run.
 
     Args:
         name: A model folder, a run's folder (its `model/` is used), a checkpoint, or a Hub id of
@@ -165,46 +158,30 @@ def write_training_file(folder: Path, data: DataConfig, tokenizer: PreTrainedTok
 # Checkpoints against the model of a run ---------------------------------------------------------
 
 
-def check_dynamics(config: PreTrainedConfig, checkpoint: Path) -> None:
-    """Check that a checkpoint has the kind of dynamics of a model.
+def check_checkpoint(model: nn.Module, checkpoint: Path) -> None:
+    """Check that a checkpoint has the tensors and the kind of dynamics of the model of a run.
 
-    Tensors of another kind may have the same names and shapes, and a run's own settings need not
-    name the kind: the default has changed since 0.1.0, where it was `branch` with a controller per
-    token.
-
-    Args:
-        config: Configuration of the model that resumes.
-        checkpoint: A folder with a `config.json`.
+    Trainer would load the tensors that fit and only warn about the others. Tensors of another kind
+    of dynamics may have the same names and shapes, and a run's own settings need not name the kind:
+    the default has changed since 0.1.0, where it was `branch` with a controller per token.
 
     Raises:
-        UserError: Placement or kind of the coefficients differ, or the file is unreadable.
-    """
-    with report_errors(f"cannot read checkpoint {checkpoint}", kinds=(OSError, ValueError)):
-        saved = read_json_object(checkpoint / "config.json")
-    differences = [
-        f"{name} is {saved[name]!r} there and {getattr(config, name)!r} here"
-        for name in ("dynamics_placement", "dynamics_adaptive")
-        if name in saved and saved[name] != getattr(config, name)
-    ]
-    if differences:
-        raise UserError(
-            f"{checkpoint} is a checkpoint of another model: {'; '.join(differences)}; set them "
-            "with --model.NAME VALUE or in the config, or use another --out"
-        )
-
-
-def check_shapes(model: nn.Module, checkpoint: Path) -> None:
-    """Check that a checkpoint has the tensors of a model.
-
-    Trainer would load the tensors that fit and only warn about the others.
-
-    Raises:
-        UserError: Tensors are missing, unknown or of another shape, or a file is unreadable.
+        UserError: They differ, or a file is unreadable.
     """
     with report_errors(f"cannot read checkpoint {checkpoint}"):
-        saved = _tensor_shapes(checkpoint)
-    if not saved:
-        raise UserError(f"cannot read checkpoint {checkpoint}: it has no safetensors file")
+        config, saved = read_json_object(checkpoint / "config.json"), _tensor_shapes(checkpoint)
+        if not saved:
+            raise ValueError("it has no safetensors file")
+    kinds = [
+        f"{name} is {config[name]!r} there and {getattr(model.config, name)!r} here"
+        for name in ("dynamics_placement", "dynamics_adaptive")
+        if name in config and config[name] != getattr(model.config, name)
+    ]
+    if kinds:
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model: {'; '.join(kinds)}; set them with "
+            "--model.NAME VALUE or in the config, or use another --out"
+        )
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     known = set(model.state_dict())
     differences = [

@@ -52,10 +52,8 @@ class DeepRotaryEmbedding(nn.Module):
         self.rope_type: str = config.rope_parameters["rope_type"]  # pyright: ignore
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        initial_parameters = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            initial_parameters = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = initial_parameters(config)
+        initial_parameters = ROPE_INIT_FUNCTIONS | {"default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = initial_parameters[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -97,20 +95,10 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain PyTorch, softmax(q·kᵀ·scaling + mask)·v, which also returns the weights.
+    """Attention in plain PyTorch, softmax(q·kᵀ·scaling + mask)·v.
 
-    Args:
-        module: The attention layer.
-        q_BHNE: Queries.
-        k_BKME: Keys; each serves H / K query heads.
-        v_BKME: Values.
-        attention_mask: Added to the scores, broadcastable to (B, H, N, M).
-        scaling: Factor of the scores.
-        dropout: Probability of dropping a weight.
-        **kwargs: Settings of other backends; ignored.
-
-    Returns:
-        Output (B, N, H, E) and weights (B, H, N, M).
+    The mask is broadcastable to (B, H, N, M). Returns the output (B, N, H, E) and the weights
+    (B, H, N, M). As in transformers, except that fp64 scores stay fp64.
     """
     groups = q_BHNE.shape[1] // k_BKME.shape[1]
     k_BHME = k_BKME.repeat_interleave(groups, dim=1)
@@ -131,12 +119,10 @@ class ComplexityAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        kv_heads, head_dim, layer_types = (
-            config.num_key_value_heads,
-            config.head_dim,
-            config.layer_types,
-        )
+        hidden, heads, kv_heads = (
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        )  # fmt: skip
+        head_dim, layer_types = config.head_dim, config.layer_types
         assert kv_heads and head_dim and layer_types  # noqa: PT018
         # The attention backends of transformers read these names.
         self.head_dim = head_dim
@@ -165,27 +151,16 @@ class ComplexityAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the current and all earlier tokens.
 
-        Args:
-            x_BND: Normalised hidden states.
-            position_embeddings: Cosines and sines, each (B, N, E/2).
-            attention_mask: Mask in the form of the attention backend; `None` if it needs none.
-            past_key_values: Cache to read and extend.
-            **kwargs: Settings of the attention backend.
-
-        Returns:
-            The output (B, N, D) and, from the eager backend, the weights (B, H, N, M).
+        `position_embeddings` are cosines and sines (B, N, E/2); mask and `kwargs` are those of the
+        attention backend. Returns the output (B, N, D) and, from the eager backend, the weights.
         """
         q_BNHE = self.q_proj(x_BND).unflatten(-1, (-1, self.head_dim))
         k_BNKE = self.k_proj(x_BND).unflatten(-1, (-1, self.head_dim))
         v_BKNE = self.v_proj(x_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q_BNHE, k_BNKE = ops.qk_norm_rope(
-            q_BNHE,
-            k_BNKE,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            *position_embeddings,
+            q_BNHE, k_BNKE, self.q_norm.weight, self.k_norm.weight, *position_embeddings,
             eps=self.q_norm.eps,
-        )
+        )  # fmt: skip
         q_BHNE, k_BKNE = q_BNHE.transpose(1, 2), k_BNKE.transpose(1, 2)
         if past_key_values is not None:
             k_BKNE, v_BKNE = past_key_values.update(k_BKNE, v_BKNE, self.layer_idx)
@@ -195,16 +170,9 @@ class ComplexityAttention(nn.Module):
             eager_attention,
         )
         out_BNHE, weights_BHNM = attend(
-            self,
-            q_BHNE,
-            k_BKNE,
-            v_BKNE,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+            self, q_BHNE, k_BKNE, v_BKNE, attention_mask,
+            dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
+        )  # fmt: skip
         return self.o_proj(out_BNHE.flatten(-2)), weights_BHNM
 
 
@@ -240,28 +208,16 @@ def _own_random_stream() -> Iterator[None]:
 
 
 def _build_dynamics(config: DeepConfig) -> INLDynamics | INLDynamicsLite:
-    coefficients: list[Any] = [
-        config.dynamics_alpha,
-        config.dynamics_beta,
-        config.dynamics_gate,
-        config.dynamics_dt,
-    ]
-    bounds: dict[str, Any] = {
-        "velocity_max": config.dynamics_velocity_max,
-        "mu_min": config.dynamics_mu_min,
-        "mu_max": config.dynamics_mu_max,
-    }
+    def settings(*names: str) -> dict[str, Any]:
+        return {name: getattr(config, f"dynamics_{name}") for name in names}
+
+    coefficients = settings("alpha", "beta", "gate", "dt").values()
+    bounds = settings("velocity_max", "mu_min", "mu_max")
     with _own_random_stream():
         if config.dynamics_adaptive == "lite":
             return INLDynamicsLite(config.hidden_size, *coefficients, **bounds)
-        return INLDynamics(
-            config.hidden_size,
-            *coefficients,
-            **bounds,
-            beta_max=config.dynamics_beta_max,
-            adaptive=config.dynamics_adaptive,
-            controller_hidden=config.dynamics_controller_hidden,
-        )
+        more = settings("beta_max", "adaptive", "controller_hidden")
+        return INLDynamics(config.hidden_size, *coefficients, **bounds, **more)
 
 
 class DeepDecoderLayer(GradientCheckpointingLayer):
@@ -288,11 +244,9 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         else:
             assert config.expert_intermediate_size is not None
             self.mlp = TokenRoutedMLP(
-                config.hidden_size,
-                config.expert_intermediate_size,
-                config.num_experts,
+                config.hidden_size, config.expert_intermediate_size, config.num_experts,
                 config.shared_intermediate_size,
-            )
+            )  # fmt: skip
         if self.placement != "none":
             self.dynamics = _build_dynamics(config)
         if self.placement == "force":
@@ -305,16 +259,9 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         plan: RoutingPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply the layer.
+        """Return the next hidden states ("position") and velocity; `None` is a zero velocity.
 
-        Args:
-            h_BND: Hidden states ("position").
-            v_BND: Velocity from the layer below; `None` means zero.
-            plan: Assignment of tokens to experts; `None` with the dense MLP.
-            **kwargs: Arguments of `ComplexityAttention.forward`.
-
-        Returns:
-            The next hidden states and velocity; the velocity is `None` without dynamics.
+        `plan` assigns tokens to experts; `None` with the dense MLP. `kwargs` are for the attention.
         """
         branch_BND, _ = self.self_attn(self.input_layernorm(h_BND), **kwargs)
         if self.placement == "force":
@@ -387,20 +334,18 @@ class DeepPreTrainedModel(PreTrainedModel):
                 is_down = name in ("down", "shared_down")
                 nn.init.normal_(parameter, std=residual_std if is_down else std)
         elif isinstance(table := getattr(module, "routing_table", None), Tensor):
-            if not getattr(table, "_is_hf_initialized", False):
-                self._init_routing_table(table)
+            if getattr(table, "_is_hf_initialized", False):
+                return
+            if self.config.routing_scheme == "balanced":
+                raise ValueError(
+                    "a balanced routing table needs the token counts of a corpus: make the model "
+                    "with routing_scheme='modulo', then call model.balance_experts(counts)"
+                )
+            table.copy_(build_routing_table(self.config.vocab_size, self.config.num_experts))
         elif getattr(module, "writes_to_stream", False):
             nn.init.normal_(module.weight, std=residual_std)  # pyright: ignore[reportArgumentType]
         else:
             super()._init_weights(module)
-
-    def _init_routing_table(self, table: Tensor) -> None:
-        if self.config.routing_scheme == "balanced":
-            raise ValueError(
-                "a balanced routing table needs the token counts of a corpus: make the model with "
-                "routing_scheme='modulo', then call model.balance_experts(counts)"
-            )
-        table.copy_(build_routing_table(self.config.vocab_size, self.config.num_experts))
 
     @staticmethod
     def _load_pretrained_model(
@@ -445,13 +390,6 @@ class DeepPreTrainedModel(PreTrainedModel):
         """Change the size of the vocabulary as in transformers, and of the routing table with it.
 
         Remaining ids keep their expert; new ids go to expert id modulo `num_experts`.
-
-        Args:
-            *args: As in `PreTrainedModel.resize_token_embeddings`.
-            **kwargs: Likewise.
-
-        Returns:
-            The embedding.
         """
         embedding = super().resize_token_embeddings(*args, **kwargs)
         table = self.base_model.routing_table
@@ -560,16 +498,10 @@ class DeepModel(DeepPreTrainedModel):
         assert self.config.layer_types is not None
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             h_BND, v_BND = layer(
-                h_BND,
-                v_BND,
-                plan,
-                attention_mask=masks[kind],
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+                h_BND, v_BND, plan, attention_mask=masks[kind],
+                position_embeddings=position_embeddings, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(h_BND),
             past_key_values=past_key_values if use_cache else None,
@@ -626,19 +558,8 @@ def causal_lm_loss(
     """Cross-entropy of each token given the tokens before it, in nats.
 
     As transformers computes it for causal language models, except that fp64 logits stay fp64.
-
-    Args:
-        logits: (B, N, V).
-        labels: Token ids (B, N); the target of a position is the id that follows it.
-        vocab_size: Size of the vocabulary.
-        num_items_in_batch: Divisor of the sum, which `Trainer` passes under gradient accumulation;
-            `None` means the number of labels that count.
-        ignore_index: Label that does not count.
-        shift_labels: Labels (B, N) already shifted left by one; `None` means made from `labels`.
-        **kwargs: Ignored.
-
-    Returns:
-        A scalar.
+    `shift_labels` (B, N) are already shifted left by one; `None` means made from `labels`. The sum
+    is divided by `num_items_in_batch` (from `Trainer`), or by the number of labels that count.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -678,35 +599,20 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits and, with labels, the loss.
 
-        Args:
-            input_ids: Token ids (B, N).
-            attention_mask: (B, M), 1 at tokens and 0 at padding.
-            position_ids: Positions (B, N).
-            past_key_values: Keys and values of earlier tokens.
-            inputs_embeds: Embeddings (B, N, D) instead of `input_ids`.
-            routing_ids: Token ids (B, N) that select the experts; `None` means `input_ids`.
-            labels: Token ids (B, N), usually `input_ids` themselves: they are shifted by one here.
-                -100 does not count.
-            use_cache: Whether to return the cache; `None` means `config.use_cache`.
-            logits_to_keep: Number of last positions, or a tensor of positions, that get logits; 0
-                means all.
-            **kwargs: Other arguments of `DeepModel.forward` and of the loss (`num_items_in_batch`,
-                `shift_labels`).
+        `labels` are token ids (B, N), usually `input_ids` themselves: they are shifted by one here,
+        and -100 does not count. `logits_to_keep` is the number of last positions, or a tensor of
+        positions, that get logits; 0 means all. The other arguments are those of
+        `DeepModel.forward` and of the loss (`num_items_in_batch`, `shift_labels`).
 
         Returns:
             `logits` (B, N, V), `loss` (nats per token) if `labels` are given, and the outputs of
             the decoder.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            routing_ids=routing_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, routing_ids=routing_ids,
+            use_cache=use_cache, **kwargs,
+        )  # fmt: skip
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -732,16 +638,8 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of `generate` as transformers does, with the ids to route by.
 
-        Args:
-            input_ids: Ids so far; without those of a prompt that was given as embeddings.
-            *args: As in transformers.
-            routing_ids: Ids (B, N) that route the prompt; generated tokens are routed by their own.
-            past_key_values: Cache.
-            inputs_embeds: Embeddings of the prompt.
-            **kwargs: As in transformers.
-
-        Returns:
-            Arguments of `forward`.
+        `input_ids` are the ids so far, without those of a prompt that was given as embeddings.
+        `routing_ids` (B, N) route the prompt; generated tokens are routed by their own ids.
         """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs

@@ -24,14 +24,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(config: DeepConfig) -> ParameterCount:
-    """Count the parameters of a configuration without allocating them.
-
-    Args:
-        config: Any configuration.
-
-    Returns:
-        (total, active).
-    """
+    """Count the parameters of a configuration without allocating them."""
     with torch.device("meta"):
         model = DeepForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -26,13 +26,7 @@ from inl_core.run.errors import UserError
 
 @dataclass(frozen=True)
 class Score:
-    """The sum of -log p over a text.
-
-    Attributes:
-        nats: Sum over all scored tokens.
-        tokens: Number of scored tokens.
-        bytes: Length of the scored text in UTF-8.
-    """
+    """The sum of -log p over the tokens of a text, whose length in UTF-8 is `bytes`."""
 
     nats: float
     tokens: int
@@ -56,13 +50,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs ``begin:end`` of a document that begins with its separator.
-
-    Attributes:
-        begin: First input.
-        end: One past the last input.
-        scored: Number of predictions that count, the last ones.
-    """
+    """Inputs ``begin:end`` of a document; the last `scored` predictions count."""
 
     begin: int
     end: int
@@ -70,12 +58,9 @@ class Window:
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Split a document into windows that score each token once.
+    """Split a document into windows that score each of its `tokens` once.
 
-    Args:
-        tokens: Number of tokens to predict; the inputs are the separator and all but the last.
-        context: Maximum length of a window.
-        stride: Tokens scored by each window after the first.
+    The inputs are the separator and all tokens but the last.
     """
     done = 0
     while done < tokens:
@@ -91,18 +76,11 @@ def score_texts(
     context: int,
     stride: int | None = None,
     batch_size: int = 16,
-    progress: bool = True,
 ) -> Score:
-    """Score documents.
+    """Score documents in windows of `context` tokens.
 
-    Args:
-        model: In evaluation mode.
-        tokenizer: The model's.
-        texts: Documents.
-        context: Tokens of a window; at most the model's.
-        stride: Tokens scored by each window after the first of a document; None means `context`.
-        batch_size: Number of windows run at once.
-        progress: Whether to show a progress bar.
+    `stride` is the tokens scored by each window after the first of a document; None means
+    `context`. `batch_size` windows run at once.
 
     Raises:
         UserError: `context` or `stride` is out of range, there is no text, or the tokenizer loses
@@ -125,9 +103,7 @@ def score_texts(
     # Windows of similar length share a batch: only short documents are padded, and little.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     nats = torch.zeros((), dtype=torch.float64)
-    for first in tqdm(
-        range(0, len(jobs), batch_size), desc="scoring", unit="batch", disable=not progress
-    ):
+    for first in tqdm(range(0, len(jobs), batch_size), desc="scoring", unit="batch"):
         nats += _batch_nats(model, jobs[first : first + batch_size])
     return Score(
         nats=float(nats),
@@ -180,7 +156,6 @@ def _batch_nats(model: PreTrainedModel, jobs: Sequence[tuple[Tensor, Window]]) -
     ).logits
     if logits.dtype != torch.float64:
         logits = logits.float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
-    )
+    targets = targets.flatten().to(logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     return losses.double().sum().cpu()

@@ -51,16 +51,10 @@ def is_streamed(source: str) -> bool:
 
 
 def read_documents(source: str, files: str, piece_bytes: int | None) -> list[Document]:
-    """Read a local source into memory, in a fixed order.
+    """Read ``stdlib`` or ``text:PATH`` into memory, in a fixed order.
 
-    Args:
-        source: ``stdlib`` or ``text:PATH``.
-        files: Glob pattern of the files to read in a ``text:`` folder; hidden files are ignored.
-        piece_bytes: Cut files into pieces of about this many bytes, at line ends; 0 keeps files
-            whole; None cuts a single file into pieces of `PIECE_BYTES` and keeps several whole.
-
-    Returns:
-        The documents that are not empty.
+    `files` and `piece_bytes` are those of `DataConfig`. Hidden files and empty documents are left
+    out.
 
     Raises:
         UserError: The source has another form, does not exist, is empty or is not UTF-8.
@@ -135,13 +129,7 @@ def _pieces(document: Document, size: int) -> Iterator[Document]:
 def stream_documents(
     source: str, subset: str | None, split: str, text_column: str
 ) -> datasets.IterableDataset:
-    """Open a streamed source; rows have the single column ``text``.
-
-    Args:
-        source: ``hub:NAME``.
-        subset: Configuration of the dataset, such as "sample-10BT"; None if it has only one.
-        split: Its split.
-        text_column: The column that contains the text.
+    """Open a streamed source, ``hub:NAME``; rows have the single column ``text``.
 
     Raises:
         UserError: There is no network, no such dataset, or no such column.

@@ -32,9 +32,7 @@ _HINT = "use the tokenizer in the model's folder"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, which encodes every text and decodes it to itself.
 
-    Args:
-        texts: Training documents.
-        vocab_size: Number of ids to aim for; two are `END_OF_TEXT` and `PADDING`, 256 are bytes.
+    Of the `vocab_size` ids, 256 are bytes and two are `END_OF_TEXT` and `PADDING`.
 
     Raises:
         UserError: `vocab_size` leaves no room for the bytes.
@@ -117,12 +115,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, trained_with: str | None
 ) -> None:
-    """Check that a tokenizer belongs to a model.
-
-    Args:
-        tokenizer: The tokenizer.
-        config: The model's configuration.
-        trained_with: `tokenizer_hash` of the training tokenizer, if the model folder contains it.
+    """Check that a tokenizer belongs to a model; `trained_with` is the hash of its own, if known.
 
     Raises:
         UserError: It has more ids than the model, another end-of-text id, or another hash.

@@ -88,13 +88,8 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
 def open_run_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
     """Lock a run's folder and remove partial files that a killed run left.
 
-    Args:
-        out: The folder; created if it does not exist.
-        resume: auto, none, or a checkpoint folder.
-        processes: Processes of the run; the main one holds the lock.
-
-    Yields:
-        The checkpoint to continue from, with its checksums verified; None for a new run.
+    Yields the checkpoint to continue from, with its checksums verified; None for a new run. The
+    main process holds the lock.
 
     Raises:
         UserError: Another run writes there, the folder is not empty, or the checkpoint does not
@@ -138,20 +133,25 @@ def _train(
         heldout_blocks = heldout_blocks.take(min(config.eval_blocks, len(heldout_blocks)))
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
+    bytes_per_token = math.nan
+    if heldout is not None and corpus.heldout is not None:
+        # With separators as tokens, because the blocks contain them.
+        size = sum(len(text.encode()) for text in corpus.heldout["text"])
+        bytes_per_token = size / sum(map(len, heldout["input_ids"]))
     trainer = LMTrainer(
-        config, model, tokenizer, blocks, heldout_blocks,
-        _bytes_per_token(corpus, heldout), start_step, args,
-    )  # fmt: skip
+        config, model, args, tokenizer, blocks, heldout_blocks, bytes_per_token, start_step
+    )
     if config.dynamics_every:
         source = pack(tokens, context) if heldout_blocks is None else heldout_blocks
         probe = collate([source[i] for i in range(min(_PROBE_BLOCKS, len(source)))])["input_ids"]
-        trainer.add_callback(DynamicsMonitor(trainer, probe, start_step))
+        trainer.add_callback(DynamicsMonitor(trainer, probe))
     if processes.is_main_process:
         with atomic_file(out / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    folder = trainer.save_final(out / "model")
+    folder = out / "model"
+    trainer.save_final(folder)
     if processes.is_main_process:
         plot_loss(out / "train_log.csv", out / "heldout_log.csv", out / "loss.png")
         _write_result(config, folder, corpus)
@@ -164,10 +164,7 @@ def build_model(
 ) -> DeepForCausalLM:
     """Create the network of a run, with the vocabulary of its tokenizer.
 
-    Args:
-        config: The run; its seed determines the weights.
-        tokenizer: Provides the vocabulary and the special ids.
-        tokens: Tokenised training text, counted for balanced routing.
+    The seed of the run determines the weights; balanced routing counts the tokenised training text.
 
     Raises:
         UserError: The settings are not those of a model, or the vocabulary is smaller than the
@@ -184,9 +181,8 @@ def build_model(
         "num_experts": config.model.num_experts,
     }
     torch.manual_seed(config.seed)
-    with report_errors(
-        "cannot build this model", kinds=(TypeError, ValueError, StrictDataclassError)
-    ):
+    kinds = (TypeError, ValueError, StrictDataclassError)
+    with report_errors("cannot build this model", kinds=kinds):
         overrides = settings | config.model.overrides
         model_config = DeepConfig.from_preset(config.model.preset, **overrides)
         model = DeepForCausalLM(model_config)
@@ -218,14 +214,6 @@ def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedToke
     return tokenizer
 
 
-def _bytes_per_token(corpus: Corpus, heldout: datasets.Dataset | None) -> float:
-    """Average over the held-out text, with separators as tokens because the blocks contain them."""
-    if heldout is None or corpus.heldout is None:
-        return math.nan
-    size = sum(len(text.encode()) for text in corpus.heldout["text"])
-    return size / sum(map(len, heldout["input_ids"]))
-
-
 def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
     """Measure the saved model, rather than the one in memory, on all held-out text."""
     losses = _read_columns(Path(config.out) / "train_log.csv", "loss")[1].tolist()
@@ -249,13 +237,7 @@ def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
 
 
 def plot_loss(log: Path, heldout_log: Path, target: Path) -> None:
-    """Plot the training loss over steps with its running mean, and the held-out loss.
-
-    Args:
-        log: A run's `train_log.csv`.
-        heldout_log: Its `heldout_log.csv`; may have no rows.
-        target: The PNG to write.
-    """
+    """Plot the training loss with its running mean, and the held-out loss if there is any."""
     steps, losses = _read_columns(log, "loss")
     window = max(1, len(steps) // 50)
     mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")

@@ -16,7 +16,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
 
 from complexity_lm.config import TrainConfig
 from complexity_lm.data import BlockOrder, BlockStream, collate
-from complexity_lm.loading import check_dynamics, check_shapes, write_training_file
+from complexity_lm.loading import check_checkpoint, write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.sources import is_streamed
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
@@ -48,12 +47,7 @@ from inl_core.run.files import atomic_folder
 
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
-    """Translate the settings of a run for Trainer.
-
-    Args:
-        config: The run.
-        processes: Number of training processes.
-        evaluate: Whether there is held-out text to measure during training.
+    """Translate the settings of a run for Trainer; `evaluate` if there is held-out text.
 
     Raises:
         UserError: The batch cannot be split evenly.
@@ -102,75 +96,25 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
     )
 
 
-class StepLog:
-    """Loss and gradient norm of every step, kept on the device until they are flushed.
-
-    Reading each loss at once would make the device wait for the host at every step.
-
-    Args:
-        path: The CSV, one row per step.
-        accelerator: Averages the losses of the processes.
-        start_step: Step of the checkpoint that the run continues from, or 0.
-    """
-
-    fields = ("step", "loss", "grad_norm", "lr")
-
-    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
-        self.accelerator = accelerator
-        self.file = CsvLog(path, self.fields, start_step) if accelerator.is_main_process else None
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss, grad_norm, lr))
-
-    def flush(self) -> list[tuple[int, float, float, float]]:
-        """Write the pending rows and return them, losses averaged over the processes.
-
-        From the first row that is not finite on, rows are returned but not written.
-        """
-        if not self.pending:
-            return []
-        numbers = torch.stack(
-            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.pending]
-        ).double()
-        means: Any = self.accelerator.reduce(numbers, "mean")
-        rows = [
-            (step, loss, norm, lr)
-            for (step, _, _, lr), (loss, norm) in zip(self.pending, means.tolist(), strict=True)
-        ]
-        self.pending.clear()
-        finite = means.isfinite().all(dim=1).tolist()
-        if self.file:
-            self.file.write(rows[: finite.index(False)] if False in finite else rows)
-        return rows
-
-
 class LMTrainer(Trainer):
     """Trainer for packed blocks.
 
-    Args:
-        config: The run.
-        model: The network.
-        tokenizer: Saved with every checkpoint.
-        train: Blocks in memory or a `BlockStream`.
-        heldout: Held-out blocks to measure during training, or None.
-        bytes_per_token: Of the held-out text, to convert its loss to bits per byte.
-        start_step: Step of the checkpoint that the run continues from, or 0.
-        args: Result of `training_arguments`.
+    `args` are the result of `training_arguments`; `bytes_per_token`, of the held-out text, converts
+    its loss to bits per byte; `start_step` is that of the checkpoint that the run continues from.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         model: PreTrainedModel,
+        args: TrainingArguments,
         tokenizer: PreTrainedTokenizerFast,
         train: datasets.Dataset | BlockStream,
         heldout: datasets.Dataset | None,
         bytes_per_token: float,
         start_step: int,
-        args: TrainingArguments,
     ) -> None:
-        self.config, self.bytes_per_token = config, bytes_per_token
+        self.config, self.bytes_per_token, self.start_step = config, bytes_per_token, start_step
         self.folder = Path(config.out)
         self.stream = train if isinstance(train, BlockStream) else None
         super().__init__(
@@ -182,14 +126,18 @@ class LMTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.tokenizer = tokenizer
-        self.steps_log = StepLog(self.folder / "train_log.csv", self.accelerator, start_step)
-        self.heldout_log = None
-        if self.is_world_process_zero():
-            fields = ("step", "loss", "bits_per_byte")
-            self.heldout_log = CsvLog(self.folder / "heldout_log.csv", fields, start_step)
+        self.steps_log = self.open_log("train_log.csv", "step", "loss", "grad_norm", "lr")
+        self.heldout_log = self.open_log("heldout_log.csv", "step", "loss", "bits_per_byte")
         self._step_loss: Tensor | None = None
+        # Kept on the device: reading each loss at once would make it wait for the host.
+        self._pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress(self))
+
+    def open_log(self, name: str, *fields: str) -> CsvLog | None:
+        """Open a log in the run's folder; None in all processes but the main one."""
+        is_main = self.is_world_process_zero()
+        return CsvLog(self.folder / name, fields, self.start_step) if is_main else None
 
     # Data order, weight decay, losses -----------------------------------------------------------
 
@@ -215,9 +163,8 @@ class LMTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         loss, self._step_loss = self._step_loss, None
         assert loss is not None
-        self.steps_log.add(
-            self.state.global_step + 1, loss, torch.as_tensor(norm), self._get_learning_rate()
-        )
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        self._pending.append((step, loss, torch.as_tensor(norm), rate))
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -239,22 +186,37 @@ class LMTrainer(Trainer):
             callback.on_log(self.args, self.state, self.control, logs=logs)
 
     def stop_if_not_finite(self) -> float | None:
-        """Write pending losses and return the last one.
+        """Write the pending losses, averaged over the processes, and return the last one.
 
         Raises:
-            UserError: A loss or gradient norm is not finite; names the first such step.
+            UserError: A loss or gradient norm is not finite; names the first such step, from which
+                on nothing is written.
         """
-        rows = self.steps_log.flush()
-        for step, loss, norm, _ in rows:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                last = latest_checkpoint(self.folder / "checkpoints")
-                optim = self.config.optim
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; training stopped. The last "
-                    f"good checkpoint is {last or 'none'}: lower --optim.lr (now {optim.lr:g}) or "
-                    f"raise --optim.warmup_steps (now {optim.warmup_steps}), then --resume auto"
-                )
-        return rows[-1][1] if rows else None
+        if not self._pending:
+            return None
+        numbers = torch.stack(
+            [torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self._pending]
+        ).double()
+        means: Any = self.accelerator.reduce(numbers, "mean")
+        rows = [
+            (step, loss, norm, lr)
+            for (step, _, _, lr), (loss, norm) in zip(self._pending, means.tolist(), strict=True)
+        ]
+        self._pending.clear()
+        finite = means.isfinite().all(dim=1).tolist()
+        bad = finite.index(False) if False in finite else None
+        if self.steps_log:
+            self.steps_log.write(rows[:bad])
+        if bad is not None:
+            step, loss, norm, _ = rows[bad]
+            last = latest_checkpoint(self.folder / "checkpoints")
+            optim = self.config.optim
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {norm}; training stopped. The last "
+                f"good checkpoint is {last or 'none'}: lower --optim.lr (now {optim.lr:g}) or "
+                f"raise --optim.warmup_steps (now {optim.warmup_steps}), then --resume auto"
+            )
+        return rows[-1][1]
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -291,18 +253,14 @@ class LMTrainer(Trainer):
                 shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def save_final(self, target: Path) -> Path:
-        """Write the model folder: weights, tokenizer, and the training file.
-
-        To be called in every process, because a sharded model is gathered.
-        """
+    def save_final(self, target: Path) -> None:
+        """Write the model folder; to be called in every process: a sharded model is gathered."""
         partial = target.with_name(f".trainer.{target.name}.partial")
         self.save_model(str(partial), _internal_call=True)
         if self.is_world_process_zero():
             self._complete(partial)
             _move(partial, target)
             shutil.rmtree(partial)
-        return target
 
     def _complete(self, folder: Path) -> None:
         """Remove the pickle that Trainer wrote into a model folder, and add the training file."""
@@ -314,8 +272,7 @@ class LMTrainer(Trainer):
     ) -> None:
         assert isinstance(self.model, PreTrainedModel)
         checkpoint = Path(resume_from_checkpoint)
-        check_dynamics(self.model.config, checkpoint)
-        check_shapes(self.model, checkpoint)
+        check_checkpoint(self.model, checkpoint)
         if self.stream is not None:
             self.stream.load(checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -366,21 +323,13 @@ class _Progress(ProgressCallback):
 class DynamicsMonitor(TrainerCallback):
     """Record the dynamics on a fixed text, one row per layer in `dynamics.csv`, and in the tracker.
 
-    The columns are step, layer and `inl_core.DYNAMICS_COLUMNS`. All processes run the forward pass,
-    because the model may be sharded.
-
-    Args:
-        trainer: The trainer, whose config names the folder and the interval.
-        probe: Token ids (B, N).
-        start_step: Step of the checkpoint that the run continues from, or 0.
+    The columns are step, layer and `inl_core.DYNAMICS_COLUMNS`. All processes run the forward pass
+    on the probe, token ids (B, N), because the model may be sharded.
     """
 
-    def __init__(self, trainer: LMTrainer, probe: Tensor, start_step: int) -> None:
+    def __init__(self, trainer: LMTrainer, probe: Tensor) -> None:
         self.trainer, self.probe = trainer, probe
-        self.file = None
-        if trainer.is_world_process_zero():
-            fields = ("step", "layer", *DYNAMICS_COLUMNS)
-            self.file = CsvLog(trainer.folder / "dynamics.csv", fields, start_step)
+        self.file = trainer.open_log("dynamics.csv", "step", "layer", *DYNAMICS_COLUMNS)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
