@@ -14,6 +14,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name as plain
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -63,24 +64,16 @@ def test_what_a_module_imports_the_package_asks_for(package) -> None:
     assert not missing
 
 
-def plain(name: str) -> str:
-    """A distribution's name as pip compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def test_complexity_dit_is_imported_when_it_is_used() -> None:
-    code = f"import sys, complexity_dit; complexity_dit.UserError; dir(complexity_dit); {LOADED}"
-    assert not in_a_fresh_python(code) & HEAVY
-
-
-def test_sampling_imports_no_training_stack() -> None:
-    code = f"import sys, complexity_dit.pipelines.pipeline; {LOADED}"
-    assert not in_a_fresh_python(code) & {"datasets", "pandas"}
-
-
-def test_complexity_lm_imports_the_model_and_nothing_that_trains_it() -> None:
-    code = f"import sys, complexity_lm; {LOADED}"
-    assert not in_a_fresh_python(code) & {"datasets", "jsonargparse", "matplotlib", "tensorboard"}
+@pytest.mark.parametrize(
+    ("imports", "unwanted"),
+    [
+        ("complexity_dit; complexity_dit.UserError; dir(complexity_dit)", HEAVY),
+        ("complexity_dit.pipelines.pipeline", {"datasets", "pandas"}),
+        ("complexity_lm", {"datasets", "jsonargparse", "matplotlib", "tensorboard"}),
+    ],
+)
+def test_an_import_loads_no_training_stack(imports, unwanted) -> None:
+    assert not in_a_fresh_python(f"import sys, {imports}; {LOADED}") & unwanted
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
