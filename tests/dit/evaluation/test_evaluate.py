@@ -115,7 +115,7 @@ def test_only_inception_gives_metrics_named_fid_and_kid(
     result = evaluate(*folders, config=replace(QUICK, quiet=False))
     names = {"fid", "fid_stderr", "kid_mean", "kid_std", "kid_stderr"}
     assert set(result["metrics"]) == names | {"precision", "recall", "density", "coverage"}
-    assert set(result["absent"]) == {"fid_infinity", "sfid", "inception_score"}
+    assert set(result["absent"]) == {"fid_infinity", "inception_score"}
     assert "no classifier" in result["absent"]["inception_score"]
     assert "NOT FID" not in capsys.readouterr().out
 

@@ -111,27 +111,23 @@ def test_unsuitable_npz_files_are_rejected(tmp_path: Path) -> None:
 
 def test_statistics_survive_writing_and_reading(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    main, own = (Statistics(rng.random(d), np.eye(d), 40) for d in (4, 6))
+    statistics = Statistics(rng.random(4), np.eye(4), 40)
     identity = {"name": "n", "weights_sha256": "s", "resize": "tf1", "dtype": "float32"}
     path = tmp_path / "s.npz"
-    write_statistics(path, KeptStatistics(main, own, identity, "print"))
+    write_statistics(path, KeptStatistics(statistics, identity, "print"))
     kept = read_statistics(path)
     assert (kept.identity, kept.fingerprint) == (identity, "print")
-    assert kept.spatial is not None
-    for a, b in zip((*kept.statistics, *kept.spatial), (*main, *own), strict=True):
+    for a, b in zip(kept.statistics, statistics, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_statistics_of_other_programs_are_read(tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
-    np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
+    adm = {"mu_s": np.ones(2), "sigma_s": np.eye(2)}
+    np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32), **adm)
     kept = read_statistics(path)
-    assert (kept.identity, kept.spatial, kept.statistics.n) == ({}, None, 0)
+    assert (kept.identity, kept.statistics.n) == ({}, 0)
     assert kept.statistics.sigma.dtype == np.float64
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=np.eye(2))
-    spatial = read_statistics(path).spatial
-    assert spatial is not None
-    assert spatial.mu.tolist() == [1, 1]
     for arrays, words in (
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"mu \(3,\) and sigma \(2, 2\)"),
         ({"mu": np.array([np.nan]), "sigma": np.eye(1)}, "not finite"),

@@ -177,20 +177,10 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
     torch.save(state | {"fc.weight": classifier, "fc.bias": torch.zeros(1008)}, path)
     monkeypatch.setitem(inception.KNOWN_WEIGHTS, file_sha256(path), "state_dict")
     for _ in ("the file", "its converted copy"):
-        extractor = load_extractor(str(path), spatial=True)
+        extractor = load_extractor(str(path))
         assert extractor.classifier is not None
         torch.testing.assert_close(extractor.classifier, classifier)
     assert load_inception(str(helper_file)).classifier is None
-
-    # The spatial features are channels of the block that ADM names; the others do not change.
-    x = noise(2)
-    kept = []
-    block = extractor.network.Mixed_6d.branch1x1
-    block.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    both = extractor(x)
-    assert both.shape == (2, 2048 + extractor.spatial_dim) == (2, 2048 + 2023)
-    assert torch.equal(both[:, 2048:], kept[0][:, :7].flatten(1))
-    assert torch.equal(both[:, :2048], load_inception(str(helper_file))(x))
 
 
 @needs_weights

@@ -49,7 +49,7 @@ def result() -> dict[str, Any]:
     numbers = {"n": 60, "fid": 31.5, "kid_mean": 0.01, "kid_std": 0.002, "kid_stderr": 0.001}
     return {
         "metrics": {"fid": 12.345, "fid_stderr": 0.4, "kid_mean": 0.02, "label_accuracy": 0.5},
-        "absent": {"sfid": "<no> spatial"},
+        "absent": {"inception_score": "<no> classifier"},
         "fid_over_n": {
             "sizes": [200, 100, 50],
             "values": [12.3, 14.0, 18.1],
@@ -96,7 +96,7 @@ def test_the_page_contains_everything_and_is_well_formed(
     page = Page(text)
     assert page.open == []
     for words in (
-        "12.345", "<no> spatial", "Op_Art", "no samples, fewer than", "sample 0 & image 1",
+        "12.345", "<no> classifier", "Op_Art", "no samples, fewer than", "sample 0 & image 1",
         "an unknown number of", "runs/<script>alert(1)</script>",
     ):  # fmt: skip
         assert words in page.words

@@ -15,7 +15,7 @@ ADAPTER_FILE = "adapter.json"
 
 Dtype = Literal["float32", "bfloat16"]
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
-Measure = Literal["fid", "kid", "prdc", "sfid", "is"]
+Measure = Literal["fid", "kid", "prdc", "is"]
 
 
 def _at_least(minimum: int, config: object, *names: str) -> None:
@@ -556,8 +556,8 @@ class EvalConfig:
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1."""
 
-    measures: list[Measure] = field(default_factory=lambda: ["fid", "kid", "prdc", "sfid", "is"])
-    """fid, kid, prdc (precision, recall, density, coverage), sfid, is (Inception score). The result
+    measures: list[Measure] = field(default_factory=lambda: ["fid", "kid", "prdc", "is"])
+    """fid, kid, prdc (precision, recall, density, coverage), is (Inception score). The result
     names those that are not available, with the reason."""
 
     kid_subsets: int = 100

@@ -140,10 +140,7 @@ def _evaluate(
     ref = open_reference(reference, size, data)
     check_request(config, ref, reference, folder)
     extractor = main_first(
-        lambda: load_extractor(
-            *(config.weights, config.resize, config.dtype, device),
-            spatial="sfid" in config.measures,
-        )
+        lambda: load_extractor(config.weights, config.resize, config.dtype, device)
     )
     if ref.statistics:
         check_identity(ref.statistics, extractor, reference)
@@ -209,8 +206,7 @@ def evaluate_images(
     """
     config = config or EvalConfig()
     extractor = extractor or load_extractor(
-        *(config.weights, config.resize, config.dtype, pick_device(config.device)),
-        spatial="sfid" in config.measures,
+        config.weights, config.resize, config.dtype, pick_device(config.device)
     )
 
     def features(images: ImageSet | NDArray[np.uint8]) -> Features:
@@ -362,8 +358,6 @@ def collect(
 
 # Measures of two sets of features
 
-_NO_SPATIAL = "sFID is defined on a layer of Inception; this is another network"
-
 
 @dataclass
 class Measurement:
@@ -388,7 +382,7 @@ def measure(
     """Compute all configured measures of two sets of features.
 
     Args:
-        generated: (n, D) from the extractor, spatial features included.
+        generated: (n, D) from the extractor.
         real: (m, D).
         extractor: The extractor of both; it determines the names of the distances.
         config: Measures and their settings.
@@ -401,7 +395,7 @@ def measure(
     """
     found = Measurement()
     fd, kd = extractor.prefixes
-    x, y = pooled(generated, extractor), pooled(real, extractor)
+    x, y = generated, real
     if "fid" in config.measures:
         found.metrics[fd] = fid_from_features(x, y)
         _error_and_curve(found, fd, x, y, config)
@@ -418,12 +412,6 @@ def measure(
             }
         except UserError as error:
             found.absent["precision, recall, density, coverage"] = str(error)
-    if "sfid" in config.measures:
-        if extractor.spatial_dim:
-            both = (spatial(side, extractor) for side in (generated, real))
-            found.metrics["sfid"] = distance_of_sets(*both)
-        else:
-            found.absent["sfid"] = _NO_SPATIAL
     _inception_score(found, x, extractor, config)
     return found
 
@@ -452,32 +440,15 @@ def measure_against(
     found = Measurement()
     fd, kd = extractor.prefixes
     if "fid" in config.measures:
-        found.metrics[fd] = fid_to_statistics(pooled(generated, extractor), kept.statistics)
-    if "sfid" in config.measures:
-        if extractor.spatial_dim and kept.spatial:
-            found.metrics["sfid"] = fid_to_statistics(spatial(generated, extractor), kept.spatial)
-        else:
-            found.absent["sfid"] = (
-                "the statistics hold no spatial features" if extractor.spatial_dim else _NO_SPATIAL
-            )
+        found.metrics[fd] = fid_to_statistics(generated, kept.statistics)
     only = "the reference is statistics; this needs the images"
     found.absent[f"{fd}_stderr, {fd}_infinity"] = only
     if "kid" in config.measures:
         found.absent[kd] = only
     if "prdc" in config.measures:
         found.absent["precision, recall, density, coverage"] = only
-    _inception_score(found, pooled(generated, extractor), extractor, config)
+    _inception_score(found, generated, extractor, config)
     return found
-
-
-def pooled(features: Features, extractor: FeatureExtractor) -> Features:
-    """Columns in which distances are measured."""
-    return features[:, : extractor.feature_dim]
-
-
-def spatial(features: Features, extractor: FeatureExtractor) -> Features:
-    """Columns of sFID."""
-    return features[:, extractor.feature_dim :]
 
 
 def _kid(x: Features, y: Features, config: EvalConfig) -> KernelEstimate:
@@ -553,14 +524,14 @@ def _measure_all(
     else:
         found = measure(features.generated, features.real, extractor, config)
         n_reference, fingerprint = len(features.real), ref.images.fingerprint
-        x, y = pooled(features.generated, extractor), pooled(features.real, extractor)
+        x, y = features.generated, features.real
         if features.train is not None:
             settings["n_train"] = len(features.train)
         per_label = _per_label(features, ref.images, x, y, found, extractor, config)
         if config.floors:
             _add_floors(features, y, found, extractor, config, settings)
         if features.search is not None:
-            copies = memorisation(x, y, pooled(features.search, extractor))
+            copies = memorisation(x, y, features.search)
             nearest_images = copies.summary()
             for pair in nearest_images["closest_pairs"]:
                 # From rows of features to numbers of images.
@@ -608,7 +579,7 @@ def _per_label(
         if "skipped" in row:
             logger.info("%s %s: %s", name, label, row["skipped"])
     if features.train_images is not None and features.train is not None:
-        train = pooled(features.train, extractor)
+        train = features.train
         train_ids = features.train_images.column(name)[features.train_rows]
         means = class_means(train, train_ids)
         found.metrics["label_accuracy"] = nearest_class_mean_accuracy(x, asked, means)
@@ -642,10 +613,9 @@ def _add_floors(
         if others is None:
             found.absent[f"{fd}_{name}"] = reason
             continue
-        z = pooled(others, extractor)
-        found.metrics[f"{fd}_{name}"] = distance_of_sets(z, y)
+        found.metrics[f"{fd}_{name}"] = distance_of_sets(others, y)
         if name != "shrunk":
-            found.metrics[f"{kd}_{name}"] = _kid(z, y, config).mean
+            found.metrics[f"{kd}_{name}"] = _kid(others, y, config).mean
     if features.vae:
         settings["vae"] = features.vae
 
@@ -661,9 +631,7 @@ def _write(
     """Write the files of a result; result.json is last and marks the others as complete."""
     real, images = features.real, features.reference.images
     if config.save_statistics and real is not None and images is not None:
-        own = feature_statistics(spatial(real, extractor)) if extractor.spatial_dim else None
-        main = feature_statistics(pooled(real, extractor))
-        kept = KeptStatistics(main, own, extractor.identity, images.fingerprint)
+        kept = KeptStatistics(feature_statistics(real), extractor.identity, images.fingerprint)
         write_statistics(folder / "reference.npz", kept)
     if config.report:
         pictures = Pictures.of(

@@ -250,23 +250,19 @@ class KeptStatistics:
 
     Attributes:
         statistics: Of the features in which distances are measured; n is 0 if not in the file.
-        spatial: Of the spatial features of sFID, if the file has them.
         identity: The extractor that made them (`FeatureExtractor.identity`); empty in files of
             other programs.
         fingerprint: Hash of the images that they were made of; empty if not in the file.
     """
 
     statistics: Statistics
-    spatial: Statistics | None = None
     identity: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
 
 
 def write_statistics(path: Path, kept: KeptStatistics) -> None:
     """Write statistics and their extractor atomically."""
-    arrays: dict[str, Any] = dict(kept.statistics._asdict())
-    if kept.spatial:
-        arrays |= {"mu_s": kept.spatial.mu, "sigma_s": kept.spatial.sigma}
+    arrays: dict[str, Any] = kept.statistics._asdict()
     with atomic_file(path) as scratch, scratch.open("wb") as file:
         np.savez(file, **arrays, **kept.identity, fingerprint=kept.fingerprint)
 
@@ -274,15 +270,13 @@ def write_statistics(path: Path, kept: KeptStatistics) -> None:
 def read_statistics(path: Path) -> KeptStatistics:
     """Read ``mu`` (D,), ``sigma`` (D, D) and the optional arrays.
 
-    Files of pytorch-fid have only these two; files of ADM add ``mu_s`` and ``sigma_s`` of the
-    spatial features; `write_statistics` adds n, the extractor and the fingerprint of the images.
+    Files of pytorch-fid have only these two; `write_statistics` adds n, the extractor and the
+    fingerprint of the images. Other arrays, such as ADM's ``mu_s`` and ``sigma_s``, are ignored.
 
     Raises:
         UserError: The file does not exist, or arrays are missing, do not match or are not finite.
     """
-    arrays = read_arrays(
-        path, ("mu", "sigma", "mu_s", "sigma_s", "n", "fingerprint", *IDENTITY_KEYS)
-    )
+    arrays = read_arrays(path, ("mu", "sigma", "n", "fingerprint", *IDENTITY_KEYS))
     missing = sorted({"mu", "sigma"} - set(arrays))
     if missing:
         raise UserError(
@@ -293,14 +287,11 @@ def read_statistics(path: Path) -> KeptStatistics:
     if n.size != 1 or n.dtype.kind not in "iuf" or not 0 <= n.item() < 2**63:
         raise UserError(f"{path} holds n as {n.dtype} of shape {n.shape}; expected one number")
     main = _checked(path, arrays["mu"], arrays["sigma"], int(n.item()))
-    spatial = None
-    if {"mu_s", "sigma_s"} <= set(arrays):
-        spatial = _checked(path, arrays["mu_s"], arrays["sigma_s"], main.n)
     identity = {key: str(arrays[key]) for key in IDENTITY_KEYS if key in arrays}
     if identity and len(identity) < len(IDENTITY_KEYS):
         absent = sorted(set(IDENTITY_KEYS) - set(identity))
         raise UserError(f"{path} names its extractor without {', '.join(absent)}; make it again")
-    return KeptStatistics(main, spatial, identity, str(arrays.get("fingerprint", "")))
+    return KeptStatistics(main, identity, str(arrays.get("fingerprint", "")))
 
 
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:

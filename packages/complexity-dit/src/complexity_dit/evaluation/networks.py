@@ -56,7 +56,6 @@ def check_images(images: Tensor) -> None:
 
 INPUT_SIZE = 299
 BATCH_NORM_EPS = 1e-3
-SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
 class ConvReLU(nn.Conv2d):
@@ -158,17 +157,14 @@ class InceptionV3Features(inception.Inception3):
             used by torch-fidelity and ADM), ``pytorch-fid`` (bilinear on x / 255 with half-pixel
             centres, then 2x - 1) or ``antialias`` (antialiased bilinear, then (x - 128) / 128;
             torchmetrics' default).
-        spatial: Also return the spatial features of sFID (Nash et al., 2021; ADM): the first 7
-            channels of TensorFlow's ``mixed_6/conv``, 17 x 17 each.
 
     Raises:
         UserError: ``resize`` is not one of the three.
     """
 
     feature_dim = 2048
-    spatial_dim = 17 * 17 * SPATIAL_CHANNELS
 
-    def __init__(self, resize: Resize = "tf1", spatial: bool = False) -> None:
+    def __init__(self, resize: Resize = "tf1") -> None:
         if resize not in ("tf1", "pytorch-fid", "antialias"):
             raise UserError(f"resize is {resize!r}; expected tf1, pytorch-fid or antialias")
         # The last of the blocks is an auxiliary classifier, which is not built.
@@ -184,7 +180,7 @@ class InceptionV3Features(inception.Inception3):
         super().__init__(aux_logits=False, init_weights=False, inception_blocks=[ConvReLU, *folded])
         self.Mixed_7c = _LastBlock(2048, conv_block=ConvReLU)
         del self.avgpool, self.dropout, self.fc
-        self.resize, self.spatial = resize, spatial
+        self.resize = resize
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize and scale: uint8 (N, 3, H, W) -> float32 (N, 3, 299, 299) in about [-1, 1]."""
@@ -203,7 +199,7 @@ class InceptionV3Features(inception.Inception3):
             images: uint8 (N, 3, H, W), any size.
 
         Returns:
-            float32 (N, 2048); with ``spatial`` (N, 2048 + 2023).
+            float32 (N, 2048).
 
         Raises:
             UserError: The tensor is not uint8 (N, 3, H, W).
@@ -211,14 +207,9 @@ class InceptionV3Features(inception.Inception3):
         check_images(images)
         x = self.preprocess(images)
         x = x.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
-        spatial = None
-        for name, block in self.named_children():
+        for block in self.children():
             x = block(x)
-            if self.spatial and name == SPATIAL_BLOCK:
-                # The first branch of the block is the 1x1 convolution named mixed_6/conv.
-                spatial = x[:, :SPATIAL_CHANNELS].float().flatten(1)
-        pooled = x.float().mean((2, 3))
-        return pooled if spatial is None else torch.cat([pooled, spatial], 1)
+        return x.float().mean((2, 3))
 
 
 def conv_names() -> list[str]:
@@ -316,15 +307,14 @@ class FeatureExtractor:
     """A feature network and everything that must be recorded with its distances.
 
     Attributes:
-        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim`` + ``spatial_dim``), in eval
-            mode, without gradients.
+        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim``), in eval mode,
+            without gradients.
         name: Name of the network, from which the metrics take theirs.
-        feature_dim: Number of features per image in which distances are measured.
+        feature_dim: Number of features per image.
         weights_source: Origin of the weights (``path``, ``torch hub cache``, ...).
         weights_sha256: sha256 of the source file (of the tensors for the random network).
         resize: Name of the resize from image to network input.
         dtype: Arithmetic inside the network: ``float32`` or ``bfloat16``.
-        spatial_dim: Number of sFID features that follow the others; 0 for none.
         classifier: ``fc.weight`` (classes, ``feature_dim``) for the Inception score, or None.
     """
 
@@ -335,7 +325,6 @@ class FeatureExtractor:
     weights_sha256: str
     resize: str
     dtype: Dtype
-    spatial_dim: int = 0
     classifier: Tensor | None = None
 
     @property
@@ -376,7 +365,6 @@ def load_extractor(
     dtype: Dtype = "float32",
     device: str | torch.device = "cpu",
     allow_download: bool = True,
-    spatial: bool = False,
 ) -> FeatureExtractor:
     """Load the extractor of an evaluation.
 
@@ -388,7 +376,6 @@ def load_extractor(
         dtype: Arithmetic inside the network.
         device: Device of the network.
         allow_download: Whether the search may end with a download.
-        spatial: Whether Inception also gives the features of sFID.
 
     Returns:
         A `FeatureExtractor`; check ``is_inception`` before calling its distances FID.
@@ -408,7 +395,7 @@ def load_extractor(
             "or give a weights file."
         )
         return load_random_features(dtype=dtype, device=device)
-    return _load_inception(found, resize, dtype, device, spatial)
+    return _load_inception(found, resize, dtype, device)
 
 
 def load_inception(
@@ -549,23 +536,18 @@ def _require_known(path: Path, expected: str | None = None) -> str:
 
 
 def _load_inception(
-    found: FoundWeights,
-    resize: Resize,
-    dtype: Dtype,
-    device: str | torch.device,
-    spatial: bool = False,
+    found: FoundWeights, resize: Resize, dtype: Dtype, device: str | torch.device
 ) -> FeatureExtractor:
     state, sha256 = _load_state(found.path)
     classifier = state.pop("fc.weight", None)
     # On the meta device, initialisation takes no time and draws no random numbers.
     with torch.device("meta"):
-        network = InceptionV3Features(resize, spatial)
+        network = InceptionV3Features(resize)
     network.load_state_dict(state, assign=True)
     network.to(memory_format=torch.channels_last)
     _freeze(network, dtype, device)
     return FeatureExtractor(
         *(network, INCEPTION_NAME, network.feature_dim, found.source, sha256, resize, dtype),
-        spatial_dim=network.spatial_dim if spatial else 0,
         classifier=classifier,
     )
 

@@ -259,7 +259,6 @@ _MEANINGS = {
     "recall": "fraction of reference images within the manifold of the samples",
     "density": "density of reference images around samples",
     "coverage": "fraction of reference images with a sample nearby",
-    "sfid": "Fréchet distance of spatial features",
     "inception_score_mean": "Inception score",
     "inception_score_std": "its standard deviation over splits",
     "label_accuracy": "fraction of samples whose nearest class mean is that of their label",
