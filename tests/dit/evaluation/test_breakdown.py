@@ -102,12 +102,12 @@ def test_copies_are_listed_nearest_first() -> None:
     samples[7] = train[42]
     samples[8] = train[42]  # two copies of one image give one pair
     samples[30] = train[5] + np.float32(0.01)
-    found = memorisation(samples, features(100, 2), train, pairs=4)
+    found = memorisation(samples, features(100, 2), train)
     assert [pair[:2] for pair in found.pairs[:2]] == [(7, 42), (30, 5)]
     assert found.pairs[0][2] == 0
     distances = [pair[2] for pair in found.pairs]
     assert distances == sorted(distances)
-    assert len({pair[1] for pair in found.pairs}) == 4
+    assert len({pair[1] for pair in found.pairs}) == 16
     assert found.closer_than_1_percent >= 0.03
     summary = found.summary()
     assert json.loads(json.dumps(summary)) == summary

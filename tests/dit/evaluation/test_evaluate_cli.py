@@ -39,9 +39,9 @@ def broken_set(folder: Path, name: str, **fault: object) -> Path:
 
 BROKEN = [
     ("mixed sizes", "zz.png", "size", "make all images one size"),
-    ("alpha", "zz.png", "RGBA", "mode RGBA (alpha)"),
-    ("16-bit", "zz.png", "I;16", "mode I;16 (16-bit grey)"),
-    ("CMYK", "zz.jpg", "CMYK", "mode CMYK (print colours)"),
+    ("alpha", "zz.png", "RGBA", "mode RGBA;"),
+    ("16-bit", "zz.png", "I;16", "mode I;16;"),
+    ("CMYK", "zz.jpg", "CMYK", "mode CMYK;"),
     ("animated", "zz.gif", "animated", "an animation of 2 frames"),
     ("animated WebP", "zz.webp", "animated", "an animation of 2 frames"),
     ("corrupt", "zz.png", "corrupt", "cannot be read"),

@@ -17,10 +17,10 @@ from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from complexity_dit.config import EvalConfig
-from complexity_dit.evaluation.distances import _mmd2_direct, common_centre, fid_from_features
+from complexity_dit.evaluation.distances import _mmd2_direct, centred, fid_from_features
 from complexity_dit.evaluation.evaluate import evaluate_images
 from complexity_dit.evaluation.image_sets import array_images, folder_images
-from complexity_dit.evaluation.networks import load_inception, load_random_features
+from complexity_dit.evaluation.networks import load_extractor, load_random_features
 from support.data import needs_data, needs_weights, shared_data
 
 pytestmark = pytest.mark.usefixtures("weights_cache")
@@ -114,7 +114,7 @@ def test_paintings_equal_torch_fidelity_with_inception(tmp_path: Path) -> None:
             with Image.open(source / f"{i:05d}.jpg") as image:
                 image.convert("RGB").save(tmp_path / name / f"{i:05d}.png")
         sides.append(tmp_path / name)
-    compared(sides[0], sides[1], load_inception(resize="tf1"), subset_size=24)
+    compared(sides[0], sides[1], load_extractor(resize="tf1"), subset_size=24)
 
 
 def docstring_images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ def test_values_in_the_documentation_of_torchmetrics() -> None:
     draws = [
         (torch.randperm(100)[:50].numpy(), torch.randperm(100)[:50].numpy()) for _ in range(100)
     ]
-    extractor = load_inception(resize="antialias")
+    extractor = load_extractor(resize="antialias")
     network = extractor.network
 
     @torch.inference_mode()
@@ -167,7 +167,7 @@ def test_values_in_the_documentation_of_torchmetrics() -> None:
 
     assert round(fid_from_features(*map(first_pooling, images)), 4) == 12.6388
     both = [torch.cat([extractor(part) for part in x.split(20)]).numpy() for x in images]
-    values = _mmd2_direct(both[0], both[1], draws, common_centre(*both))
+    values = _mmd2_direct(*centred(*both), draws)
     assert (round(values.mean(), 4), round(values.std(), 4)) == (0.0312, 0.0025)
 
 
@@ -179,7 +179,7 @@ def test_reference_values_of_pytorch_fid_from_images() -> None:
     data = shared_data()
     folder = data / "fid_reference"
     values = list(json.loads((folder / "reference_values.json").read_text())["values"].values())
-    extractor = load_inception(resize="pytorch-fid")
+    extractor = load_extractor(resize="pytorch-fid")
     sides = []
     for start in (0, 256):
         paths = [data / "wikiart" / "images" / f"{i:05d}.jpg" for i in range(start, start + 256)]

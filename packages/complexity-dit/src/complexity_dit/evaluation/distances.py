@@ -6,7 +6,7 @@ Sums, covariances and eigenvalues are in float64.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,7 @@ Indices = NDArray[np.intp]
 
 
 def checked(features: Array, name: str) -> Array:
-    """Convert features to a float32 or float64 array (n, D) and check its values.
-
-    Raises:
-        UserError: Another shape, fewer than 2 rows, or non-finite values (with their number).
-    """
+    """Features as a float32 or float64 array (n, D) of finite values, n at least 2."""
     x = np.asarray(features)
     if x.dtype not in (np.float32, np.float64):
         x = x.astype(np.float64)
@@ -48,11 +44,7 @@ def checked(features: Array, name: str) -> Array:
 
 
 def checked_pair(features1: Array, features2: Array) -> tuple[Array, Array]:
-    """Both sets `checked`, with the same number of columns.
-
-    Raises:
-        UserError: As `checked`, or the numbers of columns differ.
-    """
+    """Both sets `checked`, with the same number of columns."""
     x1, x2 = checked(features1, "the first features"), checked(features2, "the second features")
     if x1.shape[1] != x2.shape[1]:
         raise UserError(
@@ -84,9 +76,6 @@ def feature_statistics(features: Array) -> Statistics:
     Args:
         features: (n, D) with n >= 2.
 
-    Returns:
-        `Statistics` in float64.
-
     Raises:
         UserError: Fewer than 2 rows, or non-finite values.
     """
@@ -102,14 +91,8 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     trace is the sum of the singular values of F1^T F2. This avoids the square root of a product
     that may be singular, and is valid for covariances of any rank.
 
-    Args:
-        mu1: Mean, (D,).
-        sigma1: Covariance, (D, D), symmetric and positive semi-definite.
-        mu2: Mean, (D,).
-        sigma2: Covariance, (D, D).
-
-    Returns:
-        The distance; rounding can make it slightly negative for equal inputs.
+    Means are (D,), covariances (D, D). Rounding can make the distance of equal inputs slightly
+    negative.
 
     Raises:
         UserError: Shapes do not match, values are not finite, or a covariance has an eigenvalue
@@ -162,10 +145,7 @@ def fid_to_statistics(features: Array, reference: Statistics) -> float:
 def distance_of_sets(
     x1: Array, x2: Array, counts1: Float64 | None = None, counts2: Float64 | None = None
 ) -> float:
-    """`fid_from_features` without its checks and its warning, for repeated calls.
-
-    With counts, row i stands for that many equal images, so a resample needs no copies.
-    """
+    """`fid_from_features` without checks; with counts, row i stands for so many equal images."""
     (mu1, trace1, factor1), (mu2, trace2, factor2) = _moments(x1, counts1), _moments(x2, counts2)
     return _frechet(mu1 - mu2, trace1 + trace2, factor1, factor2)
 
@@ -226,8 +206,7 @@ def _covariance(x: Array, mu: Float64, counts: Float64) -> Float64:
 def _factor(sigma: Float64) -> Float64:
     """F (D, rank) with F F^T = sigma."""
     try:
-        lower: Float64 = np.linalg.cholesky(sigma).astype(np.float64, copy=False)
-        return lower
+        return np.linalg.cholesky(sigma).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     # An eigenvalue below this is rounding noise, but its square root would not be small.
@@ -238,8 +217,7 @@ def _factor(sigma: Float64) -> Float64:
             "positive semi-definite: compute the statistics again, in float64"
         )
     keep = values > floor
-    factor: Float64 = vectors[:, keep] * np.sqrt(values[keep])
-    return factor
+    return vectors[:, keep] * np.sqrt(values[keep])
 
 
 def _warn_if_few(n: int, dimension: int) -> None:
@@ -253,15 +231,14 @@ def _warn_if_few(n: int, dimension: int) -> None:
         )
 
 
-def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
     """Inception score (Salimans et al., 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
 
     Images are shuffled and split as in torch-fidelity with its default seed.
 
     Args:
         logits: (n, classes) of the classifier, without its bias (as in torch-fidelity and ADM).
-        splits: Number of parts whose scores are averaged.
-        seed: Seed of the shuffle.
+        splits: Number of parts.
 
     Returns:
         Mean and population standard deviation over splits; the mean is between 1 and ``classes``.
@@ -273,7 +250,7 @@ def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[
     n = len(x)
     if n < splits:
         raise UserError(f"an Inception score of {splits} splits needs as many images; got {n}")
-    x = x[np.random.RandomState(seed).permutation(n)]
+    x = x[np.random.RandomState(2020).permutation(n)]
     log_p = x - x.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     scores = []
@@ -292,9 +269,31 @@ STRIP_ROWS = 64
 """Rows of a thousand float64 columns that fit into a processor's cache."""
 
 
-def common_centre(x: Array, y: Array) -> Float64:
-    """Average of the two sets' means, (D,)."""
-    return (x.mean(0, dtype=np.float64) + y.mean(0, dtype=np.float64)) / 2
+class Centred(NamedTuple):
+    """x - c in the features' own dtype (n, D), and x.c - c.c / 2 of each row in float64.
+
+    x.y = (x - c).(y - c) + x.c + y.c - c.c. The part that all features share is exact, so float32
+    products of float32 features, which are several times faster than float64 products, have an
+    error of about 1e-7 of the variation of the features.
+    """
+
+    x: Array
+    shift: Float64
+
+
+def centred(x: Array, y: Array) -> tuple[Centred, Centred]:
+    """Both sets about the average c of their means."""
+    centre = (x.mean(0, dtype=np.float64) + y.mean(0, dtype=np.float64)) / 2
+    dtype = np.result_type(x, y)
+
+    def about_centre(z: Array) -> Centred:
+        rounded, shift = np.empty(z.shape, dtype), np.empty(len(z))
+        for rows in blocks(len(z)):
+            exact = z[rows] - centre
+            rounded[rows], shift[rows] = exact, exact @ centre
+        return Centred(rounded, shift + centre @ centre / 2)
+
+    return about_centre(x), about_centre(y)
 
 
 def blocks(n: int) -> Iterator[slice]:
@@ -303,79 +302,12 @@ def blocks(n: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_ROWS, n))
 
 
-class CentredProducts:
-    """Inner products of two sets about a common centre, in the features' own dtype.
-
-    x.y = (x - c).(y - c) + x.c + y.c - c.c, the last three in float64. The part that all features
-    share is exact, so float32 products of float32 features, which are several times faster than
-    float64 products, have an error of about 1e-7 of the variation of the features.
-
-    Args:
-        x: (n, D).
-        y: (m, D); None for ``x`` itself.
-        centre: (D,), about the mean of both.
-    """
-
-    def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
-        dtype = x.dtype if y is None else np.result_type(x, y)
-        self.x, self.x_shift = _centred(x, centre, dtype)
-        self.y, self.y_shift = (self.x, self.x_shift) if y is None else _centred(y, centre, dtype)
-
-    def select(self, rows: Indices, columns: Indices) -> "CentredProducts":
-        """Products of some rows of x with some rows of y."""
-        return self._of(self.x[rows], self.x_shift[rows], self.y[columns], self.y_shift[columns])
-
-    def within(self) -> "tuple[CentredProducts, CentredProducts]":
-        """Products of x with itself, and of y with itself."""
-        return (
-            self._of(self.x, self.x_shift, self.x, self.x_shift),
-            self._of(self.y, self.y_shift, self.y, self.y_shift),
-        )
-
-    @classmethod
-    def _of(cls, x: Array, x_shift: Float64, y: Array, y_shift: Float64) -> "CentredProducts":
-        products = cls.__new__(cls)
-        products.x, products.x_shift, products.y, products.y_shift = x, x_shift, y, y_shift
-        return products
-
-    def block(self, rows: slice, columns: slice) -> Float64:
-        """(x[rows] @ y[columns].T) in float64."""
-        return self._shifted(self.x[rows] @ self.y[columns].T, rows, columns)
-
-    def strips(self, plus: float = 0.0) -> Iterator[Float64]:
-        """All products with `plus` added, `STRIP_ROWS` rows at a time."""
-        products = self.x @ self.y.T
-        for start in range(0, len(products), STRIP_ROWS):
-            rows = slice(start, start + STRIP_ROWS)
-            yield self._shifted(products[rows], rows, slice(None), plus)
-
-    def upper_strips(self, plus: float = 0.0) -> Iterator[Float64]:
-        """As `strips`, for pairs of different rows of x, each pair once, in half the time.
-
-        A strip begins at its diagonal; the diagonal and the entries to its left are 0.
-        """
-        products = self.x @ self.x.T  # numpy detects the symmetry and computes half of it
-        for start in range(0, len(products), STRIP_ROWS):
-            rows, columns = slice(start, start + STRIP_ROWS), slice(start, None)
-            strip = self._shifted(products[rows, columns], rows, columns, plus)
-            square = strip[:, : len(strip)]
-            square[...] = np.triu(square, 1)
-            yield strip
-
-    def _shifted(self, products: Array, rows: slice, columns: slice, plus: float = 0.0) -> Float64:
-        shifted = products.astype(np.float64)
-        shifted += self.x_shift[rows, None] + plus
-        shifted += self.y_shift[None, columns]
-        return shifted
-
-
-def _centred(x: Array, centre: Float64, dtype: np.dtype) -> tuple[Array, Float64]:
-    """x - c in the dtype, and x.c - c.c / 2 of each row."""
-    rounded, shift = np.empty(x.shape, dtype), np.empty(len(x))
-    for rows in blocks(len(x)):
-        exact = x[rows] - centre
-        rounded[rows], shift[rows] = exact, exact @ centre
-    return rounded, shift + centre @ centre / 2
+def _shifted(products: Array, a_shift: Float64, b_shift: Float64, plus: float = 0.0) -> Float64:
+    """Inner products in float64 from those about the centre."""
+    shifted = products.astype(np.float64)
+    shifted += a_shift[:, None] + plus
+    shifted += b_shift[None]
+    return shifted
 
 
 # Kernel distance
@@ -391,6 +323,10 @@ class KernelEstimate(NamedTuple):
     stderr: float
     subsets: int
     subset_size: int
+
+    def named(self, prefix: str) -> dict[str, float]:
+        """Mean, standard deviation and standard error under the names of the metrics."""
+        return {f"{prefix}_{name}": getattr(self, name) for name in ("mean", "std", "stderr")}
 
 
 def kid_from_features(
@@ -413,12 +349,11 @@ def kid_from_features(
         seed: Seed of the draws.
 
     Returns:
-        `KernelEstimate`: mean and population standard deviation over subsets, the standard error
-        std / sqrt(subsets), and the sizes used. The mean may be slightly negative.
+        Mean (may be slightly negative) and population standard deviation over subsets, standard
+        error std / sqrt(subsets), and the sizes used.
 
     Raises:
-        UserError: Fewer than 2 rows, different numbers of columns, non-finite values, or sizes
-            below their minimum.
+        UserError: As `fid_from_features`, or sizes below their minimum.
     """
     x1, x2 = checked_pair(features1, features2)
     if subsets < 1 or subset_size < 2:
@@ -436,23 +371,37 @@ def kid_from_features(
 
 
 def _mmd2(x1: Array, x2: Array, draws: Draws) -> Float64:
-    centre = common_centre(x1, x2)
     # With few rows and many subsets it is faster to sum one kernel matrix under 0/1 masks than to
     # compute its parts again. The masks add about half of the time of the matrix.
     masked = 1.5 * max(len(x1), len(x2)) ** 2 <= len(draws) * len(draws[0][0]) ** 2
-    return (_mmd2_masked if masked else _mmd2_direct)(x1, x2, draws, centre)
+    return (_mmd2_masked if masked else _mmd2_direct)(*centred(x1, x2), draws)
 
 
-def _mmd2_direct(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64:
+def _mmd2_direct(a: Centred, b: Centred, draws: Draws) -> Float64:
     """Unbiased squared MMD of each pair of subsets (Gretton et al., 2012, eq. 3)."""
-    values, d = [], x1.shape[1]
-    products = CentredProducts(x1, x2, centre)
+    values, d = [], a.x.shape[1]
     for i, j in draws:
-        across, m = products.select(i, j), len(i)
-        within = sum(_cubes(s) for own in across.within() for s in own.upper_strips(plus=d))
-        between = sum(_cubes(s) for s in across.strips(plus=d))
+        x, y, m = Centred(a.x[i], a.shift[i]), Centred(b.x[j], b.shift[j]), len(i)
+        within = sum(_cubes(strip) for own in (x, y) for strip in _strips(own, own, d))
+        between = sum(_cubes(strip) for strip in _strips(x, y, d))
         values.append(2 * within / (m * (m - 1)) - 2 * between / (m * m))
     return np.array(values) / float(d) ** 3  # (p / d + 1)^3 = (p + d)^3 / d^3
+
+
+def _strips(a: Centred, b: Centred, plus: float) -> Iterator[Float64]:
+    """All products with `plus` added, `STRIP_ROWS` rows at a time.
+
+    If a is b, each pair of different rows once, in half the time: a strip begins at its diagonal,
+    and the diagonal and the entries to its left are 0.
+    """
+    products = a.x @ b.x.T  # numpy detects the symmetry and computes half of it
+    for start in range(0, len(products), STRIP_ROWS):
+        rows, columns = slice(start, start + STRIP_ROWS), slice(start if a is b else 0, None)
+        strip = _shifted(products[rows, columns], a.shift[rows], b.shift[columns], plus)
+        if a is b:
+            square = strip[:, : len(strip)]
+            square[...] = np.triu(square, 1)
+        yield strip
 
 
 def _cubes(strip: Float64) -> float:
@@ -460,35 +409,28 @@ def _cubes(strip: Float64) -> float:
     return float(np.vdot(strip * strip, strip))
 
 
-def _mmd2_masked(x1: Array, x2: Array, draws: Draws, centre: Float64) -> Float64:
+def _mmd2_masked(a: Centred, b: Centred, draws: Draws) -> Float64:
     """`_mmd2_direct` by masks: the kernel sum of a subset with 0/1 mask z is z^T K z."""
     m = len(draws[0][0])
-    masks1, masks2 = np.zeros((len(x1), len(draws))), np.zeros((len(x2), len(draws)))
+    masks_a, masks_b = np.zeros((len(a.x), len(draws))), np.zeros((len(b.x), len(draws)))
     for s, (i, j) in enumerate(draws):
-        masks1[i, s] = masks2[j, s] = 1.0
-    inside = sum(
-        _masked_sums(CentredProducts(x, None, centre), masks, None)
-        for x, masks in ((x1, masks1), (x2, masks2))
-    )
-    between = _masked_sums(CentredProducts(x1, x2, centre), masks1, masks2)
-    return inside / (m * (m - 1)) - 2 * between / (m * m)
+        masks_a[i, s] = masks_b[j, s] = 1.0
+    inside = _masked_sums(a, a, masks_a, masks_a) + _masked_sums(b, b, masks_b, masks_b)
+    return inside / (m * (m - 1)) - 2 * _masked_sums(a, b, masks_a, masks_b) / (m * m)
 
 
-def _masked_sums(products: CentredProducts, masks_x: Float64, masks_y: Float64 | None) -> Float64:
-    """Kernel sums of every subset; without ``masks_y``, over pairs of different rows of x."""
-    sums = np.zeros(masks_x.shape[1])
-    d = products.x.shape[1]
-    for rows in blocks(len(masks_x)):
-        if masks_y is not None:
-            kernel = _cubed(products.block(rows, slice(None)), d)
-            sums += np.einsum("ns,ns->s", masks_x[rows], kernel @ masks_y)
-            continue
-        # The matrix is symmetric: entries to the right of the diagonal count twice.
-        kernel = _cubed(products.block(rows, slice(rows.start, None)), d)
-        own = kernel[:, : len(kernel)]
-        np.fill_diagonal(own, 0)
-        kernel[:, len(kernel) :] *= 2
-        sums += np.einsum("ns,ns->s", masks_x[rows], kernel @ masks_x[rows.start :])
+def _masked_sums(a: Centred, b: Centred, masks_a: Float64, masks_b: Float64) -> Float64:
+    """Kernel sums of every subset; if a is b, over pairs of different rows."""
+    sums, d = np.zeros(masks_a.shape[1]), a.x.shape[1]
+    for rows in blocks(len(a.x)):
+        columns = slice(rows.start if a is b else 0, None)
+        products = _shifted(a.x[rows] @ b.x[columns].T, a.shift[rows], b.shift[columns])
+        kernel = _cubed(products, d)
+        if a is b:
+            # The matrix is symmetric: entries to the right of the diagonal count twice.
+            np.fill_diagonal(kernel[:, : len(kernel)], 0)
+            kernel[:, len(kernel) :] *= 2
+        sums += np.einsum("ns,ns->s", masks_a[rows], kernel @ masks_b[columns])
     return sums
 
 
@@ -544,9 +486,6 @@ def manifold_overlap(
         neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
 
-    Returns:
-        `Manifold`.
-
     Raises:
         UserError: A set has no k-th neighbour, the numbers of columns differ, or values are not
             finite.
@@ -558,17 +497,16 @@ def manifold_overlap(
             f"sets of {len(x)} and {len(y)} images have no neighbours {neighbours} and "
             f"{density_neighbours}; more than {most} images per side are needed"
         )
-    centre = common_centre(x, y)
-    near_x = _neighbour_squares(x, most, centre)
-    near_y = _neighbour_squares(y, most, centre)
+    (x, _), (y, _) = centred(x, y)
+    x_norms, y_norms = _norms(x), _norms(y)
+    near_x, near_y = _neighbour_squares(x, x_norms, most), _neighbour_squares(y, y_norms, most)
     ball_x, ball_y = near_x[:, neighbours - 1], near_y[:, neighbours - 1]
     wide_y = near_y[:, density_neighbours - 1]
 
-    pairs = _SquaredDistances(x, y, centre)
     precise = counted = 0
     recalled, covered = np.zeros(len(y), bool), np.zeros(len(y), bool)
     for rows in blocks(len(x)):
-        squares = pairs.block(rows, slice(None))
+        squares = _squares(x[rows], y, x_norms[rows], y_norms)
         precise += int((squares <= ball_y).any(1).sum())
         recalled |= (squares <= ball_x[rows, None]).any(0)
         in_wide = squares <= wide_y
@@ -583,23 +521,17 @@ def manifold_overlap(
 
 
 def nearest(x: Array, y: Array) -> tuple[Float64, NDArray[np.int64]]:
-    """Nearest row of y for every row of x.
-
-    Args:
-        x: Features (n, D).
-        y: Features (m, D), m at least 2.
-
-    Returns:
-        Euclidean distances (n,) and rows of y (n,).
+    """Euclidean distance (n,) and number (n,) of the nearest row of y (m, D) to each of x (n, D).
 
     Raises:
         UserError: Fewer than 2 rows, different numbers of columns, or non-finite values.
     """
     x, y = checked_pair(x, y)
-    pairs = _SquaredDistances(x, y, common_centre(x, y))
+    (centred_x, _), (centred_y, _) = centred(x, y)
+    x_norms, y_norms = _norms(centred_x), _norms(centred_y)
     distances, indices = np.empty(len(x)), np.empty(len(x), np.int64)
     for rows in blocks(len(x)):
-        best = pairs.block(rows, slice(None)).argmin(1)
+        best = _squares(centred_x[rows], centred_y, x_norms[rows], y_norms).argmin(1)
         indices[rows] = best
         # Computed again without the cancellation of |x|^2 + |y|^2 - 2 x.y.
         apart = x[rows].astype(np.float64) - y[best]
@@ -607,32 +539,22 @@ def nearest(x: Array, y: Array) -> tuple[Float64, NDArray[np.int64]]:
     return distances, indices
 
 
-class _SquaredDistances:
-    """Squared Euclidean distances of rows, by block."""
-
-    def __init__(self, x: Array, y: Array | None, centre: Float64) -> None:
-        # |x - y|^2 is independent of the origin, so the products are not shifted back.
-        self.products = CentredProducts(x, y, centre)
-        self.x_norms = _norms(self.products.x)
-        self.y_norms = self.x_norms if y is None else _norms(self.products.y)
-
-    def block(self, rows: slice, columns: slice) -> Array:
-        """(rows, columns), in the dtype of the features."""
-        squares = self.products.x[rows] @ self.products.y[columns].T
-        squares *= -2
-        squares += self.x_norms[rows, None]
-        squares += self.y_norms[None, columns]
-        return squares
-
-
 def _norms(x: Array) -> Array:
     return np.einsum("nd,nd->n", x, x)
 
 
-def _neighbour_squares(x: Array, k: int, centre: Float64) -> Array:
+def _squares(x: Array, y: Array, x_norms: Array, y_norms: Array) -> Array:
+    """Squared Euclidean distances (n, m), in the dtype of the features."""
+    squares = x @ y.T
+    squares *= -2
+    squares += x_norms[:, None]
+    squares += y_norms[None]
+    return squares
+
+
+def _neighbour_squares(x: Array, norms: Array, k: int) -> Array:
     """Squared distances (n, k) from each row to its k nearest other rows, ascending."""
-    pairs = _SquaredDistances(x, None, centre)
-    nearest_k = np.full((len(x), k), np.inf, pairs.x_norms.dtype)
+    nearest_k = np.full((len(x), k), np.inf, norms.dtype)
 
     def keep(rows: slice, squares: Array) -> None:
         both = np.concatenate([nearest_k[rows], squares], 1)
@@ -643,7 +565,7 @@ def _neighbour_squares(x: Array, k: int, centre: Float64) -> Array:
         for columns in blocks(len(x)):
             if columns.start < rows.start:
                 continue
-            squares = pairs.block(rows, columns)
+            squares = _squares(x[rows], x[columns], norms[rows], norms[columns])
             if columns.start == rows.start:
                 np.fill_diagonal(squares, np.inf)
             else:
@@ -659,6 +581,7 @@ def _neighbour_squares(x: Array, k: int, centre: Float64) -> Array:
 NORMAL_95 = 1.959963984540054
 MIN_PART = 8
 """Images in the smallest part of a curve."""
+CURVE_PARTS, CURVE_SHUFFLES = (1, 2, 4, 8), 2
 
 
 class FidCurve(NamedTuple):
@@ -668,8 +591,8 @@ class FidCurve(NamedTuple):
         sizes: n of each point, descending.
         values: Mean distance over disjoint parts of that size.
         infinity: Value at 0 of the weighted straight line over 1 / n.
-        low: Lower end of the 95 % interval of ``infinity``.
-        high: Upper end of the 95 % interval of ``infinity``.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
         curvature: Change of ``infinity`` by a term in 1 / n^2, which is part of the interval. It is
             large where n is not far above the feature dimension, where the curve is not straight.
     """
@@ -682,29 +605,13 @@ class FidCurve(NamedTuple):
     curvature: float
 
 
-class BootstrapError(NamedTuple):
-    """Standard error of a distance at its n, from resampled images."""
-
-    stderr: float
-    rounds: int
-
-
-def bootstrap(
-    features1: Array, features2: Array, rounds: int = 20, seed: int = 0
-) -> BootstrapError:
+def bootstrap(features1: Array, features2: Array, rounds: int = 20, seed: int = 0) -> float:
     """Standard error of the Frechet distance when both sets are resampled with replacement.
 
     The resampled distances are larger than the distance itself (a resample has fewer different
     images and therefore more bias), so their standard deviation is used and not their quantiles.
 
-    Args:
-        features1: (n1, D).
-        features2: (n2, D).
-        rounds: Number of resamples; the relative error of the result is about 1 / sqrt(2 rounds).
-        seed: Seed of the draws.
-
-    Returns:
-        `BootstrapError`.
+    The relative error of the result is about 1 / sqrt(2 rounds).
 
     Raises:
         UserError: Fewer than 2 rounds, or features as in `fid_from_features`.
@@ -717,44 +624,37 @@ def bootstrap(
     for _ in range(rounds):
         (a, counts_a), (b, counts_b) = _resample(x1, rng), _resample(x2, rng)
         values.append(distance_of_sets(a, b, counts_a, counts_b))
-    return BootstrapError(float(np.std(values, ddof=1)), rounds)
+    return float(np.std(values, ddof=1))
 
 
-def fid_curve(
-    features1: Array,
-    features2: Array,
-    stderr: float,
-    parts: Sequence[int] = (1, 2, 4, 8),
-    repeats: int = 2,
-    seed: int = 0,
-) -> FidCurve:
-    """Distance at n, n/2, n/4, ... and its extrapolation to infinite n.
+def _resample(x: Array, rng: np.random.Generator) -> tuple[Array, Float64]:
+    """n draws with replacement: the different rows drawn, and the count of each."""
+    counts = np.bincount(rng.integers(0, len(x), len(x)), minlength=len(x))
+    return x[counts > 0], counts[counts > 0].astype(np.float64)
+
+
+def fid_curve(features1: Array, features2: Array, stderr: float, seed: int = 0) -> FidCurve:
+    """Distance at n, n/2, n/4 and n/8 and its extrapolation to infinite n.
 
     Both sets are shuffled and split into k disjoint parts; the point at n / k is the mean over the
-    parts and over ``repeats`` shuffles. A straight line in 1 / n is fitted by least squares with
-    the weight n / k (small parts say less about the line). The squared 95 % interval is the sum of
-    the squared sampling error of the sets (``stderr``), that of the shuffles, and the square of
-    twice the change by a term in 1 / n^2, as if each further term changed half as much as the one
-    before it.
+    parts and over two shuffles. A straight line in 1 / n is fitted by least squares with the weight
+    n / k (small parts say less about the line). The squared 95 % interval is the sum of the squared
+    sampling error of the sets (``stderr``), that of the shuffles, and the square of twice the
+    change by a term in 1 / n^2, as if each further term changed half as much as the one before it.
 
     Args:
         features1: (n1, D).
         features2: (n2, D); n is the smaller of n1 and n2.
-        stderr: Standard error of the distance at n, as from `bootstrap`.
-        parts: Numbers of parts, ascending from 1; parts of fewer than `MIN_PART` images are left
-            out.
-        repeats: Number of shuffles.
+        stderr: From `bootstrap`.
         seed: Seed of the shuffles.
 
-    Returns:
-        `FidCurve`.
-
     Raises:
-        UserError: Fewer than 3 points remain, or features as in `fid_from_features`.
+        UserError: Fewer than 3 sizes have parts of at least `MIN_PART` images, or features as in
+            `fid_from_features`.
     """
     x1, x2 = checked_pair(features1, features2)
     n = min(len(x1), len(x2))
-    parts = [k for k in parts if n // k >= MIN_PART]
+    parts = [k for k in CURVE_PARTS if n // k >= MIN_PART]
     if len(parts) < 3:
         raise UserError(
             f"a curve over n needs 3 sizes of at least {MIN_PART} images; {n} images give "
@@ -762,8 +662,8 @@ def fid_curve(
         )
     rng = np.random.default_rng(seed)
     sizes = [n // k for k in parts]
-    points = np.empty((repeats, len(parts)))
-    for r in range(repeats):
+    points = np.empty((CURVE_SHUFFLES, len(parts)))
+    for r in range(CURVE_SHUFFLES):
         order1, order2 = rng.permutation(len(x1))[:n], rng.permutation(len(x2))[:n]
         for p, (k, size) in enumerate(zip(parts, sizes, strict=True)):
             if k == 1 and r > 0 and len(x1) == len(x2):
@@ -774,7 +674,7 @@ def fid_curve(
     line, parabola = (_at_zero(sizes, points, degree) for degree in (1, 2))
     infinity = float(line.mean())
     curvature = float(parabola.mean()) - infinity
-    shuffled = float(line.std(ddof=1)) / np.sqrt(repeats) if repeats > 1 else 0.0
+    shuffled = float(line.std(ddof=1)) / np.sqrt(CURVE_SHUFFLES)
     half = float(np.sqrt(NORMAL_95**2 * (stderr**2 + shuffled**2) + (2 * curvature) ** 2))
     return FidCurve(
         sizes, points.mean(0).tolist(), infinity, infinity - half, infinity + half, curvature
@@ -782,19 +682,12 @@ def fid_curve(
 
 
 def _at_zero(sizes: Sequence[int], points: Float64, degree: int) -> Float64:
-    """Values (repeats,) at 1 / n = 0 of polynomials in 1 / n through points (repeats, sizes)."""
+    """Values (shuffles,) at 1 / n = 0 of polynomials in 1 / n through points (shuffles, sizes)."""
     n = np.asarray(sizes, np.float64)
     # In units of the largest n the powers stay near 1.
     powers = np.vander(n.max() / n, degree + 1, increasing=True)
     root = np.sqrt(n / n.max())[:, None]
-    solution = np.linalg.lstsq(powers * root, points.T * root, rcond=None)[0]
-    return solution[0]
-
-
-def _resample(x: Array, rng: np.random.Generator) -> tuple[Array, Float64]:
-    """n draws with replacement: the different rows drawn, and the count of each."""
-    counts = np.bincount(rng.integers(0, len(x), len(x)), minlength=len(x))
-    return x[counts > 0], counts[counts > 0].astype(np.float64)
+    return np.linalg.lstsq(powers * root, points.T * root, rcond=None)[0][0]
 
 
 # Metrics for a training loop, over the functions above
@@ -805,9 +698,6 @@ class FeatureMetric(Metric):
 
     All features are kept, 4 D bytes per float32 image, and are gathered from all processes by
     ``compute``. Every process must have updated both sides at least once.
-
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -830,46 +720,36 @@ class FeatureMetric(Metric):
             raise UserError(f"features have shape {tuple(features.shape)}; expected (n, D)")
         (self.real if real else self.generated).append(features.detach())
 
-    def _sets(self) -> tuple[Array, Array]:
-        """The generated and the real features."""
-        sides = {"generated": self.generated, "real": self.real}
-        for name, features in sides.items():
+    def _measured(self, measure: Callable[..., Any], *options: int) -> list[Tensor]:
+        """The numbers that a function of the generated and the real features gives."""
+        sides = []
+        for name in ("generated", "real"):
+            features = getattr(self, name)
             if len(features) == 0:
                 raise UserError(
                     f"there are no {name} features; call update(features, real={name == 'real'})"
                 )
-        x, y = (dim_zero_cat(features).cpu() for features in sides.values())
-        # NumPy has no bfloat16.
-        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-        return x.numpy(), y.numpy()
-
-    def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+            joined = dim_zero_cat(features).cpu()
+            # NumPy has no bfloat16.
+            sides.append((joined if joined.dtype == torch.float64 else joined.float()).numpy())
+        values = np.atleast_1d(measure(*sides, *options))
+        return list(torch.tensor(values, dtype=torch.float64, device=self.device))
 
 
 class FrechetDistance(FeatureMetric):
-    """`fid_from_features` as a metric: FID if the features are Inception's pool3.
-
-    ``compute`` returns a float64 scalar.
-    """
+    """`fid_from_features` as a metric; ``compute`` returns a float64 scalar."""
 
     higher_is_better = False
 
     def compute(self) -> Tensor:
         """The distance of all features so far."""
-        return self._scalar(fid_from_features(*self._sets()))
+        return self._measured(fid_from_features)[0]
 
 
 class KernelDistance(FeatureMetric):
-    """`kid_from_features` as a metric: KID if the features are Inception's pool3.
+    """`kid_from_features` as a metric, with its arguments and options of `torchmetrics.Metric`.
 
     ``compute`` returns mean and standard deviation over subsets, two float64 scalars.
-
-    Args:
-        subsets: Number of subsets.
-        subset_size: Rows per subset.
-        seed: Seed of the draws.
-        kwargs: Options of `torchmetrics.Metric`.
     """
 
     higher_is_better = False
@@ -878,12 +758,12 @@ class KernelDistance(FeatureMetric):
         self, subsets: int = 100, subset_size: int = 1000, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
+        self.options = subsets, subset_size, seed
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the distance of all features so far."""
-        kid = kid_from_features(*self._sets(), self.subsets, self.subset_size, self.seed)
-        return self._scalar(kid.mean), self._scalar(kid.std)
+        mean, std, *_ = self._measured(kid_from_features, *self.options)
+        return mean, std
 
 
 class PrecisionRecall(FeatureMetric):
@@ -896,5 +776,4 @@ class PrecisionRecall(FeatureMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """The overlap of all features so far."""
-        overlap = manifold_overlap(*self._sets())._asdict()
-        return {name: self._scalar(value) for name, value in overlap.items()}
+        return dict(zip(Manifold._fields, self._measured(manifold_overlap), strict=True))

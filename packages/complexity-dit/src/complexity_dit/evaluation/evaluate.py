@@ -11,9 +11,11 @@ import importlib.metadata
 import json
 import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,7 @@ from complexity_dit.evaluation.distances import (
     DENSITY_NEIGHBOURS,
     PRECISION_NEIGHBOURS,
     KernelEstimate,
+    Manifold,
     bootstrap,
     distance_of_sets,
     feature_statistics,
@@ -64,7 +67,7 @@ from complexity_dit.evaluation.image_sets import (
     write_statistics,
 )
 from complexity_dit.evaluation.networks import FeatureExtractor, load_extractor
-from complexity_dit.evaluation.report import Pictures, format_result, write_report
+from complexity_dit.evaluation.report import GRID_IMAGES, Pictures, format_result, render
 from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -113,75 +116,70 @@ def evaluate(
             statistics, statistics of another extractor, floors for a reference without images, a
             setting out of range, or another process that has died.
     """
-    config = config or EvalConfig()
+    config, sample = config or EvalConfig(), sample or SampleConfig()
+    reference, folder = str(reference), Path(out) if out is not None else None
     with report_dead_evaluation_workers():
-        folder = Path(out) if out is not None else None
-        return _evaluate(target, str(reference), folder, config, sample or SampleConfig(), data)
+        if folder and (folder / "result.json").exists() and not config.overwrite:
+            raise UserError(
+                f"{folder / 'result.json'} exists; choose another folder or set overwrite"
+            )
+        device = pick_device(config.device)
+        data = data or trained_on(target)
+        subject = open_target(target, device, data)
+        if isinstance(subject, ImageSet):
+            size, n = subject.size, min(config.num_images, len(subject))
+        else:
+            side = subject.sample_size
+            size, n = (sample.height or side, sample.width or side), config.num_images
+        ref = open_reference(reference, size, data)
+        check_request(config, ref, reference, folder)
+        extractor = main_first(
+            lambda: load_extractor(config.weights, config.resize, config.dtype, device)
+        )
+        if ref.statistics:
+            check_identity(ref.statistics, extractor, reference)
+        settings: dict[str, Any] = {
+            "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
+            "reference": reference,
+            "eval": asdict(config),
+            "data": asdict(ref.data) if ref.data else None,
+            "extractor": {
+                **extractor.identity,
+                "weights_source": extractor.weights_source,
+                "device": device.type,
+                "chunk": FEATURE_CHUNK,
+            },
+        }
+        real_rows = draw(len(ref.images) if ref.images else 0, n, config.seed)
+        if ref.images and ref.images.size != tuple(size):
+            logger.warning(
+                "the images are %dx%d and the reference %dx%d: both are resized for the network, "
+                "which affects the distance",
+                *(size[1], size[0], ref.images.size[1], ref.images.size[0]),
+            )
+        if ref.images and len(real_rows) < n:
+            logger.warning("the reference has %d images, fewer than n = %d", len(real_rows), n)
+        if isinstance(subject, ImageSet):
+            pipe, images, generated_rows = None, subject, draw(len(subject), n, config.seed)
+        else:
+            pipe, generated_rows = subject, np.arange(n)
+            settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
+            keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
+            labels, asked = labels_for_samples(pipe, n, ref.images, real_rows)
+            names = ref.images.label_names if ref.images else {}
+            images = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
+        features = collect(images, generated_rows, ref, real_rows, extractor, config, pipe)
 
+        def finish() -> dict[str, Any]:
+            result, copies = _measure_all(features, extractor, config, settings)
+            if folder:
+                _write(folder, result, features, copies, extractor, config)
+            return result
 
-def _evaluate(
-    target: str | Path | ComplexityDiTPipeline,
-    reference: str,
-    folder: Path | None,
-    config: EvalConfig,
-    sample: SampleConfig,
-    data: DataConfig | None,
-) -> dict[str, Any]:
-    if folder and (folder / "result.json").exists() and not config.overwrite:
-        raise UserError(f"{folder / 'result.json'} exists; choose another folder or set overwrite")
-    device = pick_device(config.device)
-    data = data or trained_on(target)
-    subject = open_target(target, device, data)
-    if isinstance(subject, ImageSet):
-        size, n = subject.size, min(config.num_images, len(subject))
-    else:
-        side = subject.sample_size
-        size, n = (sample.height or side, sample.width or side), config.num_images
-    ref = open_reference(reference, size, data)
-    check_request(config, ref, reference, folder)
-    extractor = main_first(
-        lambda: load_extractor(config.weights, config.resize, config.dtype, device)
-    )
-    if ref.statistics:
-        check_identity(ref.statistics, extractor, reference)
-
-    settings: dict[str, Any] = {
-        "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
-        "reference": reference,
-        "eval": asdict(config),
-        "data": asdict(ref.data) if ref.data else None,
-        "extractor": {
-            **extractor.identity,
-            "weights_source": extractor.weights_source,
-            "device": device.type,
-            "chunk": FEATURE_CHUNK,
-        },
-    }
-    real_rows = np.empty(0, np.int64)
-    if ref.images:
-        real_rows = draw(len(ref.images), n, config.seed)
-        _warn_if_unequal(ref.images, size, len(real_rows), n)
-    if isinstance(subject, ImageSet):
-        pipe, images, generated_rows = None, subject, draw(len(subject), n, config.seed)
-    else:
-        pipe, generated_rows = subject, np.arange(n)
-        settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
-        keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
-        labels, asked = labels_for_samples(pipe, n, ref.images, real_rows)
-        names = ref.images.label_names if ref.images else {}
-        images = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
-    features = collect(images, generated_rows, ref, real_rows, extractor, config, pipe)
-
-    def finish() -> dict[str, Any]:
-        result, copies = _measure_all(features, extractor, config, settings)
-        if folder:
-            _write(folder, result, features, copies, extractor, config)
+        result = on_main(finish)
+        if is_main() and not config.quiet:
+            print(format_result(result))
         return result
-
-    result = on_main(finish)
-    if is_main() and not config.quiet:
-        print(format_result(result))
-    return result
 
 
 def evaluate_images(
@@ -198,9 +196,6 @@ def evaluate_images(
         config: What is measured; ``num_images`` is ignored, as all images are used.
         extractor: The feature network; loaded as configured by default.
 
-    Returns:
-        `Measurement`.
-
     Raises:
         UserError: As `evaluate`.
     """
@@ -215,7 +210,7 @@ def evaluate_images(
 
     if isinstance(reference, KeptStatistics):
         check_identity(reference, extractor, "the reference")
-        return measure_against(features(generated), reference, extractor, config, "the reference")
+        return measure(features(generated), reference, extractor, config)
     return measure(features(generated), features(reference), extractor, config)
 
 
@@ -230,17 +225,6 @@ def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Pa
         )
     if config.save_statistics and (folder is None or ref.images is None):
         raise UserError("save_statistics needs an output folder and a reference of images")
-
-
-def _warn_if_unequal(real: ImageSet, size: tuple[int, int], available: int, n: int) -> None:
-    if real.size != tuple(size):
-        logger.warning(
-            "the images are %dx%d and the reference %dx%d: both are resized for the network, which "
-            "affects the distance",
-            *(size[1], size[0], real.size[1], real.size[0]),
-        )
-    if available < n:
-        logger.warning("the reference has %d images, fewer than n = %d", available, n)
 
 
 def check_identity(kept: KeptStatistics, extractor: FeatureExtractor, source: str) -> None:
@@ -276,38 +260,32 @@ def check_identity(kept: KeptStatistics, extractor: FeatureExtractor, source: st
 # Features of every set of an evaluation
 
 
+class Drawn(NamedTuple):
+    """Images drawn from a set: the set, their numbers (n,) and their features (n, D)."""
+
+    images: ImageSet
+    rows: Rows
+    features: Features
+
+
 @dataclass
 class EvaluationFeatures:
     """Image sets of an evaluation and their features, the same on every process.
 
     Attributes:
-        images: The images that are measured.
-        generated_rows: Numbers of those used, (n,).
-        generated: Their features, (n, D).
-        reference: The reference.
-        real_rows: Numbers of the reference images used, (m,).
-        real: Their features, (m, D); None for statistics.
-        train_images: The training split, if it is needed.
-        train_rows: Numbers of the training images of the floor, (m,).
-        train: Their features, (m, D).
-        search_rows: Numbers of the training images searched for copies, (k,).
-        search: Their features, (k, D).
+        generated: The images that are measured.
+        real: The reference.
+        train: Training images of the floor, as many as reference images.
+        search: Training images searched for copies.
         shrunk: Features of the shrunk reference images, (m, D).
         reconstructed: Features of the reference images after the VAE, (m, D).
         vae: Name of the VAE and its hash.
     """
 
-    images: ImageSet
-    generated_rows: Rows
-    generated: Features
-    reference: Reference
-    real_rows: Rows
-    real: Features | None = None
-    train_images: ImageSet | None = None
-    train_rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))
-    train: Features | None = None
-    search_rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))
-    search: Features | None = None
+    generated: Drawn
+    real: Drawn | KeptStatistics
+    train: Drawn | None = None
+    search: Drawn | None = None
     shrunk: Features | None = None
     reconstructed: Features | None = None
     vae: str = ""
@@ -330,24 +308,25 @@ def collect(
     # Features of samples and of given folders are not cached, as these change between runs.
     cache = config.cache and images.lasting
     generated = set_features(images, generated_rows, extractor, cache)
-    found = EvaluationFeatures(images, generated_rows, generated, ref, real_rows)
+    generated = Drawn(images, generated_rows, generated)
     if ref.images is None:
-        return found
-    found.real = features(ref.images, real_rows)
+        assert ref.statistics is not None
+        return EvaluationFeatures(generated, ref.statistics)
+    real = Drawn(ref.images, real_rows, features(ref.images, real_rows))
+    found = EvaluationFeatures(generated, real)
     has_labels = pipe is not None and config.label_field in images.label_names
     if ref.train and (config.floors or config.memorisation or has_labels):
-        train = found.train_images = ref.train()
+        train = ref.train()
         if config.memorisation:
-            most = config.memorisation_images or len(train)
-            found.search_rows = draw(len(train), most, config.seed)
-            found.search = features(train, found.search_rows)
+            rows = draw(len(train), config.memorisation_images or len(train), config.seed)
+            found.search = Drawn(train, rows, features(train, rows))
         if config.floors or has_labels:
-            rows = found.train_rows = draw(len(train), len(real_rows), config.seed)
+            rows = draw(len(train), len(real_rows), config.seed)
             # Both draws are prefixes of one permutation.
-            if found.search is not None and len(found.search) >= len(rows):
-                found.train = found.search[: len(rows)]
+            if found.search and len(found.search.rows) >= len(rows):
+                found.train = Drawn(train, rows, found.search.features[: len(rows)])
             else:
-                found.train = features(train, rows)
+                found.train = Drawn(train, rows, features(train, rows))
     if config.floors:
         found.shrunk = features(ref.images, real_rows, shrink, f"shrunk: {SHRUNK_FILTER}")
         if pipe is not None and pipe.vae is not None:
@@ -375,79 +354,60 @@ class Measurement:
     settings: dict[str, Any] = field(default_factory=dict)
     curve: dict[str, Any] = field(default_factory=dict)
 
+    @contextmanager
+    def may_lack(self, name: str) -> Iterator[None]:
+        """Turn a `UserError` into the reason for which a number is absent."""
+        try:
+            yield
+        except UserError as error:
+            self.absent[name] = str(error)
+
 
 def measure(
-    generated: Features, real: Features, extractor: FeatureExtractor, config: EvalConfig
+    generated: Features,
+    real: Features | KeptStatistics,
+    extractor: FeatureExtractor,
+    config: EvalConfig,
 ) -> Measurement:
     """Compute all configured measures of two sets of features.
 
     Args:
         generated: (n, D) from the extractor.
-        real: (m, D).
+        real: (m, D), or statistics of the same extractor, which give the Frechet distance alone.
         extractor: The extractor of both; it determines the names of the distances.
         config: Measures and their settings.
-
-    Returns:
-        A `Measurement`.
 
     Raises:
         UserError: Fewer than 2 images on a side, or features that are not finite.
     """
-    found = Measurement()
+    found, wanted = Measurement(), config.measures
     fd, kd = extractor.prefixes
-    x, y = generated, real
-    if "fid" in config.measures:
-        found.metrics[fd] = fid_from_features(x, y)
-        _error_and_curve(found, fd, x, y, config)
-    if "kid" in config.measures:
-        kid = _kid(x, y, config)
-        found.metrics |= {f"{kd}_mean": kid.mean, f"{kd}_std": kid.std, f"{kd}_stderr": kid.stderr}
-        found.settings["kid"] = {"subsets": kid.subsets, "subset_size": kid.subset_size}
-    if "prdc" in config.measures:
-        try:
-            found.metrics |= manifold_overlap(x, y)._asdict()
-            found.settings["neighbours"] = {
-                "precision_recall": PRECISION_NEIGHBOURS,
-                "density_coverage": DENSITY_NEIGHBOURS,
-            }
-        except UserError as error:
-            found.absent["precision, recall, density, coverage"] = str(error)
-    _inception_score(found, x, extractor, config)
-    return found
-
-
-def measure_against(
-    generated: Features,
-    kept: KeptStatistics,
-    extractor: FeatureExtractor,
-    config: EvalConfig,
-    source: str,
-) -> Measurement:
-    """Compute the measures that stored statistics allow.
-
-    Args:
-        generated: (n, D) from the extractor.
-        kept: The statistics.
-        extractor: The extractor of the features.
-        config: Which measures.
-        source: Name of the statistics in errors.
-
-    Raises:
-        UserError: The statistics were made with another extractor, resize or dtype (all named), or
-            do not name their extractor and have another width.
-    """
-    check_identity(kept, extractor, source)
-    found = Measurement()
-    fd, kd = extractor.prefixes
-    if "fid" in config.measures:
-        found.metrics[fd] = fid_to_statistics(generated, kept.statistics)
-    only = "the reference is statistics; this needs the images"
-    found.absent[f"{fd}_stderr, {fd}_infinity"] = only
-    if "kid" in config.measures:
-        found.absent[kd] = only
-    if "prdc" in config.measures:
-        found.absent["precision, recall, density, coverage"] = only
-    _inception_score(found, generated, extractor, config)
+    overlap = ", ".join(Manifold._fields)
+    if isinstance(real, KeptStatistics):
+        if "fid" in wanted:
+            found.metrics[fd] = fid_to_statistics(generated, real.statistics)
+        names = {"fid": f"{fd}_stderr, {fd}_infinity", "kid": kd, "prdc": overlap}
+        reason = "the reference is statistics; this needs the images"
+        found.absent |= {name: reason for key, name in names.items() if key in wanted}
+    else:
+        if "fid" in wanted:
+            found.metrics[fd] = fid_from_features(generated, real)
+            _error_and_curve(found, fd, generated, real, config)
+        if "kid" in wanted:
+            kid = _kid(generated, real, config)
+            found.metrics |= kid.named(kd)
+            found.settings["kid"] = {"subsets": kid.subsets, "subset_size": kid.subset_size}
+        if "prdc" in wanted:
+            with found.may_lack(overlap):
+                found.metrics |= manifold_overlap(generated, real)._asdict()
+                found.settings["neighbours"] = {
+                    "precision_recall": PRECISION_NEIGHBOURS,
+                    "density_coverage": DENSITY_NEIGHBOURS,
+                }
+    if "is" in wanted:
+        with found.may_lack("inception_score"):
+            mean, std = _inception_score(generated, extractor)
+            found.metrics |= {"inception_score_mean": mean, "inception_score_std": std}
     return found
 
 
@@ -464,40 +424,26 @@ def _error_and_curve(
         if config.curve:
             found.absent[f"{fd}_infinity"] = "its interval needs the bootstrap, which is 0"
         return
-    error = bootstrap(x, y, config.bootstrap, config.seed)
-    found.metrics[f"{fd}_stderr"] = error.stderr
-    if not config.curve:
-        return
-    try:
-        curve = fid_curve(x, y, error.stderr, seed=config.seed)
-    except UserError as reason:
-        found.absent[f"{fd}_infinity"] = str(reason)
-        return
-    found.curve = curve._asdict()
-    found.metrics |= {
-        f"{fd}_infinity": curve.infinity,
-        f"{fd}_infinity_low": curve.low,
-        f"{fd}_infinity_high": curve.high,
-    }
+    stderr = found.metrics[f"{fd}_stderr"] = bootstrap(x, y, config.bootstrap, config.seed)
+    if config.curve:
+        with found.may_lack(f"{fd}_infinity"):
+            curve = fid_curve(x, y, stderr, seed=config.seed)
+            found.curve = curve._asdict()
+            found.metrics |= {
+                f"{fd}_infinity": curve.infinity,
+                f"{fd}_infinity_low": curve.low,
+                f"{fd}_infinity_high": curve.high,
+            }
 
 
-def _inception_score(
-    found: Measurement, x: Features, extractor: FeatureExtractor, config: EvalConfig
-) -> None:
-    if "is" not in config.measures:
-        return
+def _inception_score(x: Features, extractor: FeatureExtractor) -> tuple[float, float]:
     if extractor.classifier is None:
-        found.absent["inception_score"] = (
+        raise UserError(
             "the weights carry no classifier (fc): give pytorch-fid's or torch-fidelity's file"
             if extractor.is_inception
             else "it is defined on Inception's classifier; this is another network"
         )
-        return
-    try:
-        mean, std = inception_score(x @ extractor.classifier.cpu().numpy().T)
-        found.metrics |= {"inception_score_mean": mean, "inception_score_std": std}
-    except UserError as error:
-        found.absent["inception_score"] = str(error)
+    return inception_score(x @ extractor.classifier.cpu().numpy().T)
 
 
 # The result and its files
@@ -513,111 +459,109 @@ def _measure_all(
     per_label: dict[str, Any] = {}
     nearest_images: dict[str, Any] = {}
     copies = None
-    ref = features.reference
-    if features.real is None or ref.images is None:
-        assert ref.statistics is not None
-        kept = ref.statistics
-        source = settings["reference"]
-        found = measure_against(features.generated, kept, extractor, config, source)
-        n_reference = kept.statistics.n or None
-        fingerprint = kept.fingerprint or array_hash(*kept.statistics[:2])
+    generated, real, search = features.generated, features.real, features.search
+    if isinstance(real, KeptStatistics):
+        found = measure(generated.features, real, extractor, config)
+        n_reference = real.statistics.n or None
+        fingerprint = real.fingerprint or array_hash(*real.statistics[:2])
     else:
-        found = measure(features.generated, features.real, extractor, config)
-        n_reference, fingerprint = len(features.real), ref.images.fingerprint
-        x, y = features.generated, features.real
-        if features.train is not None:
-            settings["n_train"] = len(features.train)
-        per_label = _per_label(features, ref.images, x, y, found, extractor, config)
+        found = measure(generated.features, real.features, extractor, config)
+        n_reference, fingerprint = len(real.features), real.images.fingerprint
+        if features.train:
+            settings["n_train"] = len(features.train.features)
+        per_label = _per_label(features, real, found, extractor, config)
         if config.floors:
-            _add_floors(features, y, found, extractor, config, settings)
-        if features.search is not None:
-            copies = memorisation(x, y, features.search)
+            _add_floors(features, real.features, found, extractor, config)
+        if search:
+            copies = memorisation(generated.features, real.features, search.features)
             nearest_images = copies.summary()
             for pair in nearest_images["closest_pairs"]:
                 # From rows of features to numbers of images.
-                pair["sample"] = int(features.generated_rows[pair["sample"]])
-                pair["training_image"] = int(features.search_rows[pair["training_image"]])
+                pair["sample"] = int(generated.rows[pair["sample"]])
+                pair["training_image"] = int(search.rows[pair["training_image"]])
             found.metrics["closer_than_1_percent"] = copies.closer_than_1_percent
-            settings["n_searched"] = len(features.search)
+            settings["n_searched"] = len(search.features)
     result = {
         "metrics": found.metrics,
         "absent": found.absent,
         "fid_over_n": found.curve,
         "per_label": per_label,
         "memorisation": nearest_images,
-        "n_generated": len(features.generated),
+        "n_generated": len(generated.features),
         "n_reference": n_reference,
         "settings": settings | found.settings,
         "versions": _versions(),
         "weights_sha256": extractor.weights_sha256,
         "reference_fingerprint": fingerprint,
-        "target_fingerprint": features.images.fingerprint,
+        "target_fingerprint": generated.images.fingerprint,
     }
     return json.loads(json.dumps(result, allow_nan=False)), copies
 
 
 def _per_label(
     features: EvaluationFeatures,
-    real: ImageSet,
-    x: Features,
-    y: Features,
+    real: Drawn,
     found: Measurement,
     extractor: FeatureExtractor,
     config: EvalConfig,
 ) -> dict[str, Any]:
     """Accuracy of the requested labels (into `found`), and distances and floor of each label."""
-    name = config.label_field
-    if name is None or name not in real.label_names:
+    name, generated, train = config.label_field, features.generated, features.train
+    if name is None or name not in real.images.label_names:
         return {}
-    names, real_ids = real.label_names[name], real.column(name)[features.real_rows]
-    asked = labels_in_reference_ids(features.images, name, names)
+    names = real.images.label_names[name]
+    asked = labels_in_reference_ids(generated.images, name, names)
     if asked is None:
         return {}
-    asked = asked[features.generated_rows]
-    table = distances_by_label(x, asked, y, real_ids, names, config, extractor.prefixes)
-    for label, row in table.items():
+    asked, real_ids = asked[generated.rows], real.images.column(name)[real.rows]
+
+    def table(x: Features, ids: Rows) -> dict[str, dict[str, Any]]:
+        return distances_by_label(
+            *(x, ids, real.features, real_ids, names, config, extractor.prefixes)
+        )
+
+    labels = table(generated.features, asked)
+    for label, row in labels.items():
         if "skipped" in row:
             logger.info("%s %s: %s", name, label, row["skipped"])
-    if features.train_images is not None and features.train is not None:
-        train = features.train
-        train_ids = features.train_images.column(name)[features.train_rows]
-        means = class_means(train, train_ids)
-        found.metrics["label_accuracy"] = nearest_class_mean_accuracy(x, asked, means)
-        found.metrics["label_accuracy_real"] = nearest_class_mean_accuracy(y, real_ids, means)
+    if train:
+        train_ids = train.images.column(name)[train.rows]
+        means = class_means(train.features, train_ids)
+        for metric, x, ids in (
+            ("label_accuracy", generated.features, asked),
+            ("label_accuracy_real", real.features, real_ids),
+        ):
+            found.metrics[metric] = nearest_class_mean_accuracy(x, ids, means)
         if config.floors:
-            floor = distances_by_label(
-                *(train, train_ids, y, real_ids, names, config, extractor.prefixes)
-            )
-            for label, row in floor.items():
-                table[label]["floor"] = row
-    return {"field": name, "labels": table}
+            for label, row in table(train.features, train_ids).items():
+                labels[label]["floor"] = row
+    return {"field": name, "labels": labels}
 
 
 def _add_floors(
     features: EvaluationFeatures,
-    y: Features,
+    real: Features,
     found: Measurement,
     extractor: FeatureExtractor,
     config: EvalConfig,
-    settings: dict[str, Any],
 ) -> None:
     """Distances of training, reconstructed and shrunk images from the reference images."""
     fd, kd = extractor.prefixes
-    settings["shrunk"] = SHRUNK_FILTER
-    sets = {
-        "train": (features.train, "the reference has no training split"),
-        "vae": (features.reconstructed, "there is no VAE"),
-        "shrunk": (features.shrunk, ""),
-    }
-    for name, (others, reason) in sets.items():
+    train = features.train.features if features.train else None
+    found.settings["shrunk"] = SHRUNK_FILTER
+    for name, others, reason in (
+        ("train", train, "the reference has no training split"),
+        ("vae", features.reconstructed, "there is no VAE"),
+        ("shrunk", features.shrunk, ""),
+    ):
         if others is None:
             found.absent[f"{fd}_{name}"] = reason
             continue
-        found.metrics[f"{fd}_{name}"] = distance_of_sets(others, y)
+        found.metrics[f"{fd}_{name}"] = distance_of_sets(others, real)
         if name != "shrunk":
-            found.metrics[f"{kd}_{name}"] = _kid(others, y, config).mean
+            found.metrics[f"{kd}_{name}"] = _kid(others, real, config).mean
     if features.vae:
-        settings["vae"] = features.vae
+        found.settings["vae"] = features.vae
 
 
 def _write(
@@ -629,16 +573,25 @@ def _write(
     config: EvalConfig,
 ) -> None:
     """Write the files of a result; result.json is last and marks the others as complete."""
-    real, images = features.real, features.reference.images
-    if config.save_statistics and real is not None and images is not None:
-        kept = KeptStatistics(feature_statistics(real), extractor.identity, images.fingerprint)
+    generated, search = features.generated.images, features.search
+    real = features.real if isinstance(features.real, Drawn) else None
+    if config.save_statistics and real:
+        statistics = feature_statistics(real.features)
+        kept = KeptStatistics(statistics, extractor.identity, real.images.fingerprint)
         write_statistics(folder / "reference.npz", kept)
     if config.report:
-        pictures = Pictures.of(
-            *(features.images, features.generated_rows, images, features.real_rows),
-            *(features.train_images, result["memorisation"].get("closest_pairs", [])),
-        )
-        write_report(folder / "report.html", result, pictures, copies)
+        pairs = []
+        if search:
+            for pair in result["memorisation"]["closest_pairs"]:
+                i, j = pair["sample"], pair["training_image"]
+                caption = f"sample {i}, training image {j}: {pair['distance']:.3g}"
+                pairs.append((generated.read([i])[0], search.images.read([j])[0], caption))
+        grids = [
+            side and side.images.read(side.rows[:GRID_IMAGES].tolist())
+            for side in (features.generated, real)
+        ]
+        with atomic_file(folder / "report.html") as scratch:
+            scratch.write_text(render(result, Pictures(*grids, pairs), copies), encoding="utf-8")
     with atomic_file(folder / "result.json") as scratch:
         scratch.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 

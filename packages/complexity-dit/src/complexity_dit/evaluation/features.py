@@ -31,16 +31,13 @@ def extract_features(
     total: int | None = None,
     desc: str = "features",
 ) -> NDArray[np.float32]:
-    """Compute features of images, independent of how they are batched.
+    """Compute features (N, D) of images, independent of how they are batched.
 
     Args:
         batches: uint8 (n, H, W, 3) arrays, any n, one H and W.
         extractor: The network.
         total: Number of images, for the progress bar.
         desc: Title of the progress bar.
-
-    Returns:
-        (N, D) float32 in the order of the images.
 
     Raises:
         UserError: No image at all, or batches that are not uint8 (n, H, W, 3) of one size.
@@ -105,7 +102,7 @@ def set_features(
         images: The set.
         rows: Numbers of the images, (n,).
         extractor: The network.
-        cache: Whether features may be read from and written to the user's cache folder.
+        cache: Whether to use the user's cache folder.
         transform: Function of uint8 (n, H, W, 3) images that is applied first.
         transform_name: Its name, with everything that its result depends on.
 

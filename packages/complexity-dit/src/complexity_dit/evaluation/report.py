@@ -20,12 +20,10 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
-if TYPE_CHECKING:  # `compare` needs neither the pipeline nor the data sources
+if TYPE_CHECKING:  # `compare` does not need the pipeline
     from complexity_dit.evaluation.breakdown import Memorisation
-    from complexity_dit.evaluation.image_sets import ImageSet
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -347,44 +345,6 @@ class Pictures:
     samples: NDArray[np.uint8]
     reference: NDArray[np.uint8] | None = None
     pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        generated: "ImageSet",
-        generated_rows: NDArray[np.int64],
-        reference: "ImageSet | None",
-        real_rows: NDArray[np.int64],
-        train: "ImageSet | None",
-        pairs: Sequence[dict[str, Any]],
-    ) -> "Pictures":
-        """Read the first images of both sides, and the closest pairs."""
-        shown = []
-        if train is not None:
-            for pair in pairs:
-                i, j, distance = pair["sample"], pair["training_image"], pair["distance"]
-                caption = f"sample {i}, training image {j}: {distance:.3g}"
-                shown.append((generated.read([i])[0], train.read([j])[0], caption))
-        return cls(
-            generated.read(generated_rows[:GRID_IMAGES].tolist()),
-            reference.read(real_rows[:GRID_IMAGES].tolist()) if reference else None,
-            shown,
-        )
-
-
-def write_report(
-    path: Path, result: dict[str, Any], pictures: Pictures, copies: "Memorisation | None" = None
-) -> None:
-    """Write the page atomically.
-
-    Args:
-        path: The HTML file.
-        result: Result of `evaluate`.
-        pictures: Images to show.
-        copies: Nearest training images, if they were searched.
-    """
-    with atomic_file(path) as scratch:
-        scratch.write_text(render(result, pictures, copies), encoding="utf-8")
 
 
 def render(result: dict[str, Any], pictures: Pictures, copies: "Memorisation | None" = None) -> str:
