@@ -18,13 +18,21 @@ from benchmarks.common.results import append_rows, as_rows, commit, format_value
 from complexity_dit.config import EvalConfig
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.pipelines.schedulers import named_scheduler, steps_within
+from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler
 
 SCHEDULERS = {
     "Euler": "FlowMatchEulerDiscreteScheduler",
     "Heun": "FlowMatchHeunDiscreteScheduler",
     "DPM-Solver++ 2M": "DPMSolverMultistepScheduler",
 }
+
+
+def steps_within(scheduler, evaluations):
+    """The largest number of steps within a budget of evaluations, without guidance."""
+    steps = evaluations
+    while steps > 1 and count_evaluations(scheduler, steps) > evaluations:
+        steps -= 1
+    return steps
 
 
 def cases(scheduler, options):

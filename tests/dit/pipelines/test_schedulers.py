@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from benchmarks.recipe.sampler_table import steps_within
 from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from complexity_dit.config import ObjectiveConfig, SampleConfig
@@ -17,7 +18,6 @@ from complexity_dit.pipelines.schedulers import (
     named_scheduler,
     network_times,
     set_steps,
-    steps_within,
 )
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError

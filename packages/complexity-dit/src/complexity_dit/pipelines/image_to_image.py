@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,10 @@ _MASKS = VaeImageProcessor(
 
 
 def read_pictures(image: Pictures, height: int | None, width: int | None) -> Tensor:
-    """Convert one image or several to (B, 3, Y, X) in [-1, 1].
+    """Convert one image or several to (B, 3, Y, X) in [-1, 1], resized unless the size is None.
 
-    Args:
-        image: PIL images, arrays (Y, X, 3) or (B, Y, X, 3), or tensors (3, Y, X) or (B, 3, Y, X),
-            with values in [0, 1].
-        height: Height in pixels to resize to; None keeps that of the image.
-        width: Width in pixels, likewise.
-
-    Raises:
-        UserError: If it is none of these, or the images differ in size.
+    Given are PIL images, arrays (Y, X, 3) or (B, Y, X, 3), or tensors (3, Y, X) or (B, 3, Y, X),
+    with values in [0, 1].
     """
     pixels = _read(_IMAGES, image, height, width, "image")
     if pixels.shape[1] != 3:
@@ -53,14 +48,8 @@ def read_pictures(image: Pictures, height: int | None, width: int | None) -> Ten
 def read_mask(mask: Pictures, height: int, width: int) -> Tensor:
     """Convert one mask or several to (B, 1, Y, X) of ones (replace) and zeros (keep).
 
-    Args:
-        mask: PIL images, arrays (Y, X) or (B, Y, X), or tensors likewise or with one channel, with
-            values in [0, 1]; 0.5 and above is 1.
-        height: Height of the image in pixels; a mask of another size is resized.
-        width: Width of the image in pixels.
-
-    Raises:
-        UserError: If it is none of these.
+    Given are PIL images, arrays (Y, X) or (B, Y, X), or tensors likewise or with one channel, with
+    values in [0, 1]; 0.5 and above is 1. Height and width are those of the image.
     """
     pixels = _read(_MASKS, mask, height, width, "mask_image")
     if pixels.shape[1] != 1:
@@ -156,7 +145,6 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
             height: Height in pixels to resize `image` to; None keeps its own.
             width: Width in pixels, likewise.
             num_inference_steps: Steps from pure noise, of which `strength` selects a share.
-            generator: One generator, or one per generated image.
             latents: The noise to add, (B, C, Y, X); drawn from `generator` when None.
 
         Returns:
@@ -166,10 +154,8 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
             UserError: For a strength outside [0, 1], images that cannot be read or whose size or
                 number does not fit, or as `ComplexityDiTPipeline` does.
         """
-        arguments = dict(locals())
-        del arguments["self"]
-        arguments["image"] = read_pictures(image, height, width)
-        return self._sample(**arguments)
+        pixels = read_pictures(image, height, width)
+        return self._sample(SimpleNamespace(**locals()), pixels, strength=strength)
 
 
 class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
@@ -207,7 +193,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.
 
-        Arguments not listed here are those of `ComplexityDiTPipeline`.
+        Arguments not listed here are those of `ComplexityDiTImg2ImgPipeline`.
 
         Args:
             image: One image for all labels, or one each: PIL, arrays or tensors in [0, 1].
@@ -217,12 +203,8 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
                 for output "latent" the black latents are those of `image`.
             strength: Below 1 the white part starts from `image` under noise, with that share of
                 the steps, instead of from noise alone.
-            num_images_per_prompt: Images per label or input image.
             height: Height in pixels to resize `image` and mask to; None keeps that of `image`.
             width: Width in pixels, likewise.
-            num_inference_steps: Steps from pure noise, of which `strength` selects a share.
-            generator: One generator, or one per generated image.
-            latents: The noise, (B, C, Y, X); drawn from `generator` when None.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -231,11 +213,9 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
             UserError: For a strength outside [0, 1], images or masks that cannot be read or whose
                 size or number does not fit, or as `ComplexityDiTPipeline` does.
         """
-        arguments = dict(locals())
-        del arguments["self"], arguments["mask_image"]
-        arguments["image"] = pixels = read_pictures(image, height, width)
-        arguments["mask"] = read_mask(mask_image, *pixels.shape[-2:])
-        return self._sample(**arguments)
+        pixels = read_pictures(image, height, width)
+        mask = read_mask(mask_image, *pixels.shape[-2:])
+        return self._sample(SimpleNamespace(**locals()), pixels, mask, strength)
 
 
 def slerp(first: Tensor, last: Tensor, share: float) -> Tensor:

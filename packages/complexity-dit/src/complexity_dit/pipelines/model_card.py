@@ -86,9 +86,6 @@ def write_card(
 
     Returns:
         The card's path. An edited card is not changed.
-
-    Raises:
-        OSError: If a file cannot be read or written.
     """
     card = folder / CARD_FILE
     if grid is not None:
@@ -104,23 +101,20 @@ def write_card(
         result = json.loads(result.read_text())
     name = name or folder.resolve().name
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
-    sections = [f"# {name}"]
-    if (folder / GRID_FILE).is_file():
-        sections.append(f"![Samples]({GRID_FILE})")
+    grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
     if adapter:
+        use, labels, architecture = _USE_ADAPTER, adapter["labels"], ""
         base = adapter["base"] if _is_hub_id(adapter["base"]) else Path(adapter["base"]).name
-        sections += [
-            _USE_ADAPTER.format(name=name, base=base, sha256=adapter["base_sha256"],
-                                arguments=_arguments(adapter["labels"])),
-            _labels(adapter["labels"]),
-        ]  # fmt: skip
+        about = {"base": base, "sha256": adapter["base_sha256"]}
     else:
-        index = _read(folder / "model_index.json")
+        use, index, about = _USE, _read(folder / "model_index.json"), {}
         labels = {field: list(names.values()) for field, names in index["id2label"].items()}
-        arguments = _arguments(labels)
-        sections += [_USE.format(name=name, arguments=arguments), _labels(labels)]
-        sections.append(_architecture(folder, index))
-    sections += [_data(data), _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK]
+        architecture = _architecture(folder, index)
+    use = use.format(name=name, arguments=_arguments(labels), **about)
+    sections = (
+        f"# {name}", grid_line, use, _labels(labels), architecture, _data(data),
+        _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
+    )  # fmt: skip
     text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
         aside.write_text(f"---\n{_metadata(name, data, adapter, result)}\n---\n\n{text}\n")
@@ -134,11 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> ModelCardData:
     """The YAML header that the Hub reads."""
     scheme, _, place = str(data.get("source", "")).partition(":")
-    licence: dict[str, Any] = {}
-    if _is_wikiart(data):
-        licence = {"license": "other", "license_name": "non-commercial-research"}
-    elif scheme == "art":
-        licence = {"license": "apache-2.0"}
+    wikiart = _is_wikiart(data)
     results = []
     if result is not None:
         dataset = _source_name(result["settings"]["data"])
@@ -164,7 +154,8 @@ def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> Mode
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
         model_name=name if results else None,
         eval_results=results or None,
-        **licence,
+        license="other" if wikiart else "apache-2.0" if scheme == "art" else None,
+        license_name="non-commercial-research" if wikiart else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -39,17 +40,11 @@ StepCallback = Callable[[Any, int, Tensor, dict], dict]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Extrapolation of a prediction away from a weaker one.
-
-    Attributes:
-        scale: 1 switches it off.
-        interval: Noise levels in [0, 1] within which it acts, both ends included.
-        guide: A weaker network; None means the null rows of the network itself.
-    """
+    """Extrapolation of a prediction away from a weaker one, within closed noise levels."""
 
     scale: float
     interval: tuple[float, float]
-    guide: ComplexityDiTTransformer2DModel | None
+    guide: ComplexityDiTTransformer2DModel | None  # None: the null rows of the network itself
 
     def check(self, transformer: ComplexityDiTTransformer2DModel, condition: Tensor) -> None:
         """Refuse a bad interval, or a guide that cannot take the same input and labels."""
@@ -73,15 +68,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class NetworkBatches:
-    """Network calls on a fixed number of rows, so that bits do not depend on the batch.
+    """Network calls on a fixed number of rows, so that bits do not depend on the batch."""
 
-    Attributes:
-        size: Rows per call; None runs all rows in one call.
-        offset: Position of the first row within its call.
-    """
-
-    size: int | None
-    offset: int
+    size: int | None  # rows per call; None runs all in one
+    offset: int  # position of the first row within its call
 
     def run(self, network: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """Run a network on rows (B, ...), padding the first and the last call to `size` rows.
@@ -105,13 +95,7 @@ def read_id2label(
 ) -> dict[str, dict[int, str]]:
     """Label names `{field: {id: name}}` in the transformer's field order, with integer ids.
 
-    Args:
-        id2label: The table as passed by a user or read from JSON, where ids are strings and fields
-            are sorted; None names each label by its id.
-        transformer: The network whose label fields it must match.
-
-    Raises:
-        UserError: If it is not such a table, or the fields, their sizes or ids do not match.
+    JSON has turned ids into strings and sorted the fields. None names each label by its id.
     """
     config = transformer.config
     fields = dict(zip(config.label_fields, config.num_classes, strict=True))
@@ -138,11 +122,7 @@ def read_id2label(
 
 
 def repeat_rows(rows: Tensor, count: int, repeats: int, name: str, other: str) -> Tensor:
-    """One row per image: each of count / repeats rows `repeats` times in succession.
-
-    Raises:
-        UserError: If there are neither 1 nor count / repeats rows.
-    """
+    """One row per image: each of count / repeats rows, or a single one, `repeats` times."""
     expected = count // repeats
     if len(rows) not in (1, expected):
         raise UserError(
@@ -372,59 +352,37 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         Raises:
             UserError: For unknown labels, sizes that do not fit, or lists of unequal length.
         """
-        arguments = dict(locals())
-        del arguments["self"]
-        return self._sample(**arguments)
+        return self._sample(SimpleNamespace(**locals()))
 
-    def _sample(  # noqa: D417 -- the rest is documented in __call__
+    def _sample(
         self,
-        *,
-        num_images_per_prompt: int,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        guide: ComplexityDiTTransformer2DModel | None,
-        generator: Generators,
-        latents: Tensor | None,
-        class_labels: Tensor | None,
-        label_embeds: Tensor | None,
-        chunk_size: int | None,
-        chunk_offset: int,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        labels: Mapping[str, LabelValue | Sequence[LabelValue]],
+        call: SimpleNamespace,
         image: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Sample from noise, from an image under noise, or inside a mask.
 
-        Arguments not listed here are those of `__call__`.
-
-        Args:
-            image: What to start from, (1 or B, 3, Y, X) in [-1, 1]; None starts from noise alone.
-            mask: 1 where `image` is replaced and 0 where it is kept, (1 or B, 1, Y, X).
-            strength: Share of the steps to run.
+        `call` has the arguments of `__call__`. `image` is what to start from, (1 or B, 3, Y, X) in
+        [-1, 1], with that `strength`; `mask` is 1 where it is replaced and 0 where it is kept, (1
+        or B, 1, Y, X).
         """
-        if num_inference_steps < 1:
-            raise UserError(f"num_inference_steps {num_inference_steps} must be at least 1")
+        steps = call.num_inference_steps
+        if steps < 1:
+            raise UserError(f"num_inference_steps {steps} must be at least 1")
         if not 0 <= strength <= 1:
             raise UserError(
                 f"strength {strength} must be from 0 (the image as it is) to 1 (a new one)"
             )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type {output_type!r} must be pil, np, pt or latent")
-        for name in callback_on_step_end_tensor_inputs:
+        if call.output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type {call.output_type!r} must be pil, np, pt or latent")
+        for name in call.callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise UserError(
                     f"callback tensor {name!r} must be one of {self._callback_tensor_inputs}"
                 )
         if image is None:
-            height, width = height or self.sample_size, width or self.sample_size
+            height, width = (side or self.sample_size for side in (call.height, call.width))
         else:
             height, width = image.shape[-2:]
         multiple = self.transformer.config.patch_size * self.vae_scale_factor
@@ -433,16 +391,16 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 f"height {height} and width {width} must be positive multiples of {multiple} "
                 f"(patch {self.transformer.config.patch_size} x VAE {self.vae_scale_factor})"
             )
-        condition = self._condition(class_labels, label_embeds, labels)
-        guidance = Guidance(guidance_scale, guidance_interval, guide)
+        condition = self._condition(call.class_labels, call.label_embeds, call.labels)
+        guidance = Guidance(call.guidance_scale, call.guidance_interval, call.guide)
         guidance.check(self.transformer, condition)
-        batches, device = NetworkBatches(chunk_size, chunk_offset), self._execution_device
+        batches, device = NetworkBatches(call.chunk_size, call.chunk_offset), self._execution_device
 
-        repeats = num_images_per_prompt
+        repeats = call.num_images_per_prompt
         count = max(len(condition), 1 if image is None else len(image)) * repeats
         condition = repeat_rows(condition, count, repeats, "labels", "images").to(device)
-        noise = self._noise(count, height, width, generator, latents)
-        set_steps(self.scheduler, num_inference_steps, device)
+        noise = self._noise(count, height, width, call.generator, call.latents)
+        set_steps(self.scheduler, steps, device)
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
         x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         first = 0
@@ -450,7 +408,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         if image is not None:
             image = repeat_rows(image, count, repeats, "images", "labels").to(noise)
             clean = self._encode(image, batches).to(noise.dtype)
-            first = begin_at(self.scheduler, num_inference_steps, strength)
+            first = begin_at(self.scheduler, steps, strength)
             if first > 0:
                 x = noised(self.scheduler, clean, noise, first)
             if mask is not None:
@@ -467,17 +425,17 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 after_step = put_back
 
         x = self._denoise(
-            x, condition, first, guidance, batches, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, after_step,
+            x, condition, first, guidance, batches, call.callback_on_step_end,
+            call.callback_on_step_end_tensor_inputs, after_step,
         )  # fmt: skip
         images: Any = x
-        if output_type != "latent":
+        if call.output_type != "latent":
             pixels = self._decode(x, batches)
             if image is not None and mask is not None:
                 pixels = torch.where(mask > 0, pixels, image.to(pixels))
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
+            images = self.image_processor.postprocess(pixels, output_type=call.output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if call.return_dict else (images,)
 
     def _noise(
         self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
@@ -505,17 +463,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         callback_tensors: Sequence[str],
         after_step: Callable[[int, Tensor], Tensor] | None,
     ) -> Tensor:
-        """Run the scheduler from its timestep number `first` to the last.
+        """Run the scheduler from timestep number `first`, whose noise level `x` has, to the last.
 
-        Args:
-            x: Noisy images or latents, (B, C, Y, X), at the noise level of that timestep.
-            condition: Label ids (B, F) or embeddings (B, D).
-            first: Number of the first timestep; if there are none left, `x` is returned as it is.
-            guidance: What predictions are led away from.
-            batches: How the rows are divided into network calls.
-            callback: As in `__call__`.
-            callback_tensors: As in `__call__`.
-            after_step: Maps the number of a step and its result, before the callback gets it.
+        `after_step` maps the number of a step and its result, before the callback gets it.
         """
         timesteps = self.scheduler.timesteps[first:]
         times = network_times(self.scheduler)[first:]
@@ -530,32 +480,24 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(x, t)
                 guided = is_guided(times[i], guidance.scale, guidance.interval)
+                active = guidance if guided else None
                 prediction = self._predict(
-                    model_input.to(dtype),
-                    times[i],
-                    condition,
-                    guidance if guided else None,
-                    batches,
+                    model_input.to(dtype), times[i], condition, active, batches
                 )
                 self._num_evaluations += 1 + guided
                 x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
                 if after_step is not None:
                     x = after_step(i, x)
                 if callback is not None:
-                    available = {"latents": x}
-                    tensors = {name: available[name] for name in callback_tensors}
+                    tensors = dict.fromkeys(callback_tensors, x)  # "latents" is the only name
                     x = callback(self, i, t, tensors).get("latents", x)
                 progress_bar.update()
         return x
 
     def _predict(
-        self,
-        x: Tensor,
-        t: Tensor,
-        condition: Tensor,
-        guidance: Guidance | None,
+        self, x: Tensor, t: Tensor, condition: Tensor, guidance: Guidance | None,
         batches: NetworkBatches,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The transformer's prediction, led away from a weaker one if there is guidance."""
 
         def predict(x: Tensor, condition: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from complexity_dit.hashing import module_hash, weights_sha256
 from complexity_dit.models.loading import describe
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.schedulers import count_evaluations, is_flow, named_scheduler
+from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
 from complexity_dit.seeding import generator_for
 from inl_core.run.checkpoints import check_damage
 from inl_core.run.errors import UserError
@@ -31,12 +31,7 @@ _COLUMNS = 8
 
 
 def load_pipeline(path: str) -> ComplexityDiTPipeline:
-    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base.
-
-    Raises:
-        UserError: If there is no such folder, it is not a ComplexityDiT pipeline, it belongs to a
-            damaged checkpoint, or the base of an adapter is missing or has changed.
-    """
+    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base."""
     folder = Path(path)
     check_damage(folder)
     if (folder / ADAPTER_FILE).is_file():
@@ -78,25 +73,18 @@ def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
 
 
 def load_guide(path: str, pipe: ComplexityDiTPipeline) -> ComplexityDiTTransformer2DModel:
-    """Load the transformer of another pipeline as a guide for `pipe`.
-
-    Raises:
-        UserError: If it cannot be loaded, or has other labels or another objective.
-    """
+    """Load the transformer of another pipeline with the same labels and objective as a guide."""
     guide = load_pipeline(path)
     if guide.id2label != pipe.id2label:
         raise UserError(
             f"--autoguidance {path} has other labels than the pipeline: use a model that was "
             "trained on the same data"
         )
-    kinds = [
-        "flow" if is_flow(p.scheduler) else p.scheduler.config.prediction_type
-        for p in (guide, pipe)
-    ]
-    if kinds[0] != kinds[1]:
+    other, own = (prediction_type(p.scheduler) for p in (guide, pipe))
+    if other != own:
         raise UserError(
-            f"--autoguidance {path} predicts {kinds[0]} and the pipeline {kinds[1]}: use a model "
-            "with the same objective"
+            f"--autoguidance {path} predicts {other} and the pipeline {own}: use a model with the "
+            "same objective"
         )
     return guide.transformer.to(pipe.device)
 
@@ -153,10 +141,6 @@ def iter_samples(
 
     Yields:
         Indices, and their images as uint8 (n, Y, X, 3), rounded to nearest.
-
-    Raises:
-        UserError: If a number in the config is out of range, the scheduler does not fit the model,
-            the guide was trained on other data, or an image has non-finite values.
     """
     guide = None if config.autoguidance is None else load_guide(config.autoguidance, pipe)
     pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
@@ -202,11 +186,7 @@ def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int
 
 
 def grid_labels(pipe: ComplexityDiTPipeline, columns: int, field: str | None = None) -> Tensor:
-    """Labels of a grid with one row per name of a field (the first field by default).
-
-    Returns:
-        (rows * columns, F) int64, with all other fields not given.
-    """
+    """Labels of a grid, (rows * columns, F), one row per name of a field (by default the first)."""
     names = pipe.label_names
     if not names:
         return torch.full((columns * columns, 0), -1, dtype=torch.long)

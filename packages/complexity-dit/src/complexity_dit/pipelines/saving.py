@@ -30,11 +30,7 @@ _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
     "transformer": ("modeling_complexity_dit", ComplexityDiTTransformer2DModel),
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
-_BASES: dict[str, type] = {
-    "transformer": ModelMixin,
-    "vae": ModelMixin,
-    "scheduler": SchedulerMixin,
-}
+_BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
 _SETTINGS = frozenset({"id2label", "latents_mean", "latents_std"})
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
 # Components passed to `from_pretrained`: their entries in `model_index.json` are not used.

@@ -43,23 +43,18 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     )
 
 
+def prediction_type(scheduler: SchedulerMixin) -> str:
+    """What a model that a scheduler fits predicts: flow, epsilon, v_prediction or sample."""
+    return "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+
+
 def named_scheduler(
     current: SchedulerMixin, name: str | None = None, shift: float | None = None
 ) -> SchedulerMixin:
     """Build another scheduler for the model that `current` samples from.
 
-    Args:
-        current: The scheduler that the model was saved with, which determines the objective.
-        name: Class name in diffusers; None keeps the class.
-        shift: Time shift of a flow scheduler: above 1 takes smaller steps at high noise. None
-            keeps that of `current`.
-
-    Returns:
-        A new scheduler, or `current` if both are None.
-
-    Raises:
-        UserError: For an unknown name (near ones are listed), a class that does not fit the
-            objective, a shift that is not above 0, or a shift without flow matching.
+    `name` is a class in diffusers that fits the objective, and `shift` the time shift of a flow
+    scheduler: above 1 takes smaller steps at high noise. None keeps that of `current`.
     """
     if name is None and shift is None:
         return current
@@ -127,13 +122,9 @@ def network_times(scheduler: SchedulerMixin) -> Tensor:
 
 
 def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -> Tensor:
-    """Add noise to clean images, to the level at which a step starts.
+    """Add unit noise to clean images, to the level at which a step of a set scheduler starts.
 
-    Args:
-        scheduler: A scheduler with its steps set.
-        clean: (B, C, Y, X).
-        noise: Unit noise, likewise.
-        step: From 0 to the number of timesteps, after which images are clean.
+    `step` is from 0 to the number of timesteps, after which images are clean.
     """
     if step == len(scheduler.timesteps):
         return clean
@@ -144,10 +135,9 @@ def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -
 
 
 def begin_at(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> int:
-    """Skip the first steps of a scheduler with its steps set, so that a share `strength` is run.
+    """Skip the first steps of a set scheduler, so that a share `strength` is run.
 
-    Returns:
-        The number of the first timestep. At least one step is left if `strength` is above 0.
+    Returned is the number of the first timestep; one is left at least if `strength` is above 0.
     """
     # The small number compensates for rounding: 0.07 * 100 is 7.000000000000001.
     run = min(math.ceil(num_inference_steps * strength - 1e-6), num_inference_steps)
@@ -180,11 +170,3 @@ def count_evaluations(
     return sum(
         1 + is_guided(time, guidance_scale, guidance_interval) for time in network_times(fresh)
     )
-
-
-def steps_within(scheduler: SchedulerMixin, evaluations: int) -> int:
-    """The largest number of steps within a budget of evaluations, without guidance."""
-    steps = evaluations
-    while steps > 1 and count_evaluations(scheduler, steps) > evaluations:
-        steps -= 1
-    return steps
