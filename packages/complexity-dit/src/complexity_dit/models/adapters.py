@@ -45,11 +45,7 @@ OFFLOAD_REASON = (
 
 
 class LabelTable(nn.Module):
-    """A label table with the rows of adapters between those of the network and the null row.
-
-    Args:
-        own: The network's table, with the null row at the end.
-    """
+    """A label table with the rows of adapters between those of the network and the null row."""
 
     def __init__(self, own: nn.Embedding) -> None:
         super().__init__()
@@ -74,12 +70,7 @@ class LabelTable(nn.Module):
 def read_adapter(source: Any, **fetching: Any) -> tuple[dict, dict | None]:
     """The tensors of an adapter by name, and PEFT's settings.
 
-    Args:
-        source: A folder, a safetensors file, a Hub id, or the tensors by name.
-        **fetching: `FETCH_OPTIONS`.
-
-    Raises:
-        UserError: If there is no such adapter, or it is not a safetensors file.
+    `source` is a folder, a safetensors file, a Hub id, or the tensors by name.
     """
     options = dict.fromkeys(FETCH_OPTIONS) | fetching
     if not isinstance(source, dict) and options["use_safetensors"] is False:
@@ -158,7 +149,6 @@ class LabelAdapterMixin(PeftAdapterMixin):
                     raise UserError(
                         f"{field} {name!r} was added by another adapter already: unload that one"
                     )
-        for field, names in labels.items():
             table = self.label_embed[field]
             null = table.weight[-1].detach()
             rows = [names[n] if isinstance(names, Mapping) else null for n in names]
@@ -324,10 +314,7 @@ class LabelAdapterMixin(PeftAdapterMixin):
         try:
             for field, table in tables.items():
                 self.label_embed[field] = nn.Embedding.from_pretrained(table.weight.detach())
-            rows = [
-                cast(nn.Embedding, self.label_embed[f]).num_embeddings - 1
-                for f in self.config.label_fields
-            ]
+            rows = [len(cast(nn.Embedding, t).weight) - 1 for t in self.label_embed.values()]
             self.register_to_config(num_classes=rows)  # pyright: ignore
             yield
         finally:

@@ -14,7 +14,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin  # noqa: F401 — ModelMixin: looked up by diffusers
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,24 +30,11 @@ KNOWN_PICKLES = {
 """sha256 of the release that is published as .pth only; no other .pth is opened."""
 
 
-class TinyBlock(nn.Module):
-    """`relu(y + conv(y))` with y = x + pool(x): three 3x3 convolutions, and an optional pool.
-
-    Args:
-        channels: Width, in and out.
-        pool_channels: Inner width of the 1x1 branch; 0 means no branch.
-        pool_groups: Groups of the branch's GroupNorm.
-    """
+class TinyBlock(AutoencoderTinyBlock):
+    """`relu(y + conv(y))` with y = x + pool(x): three 3x3 convolutions, and an optional pool."""
 
     def __init__(self, channels: int, pool_channels: int, pool_groups: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        super().__init__(channels, channels, "relu")
         self.pool = None
         if pool_channels:
             self.pool = nn.Sequential(
@@ -58,9 +45,7 @@ class TinyBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pool is not None:
-            x = x + self.pool(x)
-        return torch.relu(x + self.conv(x))
+        return super().forward(x if self.pool is None else x + self.pool(x))
 
 
 class SoftClamp(nn.Module):

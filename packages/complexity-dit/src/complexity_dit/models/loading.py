@@ -44,10 +44,6 @@ def load_weights(
         source: A folder or Hub id.
         allow_unused: Whether the files may have more tensors than the network, e.g. a head.
         **kwargs: Further arguments of `load`.
-
-    Raises:
-        UserError: If the folder has only pickles, its config cannot be read or describes a larger
-            network than the files can hold, or tensors are missing, unknown or of other shapes.
     """
     only_safetensors(kwargs)
     folder = Path(source, kwargs.get("subfolder") or "")

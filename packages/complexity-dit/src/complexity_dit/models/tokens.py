@@ -28,16 +28,9 @@ def kept_count(tokens: int, rate: float) -> int:
 
 
 def draw_kept_tokens(batch: int, tokens: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Draw a subset of tokens to keep for each image, every subset equally likely.
+    """Draw the tokens to keep of each image, every subset equally likely.
 
-    Args:
-        batch: Images B.
-        tokens: Tokens N per image.
-        rate: Share of them to drop, in [0, 1).
-        generator: Source of randomness.
-
-    Returns:
-        Indices, int64 (B, K), ascending in each row.
+    Indices, int64 (B, K), ascending in each row, if the share `rate` of N tokens is dropped.
     """
     scores = torch.rand(batch, tokens, generator=generator)
     return scores.topk(kept_count(tokens, rate), dim=1).indices.sort(dim=1).values
@@ -71,14 +64,7 @@ class _Take(torch.autograd.Function):
 class TokenSubset:
     """The kept tokens of a batch, gathered from and scattered into a `LayerState`.
 
-    Args:
-        kept_BK: Indices of the kept tokens, (B, K) int64, ascending in each row; the values are not
-            checked.
-        batch: Images B.
-        tokens: Tokens N per image.
-
-    Raises:
-        ValueError: If the indices have another type or shape.
+    `kept_BK` are their indices, int64, ascending in each row; the values are not checked.
     """
 
     def __init__(self, kept_BK: Tensor, batch: int, tokens: int) -> None:
@@ -96,12 +82,9 @@ class TokenSubset:
 
     def take(self, state: LayerState) -> LayerState:
         """Gather the kept tokens: each (B, N, ...) becomes (B, K, ...), None stays None."""
-        h, v, first = state
-        return (
-            self._take(h),
-            None if v is None else self._take(v),
-            None if first is None else self._take(first),
-        )
+        h, v, first = (None if x is None else self._take(x) for x in state)
+        assert h is not None  # only velocity and values may be missing
+        return h, v, first
 
     def put_back(self, part: LayerState, full: LayerState) -> LayerState:
         """Scatter hidden state and velocity of the kept tokens, `part`, into those of all, `full`.
@@ -131,18 +114,11 @@ def expert_ids(
     tokens: int,
     edges: Sequence[float] | None = None,
 ) -> Tensor:
-    """The expert of every token.
+    """The expert of every token, int64 (B, N).
 
-    Args:
-        routing: `timestep`: the bucket of the image's noise level; `position`: the token's
-            horizontal band, which in row-major order is token * E // N at every size.
-        num_experts: Experts E.
-        timestep_B: 1000 times the noise level, (B,).
-        tokens: Tokens N per image.
-        edges: E - 1 increasing noise levels between the buckets; None means equal widths.
-
-    Returns:
-        int64 (B, N).
+    With routing `timestep` it is the bucket of the image's noise level, between E - 1 increasing
+    `edges` (None means equal widths); with `position` the token's horizontal band, which in
+    row-major order is token * E // N at every size.
     """
     batch = timestep_B.shape[0]
     if routing == "position":
@@ -160,11 +136,7 @@ def expert_ids(
 def routing_plans(
     config: Mapping[str, Any], timestep_B: Tensor, tokens: int, kept_BK: Tensor | None
 ) -> tuple[RoutingPlan | None, RoutingPlan | None]:
-    """Group tokens by expert, once per batch for all blocks.
-
-    Returns:
-        The plan of all tokens (None for a dense MLP), and that of the kept ones (None if all are).
-    """
+    """Group tokens by expert, once per batch: all (None for a dense MLP), and the kept ones."""
     routing, experts = config["routing"], config["num_experts"]
     if routing == "none":
         return None, None

@@ -183,27 +183,17 @@ def build_dynamics(config: Mapping[str, Any]) -> INLDynamics | INLDynamicsLite:
         defaults[key] if config[f"dynamics_{key}"] is None else config[f"dynamics_{key}"]
         for key in ("alpha", "beta", "gate", "dt")
     )
-    bounds = {
-        "velocity_max": config["dynamics_velocity_max"],
-        "mu_min": config["dynamics_mu_min"],
-        "mu_max": config["dynamics_mu_max"],
-    }
+    bounds = {name: config[f"dynamics_{name}"] for name in ("velocity_max", "mu_min", "mu_max")}
     # The controller draws random numbers. Forking leaves the outer random stream as it is in a
     # model without dynamics, so that all placements share the same backbone initialisation.
     with torch.random.fork_rng(devices=[]):
         if config["dynamics_adaptive"] == "lite":
             return INLDynamicsLite(config["hidden_size"], alpha, beta, gate, dt, **bounds)
-        return INLDynamics(
-            config["hidden_size"],
-            init_alpha=alpha,
-            init_beta=beta,
-            init_gate=gate,
-            dt=dt,
-            beta_max=config["dynamics_beta_max"],
-            adaptive=config["dynamics_adaptive"],
-            controller_hidden=config["dynamics_controller_hidden"],
-            **bounds,
-        )
+        bounds |= {
+            n: config[f"dynamics_{n}"] for n in ("beta_max", "adaptive", "controller_hidden")
+        }
+        start = {"init_alpha": alpha, "init_beta": beta, "init_gate": gate}
+        return INLDynamics(config["hidden_size"], **start, dt=dt, **bounds)
 
 
 class ComplexityDiTFeedForward(nn.Module):
@@ -264,19 +254,11 @@ class ComplexityDiTBlock(nn.Module):
         sin_NE: Tensor,
         plan: RoutingPlan | None = None,
     ) -> LayerState:
-        """Apply the block.
+        """Map hidden state, velocity and values of the first block to those after this block.
 
-        Args:
-            h_BND: Hidden state ("position").
-            v_BND: Velocity carried through depth; None in the first block and without dynamics.
-            first_BNHE: Values of the first block; None in that block or without value residual.
-            c_BD: Activated condition (time plus labels).
-            cos_NE: Rotary cosines; (B, N, E) if each image keeps its own subset of tokens.
-            sin_NE: Rotary sines, likewise.
-            plan: The tokens grouped by expert, for a routed MLP.
-
-        Returns:
-            The next hidden state and velocity, and the values of the first block.
+        The velocity is None in the first block and without dynamics, the values in the first block
+        and without value residual. `c_BD` is the activated condition (time plus labels); the rotary
+        tables are (B, N, E) if each image keeps its own subset of tokens.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
@@ -470,13 +452,8 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         """
         if name not in SIZES:
             raise ValueError(f"unknown size {name!r}; sizes are {', '.join(SIZES)}")
-        hidden_size, num_layers, heads = SIZES[name]
-        shape = {
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "num_attention_heads": heads,
-        }
-        return cls(**(shape | overrides))
+        names = ("hidden_size", "num_layers", "num_attention_heads")
+        return cls(**(dict(zip(names, SIZES[name], strict=True)) | overrides))
 
     def forward(
         self,
@@ -522,12 +499,9 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         x_BND = x_BND + canvas_positions(
             rows, columns, self.config.sample_size // patch, x_BND.shape[-1], x_BND.device
         ).to(x_BND.dtype)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos_NE, sin_NE = rotary_2d(
-            rows,
-            columns,
-            self.config.hidden_size // self.config.num_attention_heads,
-            theta=self.config.rope_theta,
-            device=x_BND.device,
+            rows, columns, head_dim, theta=self.config.rope_theta, device=x_BND.device
         )
         timestep = timestep.expand(batch)
         c_BD = self.time_embed(self.time_proj(timestep).to(hidden_states.dtype))
@@ -621,12 +595,8 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 def velocity_towards(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
     """The flow velocity from a noisy image straight to a clean one.
 
-    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720).
-
-    Args:
-        clean: The predicted clean image, (B, C, Y, X).
-        noisy: The network's input x_t, likewise.
-        timestep: 1000 times t, (B,); t is clamped to at least `MIN_NOISE`.
+    x_t = (1 - t) x + t eps gives dx_t/dt = eps - x = (x_t - x) / t (Li & He, arXiv 2511.13720); t
+    is clamped to at least `MIN_NOISE`.
     """
     t = (timestep / NUM_TRAIN_TIMESTEPS).clamp(min=MIN_NOISE).view(-1, 1, 1, 1)
     return (noisy - clean) / t.to(clean)
@@ -642,11 +612,7 @@ def middle_blocks(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check sizes, names and what depends on them.
-
-    Raises:
-        ValueError: With the value and what was expected.
-    """
+    """Check sizes, names and what depends on them."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"] or heads
     size, patch = config["sample_size"], config["patch_size"]

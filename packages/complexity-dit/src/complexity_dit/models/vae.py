@@ -80,11 +80,9 @@ def scale_factor(vae: Vae) -> int:
 
 
 def posterior(vae: Vae, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Encode images in [-1, 1], (B, 3, Y, X).
+    """Encode images in [-1, 1], (B, 3, Y, X), to mean and standard deviation of the posterior.
 
-    Returns:
-        The posterior's mean, (B, C, Y / f, X / f), unscaled, and its standard deviation of the same
-        shape, or None for an autoencoder without a posterior.
+    Both are (B, C, Y / f, X / f), unscaled; the second is None for an autoencoder without one.
     """
     out = vae.encode(images)
     distribution = getattr(out, "latent_dist", None)
