@@ -18,20 +18,11 @@ from inl_core.run.errors import UserError
 
 
 def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
-    """The items that samples ``start`` to ``start + count - 1`` of a training run read.
+    """The items that samples `start` to `start + count - 1` of a run read: int64 (count,).
 
-    Sample k is item ``permutation(seed, k // num_items)[k % num_items]``: every epoch reads each
+    Sample k is item `permutation(seed, k // num_items)[k % num_items]`: every epoch reads each
     item once, in its own order. The order depends on the arguments alone, so a run that resumes at
     sample k, or splits a batch over processes, needs no sampler state.
-
-    Args:
-        num_items: Size of the data, at least 1.
-        seed: Seed of the order.
-        start: Index of the first sample, from 0.
-        count: Number of samples.
-
-    Returns:
-        int64 of shape (count,), values in [0, num_items).
     """
     if num_items < 1 or start < 0 or count < 0:
         raise ValueError(
@@ -61,14 +52,8 @@ class BalancedOrder:
     samples come in rounds: a round has one item of each label, in an order of its own, and the
     items of a label come in epochs of permutations. So the counts of two labels never differ by
     more than one, and no item of a label is read twice before all of them were read once.
-    Everything is a function of (seed, position), without sampler state.
-
-    Args:
-        ids: Label ids of one field, (N,), -1 where missing. Labels without items are ignored.
-        seed: Seed of the order.
-
-    Raises:
-        UserError: Every label is missing.
+    Everything is a function of (seed, position), without sampler state. `ids` are the labels of one
+    field, (N,), -1 where missing.
     """
 
     def __init__(self, ids: Tensor, seed: int) -> None:
@@ -114,15 +99,6 @@ class StepBatches(Dataset):
 
     Random numbers are drawn for the global batch and then sliced, so any number of processes gets
     the same data, noise, times and dropped labels, and so does a resumed run.
-
-    Args:
-        data: The training data.
-        config: The run.
-        rank: Index of this process.
-        world: Number of processes.
-
-    Raises:
-        UserError: `balanced_labels` or `label_dropout` name a field that the data do not have.
     """
 
     def __init__(self, data: TrainingData, config: TrainConfig, rank: int, world: int) -> None:
@@ -189,15 +165,23 @@ class StepBatches(Dataset):
         return {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}
 
 
+def images_per_pass(config: TrainConfig, processes: int) -> int:
+    """Images of one forward pass of one process; a UserError if the batch cannot be split."""
+    parts = processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
+            f"{processes} x {config.gradient_accumulation_steps}"
+        )
+    return config.batch_size // parts
+
+
 def step_loader(batches: StepBatches, steps: Sequence[int], device: torch.device) -> DataLoader:
     """The batches of these steps in order, prepared ahead by `config.loader_workers` processes.
 
     For a GPU they are in pinned memory, so that copies are asynchronous.
     """
+    workers, pinned = batches.config.loader_workers, device.type == "cuda"
     return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=steps,
-        num_workers=batches.config.loader_workers,
-        pin_memory=device.type == "cuda",
+        batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned
     )

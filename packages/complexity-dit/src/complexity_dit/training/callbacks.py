@@ -9,10 +9,10 @@ share.
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,13 +43,7 @@ class TrainLog:
     """The loss curve, `train_log.csv`: one row per step, exact across resumes.
 
     Losses stay on the device until a flush, so that the device need not wait for the host at every
-    step.
-
-    Args:
-        out: Folder of the run.
-        start_step: The step that the run resumes from.
-        accelerator: Averages over the processes, and reports to the tracker.
-        skipped: Number of steps that the spike guard has skipped so far.
+    step. `skipped` is the number of steps that the spike guard has skipped so far.
     """
 
     fields = ("step", "loss", "grad_norm", "lr", "skipped")
@@ -71,14 +65,7 @@ class TrainLog:
         self.pending.append((step, loss, grad_norm, lr, skipped))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
-        """Write the recorded steps.
-
-        Returns:
-            Text for the progress bar.
-
-        Raises:
-            UserError: Naming the first step whose loss or gradient norm is not finite.
-        """
+        """Write the recorded steps and return text for the progress bar."""
         mean = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean")
         rows = [
             (step, loss, float(norm), lr, int(skipped))
@@ -94,16 +81,8 @@ class TrainLog:
             self.file.write(rows)
         finite = [row[1] for row in rows if math.isfinite(row[1])]  # skipped steps may not be
         average = sum(finite) / len(finite) if finite else math.nan
-        self.accelerator.log(
-            {
-                "loss": average,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "images_per_second": speed,
-                "skipped_steps": self.skipped,
-            },
-            step,
-        )
+        counts = {"images_per_second": speed, "skipped_steps": self.skipped}
+        self.accelerator.log({"loss": average, "grad_norm": grad_norm, "lr": lr} | counts, step)
         return {"loss": f"{average:.4f}", "images/s": f"{speed:.0f}"}
 
     def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
@@ -123,13 +102,7 @@ class NoiseLevels:
     """Mean squared error in equal bins of the noise level t in [0, 1], `noise_levels.csv`.
 
     Columns are the step and, for each bin, the mean since the previous row, empty without images.
-    Sums stay on the device, so no step waits for it.
-
-    Args:
-        bins: Number of bins; 0 switches it off.
-        out: Folder of the run.
-        start_step: The step that the run resumes from.
-        accelerator: Sums over the processes, and reports to the tracker.
+    Sums stay on the device, so no step waits for it. 0 bins switch it off.
     """
 
     def __init__(self, bins: int, out: Path, start_step: int, accelerator: Accelerator) -> None:
@@ -165,18 +138,19 @@ class NoiseLevels:
         self.accelerator.log({f"loss/{n}": mean for n, mean in by_name if mean is not None}, step)
 
 
-class Callback(Protocol):
+class Callback(ABC):
     """Something done every `every` steps, at most once for each of them."""
 
     every: int
+    file: CsvLog | None = None  # in the main process, of the callbacks that write one
 
     def is_done(self, step: int) -> bool:
         """Whether the files of this step exist: a run may be killed before. Main process only."""
-        ...
+        return self.file is not None and step in self.file.steps
 
+    @abstractmethod
     def __call__(self, state: TrainState) -> None:
         """Do it for the current step. All processes call it."""
-        ...
 
 
 def build_callbacks(
@@ -186,11 +160,7 @@ def build_callbacks(
     accelerator: Accelerator,
     start_step: int,
 ) -> list[Callback]:
-    """The callbacks that a config asks for.
-
-    Raises:
-        UserError: There is nothing to evaluate against; better now than at the first evaluation.
-    """
+    """The callbacks that a config asks for."""
     callbacks: list[Callback] = []
     if config.sample_every:
         callbacks.append(SampleGrids(config, saved, accelerator))
@@ -204,7 +174,7 @@ def build_callbacks(
 GRID_COLUMNS, GRID_ROWS = 4, 12
 
 
-class SampleGrids:
+class SampleGrids(Callback):
     """Grids of samples of the raw and of the averaged weights, from the same noise every time.
 
     Writes `<out>/samples/step-XXXXXXXX-raw.png` and `-ema.png`, one row for each of the first
@@ -235,7 +205,7 @@ class SampleGrids:
         save_grid(images, GRID_COLUMNS, [name.replace("_", " ") for name in names], path)
 
 
-class Evaluation:
+class Evaluation(Callback):
     """`complexity-dit evaluate` on the averaged weights: FID and KID, shared by the processes.
 
     Writes `<out>/evaluations/step-XXXXXXXX/result.json`, and one row per metric into
@@ -245,20 +215,16 @@ class Evaluation:
     fields = ("step", "metric", "value", "n_generated", "n_reference")
 
     def __init__(
-        self,
-        config: TrainConfig,
-        saved: SavedPipeline,
-        accelerator: Accelerator,
-        start_step: int,
+        self, config: TrainConfig, saved: SavedPipeline, accelerator: Accelerator, start_step: int
     ) -> None:
         self.every, self.config, self.saved = config.evaluate_every, config, saved
         self.accelerator, self.out = accelerator, Path(config.out)
         self.data = source_config(config.data)
         self.reference = config.evaluate_reference or self.data.source
-        self.file: CsvLog | None = None
         on_main(partial(self._open, start_step))
 
     def _open(self, start_step: int) -> None:
+        """Refuse a missing reference now rather than at the first evaluation."""
         if is_source(self.reference):
             load_data(replace(self.data, source=self.reference), "heldout")
         elif not Path(self.reference).exists():
@@ -268,22 +234,17 @@ class Evaluation:
             )
         self.file = CsvLog(self.out / "metrics.csv", self.fields, start_step)
 
-    def is_done(self, step: int) -> bool:
-        return self.file is not None and step in self.file.steps
-
     def __call__(self, state: TrainState) -> None:
         device, step = self.accelerator.device, state.step
+        settings = EvalConfig.brief(
+            num_images=self.config.evaluate_num_images, device=str(device),
+            keep_images=False, overwrite=True, quiet=True,
+        )  # fmt: skip
         result = evaluate(
             self.saved.build_pipeline(state.export("ema")).to(device),
             self.reference,
             self.out / "evaluations" / f"step-{step:08d}",
-            EvalConfig.brief(
-                num_images=self.config.evaluate_num_images,
-                device=str(device),
-                keep_images=False,
-                overwrite=True,
-                quiet=True,
-            ),
+            settings,
             SampleConfig(),
             self.data,
         )
@@ -293,11 +254,10 @@ class Evaluation:
         self.accelerator.log({f"evaluation/{k}": v for k, v in result["metrics"].items()}, step)
 
 
-PROBE_SIZE = 8
-"""Number of images that the dynamics are measured on."""
+PROBE_SIZE = 8  # images that the dynamics are measured on
 
 
-class DynamicsMonitor:
+class DynamicsMonitor(Callback):
     """Statistics of the dynamics of every layer on a few noisy images, the same every time.
 
     Writes one row per layer into `<out>/dynamics.csv`: the statistics of `inl_core`, and the
@@ -313,12 +273,8 @@ class DynamicsMonitor:
         self.every, self.accelerator = config.dynamics_every, accelerator
         first = StepBatches(data, config, 0, 1)[0]
         self.probe = [first[name][:PROBE_SIZE] for name in ("x", "timestep", "labels")]
-        self.file = None
         if accelerator.is_main_process:
             self.file = CsvLog(Path(config.out) / "dynamics.csv", self.fields, start_step)
-
-    def is_done(self, step: int) -> bool:
-        return self.file is not None and step in self.file.steps
 
     def __call__(self, state: TrainState) -> None:
         # A copy that is not compiled, whose hooks would not run, and not sharded.

@@ -22,35 +22,27 @@ from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, middle_blocks
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.pipelines.schedulers import is_flow
+from complexity_dit.pipelines.schedulers import prediction_type
 from complexity_dit.training.objective import time_quantiles
-from complexity_dit.training.state import SavedAdapter, check_meaning, compare_shapes
+from complexity_dit.training.state import SavedAdapter, check_meaning, check_shapes
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransformer2DModel:
-    """A new network with one label table for each field of the data.
-
-    Raises:
-        UserError: The settings of the model do not fit each other or the data.
-    """
+    """A new network with one label table for each field of the data."""
     own = config.model
-    settings = {
+    same = (
+        "patch_size", "dynamics_placement", "dynamics_adaptive", "token_drop_start",
+        "token_drop_end", "value_residual", "routing", "num_experts",
+    )  # fmt: skip
+    settings = {name: getattr(own, name) for name in same} | {
         "sample_size": data.sample_size,
-        "patch_size": own.patch_size,
         "in_channels": data.channels,
         "label_fields": list(data.label_names),
         "num_classes": [len(names) for names in data.label_names.values()],
-        "dynamics_placement": own.dynamics_placement,
-        "dynamics_adaptive": own.dynamics_adaptive,
         "network_output": "sample" if config.objective.writes_sample else "target",
-        "token_drop_start": own.token_drop_start,
-        "token_drop_end": own.token_drop_end,
-        "value_residual": own.value_residual,
-        "routing": own.routing,
-        "num_experts": own.num_experts,
     }
     if own.routing == "timestep" and own.num_experts > 1:
         settings["routing_edges"] = time_quantiles(own.num_experts, config.objective)
@@ -81,16 +73,13 @@ def start_from(
     Labels are matched by field and name. A label that the pipeline does not have starts from the
     null row of its field, and a new field from zeros, so that at first such an image is treated as
     one without that label. A field that the data do not have is missing from now on: its null row
-    is added to the bias that it was always summed with.
+    is added to the bias that it was always summed with. Networks that differ in more than labels
+    and image size are refused.
 
     Args:
         model: The new network, changed in place.
         pipeline: Pipeline folder or Hub id.
         label_names: Of the data, in id order: the rows of the new network's label tables.
-
-    Raises:
-        UserError: There is no such pipeline, or the networks differ in more than labels and image
-            size.
     """
     source = load_pipeline(pipeline)
     check_meaning(source.transformer.config, model.config, f"--init_from {pipeline}")
@@ -98,11 +87,7 @@ def start_from(
         {name: p for name, p in network.named_parameters() if "label_embed." not in name}
         for network in (source.transformer, model)
     )
-    if differences := compare_shapes(old, new):
-        raise UserError(
-            f"--init_from {pipeline} is of another model ({len(differences)} tensors differ): "
-            f"{'; '.join(differences[:3])}; use the model settings it was trained with"
-        )
+    check_shapes(old, new, f"--init_from {pipeline}")
     with torch.no_grad():
         for name, parameter in new.items():
             parameter.copy_(old[name])
@@ -110,12 +95,8 @@ def start_from(
             model.label_embed[field].weight.copy_(_label_table(source, field, names))
         for field in source.label_names:
             if field not in label_names:
-                model.time_embed.linear_2.bias += _label_rows(source, field)[-1]
+                model.time_embed.linear_2.bias += source.transformer.label_embed[field].weight[-1]
     logger.info("started from the weights of %s", pipeline)
-
-
-def _label_rows(source: ComplexityDiTPipeline, field: str) -> Tensor:
-    return source.transformer.label_embed[field].weight.detach()
 
 
 def _label_table(source: ComplexityDiTPipeline, field: str, names: Sequence[str]) -> Tensor:
@@ -128,7 +109,7 @@ def _label_table(source: ComplexityDiTPipeline, field: str, names: Sequence[str]
         logger.info("new %s names start from the null row: %s", field, ", ".join(new))
     null = len(known)
     chosen = [known.index(name) if name in known else null for name in names]
-    return _label_rows(source, field)[[*chosen, null]]
+    return source.transformer.label_embed[field].weight.detach()[[*chosen, null]]
 
 
 # Adapters: the frozen network of a pipeline, with matrices of PEFT and rows for new labels.
@@ -139,15 +120,8 @@ def adapt(
 ) -> tuple[ComplexityDiTTransformer2DModel, SavedAdapter, TrainingData]:
     """The network of `config.init_from` with an adapter to train.
 
-    Args:
-        config: The run; its `model` settings are not read, the base has its own.
-        data: The pictures. Labels that the base has keep its ids; the adapter adds the others.
-
-    Returns:
-        The network, the parts that are saved with it, and the data with the ids of the base.
-
-    Raises:
-        UserError: PEFT is not installed, there is no base, or data, objective and base do not fit.
+    Labels that the base has keep its ids; the adapter adds the others. Returned are the network,
+    the parts that are saved with it, and the data with the ids of the base.
     """
     options = config.lora
     if find_spec("peft") is None:
@@ -190,11 +164,8 @@ def _add_adapter(
         network.add_adapter(settings)
     except ValueError as error:  # no layer has such a name
         raise UserError(f"lora.targets {options.targets}: {error}") from error
-    new = {
-        field: names[len(base.id2label[field]) :]
-        for field, names in data.label_names.items()
-        if len(names) > len(base.id2label[field])
-    }
+    known = base.id2label
+    new = {f: n[len(known[f]) :] for f, n in data.label_names.items() if len(n) > len(known[f])}
     network.add_labels(new)
     logger.info(
         "an adapter of rank %d for %s: %d trainable parameters; new labels: %s",
@@ -206,11 +177,10 @@ def _add_adapter(
 
 
 def _check_objective(config: TrainConfig, base: ComplexityDiTPipeline) -> None:
-    scheduler, objective = base.scheduler, config.objective
-    kind = "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+    objective = config.objective
     output = "sample" if objective.writes_sample else "target"
     for name, current, expected in (
-        ("prediction_type", objective.prediction_type, kind),
+        ("prediction_type", objective.prediction_type, prediction_type(base.scheduler)),
         ("network_output", output, base.transformer.config.network_output),
     ):
         if current != expected:
@@ -252,13 +222,7 @@ def _use_space_of(
 def _use_labels_of(
     base: ComplexityDiTPipeline, data: TrainingData, shared: dict[str, str]
 ) -> TrainingData:
-    """The data with the fields and ids of the base; new names follow the base's.
-
-    Args:
-        base: The pipeline.
-        data: The pictures.
-        shared: Labels that all pictures have, name by field.
-    """
+    """The data with the fields and ids of the base, then new names, `shared` by all pictures."""
     for field in (*data.label_names, *shared):
         if field not in base.id2label:
             raise UserError(

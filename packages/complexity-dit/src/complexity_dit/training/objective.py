@@ -42,15 +42,8 @@ def noisy_input_and_target(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The input, the timestep and the target of the network.
 
-    Args:
-        clean: Images or latents, (B, C, Y, X).
-        noise: Standard normal noise of the same shape.
-        times: Noise levels in (0, 1), (B,).
-        config: The objective.
-
-    Returns:
-        Noisy input (B, C, Y, X); timestep in [0, 1000] as in diffusers' schedulers, (B,); target
-        (B, C, Y, X).
+    From clean images or latents (B, C, Y, X), unit noise of that shape and noise levels in (0, 1),
+    (B,); the timestep is in [0, 1000] as in diffusers' schedulers.
     """
     if config.prediction_type == "flow":
         # x_t = (1 - t) x + t eps, so dx_t/dt = eps - x; diffusers' flow schedulers call t sigma.
@@ -76,11 +69,6 @@ def drop_labels(
 
     Fields are dropped one by one rather than together, so that guidance works from any subset of
     labels, and the network is trained on paintings with, for instance, a style but no genre.
-
-    Args:
-        labels: Label ids, (B, F).
-        probabilities: One for each of the F fields.
-        generator: Source of the random numbers.
     """
     dropped = torch.rand(labels.shape, generator=generator) < torch.tensor(probabilities)
     return torch.where(dropped, -1, labels)
@@ -91,15 +79,7 @@ def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -
 
     The squared error of a velocity is dominated by its length; the second term depends on its
     direction only (FasterDiT, Yao et al., arXiv 2410.10356; LightningDiT, arXiv 2501.01423, takes
-    the cosine over the channels of each position).
-
-    Args:
-        prediction: Output of the network, (B, C, Y, X), converted to the dtype of the target.
-        target: Target, (B, C, Y, X).
-        config: The objective.
-
-    Returns:
-        A scalar in the dtype of the target.
+    the cosine over the channels of each position). The result has the dtype of the target.
     """
     prediction = prediction.to(target.dtype)
     loss = F.mse_loss(prediction, target)

@@ -58,9 +58,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer with shared groups, state and `state_dict`.
 
-    Args:
-        adamw: Updates what Muon does not; its groups come first.
-        muon: Updates the hidden matrices.
+    The groups of AdamW come first.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
@@ -83,10 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self.parts:
             part.step()
         return loss
@@ -103,12 +98,7 @@ class SpikeGuard:
     `spike_window` norms, once there are that many. Finite norms enter the window whether skipped or
     not, so a lasting change of level is accepted after a tenth of the window. A norm that is not
     finite is always skipped and never enters; more than `spike_limit` of those in a row end the
-    run.
-
-    The norm is global and equal in every process, and so is the decision.
-
-    Attributes:
-        skipped: Number of updates skipped so far.
+    run. The norm is global and equal in every process, and so is the decision.
     """
 
     def __init__(self, config: OptimConfig) -> None:
@@ -117,11 +107,7 @@ class SpikeGuard:
         self.skipped = self._broken_in_a_row = 0
 
     def admits(self, norm: float) -> bool:
-        """Whether the update with this gradient norm is applied; counts it if not.
-
-        Raises:
-            UserError: After too many norms in a row that are not finite.
-        """
+        """Whether the update with this gradient norm is applied; counts it if not."""
         finite = math.isfinite(norm)
         good = finite and not norm > self.threshold()
         self.skipped += not good
@@ -144,11 +130,8 @@ class SpikeGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for the JSON of a checkpoint."""
-        return {
-            "norms": list(self.norms),
-            "skipped": self.skipped,
-            "broken_in_a_row": self._broken_in_a_row,
-        }
+        counts = {"skipped": self.skipped, "broken_in_a_row": self._broken_in_a_row}
+        return {"norms": list(self.norms), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`; of a longer window the latest norms are kept."""

@@ -7,8 +7,9 @@ cache.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.training.batches import images_per_pass
 from complexity_dit.training.network import build_model
 from complexity_dit.training.optimizer import build_optimizer
 from inl_core.run.errors import UserError
@@ -34,14 +36,10 @@ def token_count(config: Config) -> int:
 
 
 def count_flops(config: Config, kept: int | None = None) -> tuple[int, int]:
-    """FLOPs of the matrix products for one image, two per multiply-add.
+    """FLOPs of the matrix products for one image, two per multiply-add: forward, and both passes.
 
-    Args:
-        config: Of the transformer. A routed MLP is counted as the dense one of equal active width.
-        kept: Tokens that go through the middle blocks; None means all.
-
-    Returns:
-        Of the forward pass, and of forward and backward pass. Recomputation is not counted.
+    A routed MLP is counted as the dense one of equal active width; recomputation is not counted.
+    `kept` is the number of tokens that go through the middle blocks; None means all.
     """
     with torch.device("meta"):
         network = _dense_network(config)
@@ -59,13 +57,9 @@ def activation_bytes(
     """Bytes per image that autograd keeps between forward and backward pass.
 
     For eager PyTorch and the reference operations, so it is an upper bound: compiled code and the
-    GPU kernels keep inputs of an operation and no intermediate results.
-
-    Args:
-        config: Of the transformer. A routed MLP is taken as the dense one of equal active width.
-        precision: "no" (fp32) or "bf16" (autocast).
-        kept: Tokens that go through the middle blocks; None means all.
-        checkpointing: Keep the inputs of blocks only, and one block while it is recomputed.
+    GPU kernels keep inputs of an operation and no intermediate results. `precision` is "no" (fp32)
+    or "bf16" (autocast). With `checkpointing` only the inputs of blocks are kept, and one block
+    while it is recomputed.
     """
     with FakeTensorMode():
         network = _dense_network(config)
@@ -132,7 +126,7 @@ def _saved_bytes(
             saved[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    def total(*_: object) -> int:
+    def total() -> int:
         return sum(size for size, _ in saved.values())
 
     def note(*_: object) -> None:
@@ -154,43 +148,19 @@ def _saved_bytes(
     return total(), max(after - before for before, after in blocks)
 
 
-@dataclass(frozen=True)
-class _DataShape:
-    """The attributes of a dataset that `build_model` reads."""
-
-    label_names: dict[str, list[str]]
-    channels: int
-    sample_size: int
-
-
 def plan(config: TrainConfig, options: PlanConfig) -> str:
-    """The table that the command prints, one line per quantity.
-
-    Args:
-        config: The run.
-        options: What the config does not contain.
-
-    Raises:
-        UserError: The model cannot be built, the batch cannot be split, a shape is not known, or
-            only one of two numbers for an estimate is given.
-    """
+    """The table that the command prints, one line per quantity."""
     if config.lora.rank:
         raise UserError(
             "plan counts full networks: leave lora.rank at 0 for the numbers of the base; an "
             "adapter has the activations of the base and next to no state"
         )
     shape = _data_shape(config, options)
-    parts = options.processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
-            f"{options.processes} x {config.gradient_accumulation_steps}"
-        )
     # As overrides, because `build_model` takes the shape from the data otherwise.
     size = {"in_channels": shape.channels, "sample_size": shape.sample_size}
     model_config = replace(config.model, overrides=size | config.model.overrides)
     with torch.device("meta"):
-        model = build_model(replace(config, model=model_config), shape)  # pyright: ignore
+        model = build_model(replace(config, model=model_config), shape)
     network = model.config
 
     counted = zip(network["label_fields"], network["num_classes"], strict=True)
@@ -198,8 +168,7 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     tokens, rate = token_count(network), config.model.token_drop_rate
     kept = kept_count(tokens, rate) if rate else None
     forward, flops = count_flops(network)
-    if kept is not None:
-        _, flops = count_flops(network, kept)
+    flops = flops if kept is None else count_flops(network, kept)[1]
     images = config.steps * config.batch_size
     lines = [
         ("tokens an image", f"{tokens:,}" + (f", {kept:,} of them in the middle" if kept else "")),
@@ -219,8 +188,8 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-def _data_shape(config: TrainConfig, options: PlanConfig) -> _DataShape:
-    """The shape of the data from the options, else from the cache of latents or the config."""
+def _data_shape(config: TrainConfig, options: PlanConfig) -> Any:
+    """What `build_model` reads of a dataset: options, else the cache of latents or the config."""
     channels, cells, counts = options.channels, options.cells, dict(options.num_classes)
     scheme, _, path = config.data.source.partition(":")
     cache = Path(path) / "cache.json"
@@ -239,7 +208,7 @@ def _data_shape(config: TrainConfig, options: PlanConfig) -> _DataShape:
         )
     # Only the number of names matters.
     names = {field: [str(i) for i in range(count)] for field, count in counts.items()}
-    return _DataShape(names, channels, cells)
+    return SimpleNamespace(label_names=names, channels=channels, sample_size=cells)
 
 
 def _memory_lines(
@@ -247,7 +216,7 @@ def _memory_lines(
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
     state = state_bytes(network, precision, config.optim)
-    local = config.batch_size // options.processes // config.gradient_accumulation_steps
+    local = images_per_pass(config, options.processes)
     activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)
     total = sum(state.values())
     parts = ", ".join(f"{name} {_size(size)}" for name, size in state.items() if size)

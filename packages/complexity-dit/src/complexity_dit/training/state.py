@@ -18,7 +18,7 @@ resume from them.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -75,16 +75,7 @@ MEANING = (
 
 
 def check_meaning(saved: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
-    """Refuse weights of another network whose shapes happen to fit.
-
-    Args:
-        saved: The config that the weights were trained with.
-        current: The config of the network that is to load them.
-        source: Where the weights come from, for the message.
-
-    Raises:
-        UserError: Naming the fields that differ.
-    """
+    """Refuse weights trained with another config whose shapes happen to fit."""
     differing = [
         f"{name} is {saved[name]!r} there and {current[name]!r} here"
         for name in MEANING
@@ -97,53 +88,43 @@ def check_meaning(saved: Mapping[str, Any], current: Mapping[str, Any], source: 
         )
 
 
-def compare_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
-    """The differences between two sets of named tensors, one text per tensor."""
+def check_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights whose names or shapes are not those of a network."""
     differences = [
         f"{name} is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
         for name, tensor in current.items()
         if name in saved and saved[name].shape != tensor.shape
     ]
     differences += [f"{name} is missing" for name in sorted(set(current) - set(saved))]
-    return differences + [f"{name} is unknown" for name in sorted(set(saved) - set(current))]
+    differences += [f"{name} is unknown" for name in sorted(set(saved) - set(current))]
+    if differences:
+        raise UserError(
+            f"{source} is of another model ({len(differences)} tensors differ): "
+            f"{'; '.join(differences[:3])}; use the config it was trained with"
+        )
 
 
 def check_labels(
-    saved: Mapping[str, Sequence[str]], current: Mapping[str, Sequence[str]], checkpoint: Path
+    saved: Mapping[str, list[str]], current: Mapping[str, list[str]], checkpoint: Path
 ) -> None:
-    """Refuse to resume with data whose labels differ from those of the checkpoint, or their order.
-
-    Args:
-        saved: Names by field, in id order, that the checkpoint was trained with.
-        current: The same of the data.
-        checkpoint: For the message.
-
-    Raises:
-        UserError: Naming what was added and removed, and how to start from the saved weights.
-    """
-    if {field: list(names) for field, names in saved.items()} == {
-        field: list(names) for field, names in current.items()
-    }:
+    """Refuse data whose labels (names by field, in id order) differ from those of a checkpoint."""
+    if saved == current:
         return
     changes = [f"label field {field} was added" for field in current if field not in saved]
     changes += [f"label field {field} was removed" for field in saved if field not in current]
     for field in (field for field in saved if field in current):
-        added = [name for name in current[field] if name not in saved[field]]
-        removed = [name for name in saved[field] if name not in current[field]]
-        if added:
-            changes.append(f"{field} has new names: {_shortened(added)}")
-        if removed:
-            changes.append(f"{field} lacks {_shortened(removed)}")
+        for change, names, others in (
+            ("has new names:", current[field], saved[field]),
+            ("lacks", saved[field], current[field]),
+        ):
+            if differing := [name for name in names if name not in others]:
+                more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+                changes.append(f"{field} {change} {', '.join(differing[:5])}{more}")
     raise UserError(
         f"the labels of the data differ from those that {checkpoint} was trained with: "
         f"{'; '.join(changes) or 'they are in another order'}. To train on with these labels, "
         f"start a new run from its weights: --init_from {checkpoint / 'pipeline'} --out NEW_FOLDER"
     )
-
-
-def _shortened(names: Sequence[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # The result of a run: a pipeline folder, or an adapter folder.
@@ -155,12 +136,8 @@ _EMA_FILE = "ema.safetensors"
 class SavedPipeline:
     """The parts of a saved pipeline other than its network.
 
-    Attributes:
-        scheduler: Samples from a model trained on the run's objective.
-        id2label: Names of the labels, `{field: {id: name}}`.
-        data: The `DataConfig` as a dict, so that an evaluation holds out the same pictures. For
-            latents it is that of the pictures they were made from.
-        latent_space: What the pipeline decodes with; None for pixels.
+    `data` is the `DataConfig` as a dict, for latents that of the pictures they were made from, so
+    that an evaluation holds out the same pictures. The latent space is None for pixels.
     """
 
     folder_name: ClassVar[str] = "pipeline"
@@ -188,19 +165,9 @@ class SavedPipeline:
         self.save(network, checkpoint / self.folder_name)
 
     def load_ema(
-        self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
+        self, checkpoint: Path, label_names: Mapping[str, list[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Read the averaged weights by the network's own names.
-
-        Args:
-            checkpoint: Its folder.
-            label_names: Those of the data, in id order.
-            config: The config of the network that is to load them.
-
-        Raises:
-            UserError: The labels of the data differ, or the network is another one.
-            OSError: A file cannot be read; likewise ValueError, KeyError and safetensors' error.
-        """
+        """Read averaged weights by name, for a network of this config and data of these labels."""
         pipeline = checkpoint / self.folder_name
         shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
         network = json.loads((pipeline / "transformer" / "config.json").read_text())
@@ -219,9 +186,7 @@ class SavedPipeline:
 class SavedAdapter(SavedPipeline):
     """The parts of a saved adapter other than its matrices.
 
-    Attributes:
-        base: Folder or Hub id of the pipeline that it was trained on.
-        base_sha256: Digest of that pipeline's transformer.
+    `base` is the folder or Hub id of its pipeline, and the digest is of that one's transformer.
     """
 
     folder_name: ClassVar[str] = "adapter"
@@ -234,13 +199,10 @@ class SavedAdapter(SavedPipeline):
         ComplexityDiTPipeline.save_lora_weights(
             folder, network.adapter_state_dict(), network.adapter_settings()
         )
-        is_local = Path(self.base).is_dir()
-        about = {
-            # Relative, so that base and adapter can be moved together.
-            "base": os.path.relpath(self.base, folder) if is_local else self.base,
-            "base_sha256": self.base_sha256,
-            "labels": network.added_labels,
-        }
+        # Relative, so that base and adapter can be moved together.
+        base = os.path.relpath(self.base, folder) if Path(self.base).is_dir() else self.base
+        labels = network.added_labels
+        about = {"base": base, "base_sha256": self.base_sha256, "labels": labels}
         (folder / ADAPTER_FILE).write_text(json.dumps(about, indent=2) + "\n")
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
         write_card(folder)
@@ -248,10 +210,10 @@ class SavedAdapter(SavedPipeline):
     def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
         """As for a pipeline, and the averaged parameters by name, for an exact resume."""
         super().save_ema(network, checkpoint)
-        save_file(_trainable_tensors(network), checkpoint / _EMA_FILE)
+        save_file(full_tensors(network), checkpoint / _EMA_FILE)
 
     def load_ema(
-        self, checkpoint: Path, label_names: Mapping[str, Sequence[str]], config: Mapping[str, Any]
+        self, checkpoint: Path, label_names: Mapping[str, list[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         about = json.loads((checkpoint / self.folder_name / ADAPTER_FILE).read_text())
         if about["base_sha256"] != self.base_sha256:
@@ -262,7 +224,7 @@ class SavedAdapter(SavedPipeline):
         added = {
             field: names
             for field in label_names
-            if (names := list(label_names[field])[len(self.id2label[field]) :])
+            if (names := label_names[field][len(self.id2label[field]) :])
         }
         if about["labels"] != added:
             raise UserError(
@@ -277,17 +239,22 @@ class SavedAdapter(SavedPipeline):
 STATE_FILE = "state.json"
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of a network by name, or those of its adapter."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def full_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, unsharded. All processes call it together."""
+    return {name: full_tensor(p.detach()).contiguous() for name, p in trainable(model).items()}
+
+
 @dataclass
 class TrainState:
     """All that training updates.
 
-    Attributes:
-        model: The unwrapped raw model; its parameters may be shards (FSDP2).
-        ema: Exponential moving average of its trainable parameters, placed and sharded alike.
-        optimizer: The optimizer, plain or in accelerate's wrapper.
-        lr_scheduler: The learning-rate schedule.
-        guard: The spike guard; None if it is off.
-        step: Number of optimizer steps done.
+    The model is the unwrapped one, whose parameters may be shards (FSDP2); `ema` averages those
+    that are trained, placed and sharded alike.
     """
 
     model: ComplexityDiTTransformer2DModel
@@ -297,13 +264,9 @@ class TrainState:
     guard: SpikeGuard | None = None
     step: int = 0
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """All parameters of the network, or those of its adapter."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def reset_ema(self) -> None:
         """Restart the average at the current weights, placed and sharded as they are now."""
-        self.ema.shadow_params = [p.detach().clone() for p in self.trainable_parameters()]
+        self.ema.shadow_params = [p.detach().clone() for p in trainable(self.model).values()]
 
     @torch.no_grad()
     def export(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
@@ -317,12 +280,15 @@ class TrainState:
     def save(self, checkpoints: Path, saved: SavedPipeline, config: dict[str, Any]) -> Path:
         """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
-        Raises:
-            UserError: The disk is full or not writable. Nothing half-written stays, and older
-                checkpoints are intact.
+        If the disk is full or not writable, nothing half-written stays.
         """
-        averaged, weights = self.export("ema"), _trainable_tensors(self.model)
-        moments, groups = _flatten_optimizer(self.optimizer.state_dict())
+        averaged, weights = self.export("ema"), full_tensors(self.model)
+        optimizer = self.optimizer.state_dict()
+        moments = {  # named tensors and JSON, so that no pickle is needed
+            f"{index}.{name}": full_tensor(value).contiguous()
+            for index, entries in optimizer["state"].items()
+            for name, value in entries.items()
+        }
         ema = self.ema.state_dict()
         ema.pop("shadow_params")
         state = process_state()
@@ -330,7 +296,7 @@ class TrainState:
             "step": self.step,
             "processes": state.num_processes if state else 1,
             "ema": ema,
-            "optimizer_groups": groups,
+            "optimizer_groups": optimizer["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "guard": self.guard and self.guard.state_dict(),
             "config": config,
@@ -357,138 +323,72 @@ class TrainState:
         return target
 
     def load(
-        self, checkpoint: Path, saved: SavedPipeline, label_names: Mapping[str, Sequence[str]]
+        self, checkpoint: Path, saved: SavedPipeline, label_names: Mapping[str, list[str]]
     ) -> dict[str, Any]:
         """Restore the exact state that a checkpoint was written with, in any number of processes.
 
-        Args:
-            checkpoint: Its folder.
-            saved: Of this run; reads the averaged weights.
-            label_names: Those of the data, in id order.
-
-        Returns:
-            The contents of `state.json`: step, processes, config, ...
-
-        Raises:
-            UserError: A file is missing or unreadable, the labels of the data differ, or the
-                checkpoint is of another model.
+        Returned are the contents of `state.json`: step, processes, config, and so on.
         """
         try:
             meta = read_json_object(checkpoint / STATE_FILE)
+            step = meta["step"]
+            if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
+                raise ValueError(f"step {step!r}")
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
             shadow = saved.load_ema(checkpoint, label_names, self.model.config)
+            check_shapes(weights, trainable(self.model), f"{checkpoint}")
+            self.ema.load_state_dict(meta["ema"])
+            with torch.no_grad():
+                averaged = zip(trainable(self.model).items(), self.ema.shadow_params, strict=True)
+                for (name, parameter), average in averaged:
+                    parameter.copy_(shard_like(weights[name], parameter))
+                    average.copy_(shard_like(shadow[name], average))
+            self._load_optimizer(moments, meta["optimizer_groups"], checkpoint)
+            self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+            if self.guard is not None and meta.get("guard"):
+                self.guard.load_state_dict(meta["guard"])
         except UserError:
             raise
-        except Exception as error:  # OSError, JSONDecodeError, SafetensorError and the like
-            raise UserError(f"cannot read checkpoint {checkpoint}: {error}") from error
-        try:
-            self._restore(meta, weights, moments, shadow, checkpoint)
-        except UserError:
-            raise
-        # Whatever is missing or of another type in state.json fails where it is first used.
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        # Of any type: what is missing or of another type in a file fails where it is first used.
+        except Exception as error:
             raise UserError(
-                f"{checkpoint} is damaged or of another version: state.json and the optimizer's "
-                f"state do not fit ({type(error).__name__}: {error})"
+                f"cannot read checkpoint {checkpoint} ({type(error).__name__}: {error}); it may be "
+                "damaged or of another version"
             ) from error
+        self.step = step
         return meta
 
-    def _restore(
-        self,
-        meta: dict[str, Any],
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
-        shadow: dict[str, Tensor],
-        checkpoint: Path,
+    def _load_optimizer(
+        self, moments: dict[str, Tensor], groups: list[dict], checkpoint: Path
     ) -> None:
-        step = meta["step"]
-        if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
-            raise ValueError(f"step {step!r}")
-        _load_weights(self.model, weights, checkpoint)
-        self.ema.load_state_dict(meta["ema"])
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        for name, parameter in zip(names, self.ema.shadow_params, strict=True):
-            parameter.copy_(shard_like(shadow[name], parameter))
+        """Set the optimizer's state; an entry of a parameter's shape is sharded alike."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            index, name = key.split(".", 1)
+            parameter = parameters[int(index)]
+            fitting = shard_like(value, parameter) if value.shape == parameter.shape else value
+            state.setdefault(int(index), {})[name] = fitting
         try:
-            self.optimizer.load_state_dict(
-                _unflatten_optimizer(moments, meta["optimizer_groups"], parameters)
-            )
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error:  # other groups, or groups of other sizes
             raise UserError(
                 f"{checkpoint} was written by another optimizer ({error}): use the --optim.name "
                 "it was trained with, or start a new run in another --out"
             ) from error
-        self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
-        if self.guard is not None and meta.get("guard"):
-            self.guard.load_state_dict(meta["guard"])
-        self.step = step
-
-
-def _trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    trainable = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: full_tensor(p.detach()).contiguous() for name, p in trainable}
-
-
-@torch.no_grad()
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load the weights of exactly this model.
-
-    Raises:
-        UserError: Naming tensors that differ.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if differences := compare_shapes(weights, trainable):
-        raise UserError(
-            f"{source} is a checkpoint of another model ({len(differences)} tensors differ): "
-            f"{'; '.join(differences[:3])}; use the config it was trained with, or another --out"
-        )
-    for name, parameter in trainable.items():
-        parameter.copy_(shard_like(weights[name], parameter))
-
-
-def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The state of an optimizer as named tensors and JSON, so that no pickle is needed."""
-    tensors = {
-        f"{index}.{name}": full_tensor(value).contiguous()
-        for index, entries in state["state"].items()
-        for name, value in entries.items()
-    }
-    return tensors, state["param_groups"]
-
-
-def _unflatten_optimizer(
-    tensors: dict[str, Tensor], groups: list[dict], parameters: list[Tensor]
-) -> dict[str, Any]:
-    """The inverse. An entry of a parameter's shape is sharded as the parameter is."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            value = shard_like(value, parameter)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": groups}
 
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
     """A model with optimizer, schedule, EMA and spike guard for a run."""
     optim = config.optim
     optimizer = build_optimizer(model, optim)
-    lr_scheduler = get_scheduler(
-        optim.schedule,
-        optimizer,
-        num_warmup_steps=optim.warmup_steps,
-        num_training_steps=config.steps,
-    )
+    counts = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": config.steps}
+    lr_scheduler = get_scheduler(optim.schedule, optimizer, **counts)
     ema = EMAModel(
-        [p for p in model.parameters() if p.requires_grad],
-        decay=config.ema.decay,
-        use_ema_warmup=True,
-        power=config.ema.power,
-        foreach=True,
-    )
+        trainable(model).values(), decay=config.ema.decay, use_ema_warmup=True,
+        power=config.ema.power, foreach=True,
+    )  # fmt: skip
     guard = SpikeGuard(optim) if optim.spike_factor else None
     return TrainState(model, ema, optimizer, lr_scheduler, guard)
 

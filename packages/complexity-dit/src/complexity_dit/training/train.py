@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from complexity_dit.config import TrainConfig
 from complexity_dit.data.latents import load_training_data, open_latent_space
 from complexity_dit.distributed import largest, main_first, on_main
-from complexity_dit.training.batches import StepBatches, step_loader
+from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
 from complexity_dit.training.network import adapt, build_model, start_from
 from complexity_dit.training.objective import build_scheduler, training_loss
@@ -38,6 +38,7 @@ from complexity_dit.training.state import (
     TrainState,
     full_tensor,
     prepared_state,
+    trainable,
 )
 from inl_core.run.checkpoints import checkpoint_to_resume, drop_old_checkpoints, lock_folder
 from inl_core.run.errors import RunStopped, UserError
@@ -76,12 +77,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
     accelerator = make_accelerator(config)
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
-            f"{accelerator.num_processes} x {config.gradient_accumulation_steps}"
-        )
+    images_per_pass(config, accelerator.num_processes)
     try:
         with (
             report_dead_workers(),
@@ -192,13 +188,8 @@ def optimizer_step(
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
             with accelerator.autocast():  # DDP has its own; FSDP2 has none
-                prediction = model(
-                    part["x"],
-                    part["timestep"],
-                    part["labels"],
-                    kept_tokens=part.get("kept_tokens"),
-                    return_dict=False,
-                )[0]
+                inputs = (part["x"], part["timestep"], part["labels"], part.get("kept_tokens"))
+                prediction = model(*inputs, return_dict=False)[0]
             loss = training_loss(prediction, part["target"], config.objective) / parts
             accelerator.backward(loss)
         noise.add(part["timestep"], prediction.detach(), part["target"])
@@ -209,7 +200,7 @@ def optimizer_step(
     taken = state.guard is None or state.guard.admits(float(grad_norm))
     if taken:
         state.optimizer.step()
-        state.ema.step(state.trainable_parameters())
+        state.ema.step(trainable(state.model).values())
     state.optimizer.zero_grad()
     state.lr_scheduler.step()
     return total, grad_norm, taken
@@ -236,16 +227,7 @@ def run_callbacks(callbacks: list[Callback], state: TrainState) -> None:
 def open_run_folder(out: Path, resume: str) -> Iterator[Path | None]:
     """Lock the folder of a run and remove what a killed run left half-written in it.
 
-    Args:
-        out: The folder, created if it does not exist. The main process holds the lock.
-        resume: auto, none, or a checkpoint folder.
-
-    Yields:
-        The checkpoint to resume from, its checksums verified; None for a fresh start.
-
-    Raises:
-        UserError: Another run writes there, the folder is not empty, or the checkpoint is missing
-            or damaged.
+    Yields the checkpoint to resume from (auto, none, or a folder), its checksums verified.
     """
     with ExitStack() as held:
 
@@ -266,14 +248,11 @@ def _report_resume(
     if meta.get("processes", processes) != processes:
         logger.info(
             "the checkpoint was written by %d process(es) and is resumed by %d: data, noise and "
-            "batches are the same, sums may be rounded differently",
-            meta["processes"],
-            processes,
-        )
-    current = dataclasses.asdict(config)
+            "batches are the same, sums may be rounded differently", meta["processes"], processes,
+        )  # fmt: skip
     changed = [
         key
-        for key, value in current.items()
+        for key, value in dataclasses.asdict(config).items()
         if key not in IGNORED_SETTINGS and value != meta["config"].get(key)
     ]
     if changed:
@@ -284,11 +263,7 @@ def _report_resume(
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An `Accelerator`: processes and devices from the launcher, the rest from the config.
-
-    Raises:
-        UserError: The tracker is not installed, or the launcher asks for FSDP 1.
-    """
+    """An `Accelerator`: processes and devices from the launcher, the rest from the config."""
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(  # accelerate would ignore it silently
             f"report_to {config.report_to} needs the package {config.report_to}, which is not "
@@ -309,9 +284,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
 
     The default policy of accelerate casts the inputs to bf16, whose spacing at a timestep of 1000
     is 4. Here weights are gathered in fp32 and the forward runs under autocast, as with DDP.
-
-    Raises:
-        UserError: For FSDP 1, whose flat parameters cannot be saved by name.
+    FSDP 1 is refused: its flat parameters cannot be saved by name.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -329,15 +302,9 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
 def start_tracker(
     name: str, accelerator: Accelerator, out: Path, settings: dict[str, Any], step: int
 ) -> None:
-    """Start to report curves, in addition to the CSV files.
+    """Report curves to tensorboard (`<out>/logs`) or wandb, in addition to the CSV files.
 
-    Args:
-        name: tensorboard (writes `<out>/logs`), wandb (a run of the project complexity-dit, named
-            after the folder) or none.
-        accelerator: The run's.
-        out: The run's folder.
-        settings: The run's config.
-        step: The step that the run resumes from; tensorboard hides what it has beyond it.
+    The run resumes from `step`; tensorboard hides what it has beyond it.
     """
     accelerator.init_trackers(
         "logs" if name == "tensorboard" else "complexity-dit",
@@ -352,10 +319,7 @@ class StopRequest:
     """Turns SIGTERM and SIGINT into a request: finish the step, save, stop.
 
     A second Ctrl-C interrupts at once. A second SIGTERM does not: a cluster sends it to a launcher
-    and to its children, and the launcher passes it on.
-
-    Attributes:
-        number: The first signal received, 0 for none.
+    and to its children, and the launcher passes it on. `number` is the first signal, 0 for none.
     """
 
     def __init__(self) -> None:
