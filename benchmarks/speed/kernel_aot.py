@@ -110,8 +110,8 @@ def _spec(kernel: Any, constants: Mapping[str, Any], warps: int, fp32: str, **ty
 def _row_specs(module: ModuleType, **absent: None) -> list[AotSpec]:
     specs = []
     for width in (768, 1152):
-        block_r, block_d, warps = _common.row_config(width)
-        sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
+        sizes = _common.row_config(width)
+        warps = sizes.pop("num_warps")
         specs.append(_spec(module._forward, sizes, warps, "weight"))
         specs.append(_spec(module._backward, sizes | absent, warps, "weight dweight"))
     return specs
@@ -120,8 +120,8 @@ def _row_specs(module: ModuleType, **absent: None) -> list[AotSpec]:
 def _sample_specs(module: ModuleType) -> list[AotSpec]:
     specs = []
     for width in (768, 1152):
-        _, block_r, block_d, warps = modulated_rms_norm.sample_blocks(256, width)
-        sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None}
+        sizes: dict[str, Any] = {**_common.row_config(width), "weight_ptr": None}
+        warps = sizes.pop("num_warps")
         for kernel in (module._forward, module._backward):
             specs.append(_spec(kernel, sizes, warps, "dgate dshift sums"))
     return specs
@@ -135,11 +135,8 @@ def _swiglu_specs() -> list[AotSpec]:
 def _qk_norm_rope_specs() -> list[AotSpec]:
     specs = []
     for width, heads in ((64, 12), (72, 16)):
-        block_r, block_h, warps = qk_norm_rope._config(width // 2)
-        sizes = {
-            "HEADS": heads, "K_HEADS": heads, "HALF": width // 2, "BLOCK_R": block_r,
-            "BLOCK_H": block_h,
-        }  # fmt: skip
+        sizes = qk_norm_rope._config(width, heads, heads)
+        warps = sizes.pop("num_warps")
         types = {"tokens": "i32"}
         if width % 32:  # the row of a table is then no multiple of 16
             types["table_token_stride"] = "i32"
@@ -222,10 +219,9 @@ def _inl_branch_epilogue_specs() -> list[AotSpec]:
     coefficients = ("alpha_ptr", "beta_ptr", "gate_ptr", "dalpha_ptr", "dbeta_ptr", "dgate_ptr")
     specs = []
     for width, kind in product((768, 1152), ("channel", "layer", "lite")):
-        _, block_r, block_d, warps = modulated_rms_norm.sample_blocks(256, width)
-        constants = dict.fromkeys(("ALPHA", "BETA", "GATE"), kind == "channel") | {
-            "CLIP": True, "D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "weight_ptr": None,
-        }  # fmt: skip
+        constants: dict[str, Any] = dict.fromkeys(("ALPHA", "BETA", "GATE"), kind == "channel")
+        constants |= {"CLIP": True, **_common.row_config(width), "weight_ptr": None}
+        warps = constants.pop("num_warps")
         if kind == "lite":
             constants |= dict.fromkeys(coefficients)
         for kernel in (inl_branch_epilogue.forward_kernel, inl_branch_epilogue.backward_kernel):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inl_core import reference
+
 Op = Callable[..., Any]
 
 # One ulp in bf16 and fp16, where the interpreter truncates; half an ulp in fp32, for the cases in
@@ -55,16 +57,18 @@ def gradients_of(
 
 def assert_as_good_as_eager(
     op: Op,
-    definition: Op,
     *arguments: Tensor | None,
+    definition: Op | None = None,
     seed: int = 100,
     stores: int = 1,
     **options: Any,
 ) -> None:
     """Outputs and gradients: RMS error against fp64 at most 1.25 × eager's, plus `SLACK`.
 
-    `stores` is the number of consecutive stores that lead to a result, one `SLACK` each.
+    The definition is by default that in `inl_core.reference`. `stores` is the number of consecutive
+    stores that lead to a result, one `SLACK` each.
     """
+    definition = definition or getattr(reference, op.__name__)
     kernel_leaves, eager_leaves = leaves_of(arguments), leaves_of(arguments)
     exact_leaves = leaves_of(arguments, torch.float64)
     kernel = outputs_of(op, kernel_leaves, options)
@@ -182,8 +186,11 @@ def assert_same_under_compile(op: Op, *arguments: Tensor | None, **options: Any)
         assert torch.equal(plain, fused)
 
 
-def assert_empty_batch_works(op: Op, definition: Op, *arguments: Tensor | None) -> None:
+def assert_empty_batch_works(
+    op: Op, *arguments: Tensor | None, definition: Op | None = None
+) -> None:
     """Zero rows: the shapes of the definition, and gradients that are all zero."""
+    definition = definition or getattr(reference, op.__name__)
     leaves, wanted_leaves = leaves_of(arguments), leaves_of(arguments)
     outputs, wanted = outputs_of(op, leaves, {}), outputs_of(definition, wanted_leaves, {})
     assert [(y.shape, y.dtype) for y in outputs] == [(y.shape, y.dtype) for y in wanted]

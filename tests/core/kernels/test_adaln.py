@@ -47,41 +47,34 @@ SHAPES = [(3, 37, 65), (2, 3, 5, 48), (2, 4, 1200), (10, 1, 48), (8, 33)]
 def test_modulated_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = randn(*shape, dtype=dtype), 1 + 0.5 * randn(shape[-1], seed=1, dtype=dtype)
     shift, scale = (randn(shape[0], shape[-1], seed=s, dtype=dtype) for s in (2, 3))
-    op, definition = modulated_rms_norm, reference.modulated_rms_norm
-    assert_as_good_as_eager(op, definition, x, shift, scale, weight)
-    assert_as_good_as_eager(op, definition, x, shift, scale, None, eps=1e-3)
+    assert_as_good_as_eager(modulated_rms_norm, x, shift, scale, weight)
+    assert_as_good_as_eager(modulated_rms_norm, x, shift, scale, None, eps=1e-3)
 
 
 def test_modulated_rms_norm_mixed_dtypes() -> None:
     x, weight = randn(3, 10, 48, dtype=BF16), randn(48, seed=1)
     shift, scale = randn(3, 48, seed=2), randn(3, 48, seed=3, dtype=BF16)
-    assert_as_good_as_eager(
-        modulated_rms_norm, reference.modulated_rms_norm, x, shift, scale, weight
-    )
+    assert_as_good_as_eager(modulated_rms_norm, x, shift, scale, weight)
 
 
 def test_modulated_rms_norm_of_one_channel() -> None:
     x, shift, scale = randn(40, 9, 1), randn(40, 1, seed=1), randn(40, 1, seed=2)
-    assert_as_good_as_eager(
-        modulated_rms_norm, reference.modulated_rms_norm, x, shift, scale, None, eps=0.5
-    )
+    assert_as_good_as_eager(modulated_rms_norm, x, shift, scale, None, eps=0.5)
 
 
 def test_modulated_rms_norm_strided_and_broadcast() -> None:
     x = randn(6, 3, 50)[..., 3:36].transpose(0, 1)
     shift, scale, _ = randn(3, 99, seed=1).chunk(3, dim=-1)  # one projection makes them all
-    op, definition = modulated_rms_norm, reference.modulated_rms_norm
-    assert_as_good_as_eager(op, definition, x, shift, scale, randn(33, seed=2))
-    assert_as_good_as_eager(op, definition, x, shift[:, None], scale[:, None])
-    assert_as_good_as_eager(op, definition, x, shift[:1], scale[:1], randn(33, seed=2))
+    assert_as_good_as_eager(modulated_rms_norm, x, shift, scale, randn(33, seed=2))
+    assert_as_good_as_eager(modulated_rms_norm, x, shift[:, None], scale[:, None])
+    assert_as_good_as_eager(modulated_rms_norm, x, shift[:1], scale[:1], randn(33, seed=2))
     per_token = randn(3, 6, 33, seed=3), randn(3, 6, 33, seed=4)
-    assert_as_good_as_eager(op, definition, x, *per_token, randn(33, seed=2))
+    assert_as_good_as_eager(modulated_rms_norm, x, *per_token, randn(33, seed=2))
 
 
 def test_modulated_rms_norm_empty() -> None:
-    op, definition = modulated_rms_norm, reference.modulated_rms_norm
-    assert_empty_batch_works(op, definition, randn(0, 3, 8), randn(0, 8), randn(0, 8), randn(8))
-    assert_empty_batch_works(op, definition, randn(2, 0, 8), randn(2, 8), randn(2, 8), None)
+    assert_empty_batch_works(modulated_rms_norm, randn(0, 3, 8), randn(0, 8), randn(0, 8), randn(8))
+    assert_empty_batch_works(modulated_rms_norm, randn(2, 0, 8), randn(2, 8), randn(2, 8), None)
 
 
 def test_modulated_rms_norm_nan_stays_in_its_sample() -> None:
@@ -122,7 +115,7 @@ def test_modulated_rms_norm_errors_name_the_value() -> None:
         modulated_rms_norm(x, randn(3, 4), randn(3, 4))
     with pytest.raises(ValueError, match=r"scale must have shape \(2, 4\).*got \(2, 1\)"):
         modulated_rms_norm(x, randn(2, 4), randn(2, 1))
-    with pytest.raises(ValueError, match=r"one shape, got \(2, 4\) and \(2, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"one shape, got \[\(2, 4\), \(2, 5, 4\)\]"):
         modulated_rms_norm(x, randn(2, 4), randn(2, 5, 4))
 
 
@@ -135,24 +128,23 @@ def test_modulated_rms_norm_errors_name_the_value() -> None:
 def test_gated_residual(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     residual, x = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
     gate = randn(shape[0], shape[-1], seed=2, dtype=dtype)
-    assert_as_good_as_eager(gated_residual, reference.gated_residual, residual, x, gate)
+    assert_as_good_as_eager(gated_residual, residual, x, gate)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, BF16, BF16), (BF16, FP32, BF16), (BF16, BF16, FP32)])
 def test_gated_residual_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
     residual, x = randn(3, 10, 48, dtype=dtypes[0]), randn(3, 10, 48, seed=1, dtype=dtypes[1])
     gate = randn(3, 48, seed=2, dtype=dtypes[2])
-    assert_as_good_as_eager(gated_residual, reference.gated_residual, residual, x, gate)
+    assert_as_good_as_eager(gated_residual, residual, x, gate)
 
 
 def test_gated_residual_strided_broadcast_and_empty() -> None:
-    op, definition = gated_residual, reference.gated_residual
     residual, x = randn(6, 3, 50)[..., 3:36].transpose(0, 1), randn(3, 6, 33, seed=1)
     gate = randn(3, 99, seed=2).chunk(3, dim=-1)[1]
-    assert_as_good_as_eager(op, definition, residual, x, gate)
-    assert_as_good_as_eager(op, definition, residual, x, gate[:1, None])
-    assert_empty_batch_works(op, definition, randn(0, 3, 8), randn(0, 3, 8), randn(0, 8))
-    assert_empty_batch_works(op, definition, randn(2, 0, 8), randn(2, 0, 8), randn(2, 8))
+    assert_as_good_as_eager(gated_residual, residual, x, gate)
+    assert_as_good_as_eager(gated_residual, residual, x, gate[:1, None])
+    assert_empty_batch_works(gated_residual, randn(0, 3, 8), randn(0, 3, 8), randn(0, 8))
+    assert_empty_batch_works(gated_residual, randn(2, 0, 8), randn(2, 0, 8), randn(2, 8))
 
 
 def test_gated_residual_nan_stays_at_its_element() -> None:
@@ -193,9 +185,8 @@ def test_gated_residual_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None
     residual, x = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
     rows = [randn(shape[0], shape[-1], seed=s, dtype=dtype) for s in (2, 3, 4)]
     weight = 1 + 0.5 * randn(shape[-1], seed=5, dtype=dtype)
-    op, definition = gated_residual_norm, reference.gated_residual_norm
-    assert_as_good_as_eager(op, definition, residual, x, *rows, weight)
-    assert_as_good_as_eager(op, definition, residual, x, *rows, None, eps=1e-3)
+    assert_as_good_as_eager(gated_residual_norm, residual, x, *rows, weight)
+    assert_as_good_as_eager(gated_residual_norm, residual, x, *rows, None, eps=1e-3)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, BF16), (BF16, FP32)])
@@ -205,21 +196,19 @@ def test_gated_residual_norm_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> No
     gate, shift, scale = (
         randn(3, 48, seed=s, dtype=d) for s, d in ((2, BF16), (3, FP32), (4, BF16))
     )
-    op, definition = gated_residual_norm, reference.gated_residual_norm
-    assert_as_good_as_eager(op, definition, residual, x, gate, shift, scale, randn(48, seed=5))
+    assert_as_good_as_eager(gated_residual_norm, residual, x, gate, shift, scale, randn(48, seed=5))
 
 
 def test_gated_residual_norm_strided_one_channel_and_empty() -> None:
-    op, definition = gated_residual_norm, reference.gated_residual_norm
     residual, x = randn(6, 3, 50)[..., 3:36].transpose(0, 1), randn(3, 6, 33, seed=1)
     rows = randn(3, 99, seed=2).chunk(3, dim=-1)
-    assert_as_good_as_eager(op, definition, residual, x, *rows)
+    assert_as_good_as_eager(gated_residual_norm, residual, x, *rows)
     rows = [randn(40, 1, seed=s) for s in (2, 3, 4)]
     one = randn(40, 9, 1), randn(40, 9, 1, seed=1)
-    assert_as_good_as_eager(op, definition, *one, *rows, eps=0.5)
+    assert_as_good_as_eager(gated_residual_norm, *one, *rows, eps=0.5)
     for shape in ((0, 3, 8), (2, 0, 8)):
         rows = [randn(shape[0], 8) for _ in range(3)]
-        assert_empty_batch_works(op, definition, randn(*shape), randn(*shape), *rows, randn(8))
+        assert_empty_batch_works(gated_residual_norm, randn(*shape), randn(*shape), *rows, randn(8))
 
 
 def test_gated_residual_norm_with_one_result_unused() -> None:
@@ -281,5 +270,5 @@ def test_gated_residual_errors_name_the_value() -> None:
         gated_residual(x, row, row)
     with pytest.raises(ValueError, match=r"gate must have shape \(2, 4\).*got \(4,\)"):
         gated_residual_norm(x, x, row[0], row, row)
-    with pytest.raises(ValueError, match=r"one shape, got \(2, 5, 4\), \(2, 4\) and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"one shape, got \[\(2, 4\), \(2, 5, 4\)\]"):
         gated_residual_norm(x, x, x, row, row)

@@ -166,7 +166,7 @@ def test_strided_inputs() -> None:
 def test_chunks_of_the_controller_are_read_in_place() -> None:
     raw = randn(4, 6, 15).chunk(3, dim=-1)
     for chunk in raw:
-        assert kernels.as_rows(chunk).data_ptr() == chunk.data_ptr()
+        assert kernels._common.as_rows(chunk).data_ptr() == chunk.data_ptr()
 
 
 @pytest.mark.parametrize("kind", KINDS)

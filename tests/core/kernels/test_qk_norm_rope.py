@@ -39,9 +39,9 @@ def assert_accurate(
     def fixed(op: Op) -> Op:
         return lambda q, k, qw, kw, eps: op(q, k, qw, kw, *table, eps)
 
-    assert_as_good_as_eager(
-        fixed(qk_norm_rope), fixed(reference.qk_norm_rope), q, k, q_weight, k_weight, eps=eps
-    )
+    definition = fixed(reference.qk_norm_rope)
+    given = q, k, q_weight, k_weight
+    assert_as_good_as_eager(fixed(qk_norm_rope), *given, definition=definition, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -114,7 +114,7 @@ def test_empty() -> None:
             return reference.qk_norm_rope(q, k, qw, kw, *table)
 
         q, k = randn(*shape, 3, 8), randn(*shape, 1, 8, dtype=BF16)
-        assert_empty_batch_works(op, definition, q, k, randn(8), randn(8, dtype=BF16))
+        assert_empty_batch_works(op, q, k, randn(8), randn(8, dtype=BF16), definition=definition)
 
 
 def test_nan_stays_in_its_head() -> None:

@@ -64,14 +64,14 @@ def test_routed_mlp(tokens: int, width: int, inner: int, experts: int, dtype: to
     plan = make_routing_plan(ids, experts)
     arguments = tensors(tokens, width, inner, experts, dtype)
     # g, u, a gradient of these and the result of them are each stored in the dtype of x.
-    assert_as_good_as_eager(ours(plan), expert_by_expert(ids), *arguments, stores=4)
+    assert_as_good_as_eager(ours(plan), *arguments, definition=expert_by_expert(ids), stores=4)
 
 
 def test_all_tokens_on_one_expert() -> None:
     ids = torch.full((20,), 4)
     plan = make_routing_plan(ids, 5)
     arguments = tensors(20, 8, 8, 5)
-    assert_as_good_as_eager(ours(plan), expert_by_expert(ids), *arguments)
+    assert_as_good_as_eager(ours(plan), *arguments, definition=expert_by_expert(ids))
     leaves = leaves_of(arguments)
     y = ours(plan)(*leaves)
     for gradient in gradients_of([y], leaves, [torch.ones_like(y)])[1:]:
@@ -84,7 +84,8 @@ def test_strides_and_leading_dimensions() -> None:
     x, gate, up, down = tensors(12, 10, 9, 3)
     half = torch.cat([x, x], 1)[:, 10:]  # rows at a stride of their own
     turned = down.mT.contiguous().mT
-    assert_as_good_as_eager(ours(plan), expert_by_expert(ids), half, gate, up, turned)
+    definition = expert_by_expert(ids)
+    assert_as_good_as_eager(ours(plan), half, gate, up, turned, definition=definition)
     y = ours(plan)(x.reshape(3, 4, 10), gate, up, down)
     assert torch.equal(y.reshape(12, 10), ours(plan)(x, gate, up, down))
     leaf = x.clone().requires_grad_()
@@ -97,7 +98,7 @@ def test_strides_and_leading_dimensions() -> None:
 def test_empty_batch() -> None:
     plan = make_routing_plan(torch.empty(0, dtype=torch.int64), 3)
     definition = lambda *arguments: reference.routed_mlp(arguments[0], plan, *arguments[1:])  # noqa: E731
-    assert_empty_batch_works(ours(plan), definition, *tensors(0, 8, 8, 3))
+    assert_empty_batch_works(ours(plan), *tensors(0, 8, 8, 3), definition=definition)
 
 
 def test_nan_stays_with_its_token_and_its_expert() -> None:

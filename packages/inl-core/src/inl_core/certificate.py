@@ -135,10 +135,7 @@ def certify(
         raise ValueError(f"{type(model).__name__} has no INLDynamics or INLDynamicsLite to certify")
     with torch.no_grad():
         if inputs is None:
-            layers = [
-                _layer(name, module, _resting_point(module), None)
-                for module, name in modules.items()
-            ]
+            layers = (_layer(name, m, _point(m), None) for m, name in modules.items())
             return Certificate(tuple(layers), None)
         return _along_inputs(model, modules, inputs)
 
@@ -178,24 +175,19 @@ def _along_inputs(
     return Certificate(tuple(layers), norm)
 
 
-def _point(module: Any, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The activated coefficients that the module uses for a state, in fp64."""
+def _point(module: Any, h: Tensor | None = None, v: Tensor | None = None) -> list[Tensor]:
+    """The activated coefficients (alpha, beta, gate), in fp64, that the module uses for a state.
+
+    Without a state a token controller is taken where its hidden layer is zero.
+    """
     if isinstance(module, INLDynamicsLite):
-        alpha, beta, gate = h.new_tensor(
-            [module.alpha, module.beta, module.gate], dtype=torch.float64
-        )
-        return alpha, beta, gate
-    raw = module._coefficients(h, v)
-    alpha, beta, gate = ops.inl_coefficients(*raw, beta_max=module.beta_max)
-    return alpha.double(), beta.double(), gate.double()
-
-
-def _resting_point(module: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(module, INLDynamics) and module.adaptive == "token":
+        values = [module.alpha, module.beta, module.gate]
+        return list(module.mu.new_tensor(values, dtype=torch.float64))
+    if h is None and module.adaptive == "token":
         raw = module.bias_out.chunk(3)
-        alpha, beta, gate = ops.inl_coefficients(*raw, beta_max=module.beta_max)
-        return alpha.double(), beta.double(), gate.double()
-    return _point(module, module.mu, None)
+    else:
+        raw = module._coefficients(h, v)
+    return [x.double() for x in ops.inl_coefficients(*raw, beta_max=module.beta_max)]
 
 
 def _gain(module: Any, h: Tensor, v: Tensor | None, outputs: tuple[Tensor, Tensor]) -> float:
@@ -209,9 +201,7 @@ def _gain(module: Any, h: Tensor, v: Tensor | None, outputs: tuple[Tensor, Tenso
     return float((after[moved] / before[moved]).max().sqrt()) if bool(moved.any()) else 1.0
 
 
-def _layer(
-    name: str, module: Any, point: tuple[Tensor, Tensor, Tensor], gain: float | None
-) -> LayerCertificate:
+def _layer(name: str, module: Any, point: list[Tensor], gain: float | None) -> LayerCertificate:
     alpha, beta, gate = torch.broadcast_tensors(*point)
     learned = isinstance(module, INLDynamics)
     # A token controller can reach any gate below 1, also beyond those of these inputs.

@@ -14,15 +14,12 @@ from inl_core import ops
 
 def _angles(positions_N: Tensor, count: int, theta: float) -> Tensor:
     """Angles (N, count): position * theta^(-i/count) for i = 0 … count-1."""
+    if not theta > 0:
+        raise ValueError(f"theta must be positive, got {theta}")
     # With fp64 angles, q·k depends on the offset only, also at large positions; MPS has no fp64.
     dtype = torch.float32 if positions_N.device.type == "mps" else torch.float64
     exponents = torch.arange(count, device=positions_N.device, dtype=dtype) / count
     return positions_N.to(dtype)[:, None] * theta**-exponents
-
-
-def _check_theta(theta: float) -> None:
-    if not theta > 0:
-        raise ValueError(f"theta must be positive, got {theta}")
 
 
 def rotary_1d(
@@ -48,7 +45,6 @@ def rotary_1d(
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be a positive multiple of 2")
-    _check_theta(theta)
     if isinstance(length_or_positions, Tensor):
         if length_or_positions.ndim != 1:
             shape = tuple(length_or_positions.shape)
@@ -95,7 +91,6 @@ def rotary_2d(
             f"head_dim {head_dim} must be a positive multiple of 4 for 2-D rotary: two axes, "
             f"each rotating pairs of channels"
         )
-    _check_theta(theta)
     if height < 0 or width < 0:
         raise ValueError(f"height and width must not be negative, got {height} and {width}")
     rows = _angles(torch.arange(height, device=device), head_dim // 4, theta)

@@ -73,18 +73,7 @@ def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
 
 
 def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Tensor) -> None:
-    """Check the arguments of the routed MLP against each other.
-
-    Args:
-        x: (..., D) with T rows.
-        plan: Plan of T tokens and E experts.
-        gate: (E, I, D).
-        up: (E, I, D).
-        down: (E, D, I).
-
-    Raises:
-        ValueError: If a shape or a dtype does not fit.
-    """
+    """Raise ValueError if a shape or a dtype of the arguments of `routed_mlp` does not fit."""
     if gate.ndim != 3 or x.ndim == 0 or x.shape[-1] != gate.shape[-1]:
         raise ValueError(
             f"x (..., D) and gate (E, I, D) must agree in D, got shapes {tuple(x.shape)} and "
@@ -264,18 +253,7 @@ def grouped_routed_mlp(
     not multiples of 16 bytes are padded with zeros, at the cost of a copy of the weights. On a GPU
     torch's product is one kernel in bf16; in other dtypes it synchronizes.
 
-    Args:
-        x: (..., D) with T rows; fp32, bf16 or fp16.
-        plan: Plan of T tokens and E experts.
-        gate: (E, I, D).
-        up: (E, I, D).
-        down: (E, D, I).
-
-    Returns:
-        Tensor shaped like `x`, in its dtype.
-
-    Raises:
-        ValueError: If a shape or a dtype does not fit.
+    Arguments, result and errors are those of `routed_mlp`, in fp32, bf16 or fp16.
     """
     check_routed_mlp(x, plan, gate, up, down)
     width = x.shape[-1]

@@ -1,4 +1,4 @@
-"""Shared code of the kernel files: argument checks, launch sizes, and device functions.
+"""Shared code of the kernel files: argument checks, custom ops, launch sizes, device functions.
 
 Everything inside a kernel is fp32: every load is converted at once by ``.to(tl.float32)``, which
 also makes Triton's interpreter exact for bf16.
@@ -6,14 +6,17 @@ also makes Triton's interpreter exact for bf16.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses import FakeTensor
 from triton import knobs
 
 MAX_WIDTH = 16384
@@ -119,8 +122,91 @@ def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(*lead, value.shape[-1]).expand(*groups, value.shape[-1])
 
 
+def conditions(op: str, x: Tensor, **values: Tensor | None) -> list[Any]:
+    """`per_sample` of each value by its name; None stays None, the others must have one shape."""
+    given = [v if v is None else per_sample(op, name, v, x) for name, v in values.items()]
+    shapes = sorted({tuple(v.shape) for v in given if v is not None})
+    if len(shapes) > 1:
+        raise ValueError(f"{op}: {', '.join(values)} must have one shape, got {shapes}")
+    return given
+
+
+# ------------------------------------------------------------------------------------------------
+# Custom ops
+
+
+def operator(launch: Callable[..., Any]) -> CustomOpDef:
+    """Register a function as the custom op ``inl_core::<its name>``, for real and fake tensors.
+
+    It takes tensors, then numbers; it allocates its results, returns them if `nothing_to_launch`,
+    and otherwise launches its kernels with the device of its tensors current, because Triton does
+    not infer the device from the arguments.
+    """
+
+    @wraps(launch)
+    def on_device(*args: Any) -> Any:
+        first = next(x for x in args if isinstance(x, Tensor))
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launch(*args)
+
+    schema = torch.library.infer_schema(launch, mutates_args=())
+    name = f"inl_core::{launch.__name__}"
+    op = torch.library.custom_op(name, on_device, mutates_args=(), schema=schema)
+    op.register_fake(launch)
+    return op
+
+
+def nothing_to_launch(x: Tensor) -> bool:
+    """Whether `x` has no data or no elements; the allocated results are then the results.
+
+    The compiler runs an op on such fake tensors to learn the shapes and dtypes of its results.
+    """
+    return isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0
+
+
+def gradient_of(op: CustomOpDef, materialize: bool = True) -> Callable[..., None]:
+    """Register a backward of `op`: (ctx, all inputs of the forward, gradients of its results).
+
+    It returns gradients of the first inputs; they are cast to the dtype of the input, and left out
+    where autograd does not need them. Without `materialize` the gradient of an unused result is
+    None: reading zeros instead would cost a pass.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.numbers = inputs[len(tensors) :]
+        ctx.set_materialize_grads(materialize)
+
+    def register(gradients: Callable[..., Any]) -> None:
+        def backward(ctx: Any, *down: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = (*ctx.saved_tensors, *ctx.numbers)
+            grads = [
+                grad.to(x.dtype) if needed and grad is not None else None
+                for grad, x, needed in zip(
+                    gradients(ctx, inputs, *down), inputs, ctx.needs_input_grad, strict=False
+                )
+            ]
+            return (*grads, *(None,) * (len(inputs) - len(grads)))
+
+        op.register_autograd(backward, setup_context=setup_context)
+
+    return register
+
+
+def empty_tensors(*inputs: Tensor | None) -> Any:
+    """A tuple of empty tensors like the inputs, of size 0 for None; the first is not None."""
+    first = inputs[0]
+    assert first is not None
+    return tuple(first.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
 # ------------------------------------------------------------------------------------------------
 # Launches
+
+WARPS_PER_PROCESSOR = 32
+"""Warps of a persistent launch per multiprocessor: enough loads in flight to saturate memory, and
+few partial sums."""
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -133,9 +219,10 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def rows_or_none(x: Tensor | None) -> Tensor | None:
-    """`as_rows` of an optional tensor."""
-    return None if x is None else as_rows(x)
+def rows_of(*tensors: Tensor | None) -> tuple[list[Any], list[int]]:
+    """`as_rows` of every tensor and their row strides in elements; None stays None, of stride 0."""
+    rows = [None if x is None else as_rows(x) for x in tensors]
+    return rows, [0 if x is None else x.stride(0) for x in rows]
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -143,14 +230,10 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def row_stride(rows: Tensor | None) -> int:
-    """Row stride of `rows` (R, D) in elements; 0 for None."""
-    return 0 if rows is None else rows.stride(0)
-
-
-def launch_guard(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of `x` current for a launch: Triton does not infer it from the arguments."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def is_vector(x: Tensor, h: Tensor) -> bool:
+    """Whether `x` has one value, or D values for the last dimension of `h`."""
+    lead = (1,) * (h.ndim - x.ndim)
+    return x.numel() == 1 or (*lead, *x.shape) == (*(1,) * (h.ndim - 1), h.shape[-1])
 
 
 @cache
@@ -168,16 +251,40 @@ def num_programs(x: Tensor, blocks: int, per_processor: int = 4) -> int:
     return max(1, min(blocks, wanted))
 
 
-def row_config(width: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_D, num_warps) of a kernel that reduces over rows of size `width`.
+def one_wave(x: Tensor, blocks: int, warps: int) -> int:
+    """`num_programs` of `warps` warps each, for `WARPS_PER_PROCESSOR`."""
+    return num_programs(x, blocks, max(1, WARPS_PER_PROCESSOR // warps))
+
+
+def row_config(width: int, rows: int = 16) -> dict[str, int]:
+    """Constants of a kernel that reduces over rows of size `width`, of which it has `rows` or more.
 
     BLOCK_D is the next power of 2; narrow rows are processed several at a time, and a thread holds
     at most 32 elements of a tensor.
     """
     block_d = triton.next_power_of_2(width)
-    block_r = max(1, min(16, 1024 // block_d))
+    block_r = max(1, min(16, 1024 // block_d, triton.next_power_of_2(rows)))
     num_warps = min(16, max(1, block_r * block_d // 256))
-    return block_r, block_d, num_warps
+    return {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": num_warps}
+
+
+def sample_config(x: Tensor, samples: int) -> tuple[int, int, int, dict[str, int]]:
+    """Launch sizes for the rows `x` (R, D) of `samples` samples; a block never spans two samples.
+
+    Returns:
+        (tokens, blocks and programs of a one-wave backward per sample, `row_config`).
+    """
+    tokens = x.shape[0] // samples
+    sizes = row_config(x.shape[1], tokens)
+    blocks = triton.cdiv(tokens, sizes["BLOCK_R"])
+    parts = one_wave(x, samples * blocks, sizes["num_warps"]) // samples
+    return tokens, blocks, max(1, min(blocks, parts)), sizes
+
+
+def sum_parts(partials: Tensor, like: Tensor) -> Tensor:
+    """Sum (samples, parts, D) over the parts; shaped like `like`, in fp32."""
+    total = partials if partials.shape[1] == 1 else partials.sum(1)
+    return total.reshape(like.shape)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
+from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["add_rms_norm", "add_rms_norm_bwd", "add_rms_norm_fwd"]
 
@@ -78,34 +78,24 @@ def _backward(
         store(dweight_ptr + tl.program_id(0) * D + column, partial, column < D)
 
 
-@torch.library.custom_op("inl_core::add_rms_norm_fwd", mutates_args=())
+@_common.operator
 def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; `add_rms_norm` checks the arguments."""
-    y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape, dtype=residual.dtype)
-    if x.numel() == 0:
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual.dtype)
+    if _common.nothing_to_launch(x):
         return y, total
-    x_rows, residual_rows = _common.as_rows(x), _common.as_rows(residual)
-    rows, width = x_rows.shape
-    block_r, block_d, warps = _common.row_config(width)
-    with _common.launch_guard(x):
-        _forward[(triton.cdiv(rows, block_r),)](
-            x_rows, residual_rows, _common.contiguous(weight), y, total,
-            rows, x_rows.stride(0), residual_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    tensors, strides = _common.rows_of(x, residual)
+    rows, width = tensors[0].shape
+    sizes = _common.row_config(width)
+    _forward[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
+        *tensors, _common.contiguous(weight), y, total, rows, *strides, eps, **sizes
+    )
     return y, total
 
 
-@add_rms_norm_fwd.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    return y, x.new_empty(x.shape, dtype=residual.dtype)
-
-
-@torch.library.custom_op("inl_core::add_rms_norm_bwd", mutates_args=())
+@_common.operator
 def add_rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, a: Tensor, b: Tensor | None, weight: Tensor | None,
     eps: float, residual_dtype: torch.dtype, need_dweight: bool,
@@ -117,44 +107,21 @@ def add_rms_norm_bwd(
     """
     same = residual_dtype == dy.dtype
     dx = a.new_empty(a.shape, dtype=dy.dtype)
-    dresidual = torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device)
-    width = a.shape[-1]
-    dweight_dtype = torch.float32 if weight is None else weight.dtype
-    dweight_size = width if need_dweight else 0
-    if a.numel() == 0:
-        return dx, dresidual, torch.zeros(dweight_size, dtype=dweight_dtype, device=a.device)
-    dy_rows, a_rows = _common.as_rows(dy), _common.as_rows(a)
-    dtotal_rows = _common.rows_or_none(dtotal)
-    b_rows = _common.rows_or_none(b)
-    rows = a_rows.shape[0]
-    block_r, block_d, warps = _common.row_config(width)
-    programs = _common.num_programs(
-        a, triton.cdiv(rows, block_r), max(1, WARPS_PER_PROCESSOR // warps)
-    )
-    partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=a.device)
-    with _common.launch_guard(a):
-        _backward[(programs,)](
-            dy_rows, dtotal_rows, a_rows, b_rows, _common.contiguous(weight),
-            dx, None if same else dresidual, partials if need_dweight else None,
-            rows, dy_rows.stride(0), _common.row_stride(dtotal_rows),
-            a_rows.stride(0), _common.row_stride(b_rows), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
-    return dx, dresidual, partials.sum(0).to(dweight_dtype)
-
-
-@add_rms_norm_bwd.register_fake
-def _(
-    dy: Tensor, dtotal: Tensor | None, a: Tensor, b: Tensor | None, weight: Tensor | None,
-    eps: float, residual_dtype: torch.dtype, need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    same = residual_dtype == dy.dtype
-    dweight_dtype = torch.float32 if weight is None else weight.dtype
-    return (
-        a.new_empty(a.shape, dtype=dy.dtype),
-        torch.empty(0 if same else a.shape, dtype=residual_dtype, device=a.device),
-        torch.empty(a.shape[-1] if need_dweight else 0, dtype=dweight_dtype, device=a.device),
-    )
+    dresidual = a.new_empty(0 if same else a.shape, dtype=residual_dtype)
+    columns = a.shape[-1] if need_dweight else 0
+    dtype = torch.float32 if weight is None else weight.dtype
+    if _common.nothing_to_launch(a):
+        return dx, dresidual, a.new_zeros(columns, dtype=dtype)
+    tensors, strides = _common.rows_of(dy, dtotal, a, b)
+    rows, width = tensors[0].shape
+    sizes = _common.row_config(width)
+    programs = _common.one_wave(a, triton.cdiv(rows, sizes["BLOCK_R"]), sizes["num_warps"])
+    partials = a.new_empty(programs, columns, dtype=torch.float32)
+    _backward[(programs,)](
+        *tensors, _common.contiguous(weight), dx, None if same else dresidual,
+        partials if need_dweight else None, rows, *strides, eps, **sizes,
+    )  # fmt: skip
+    return dx, dresidual, partials.sum(0).to(dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -172,7 +139,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     a, b, weight = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros(a.shape, dtype=ctx.x_dtype, device=a.device)
+        dy = a.new_zeros(a.shape, dtype=ctx.x_dtype)
     need_dweight = ctx.needs_input_grad[2]
     dx, dresidual, dweight = add_rms_norm_bwd(
         dy, dtotal, a, b, weight, ctx.eps, ctx.residual_dtype, need_dweight

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks, sum_parts
 
 __all__ = ["gated_residual", "gated_residual_bwd", "gated_residual_fwd"]
 
@@ -62,65 +61,39 @@ def _backward(
     store(dgate_ptr + part, tl.sum(dgate, axis=0, keep_dims=True), column < D)
 
 
-@torch.library.custom_op("inl_core::gated_residual_fwd", mutates_args=())
+@_common.operator
 def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """Launch the forward kernel; `gated_residual` checks and shapes the arguments."""
     total = x.new_empty(x.shape, dtype=residual.dtype)
-    if x.numel() == 0:
+    if _common.nothing_to_launch(x):
         return total
-    residual_rows, x_rows, gate_rows = (_common.as_rows(t) for t in (residual, x, gate))
-    samples, width = gate_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    with _common.launch_guard(x):
-        _forward[(samples * blocks,)](
-            residual_rows, x_rows, gate_rows, total,
-            tokens, blocks, residual_rows.stride(0), x_rows.stride(0), gate_rows.stride(0),
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    rows, strides = _common.rows_of(residual, x, gate)
+    samples = rows[2].shape[0]
+    tokens, blocks, _, sizes = _common.sample_config(rows[1], samples)
+    _forward[(samples * blocks,)](*rows, total, tokens, blocks, *strides, **sizes)
     return total
 
 
-@gated_residual_fwd.register_fake
-def _(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=residual.dtype)
-
-
-@torch.library.custom_op("inl_core::gated_residual_bwd", mutates_args=())
+@_common.operator
 def gated_residual_bwd(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dx, dgate)."""
     dx = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return dx, torch.zeros(gate.shape, dtype=gate.dtype, device=x.device)
-    dtotal_rows, x_rows, gate_rows = (_common.as_rows(t) for t in (dtotal, x, gate))
-    samples, width = gate_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    parts = parts_of(x, samples, blocks, warps)
-    dgate = torch.empty(samples, parts, width, dtype=torch.float32, device=x.device)
-    with _common.launch_guard(x):
-        _backward[(samples * parts,)](
-            dtotal_rows, x_rows, gate_rows, dx, dgate,
-            tokens, parts, dtotal_rows.stride(0), x_rows.stride(0), gate_rows.stride(0),
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
-    return dx, sum_parts(dgate, gate).to(gate.dtype)
-
-
-@gated_residual_bwd.register_fake
-def _(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
-    return dx, torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    if _common.nothing_to_launch(x):
+        return dx, gate.new_zeros(gate.shape)
+    rows, strides = _common.rows_of(dtotal, x, gate)
+    samples, width = rows[2].shape
+    tokens, _, parts, sizes = _common.sample_config(rows[1], samples)
+    dgate = x.new_empty(samples, parts, width, dtype=torch.float32)
+    _backward[(samples * parts,)](*rows, dx, dgate, tokens, parts, *strides, **sizes)
+    return dx, _common.sum_parts(dgate, gate).to(gate.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, gate = inputs
-    ctx.save_for_backward(x, gate)
+    ctx.save_for_backward(*inputs[1:])  # the residual is not needed
 
 
 def _gradients(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dgate = gated_residual_bwd(dtotal, *ctx.saved_tensors)
-    return dtotal, dx, dgate
+    return dtotal, *gated_residual_bwd(dtotal, *ctx.saved_tensors)
 
 
 gated_residual_fwd.register_autograd(_gradients, setup_context=_setup_context)

@@ -22,12 +22,7 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.modulated_rms_norm import (
-    modulation,
-    modulation_gradients,
-    parts_of,
-    sample_blocks,
-)
+from inl_core.kernels.modulated_rms_norm import modulation, modulation_gradients
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["gated_residual_norm", "gated_residual_norm_bwd", "gated_residual_norm_fwd"]
@@ -91,39 +86,25 @@ def _backward(
     store(sums_ptr + part, tl.sum(sums, axis=0, keep_dims=True), column < D)
 
 
-@torch.library.custom_op("inl_core::gated_residual_norm_fwd", mutates_args=())
+@_common.operator
 def gated_residual_norm_fwd(
     residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
     weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; `gated_residual_norm` checks and shapes the arguments."""
-    y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape, dtype=residual.dtype)
-    if x.numel() == 0:
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual.dtype)
+    if _common.nothing_to_launch(x):
         return y, total
-    residual_rows, x_rows = _common.as_rows(residual), _common.as_rows(x)
-    gate_rows, shift_rows, scale_rows = (_common.as_rows(t) for t in (gate, shift, scale))
-    samples, width = gate_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    with _common.launch_guard(x):
-        _forward[(samples * blocks,)](
-            residual_rows, x_rows, gate_rows, shift_rows, scale_rows,
-            _common.contiguous(weight), y, total,
-            tokens, blocks, residual_rows.stride(0), x_rows.stride(0),
-            gate_rows.stride(0), shift_rows.stride(0), scale_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    rows, strides = _common.rows_of(residual, x, gate, shift, scale)
+    samples = rows[2].shape[0]
+    tokens, blocks, _, sizes = _common.sample_config(rows[1], samples)
+    _forward[(samples * blocks,)](
+        *rows, _common.contiguous(weight), y, total, tokens, blocks, *strides, eps, **sizes
+    )
     return y, total
 
 
-@gated_residual_norm_fwd.register_fake
-def _(residual: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    return y, x.new_empty(x.shape, dtype=residual.dtype)
-
-
-@torch.library.custom_op("inl_core::gated_residual_norm_bwd", mutates_args=())
+@_common.operator
 def gated_residual_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor,
     weight: Tensor | None, eps: float,
@@ -133,62 +114,32 @@ def gated_residual_norm_bwd(
     `dy` is the gradient of the normed result, `dtotal` that of the sum, None for zero. The last
     three results are sums over tokens in fp32.
     """
-    dresidual = x.new_empty(x.shape, dtype=residual.dtype)
-    dx = x.new_empty(x.shape)
-    if x.numel() == 0:
-        zeros = torch.zeros(gate.shape, dtype=torch.float32, device=x.device)
+    dresidual, dx = x.new_empty(x.shape, dtype=residual.dtype), x.new_empty(x.shape)
+    if _common.nothing_to_launch(x):
+        zeros = gate.new_zeros(gate.shape, dtype=torch.float32)
         return dresidual, dx, zeros, zeros.clone(), zeros.clone()
-    dy_rows, residual_rows, x_rows = (_common.as_rows(t) for t in (dy, residual, x))
-    dtotal_rows = _common.rows_or_none(dtotal)
-    gate_rows, scale_rows = _common.as_rows(gate), _common.as_rows(scale)
-    samples, width = gate_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    parts = parts_of(x, samples, blocks, warps)
-    partials = torch.empty(3, samples, parts, width, dtype=torch.float32, device=x.device)
-    with _common.launch_guard(x):
-        _backward[(samples * parts,)](
-            dy_rows, dtotal_rows, residual_rows, x_rows, gate_rows, scale_rows,
-            _common.contiguous(weight),
-            dresidual, dx, partials[0], partials[1], partials[2],
-            tokens, parts, dy_rows.stride(0), _common.row_stride(dtotal_rows),
-            residual_rows.stride(0), x_rows.stride(0), gate_rows.stride(0), scale_rows.stride(0),
-            eps, D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    rows, strides = _common.rows_of(dy, dtotal, residual, x, gate, scale)
+    samples, width = rows[4].shape
+    tokens, _, parts, sizes = _common.sample_config(rows[3], samples)
     # Three separate tensors: results of an operator must not share memory.
-    dgate, dshift, sums = (partials[i].sum(1).reshape(gate.shape) for i in range(3))
+    partials = [x.new_empty(samples, parts, width, dtype=torch.float32) for _ in range(3)]
+    _backward[(samples * parts,)](
+        *rows, _common.contiguous(weight), dresidual, dx, *partials,
+        tokens, parts, *strides, eps, **sizes,
+    )  # fmt: skip
+    dgate, dshift, sums = (_common.sum_parts(partial, gate) for partial in partials)
     return dresidual, dx, dgate, dshift, sums
 
 
-@gated_residual_norm_bwd.register_fake
+@_common.gradient_of(gated_residual_norm_fwd, materialize=False)
 def _(
-    dy: Tensor, dtotal: Tensor | None, residual: Tensor, x: Tensor, gate: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dgate, dshift, sums = (gate.new_empty(gate.shape, dtype=torch.float32) for _ in range(3))
-    dresidual = x.new_empty(x.shape, dtype=residual.dtype)
-    return dresidual, x.new_empty(x.shape), dgate, dshift, sums
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    residual, x, gate, shift, scale, weight, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.shift_dtype = shift.dtype
-    ctx.save_for_backward(residual, x, gate, scale, weight)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-    residual, x, gate, scale, weight = ctx.saved_tensors
+    ctx: Any, inputs: tuple[Any, ...], dy: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    residual, x, gate, _, scale, weight, eps = inputs
     if dy is None:
         dy = x.new_zeros(x.shape)
-    dresidual, dx, dgate, dshift, sums = gated_residual_norm_bwd(
-        dy, dtotal, residual, x, gate, scale, weight, ctx.eps
-    )
-    dscale, dweight = modulation_gradients(sums, scale, weight, ctx.needs_input_grad[5])
-    dgate, dshift = dgate.to(gate.dtype), dshift.to(ctx.shift_dtype)
-    return dresidual, dx, dgate, dshift, dscale, dweight, None
-
-
-gated_residual_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+    *grads, sums = gated_residual_norm_bwd(dy, dtotal, residual, x, gate, scale, weight, eps)
+    return *grads, *modulation_gradients(sums, scale, weight, ctx.needs_input_grad[5])
 
 
 def gated_residual_norm(
@@ -212,13 +163,5 @@ def gated_residual_norm(
     _common.check_inputs(op, residual, x, gate, shift, scale, weight)
     _common.check_rows(op, residual, ("x", x))
     _common.check_weight(op, "weight", weight, x.shape[-1])
-    gate, shift, scale = (
-        _common.per_sample(op, name, value, residual)
-        for name, value in (("gate", gate), ("shift", shift), ("scale", scale))
-    )
-    if not gate.shape == shift.shape == scale.shape:
-        raise ValueError(
-            f"{op}: gate, shift and scale must have one shape, "
-            f"got {tuple(gate.shape)}, {tuple(shift.shape)} and {tuple(scale.shape)}"
-        )
-    return gated_residual_norm_fwd(residual, x, gate, shift, scale, weight, eps)
+    conditions = _common.conditions(op, residual, gate=gate, shift=shift, scale=scale)
+    return gated_residual_norm_fwd(residual, x, *conditions, weight, eps)

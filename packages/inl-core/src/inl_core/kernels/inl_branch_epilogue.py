@@ -34,18 +34,13 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels import _common
-from inl_core.kernels._common import as_rows, contiguous, load, row_stride, rows_or_none, store
+from inl_core.kernels._common import contiguous, load, rows_of, store
 from inl_core.kernels.inl_step import advance, retreat
-from inl_core.kernels.modulated_rms_norm import parts_of, sample_blocks
+from inl_core.kernels.modulated_rms_norm import modulation_gradients
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 from inl_core.reference import bounded_clamp
 
-__all__ = [
-    "inl_branch_epilogue",
-    "inl_branch_epilogue_bwd",
-    "inl_branch_epilogue_fwd",
-    "takes",
-]
+__all__ = ["inl_branch_epilogue", "inl_branch_epilogue_bwd", "inl_branch_epilogue_fwd", "takes"]
 
 
 @triton.jit
@@ -186,10 +181,6 @@ def backward_kernel(
 
 OP = "inl_branch_epilogue"
 
-TENSORS = 11
-"""Leading arguments of the custom op that are tensors or None."""
-
-
 # ------------------------------------------------------------------------------------------------
 # Launches
 
@@ -199,7 +190,7 @@ def _samples(*conditions: Tensor | None) -> int:
     return next((c.shape[:-1].numel() for c in conditions if c is not None), 1)
 
 
-@torch.library.custom_op("inl_core::inl_branch_epilogue_fwd", mutates_args=())
+@_common.operator
 def inl_branch_epilogue_fwd(
     h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
     mu: Tensor, residual: Tensor, residual_gate: Tensor | None, shift: Tensor | None,
@@ -208,48 +199,26 @@ def inl_branch_epilogue_fwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, sum, v'). A coefficient that is None is its number; mu is already clamped."""
-    y, total, v_out = _empty_results(h, v, residual)
-    if h.numel() == 0:
-        return y, total, v_out
-    x, residual_rows, v_rows = as_rows(h), as_rows(residual), rows_or_none(v)
-    rho, shifts, scales = (rows_or_none(c) for c in (residual_gate, shift, scale))
-    rows, width = x.shape
-    samples = _samples(rho, shifts, scales)
-    tokens = rows // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    with _common.launch_guard(h):
-        forward_kernel[(samples * blocks,)](
-            x, v_rows, *(contiguous(c) for c in (alpha, beta, gate, mu)),
-            residual_rows, rho, shifts, scales, contiguous(weight), y, total, v_out,
-            tokens, blocks, x.stride(0), row_stride(v_rows), residual_rows.stride(0),
-            row_stride(rho), row_stride(shifts), row_stride(scales),
-            alpha_number, beta_number, gate_number, dt, velocity_max, eps,
-            *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
-            width, block_r, block_d, num_warps=warps,
-        )  # fmt: skip
-    return y, total, v_out
-
-
-def _empty_results(h: Tensor, v: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    v_dtype = h.dtype if v is None else v.dtype
-    return (
-        h.new_empty(h.shape),
-        h.new_empty(h.shape, dtype=residual.dtype),
-        h.new_empty(h.shape, dtype=v_dtype),
-    )
+    results = _common.empty_tensors(h, residual, h if v is None else v)
+    if _common.nothing_to_launch(h):
+        return results
+    (x, v_rows, *rows), strides = rows_of(h, v, residual, residual_gate, shift, scale)
+    samples = _samples(residual_gate, shift, scale)
+    tokens, blocks, _, sizes = _common.sample_config(x, samples)
+    forward_kernel[(samples * blocks,)](
+        x, v_rows, *(contiguous(c) for c in (alpha, beta, gate, mu)), *rows, contiguous(weight),
+        *results, tokens, blocks, *strides,
+        alpha_number, beta_number, gate_number, dt, velocity_max, eps,
+        *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max), **sizes,
+    )  # fmt: skip
+    return results
 
 
 def _by_channel(coefficient: Tensor | None) -> bool:
     return coefficient is not None and coefficient.numel() > 1
 
 
-@inl_branch_epilogue_fwd.register_fake
-def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    residual = rest[4]
-    return _empty_results(h, v, residual)
-
-
-@torch.library.custom_op("inl_core::inl_branch_epilogue_bwd", mutates_args=())
+@_common.operator
 def inl_branch_epilogue_bwd(
     dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None,
     h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
@@ -265,112 +234,49 @@ def inl_branch_epilogue_bwd(
     These are dalpha, dbeta, dgate, dmu, d(residual_gate), dshift and S = Σ dy·n; size 0 for an
     argument that is None.
     """
-    tensors = (h, v, alpha, beta, gate, mu, residual, residual_gate, shift, scale, weight)
-    dh, dv, dresidual, *targets = _empty_gradients(*tensors)
-    if h.numel() == 0:
-        for target in targets:
-            target.zero_()
-        return dh, dv, dresidual, *targets  # type: ignore[return-value]
-    x, residual_rows, v_rows = as_rows(h), as_rows(residual), rows_or_none(v)
-    dy_rows, dtotal_rows, dv_rows = (rows_or_none(d) for d in (dy, dtotal, dv_next))
-    rho, scales = rows_or_none(residual_gate), rows_or_none(scale)
-    rows, width = x.shape
+    states = _common.empty_tensors(h, v, residual)
+    shared = (alpha, beta, gate, mu, residual_gate, shift, weight if scale is None else scale)
+    if _common.nothing_to_launch(h):
+        sizes = [0 if x is None else x.shape for x in shared]
+        return *states, *(h.new_zeros(size, dtype=torch.float32) for size in sizes)  # type: ignore[return-value]
+    (*rows, residual_rows, rho, scales), strides = rows_of(
+        dy, dtotal, dv_next, h, v, residual, residual_gate, scale
+    )
     samples = _samples(residual_gate, shift, scale)
-    tokens = rows // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    parts = parts_of(x, samples, blocks, warps)
+    tokens, _, parts, sizes = _common.sample_config(rows[3], samples)
     partials = [
-        torch.empty(samples, parts, width, dtype=torch.float32, device=h.device)
-        if target.numel()
-        else None
-        for target in targets
+        None if x is None else h.new_empty(samples, parts, h.shape[-1], dtype=torch.float32)
+        for x in shared
     ]
-    with _common.launch_guard(h):
-        backward_kernel[(samples * parts,)](
-            dy_rows, dtotal_rows, dv_rows,
-            x, v_rows, *(contiguous(c) for c in (alpha, beta, gate, mu)),
-            residual_rows, rho, scales, contiguous(weight), dh, dv, dresidual, *partials,
-            tokens, parts, row_stride(dy_rows), row_stride(dtotal_rows), row_stride(dv_rows),
-            x.stride(0), row_stride(v_rows), residual_rows.stride(0), row_stride(rho),
-            row_stride(scales),
-            alpha_number, beta_number, gate_number, dt, velocity_max, eps,
-            *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max),
-            width, block_r, block_d, num_warps=warps,
-        )  # fmt: skip
-    sums = [
-        target if partial is None else _summed(partial, target)
-        for partial, target in zip(partials, targets, strict=True)
-    ]
-    return dh, dv, dresidual, *sums  # type: ignore[return-value]
+    backward_kernel[(samples * parts,)](
+        *rows, *(contiguous(c) for c in (alpha, beta, gate, mu)), residual_rows, rho, scales,
+        contiguous(weight), *states, *partials, tokens, parts, *strides,
+        alpha_number, beta_number, gate_number, dt, velocity_max, eps,
+        *(_by_channel(c) for c in (alpha, beta, gate)), math.isfinite(velocity_max), **sizes,
+    )  # fmt: skip
+    return *states, *(  # type: ignore[return-value]
+        h.new_empty(0, dtype=torch.float32) if x is None or partial is None else _summed(partial, x)
+        for partial, x in zip(partials, shared, strict=True)
+    )
 
 
-def _summed(partial: Tensor, target: Tensor) -> Tensor:
+def _summed(partial: Tensor, like: Tensor) -> Tensor:
     """Sum (samples, parts, D) over the parts, over all rows, or over everything."""
-    if target.numel() == 1:
-        return partial.sum().reshape(target.shape)
-    if target.ndim == 1:
-        return partial.sum((0, 1))
-    return partial.sum(1).reshape(target.shape)
-
-
-def _empty_gradients(
-    h: Tensor, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gate: Tensor | None,
-    mu: Tensor, residual: Tensor, residual_gate: Tensor | None, shift: Tensor | None,
-    scale: Tensor | None, weight: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    def like(x: Tensor | None) -> Tensor:
-        return h.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    def sums(x: Tensor | None) -> Tensor:
-        return h.new_empty(0 if x is None else x.shape, dtype=torch.float32)
-
-    by_row = (alpha, beta, gate, mu, residual_gate, shift, weight if scale is None else scale)
-    return like(h), like(v), like(residual), *map(sums, by_row)
-
-
-@inl_branch_epilogue_bwd.register_fake
-def _(
-    dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _empty_gradients(*rest[:TENSORS])
+    if like.numel() == 1:
+        return partial.sum().reshape(like.shape)
+    return partial.sum((0, 1)) if like.ndim == 1 else _common.sum_parts(partial, like)
 
 
 # ------------------------------------------------------------------------------------------------
 # Autograd and the public function
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    # An unused result has no gradient; reading zeros instead would cost a pass.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS])
-    ctx.numbers = inputs[TENSORS:]
-
-
-def _gradients(
-    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, dv_next: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    dh, dv, dresidual, *sums, s = inl_branch_epilogue_bwd(
-        dy, dtotal, dv_next, *tensors, *ctx.numbers
-    )
-    scale, weight = tensors[9], tensors[10]
-    dscale = dweight = None
-    if scale is not None:
-        dscale = s if weight is None else s * weight.float()
-    if weight is not None:
-        each = s if scale is None else (1.0 + scale.float()) * s
-        dweight = each.reshape(-1, weight.shape[0]).sum(0)
-    grads = (dh, dv, *sums[:4], dresidual, *sums[4:], dscale, dweight)
-    wanted = [
-        grad.to(x.dtype) if grad is not None and x is not None and use else None
-        for grad, x, use in zip(grads, tensors, ctx.needs_input_grad, strict=False)
-    ]
-    return (*wanted, *(None,) * len(ctx.numbers))
-
-
-inl_branch_epilogue_fwd.register_autograd(_gradients, setup_context=_setup_context)
+@_common.gradient_of(inl_branch_epilogue_fwd, materialize=False)
+def _(ctx: Any, inputs: tuple[Any, ...], *down: Tensor | None) -> tuple[Tensor | None, ...]:
+    dh, dv, dresidual, *sums, s = inl_branch_epilogue_bwd(*down, *inputs)
+    scale, weight = inputs[9:11]
+    modulation = modulation_gradients(s, scale, weight, weight is not None)
+    return dh, dv, *sums[:4], dresidual, *sums[4:], *modulation
 
 
 def takes(
@@ -378,13 +284,7 @@ def takes(
     *_: Any, **__: Any,
 ) -> bool:  # fmt: skip
     """Whether the coefficients are per layer or per channel, not per token."""
-    vector = (*(1,) * (h.ndim - 1), h.shape[-1])
-    return all(
-        not isinstance(x, Tensor)
-        or x.numel() == 1
-        or (*(1,) * (h.ndim - x.ndim), *x.shape) == vector
-        for x in (alpha, beta, gate)
-    )
+    return all(not isinstance(x, Tensor) or _common.is_vector(x, h) for x in (alpha, beta, gate))
 
 
 def inl_branch_epilogue(
@@ -402,8 +302,7 @@ def inl_branch_epilogue(
     """
     coefficients = [x.reshape(-1) if isinstance(x, Tensor) else None for x in (alpha, beta, gate)]
     numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in (alpha, beta, gate)]
-    conditions = {"residual_gate": residual_gate, "shift": shift, "scale": scale}
-    _common.check_inputs(OP, h, v, *coefficients, mu, residual, *conditions.values(), weight)
+    _common.check_inputs(OP, h, v, *coefficients, mu, residual, residual_gate, shift, scale, weight)
     same = [("residual", residual)] if v is None else [("residual", residual), ("v", v)]
     _common.check_rows(OP, h, *same)
     _common.check_weight(OP, "mu", mu, h.shape[-1])
@@ -414,15 +313,7 @@ def inl_branch_epilogue(
             f"the Triton kernel of {OP} takes coefficients that are numbers, (1,) or "
             f"({h.shape[-1]},), got {shapes}; inl_core.reference.{OP} takes any that broadcast"
         )
-    given = [
-        None if value is None else _common.per_sample(OP, name, value, h)
-        for name, value in conditions.items()
-    ]
-    shapes = {tuple(value.shape) for value in given if value is not None}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{OP}: residual_gate, shift and scale must have one shape, got {sorted(shapes)}"
-        )
+    given = _common.conditions(OP, h, residual_gate=residual_gate, shift=shift, scale=scale)
     return inl_branch_epilogue_fwd(
         h, v, *coefficients, bounded_clamp(mu, mu_min, mu_max), residual, *given, weight, *numbers,
         dt, math.inf if velocity_max is None else velocity_max, eps,

@@ -31,24 +31,18 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels import _common
-from inl_core.kernels._common import as_rows, clamp, load, row_stride, sigmoid, softplus, store
+from inl_core.kernels._common import clamp, load, sigmoid, softplus, store
 from inl_core.kernels.inl_step import (
     FINISH,
     TOKEN,
     advance,
-    empty_gradients,
     finish_kernel,
+    numbers,
     retreat,
-    save_inputs,
     through,
 )
 
-__all__ = [
-    "inl_controlled_step",
-    "inl_controlled_step_bwd",
-    "inl_controlled_step_fwd",
-    "takes",
-]
+__all__ = ["inl_controlled_step", "inl_controlled_step_bwd", "inl_controlled_step_fwd", "takes"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,112 +281,72 @@ def _block_c(controller: int) -> int:
     return max(16, triton.next_power_of_2(controller))  # the minimum of a matrix product
 
 
-@torch.library.custom_op("inl_core::inl_controlled_step_fwd", mutates_args=())
+@_common.operator
 def inl_controlled_step_fwd(
     h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
     force: Tensor | None, dt: float, beta_max: float, velocity_max: float, mu_min: float,
     mu_max: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h', v'). Infinite bounds mean none; `inl_controlled_step` checks the arguments."""
-    h_out = h.new_empty(h.shape)
-    v_out = torch.empty(h.shape, dtype=h.dtype if v is None else v.dtype, device=h.device)
-    if h.numel() == 0:
+    h_out, v_out = _common.empty_tensors(h, h if v is None else v)
+    if _common.nothing_to_launch(h):
         return h_out, v_out
-    x, hidden_rows = as_rows(h), as_rows(hidden)
-    v_rows, force_rows = (_common.rows_or_none(t) for t in (v, force))
-    rows, width = x.shape
+    (*states, force_rows), strides = _common.rows_of(h, v, hidden, force)
+    rows, width = states[0].shape
     tiles = triton.cdiv(rows, BLOCK_R) * triton.cdiv(width, FORWARD_COLUMNS)
-    with _common.launch_guard(h):
-        forward_kernel[(tiles,)](
-            x, v_rows, hidden_rows, weight.contiguous(), bias.contiguous(), mu.contiguous(),
-            force_rows, h_out, v_out,
-            rows, width, hidden_rows.shape[1],
-            x.stride(0), row_stride(v_rows), hidden_rows.stride(0), row_stride(force_rows),
-            dt, beta_max, velocity_max, mu_min, mu_max,
-            **_constants(velocity_max, hidden, FORWARD_COLUMNS),
-        )  # fmt: skip
+    forward_kernel[(tiles,)](
+        *states, weight.contiguous(), bias.contiguous(), mu.contiguous(), force_rows, h_out, v_out,
+        rows, width, hidden.shape[-1], *strides, dt, beta_max, velocity_max, mu_min, mu_max,
+        **_constants(velocity_max, hidden, FORWARD_COLUMNS),
+    )  # fmt: skip
     return h_out, v_out
 
 
-@inl_controlled_step_fwd.register_fake
-def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    v_dtype = h.dtype if v is None else v.dtype
-    return h.new_empty(h.shape), h.new_empty(h.shape, dtype=v_dtype)
-
-
-@torch.library.custom_op("inl_core::inl_controlled_step_bwd", mutates_args=())
+@_common.operator
 def inl_controlled_step_bwd(
     dh_next: Tensor | None, dv_next: Tensor | None, h: Tensor, v: Tensor | None, hidden: Tensor,
     weight: Tensor, bias: Tensor, mu: Tensor, force: Tensor | None,
     dt: float, beta_max: float, velocity_max: float, mu_min: float, mu_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (h, v, hidden, weight, bias, mu, force); size 0 where None."""
-    if h.numel() == 0:
-        grads = empty_gradients(h, v, hidden, weight, bias, mu, force)
-        for grad in grads:
-            grad.zero_()
-        return grads
-    x, hidden_rows = as_rows(h), as_rows(hidden)
-    dh_rows, dv_rows, v_rows, force_rows = (
-        _common.rows_or_none(t) for t in (dh_next, dv_next, v, force)
-    )
-    (rows, width), controller = x.shape, hidden_rows.shape[1]
+    if _common.nothing_to_launch(h):
+        grads = _common.empty_tensors(h, v, hidden, weight, bias, mu, force)
+        return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
+    (*states, force_rows), strides = _common.rows_of(dh_next, dv_next, h, v, hidden, force)
+    (rows, width), controller = states[2].shape, hidden.shape[-1]
     row_blocks, stripes = triton.cdiv(rows, BLOCK_R), triton.cdiv(width, BACKWARD_COLUMNS)
     wave = _common.num_programs(h, row_blocks * stripes, PER_PROCESSOR)
     walkers = min(row_blocks, triton.cdiv(wave, stripes))
-
-    def fp32(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=h.device)
-
-    dweight, dbias = fp32(walkers, 3, controller, width), fp32(walkers, 3 * width)
-    dmu_parts, dhidden = fp32(walkers, width), hidden.new_empty(hidden.shape)
-    dh, dv, dforce = (h.new_empty(0) if t is None else t.new_empty(t.shape) for t in (h, v, force))
-    mu, dmu = mu.contiguous(), mu.new_empty(mu.shape)
-    inputs = (
-        dh_rows, dv_rows, x, v_rows, hidden_rows, weight.contiguous(), bias.contiguous(), mu,
-        force_rows,
-    )  # fmt: skip
-    numbers = (
-        rows, width, controller, row_stride(dh_rows), row_stride(dv_rows),
-        x.stride(0), row_stride(v_rows), hidden_rows.stride(0), row_stride(force_rows),
-        dt, beta_max, velocity_max, mu_min, mu_max,
-    )  # fmt: skip
+    dweight, dbias, dmu_parts = (
+        h.new_empty(walkers, *size, dtype=torch.float32)
+        for size in ((3, controller, width), (3 * width,), (width,))
+    )
+    dh, dv, dforce, dhidden, dmu = _common.empty_tensors(h, v, force, hidden, mu)
+    mu = mu.contiguous()
+    inputs = (*states, weight.contiguous(), bias.contiguous(), mu, force_rows)
+    values = (rows, width, controller, *strides, dt, beta_max, velocity_max, mu_min, mu_max)
     constants = _constants(velocity_max, hidden, BACKWARD_COLUMNS)
-    with _common.launch_guard(h):
-        rows_kernel[(row_blocks,)](*inputs, dh, dv, dforce, dhidden, *numbers, **constants)
-        columns_kernel[(stripes, walkers)](
-            *inputs, dweight, dbias, dmu_parts, *numbers, **constants
-        )
-        block_p, columns, num_warps = FINISH
-        finish_kernel[(triton.cdiv(width, columns),)](
-            dmu_parts, None, None, None, mu, None, None, None, dmu, None, None, None,
-            walkers, walkers, width, beta_max, mu_min, mu_max,
-            TOKEN, TOKEN, TOKEN, block_p, columns, num_warps=num_warps,
-        )  # fmt: skip
+    rows_kernel[(row_blocks,)](*inputs, dh, dv, dforce, dhidden, *values, **constants)
+    columns_kernel[(stripes, walkers)](*inputs, dweight, dbias, dmu_parts, *values, **constants)
+    block_p, columns, num_warps = FINISH
+    finish_kernel[(triton.cdiv(width, columns),)](
+        dmu_parts, None, None, None, mu, None, None, None, dmu, None, None, None,
+        walkers, walkers, width, beta_max, mu_min, mu_max,
+        TOKEN, TOKEN, TOKEN, block_p, columns, num_warps=num_warps,
+    )  # fmt: skip
     dweight = dweight.sum(0).transpose(1, 2).reshape(weight.shape).to(weight.dtype)
     return dh, dv, dhidden, dweight, dbias.sum(0).to(bias.dtype), dmu, dforce
-
-
-@inl_controlled_step_bwd.register_fake
-def _(
-    dh_next: Tensor | None, dv_next: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients(*rest[:7])
 
 
 # ------------------------------------------------------------------------------------------------
 # Autograd and the public function
 
 
-def _gradients(
-    ctx: Any, dh_next: Tensor | None, dv_next: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grads = inl_controlled_step_bwd(dh_next, dv_next, *ctx.saved_tensors, *ctx.numbers)
-    wanted = [grad if use else None for grad, use in zip(grads, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None, None, None)
-
-
-inl_controlled_step_fwd.register_autograd(_gradients, setup_context=save_inputs)
+@_common.gradient_of(inl_controlled_step_fwd, materialize=False)
+def _(
+    ctx: Any, inputs: tuple[Any, ...], dh_next: Tensor | None, dv_next: Tensor | None
+) -> tuple[Tensor, ...]:
+    return inl_controlled_step_bwd(dh_next, dv_next, *inputs)
 
 
 def takes(h: Tensor, v: Tensor | None, hidden: Tensor, *_: Any, **__: Any) -> bool:
@@ -441,10 +395,6 @@ def inl_controlled_step(
             f"1 <= C <= {MAX_CONTROLLER} in bf16 or fp16, got {tuple(hidden.shape)} in "
             f"{hidden.dtype}; inl_core.reference.{OP} takes any"
         )
-    return inl_controlled_step_fwd(
-        h, v, hidden.to(_product_dtype(hidden)), weight, bias, mu, force, dt,
-        math.inf if beta_max is None else beta_max,
-        math.inf if velocity_max is None else velocity_max,
-        -math.inf if mu_min is None else mu_min,
-        math.inf if mu_max is None else mu_max,
-    )  # fmt: skip
+    hidden = hidden.to(_product_dtype(hidden))
+    bounds = numbers(dt, beta_max, velocity_max, mu_min, mu_max)
+    return inl_controlled_step_fwd(h, v, hidden, weight, bias, mu, force, *bounds)

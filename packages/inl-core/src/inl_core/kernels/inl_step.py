@@ -33,20 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inl_core.kernels._common import (
-    as_rows,
-    check_inputs,
-    check_width,
-    clamp,
-    launch_guard,
-    load,
-    num_programs,
-    row_stride,
-    rows_or_none,
-    sigmoid,
-    softplus,
-    store,
-)
+from inl_core.kernels import _common
+from inl_core.kernels._common import as_rows, clamp, load, rows_of, sigmoid, softplus, store
 
 # ------------------------------------------------------------------------------------------------
 # Device functions
@@ -314,103 +302,69 @@ def kind(raw: Tensor, h: Tensor) -> int:
     return LAYER if raw.numel() == 1 else CHANNEL
 
 
-@torch.library.custom_op("inl_core::inl_step_fwd", mutates_args=())
+@_common.operator
 def inl_step_fwd(
     h: Tensor, v: Tensor | None, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor,
     force: Tensor | None, dt: float, beta_max: float, velocity_max: float, mu_min: float,
     mu_max: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h', v'). Infinite bounds mean none; raw coefficients are shaped like h, (D,) or (1,)."""
-    h_out = h.new_empty(h.shape)
-    v_out = torch.empty(h.shape, dtype=h.dtype if v is None else v.dtype, device=h.device)
-    if h.numel() == 0:
+    h_out, v_out = _common.empty_tensors(h, h if v is None else v)
+    if _common.nothing_to_launch(h):
         return h_out, v_out
     block_r, block_d, num_warps = tile(h.shape[-1])
-    x = as_rows(h)
+    (x, v_rows, force_rows), (h_stride, v_stride, force_stride) = rows_of(h, v, force)
     rows, width = x.shape
-    v_rows, force_rows = (rows_or_none(t) for t in (v, force))
     raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
-    grid = (triton.cdiv(rows, block_r) * triton.cdiv(width, block_d),)
-    with launch_guard(h):
-        forward_kernel[grid](
-            x, v_rows, *raws, mu.contiguous(), force_rows, h_out, v_out,
-            rows, width, x.stride(0), row_stride(v_rows), *strides, row_stride(force_rows),
-            dt, beta_max, velocity_max, mu_min, mu_max,
-            *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
-        )  # fmt: skip
+    forward_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(width, block_d),)](
+        x, v_rows, *raws, mu.contiguous(), force_rows, h_out, v_out,
+        rows, width, h_stride, v_stride, *strides, force_stride,
+        dt, beta_max, velocity_max, mu_min, mu_max,
+        *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
+    )  # fmt: skip
     return h_out, v_out
 
 
-@inl_step_fwd.register_fake
-def _(h: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    v_dtype = h.dtype if v is None else v.dtype
-    return h.new_empty(h.shape), h.new_empty(h.shape, dtype=v_dtype)
-
-
-@torch.library.custom_op("inl_core::inl_step_bwd", mutates_args=())
+@_common.operator
 def inl_step_bwd(
     dh_next: Tensor | None, dv_next: Tensor | None, h: Tensor, v: Tensor | None,
     alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, mu: Tensor, force: Tensor | None,
     dt: float, beta_max: float, velocity_max: float, mu_min: float, mu_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (h, v, alpha_raw, beta_raw, gate_raw, mu, force); size 0 where None."""
-    inputs = (h, v, alpha_raw, beta_raw, gate_raw, mu, force)
-    grads = empty_gradients(*inputs)
+    grads = _common.empty_tensors(h, v, alpha_raw, beta_raw, gate_raw, mu, force)
+    if _common.nothing_to_launch(h):
+        return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     dh, dv, da, db, dc, dmu, dforce = grads
-    if h.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
     block_r, block_d, num_warps = tile(h.shape[-1])
-    x = as_rows(h)
-    rows, width = x.shape
-    dh_rows, dv_rows, v_rows, force_rows = (rows_or_none(t) for t in (dh_next, dv_next, v, force))
+    (*states, force_rows), (*state_strides, force_stride) = rows_of(dh_next, dv_next, h, v, force)
+    rows, width = states[2].shape
     raws, strides, kinds = _coefficients(h, alpha_raw, beta_raw, gate_raw)
     mu = mu.contiguous()
     tiles = triton.cdiv(width, block_d)
     blocks = triton.cdiv(rows, block_r)
-    walkers = triton.cdiv(num_programs(h, blocks * tiles, PER_PROCESSOR), tiles)
-
-    def partial(columns: int) -> Tensor:
-        return torch.empty((walkers, columns), dtype=torch.float32, device=h.device)
-
-    mu_parts = partial(width)
-    parts = [None if way == TOKEN else partial(width if way == CHANNEL else tiles) for way in kinds]
+    walkers = triton.cdiv(_common.num_programs(h, blocks * tiles, PER_PROCESSOR), tiles)
+    columns = {TOKEN: 0, CHANNEL: width, LAYER: tiles}
+    mu_parts, *parts = (
+        h.new_empty(walkers, columns[way], dtype=torch.float32) if way != TOKEN else None
+        for way in (CHANNEL, *kinds)
+    )
     targets = [
         grad if part is None else part for grad, part in zip((da, db, dc), parts, strict=True)
     ]
-    with launch_guard(h):
-        backward_kernel[(tiles, walkers)](
-            dh_rows, dv_rows, x, v_rows, *raws, mu, force_rows, dh, dv, *targets, dforce, mu_parts,
-            rows, width, row_stride(dh_rows), row_stride(dv_rows), x.stride(0), row_stride(v_rows),
-            *strides, row_stride(force_rows), dt, beta_max, velocity_max, mu_min, mu_max,
-            *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
-        )  # fmt: skip
-        block_p, block_c, num_warps = FINISH
-        finish_kernel[(triton.cdiv(width, block_c),)](
-            mu_parts, *parts, mu, *raws, dmu, da, db, dc,
-            walkers, walkers * tiles, width, beta_max, mu_min, mu_max,
-            *kinds, block_p, block_c, num_warps=num_warps,
-        )  # fmt: skip
+    backward_kernel[(tiles, walkers)](
+        *states, *raws, mu, force_rows, dh, dv, *targets, dforce, mu_parts,
+        rows, width, *state_strides, *strides, force_stride,
+        dt, beta_max, velocity_max, mu_min, mu_max,
+        *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
+    )  # fmt: skip
+    block_p, block_c, num_warps = FINISH
+    finish_kernel[(triton.cdiv(width, block_c),)](
+        mu_parts, *parts, mu, *raws, dmu, da, db, dc,
+        walkers, walkers * tiles, width, beta_max, mu_min, mu_max,
+        *kinds, block_p, block_c, num_warps=num_warps,
+    )  # fmt: skip
     return grads
-
-
-@inl_step_bwd.register_fake
-def _(
-    dh_next: Tensor | None, dv_next: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients(*rest[:7])
-
-
-def empty_gradients(
-    h: Tensor, v: Tensor | None, a: Tensor, b: Tensor, c: Tensor, mu: Tensor, force: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of a step whose middle three arguments are `a`, `b` and `c`."""
-
-    def like(x: Tensor | None) -> Tensor:
-        return h.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(h), like(v), like(a), like(b), like(c), like(mu), like(force)
 
 
 def _coefficients(h: Tensor, *raw: Tensor) -> tuple[list[Tensor], list[int], list[int]]:
@@ -423,42 +377,37 @@ def _coefficients(h: Tensor, *raw: Tensor) -> tuple[list[Tensor], list[int], lis
     return tensors, strides, kinds
 
 
+def numbers(
+    dt: float, beta_max: float | None, velocity_max: float | None, mu_min: float | None,
+    mu_max: float | None,
+) -> tuple[float, ...]:  # fmt: skip
+    """The numbers of a step as its kernels take them, infinite for a bound that is None."""
+    beta_max, velocity_max, mu_max = (
+        math.inf if bound is None else bound for bound in (beta_max, velocity_max, mu_max)
+    )
+    return dt, beta_max, velocity_max, -math.inf if mu_min is None else mu_min, mu_max
+
+
 # ------------------------------------------------------------------------------------------------
 # Autograd and the public function
 
 
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save the seven tensors of a step for its backward, and its numbers."""
-    # An unused result has no gradient; reading zeros instead would cost a pass.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.numbers = inputs[7:]
-
-
-def _backward(
-    ctx: Any, dh_next: Tensor | None, dv_next: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    grads = inl_step_bwd(dh_next, dv_next, *inputs, *ctx.numbers)
-    used = list(ctx.needs_input_grad[:7])
+@_common.gradient_of(inl_step_fwd, materialize=False)
+def _(
+    ctx: Any, inputs: tuple[Any, ...], dh_next: Tensor | None, dv_next: Tensor | None
+) -> list[Tensor | None]:
+    grads = list(inl_step_bwd(dh_next, dv_next, *inputs))
     if inputs[1] is None:
-        used[2] = False  # alpha has no effect without a velocity
-    wanted = [grad if use else None for grad, use in zip(grads, used, strict=True)]
-    return (*wanted, None, None, None, None, None)
-
-
-inl_step_fwd.register_autograd(_backward, setup_context=save_inputs)
+        grads[2] = None  # alpha has no effect without a velocity
+    return grads
 
 
 def takes(
     h: Tensor, v: Any, alpha_raw: Tensor, beta_raw: Tensor, gate_raw: Tensor, *_: Any, **__: Any
 ) -> bool:
     """Whether the kernels support the shapes of the raw coefficients of `inl_step`."""
-    vector = (*(1,) * (h.ndim - 1), h.shape[-1])
-    return all(
-        x.shape == h.shape or x.numel() == 1 or (*(1,) * (h.ndim - x.ndim), *x.shape) == vector
-        for x in (alpha_raw, beta_raw, gate_raw)
-    )
+    raw = (alpha_raw, beta_raw, gate_raw)
+    return all(x.shape == h.shape or _common.is_vector(x, h) for x in raw)
 
 
 def inl_step(
@@ -474,8 +423,8 @@ def inl_step(
     Raises:
         ValueError: If a shape, a dtype (fp64) or a device does not fit, or D exceeds 16384.
     """
-    check_inputs("inl_step", h, v, alpha_raw, beta_raw, gate_raw, mu, force)
-    check_width("inl_step", h.shape[-1])
+    _common.check_inputs("inl_step", h, v, alpha_raw, beta_raw, gate_raw, mu, force)
+    _common.check_width("inl_step", h.shape[-1])
     for name, x in (("v", v), ("force", force)):
         if x is not None and x.shape != h.shape:
             raise ValueError(
@@ -491,10 +440,5 @@ def inl_step(
         )
     # Drop leading dimensions of 1: the custom op takes one shape per kind.
     flat = [x if x.shape == h.shape else x.reshape(-1) for x in raw]
-    return inl_step_fwd(
-        h, v, *flat, mu, force, dt,
-        math.inf if beta_max is None else beta_max,
-        math.inf if velocity_max is None else velocity_max,
-        -math.inf if mu_min is None else mu_min,
-        math.inf if mu_max is None else mu_max,
-    )  # fmt: skip
+    bounds = numbers(dt, beta_max, velocity_max, mu_min, mu_max)
+    return inl_step_fwd(h, v, *flat, mu, force, *bounds)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR, inverse_rms, norm_gradient
+from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["modulated_rms_norm", "modulated_rms_norm_bwd", "modulated_rms_norm_fwd"]
 
@@ -81,125 +81,61 @@ def _backward(
     store(sums_ptr + part, tl.sum(sums, axis=0, keep_dims=True), column < D)
 
 
-def sample_blocks(tokens: int, width: int) -> tuple[int, int, int, int]:
-    """Launch sizes for samples of `tokens` >= 1 rows of size `width`.
-
-    Returns:
-        (blocks per sample, BLOCK_R, BLOCK_D, num_warps); a block never spans two samples.
-    """
-    block_r, block_d, _ = _common.row_config(width)
-    block_r = min(block_r, triton.next_power_of_2(tokens))
-    warps = min(16, max(1, block_r * block_d // 256))
-    return triton.cdiv(tokens, block_r), block_r, block_d, warps
-
-
-def parts_of(x: Tensor, samples: int, blocks: int, warps: int) -> int:
-    """Programs per sample of a backward: one wave on the device of `x`, in 1 … `blocks`.
-
-    Args:
-        x: A tensor of the launch.
-        samples: Number of samples.
-        blocks: Blocks of tokens per sample.
-        warps: Warps per program.
-    """
-    wave = _common.num_programs(x, samples * blocks, max(1, WARPS_PER_PROCESSOR // warps))
-    return max(1, min(blocks, wave // samples))
-
-
-def sum_parts(partials: Tensor, like: Tensor) -> Tensor:
-    """Sum (samples, parts, D) over the parts; shaped like `like`, in fp32."""
-    total = partials if partials.shape[1] == 1 else partials.sum(1)
-    return total.reshape(like.shape)
-
-
-@torch.library.custom_op("inl_core::modulated_rms_norm_fwd", mutates_args=())
+@_common.operator
 def modulated_rms_norm_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float
 ) -> Tensor:
     """Launch the forward kernel; `modulated_rms_norm` checks and shapes the arguments."""
     y = x.new_empty(x.shape)
-    if x.numel() == 0:
+    if _common.nothing_to_launch(x):
         return y
-    x_rows, shift_rows, scale_rows = (_common.as_rows(t) for t in (x, shift, scale))
-    samples, width = shift_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    with _common.launch_guard(x):
-        _forward[(samples * blocks,)](
-            x_rows, shift_rows, scale_rows, _common.contiguous(weight), y,
-            tokens, blocks, x_rows.stride(0), shift_rows.stride(0), scale_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    rows, strides = _common.rows_of(x, shift, scale)
+    samples = rows[1].shape[0]
+    tokens, blocks, _, sizes = _common.sample_config(rows[0], samples)
+    _forward[(samples * blocks,)](
+        *rows, _common.contiguous(weight), y, tokens, blocks, *strides, eps, **sizes
+    )
     return y
 
 
-@modulated_rms_norm_fwd.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("inl_core::modulated_rms_norm_bwd", mutates_args=())
+@_common.operator
 def modulated_rms_norm_bwd(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel: (dx, dshift, S), the sums over tokens in fp32."""
     dx = x.new_empty(x.shape)
-    if x.numel() == 0:
-        zeros = torch.zeros(scale.shape, dtype=torch.float32, device=x.device)
+    if _common.nothing_to_launch(x):
+        zeros = scale.new_zeros(scale.shape, dtype=torch.float32)
         return dx, zeros, zeros.clone()
-    x_rows, dy_rows, scale_rows = (_common.as_rows(t) for t in (x, dy, scale))
-    samples, width = scale_rows.shape
-    tokens = x_rows.shape[0] // samples
-    blocks, block_r, block_d, warps = sample_blocks(tokens, width)
-    parts = parts_of(x, samples, blocks, warps)
-    dshift = torch.empty(samples, parts, width, dtype=torch.float32, device=x.device)
-    sums = torch.empty_like(dshift)
-    with _common.launch_guard(x):
-        _backward[(samples * parts,)](
-            dy_rows, x_rows, scale_rows, _common.contiguous(weight),
-            dx, dshift, sums,
-            tokens, parts, dy_rows.stride(0), x_rows.stride(0), scale_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
-    return dx, sum_parts(dshift, scale), sum_parts(sums, scale)
-
-
-@modulated_rms_norm_bwd.register_fake
-def _(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
-    return x.new_empty(x.shape), sums, torch.empty_like(sums)
+    rows, strides = _common.rows_of(dy, x, scale)
+    samples, width = rows[2].shape
+    tokens, _, parts, sizes = _common.sample_config(rows[1], samples)
+    dshift, sums = (x.new_empty(samples, parts, width, dtype=torch.float32) for _ in range(2))
+    _backward[(samples * parts,)](
+        *rows, _common.contiguous(weight), dx, dshift, sums, tokens, parts, *strides, eps, **sizes
+    )
+    return dx, _common.sum_parts(dshift, scale), _common.sum_parts(sums, scale)
 
 
 def modulation_gradients(
-    sums: Tensor, scale: Tensor, weight: Tensor | None, need_dweight: bool
+    sums: Tensor, scale: Tensor | None, weight: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dscale, dweight) from S = Σ_tokens dy · n; dweight is None if not needed.
+    """(dscale, dweight) in fp32 from S = Σ_tokens dy · n; dweight is None if not needed.
 
     Plain tensor operations on (B, D): the compiler fuses them with what computes the scale.
     """
-    dscale = sums if weight is None else sums * weight.float()
+    dscale = sums if weight is None or scale is None else sums * weight.float()
     if weight is None or not need_dweight:
-        return dscale.to(scale.dtype), None
-    dweight = ((1.0 + scale.float()) * sums).reshape(-1, weight.shape[0]).sum(0)
-    return dscale.to(scale.dtype), dweight.to(weight.dtype)
+        return dscale, None
+    each = sums if scale is None else (1.0 + scale.float()) * sums
+    return dscale, each.reshape(-1, weight.shape[0]).sum(0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, shift, scale, weight, ctx.eps = inputs
-    ctx.shift_dtype = shift.dtype
-    ctx.save_for_backward(x, scale, weight)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-    x, scale, weight = ctx.saved_tensors
-    dx, dshift, sums = modulated_rms_norm_bwd(dy, x, scale, weight, ctx.eps)
-    dscale, dweight = modulation_gradients(sums, scale, weight, ctx.needs_input_grad[3])
-    return dx, dshift.to(ctx.shift_dtype), dscale, dweight, None
-
-
-modulated_rms_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+@_common.gradient_of(modulated_rms_norm_fwd)
+def _(ctx: Any, inputs: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, _, scale, weight, eps = inputs
+    dx, dshift, sums = modulated_rms_norm_bwd(dy, x, scale, weight, eps)
+    return dx, dshift, *modulation_gradients(sums, scale, weight, ctx.needs_input_grad[3])
 
 
 def modulated_rms_norm(
@@ -217,11 +153,5 @@ def modulated_rms_norm(
     _common.check_inputs(op, x, shift, scale, weight)
     _common.check_rows(op, x)
     _common.check_weight(op, "weight", weight, x.shape[-1])
-    shift = _common.per_sample(op, "shift", shift, x)
-    scale = _common.per_sample(op, "scale", scale, x)
-    if shift.shape != scale.shape:
-        raise ValueError(
-            f"{op}: shift and scale must have one shape, "
-            f"got {tuple(shift.shape)} and {tuple(scale.shape)}"
-        )
-    return modulated_rms_norm_fwd(x, shift, scale, weight, eps)
+    conditions = _common.conditions(op, x, shift=shift, scale=scale)
+    return modulated_rms_norm_fwd(x, *conditions, weight, eps)

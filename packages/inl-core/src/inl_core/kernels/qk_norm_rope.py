@@ -21,7 +21,6 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.rms_norm import WARPS_PER_PROCESSOR
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_bwd", "qk_norm_rope_fwd", "takes"]
 
@@ -173,11 +172,14 @@ def _backward(
     )  # fmt: skip
 
 
-def _config(half: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_H, num_warps); heads are narrow, so a program takes several."""
-    block_h = triton.next_power_of_2(half)
+def _config(width: int, heads: int, k_heads: int) -> dict[str, int]:
+    """Constants of a launch; heads are narrow, so a program takes several."""
+    block_h = triton.next_power_of_2(width // 2)
     block_r = max(1, min(32, 1024 // block_h))
-    return block_r, block_h, min(16, max(1, block_r * block_h // 256))
+    return {
+        "HEADS": heads, "K_HEADS": k_heads, "HALF": width // 2, "BLOCK_R": block_r,
+        "BLOCK_H": block_h, "num_warps": min(16, max(1, block_r * block_h // 256)),
+    }  # fmt: skip
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -191,39 +193,28 @@ def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     return cos.contiguous().expand(size), sin.contiguous().expand(size)
 
 
-@torch.library.custom_op("inl_core::qk_norm_rope_fwd", mutates_args=())
+@_common.operator
 def qk_norm_rope_fwd(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor,
     sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; `qk_norm_rope` checks the arguments."""
-    q_out = q.new_empty(q.shape)
-    k_out = k.new_empty(k.shape)
-    if q.numel() + k.numel() == 0:
-        return q_out, k_out
+    results = q.new_empty(q.shape), k.new_empty(k.shape)
+    if _common.nothing_to_launch(q) and _common.nothing_to_launch(k):
+        return results
     q, k = _heads(q), _heads(k)
     cos, sin = _tables(cos, sin, q.shape[0])
-    batch, tokens, heads, width = q.shape
-    block_r, block_h, warps = _config(width // 2)
-    q_rows, k_rows = batch * tokens * heads, batch * tokens * k.shape[2]
-    programs = triton.cdiv(q_rows, block_r) + triton.cdiv(k_rows, block_r)
-    with _common.launch_guard(q):
-        _forward[(programs,)](
-            q, k, _common.contiguous(q_weight),
-            _common.contiguous(k_weight), cos, sin, q_out, k_out,
-            q_rows, k_rows, tokens, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], eps,
-            HEADS=heads, K_HEADS=k.shape[2], HALF=width // 2, BLOCK_R=block_r, BLOCK_H=block_h,
-            num_warps=warps,
-        )  # fmt: skip
-    return q_out, k_out
+    sizes = _config(q.shape[3], q.shape[2], k.shape[2])
+    rows = [x.shape[:-1].numel() for x in (q, k)]
+    programs = sum(triton.cdiv(count, sizes["BLOCK_R"]) for count in rows)
+    _forward[(programs,)](
+        q, k, _common.contiguous(q_weight), _common.contiguous(k_weight), cos, sin, *results,
+        *rows, q.shape[1], *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], eps, **sizes,
+    )  # fmt: skip
+    return results
 
 
-@qk_norm_rope_fwd.register_fake
-def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@torch.library.custom_op("inl_core::qk_norm_rope_bwd", mutates_args=())
+@_common.operator
 def qk_norm_rope_bwd(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None,
     k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
@@ -232,58 +223,30 @@ def qk_norm_rope_bwd(
 
     The gradients of the weights are fp32, of size 0 if there is no weight.
     """
-    dq = q.new_empty(q.shape)
-    dk = k.new_empty(k.shape)
-    batch, tokens, heads, width = q.shape
-    sizes = [0 if weight is None else width for weight in (q_weight, k_weight)]
-    if q.numel() + k.numel() == 0:
-        dweights = [torch.zeros(size, dtype=torch.float32, device=q.device) for size in sizes]
-        return dq, dk, dweights[0], dweights[1]
-    q, k, dq_out, dk_out = (_heads(x) for x in (q, k, dq_out, dk_out))
-    cos, sin = _tables(cos, sin, batch)
-    block_r, block_h, warps = _config(width // 2)
-    q_rows, k_rows = batch * tokens * heads, batch * tokens * k.shape[2]
-    blocks = max(triton.cdiv(q_rows, block_r), triton.cdiv(k_rows, block_r))
-    programs = _common.num_programs(q, blocks, max(1, WARPS_PER_PROCESSOR // warps))
-    partials = [torch.empty(programs, size, dtype=torch.float32, device=q.device) for size in sizes]
-    with _common.launch_guard(q):
-        _backward[(programs,)](
-            dq_out, dk_out, q, k, _common.contiguous(q_weight),
-            _common.contiguous(k_weight), cos, sin, dq, dk,
-            None if q_weight is None else partials[0], None if k_weight is None else partials[1],
-            q_rows, k_rows, tokens, *dq_out.stride()[:3], *dk_out.stride()[:3],
-            *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], eps,
-            HEADS=heads, K_HEADS=k.shape[2], HALF=width // 2, BLOCK_R=block_r, BLOCK_H=block_h,
-            num_warps=warps,
-        )  # fmt: skip
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    widths = [0 if weight is None else q.shape[-1] for weight in (q_weight, k_weight)]
+    if _common.nothing_to_launch(q) and _common.nothing_to_launch(k):
+        dq_weight, dk_weight = (q.new_zeros(width, dtype=torch.float32) for width in widths)
+        return dq, dk, dq_weight, dk_weight
+    tensors = [_heads(x) for x in (dq_out, dk_out, q, k)]
+    cos, sin = _tables(cos, sin, q.shape[0])
+    sizes = _config(q.shape[3], q.shape[2], k.shape[2])
+    rows = [x.shape[:-1].numel() for x in (q, k)]
+    blocks = triton.cdiv(max(rows), sizes["BLOCK_R"])
+    programs = _common.one_wave(q, blocks, sizes["num_warps"])
+    partials = [q.new_empty(programs, width, dtype=torch.float32) for width in widths]
+    _backward[(programs,)](
+        *tensors, _common.contiguous(q_weight), _common.contiguous(k_weight), cos, sin, dq, dk,
+        *(partial if partial.shape[1] else None for partial in partials),
+        *rows, q.shape[1], *(stride for x in tensors for stride in x.stride()[:3]),
+        *cos.stride()[:2], eps, **sizes,
+    )  # fmt: skip
     return dq, dk, partials[0].sum(0), partials[1].sum(0)
 
 
-@qk_norm_rope_bwd.register_fake
-def _(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, *weights: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = [0 if weight is None else q.shape[-1] for weight in weights[:2]]
-    dq_weight, dk_weight = (q.new_empty(size, dtype=torch.float32) for size in sizes)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-    dq, dk, dq_weight, dk_weight = qk_norm_rope_bwd(
-        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, ctx.eps
-    )
-    dq_weight = None if q_weight is None else dq_weight.to(q_weight.dtype)
-    dk_weight = None if k_weight is None else dk_weight.to(k_weight.dtype)
-    return dq, dk, dq_weight, dk_weight, None, None, None
-
-
-qk_norm_rope_fwd.register_autograd(_gradients, setup_context=_setup_context)
+@_common.gradient_of(qk_norm_rope_fwd)
+def _(ctx: Any, inputs: tuple[Any, ...], dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor, ...]:
+    return qk_norm_rope_bwd(dq_out, dk_out, *inputs)
 
 
 def takes(

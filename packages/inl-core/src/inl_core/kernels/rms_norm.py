@@ -23,10 +23,6 @@ from inl_core.kernels._common import load, store
 
 __all__ = ["rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
 
-WARPS_PER_PROCESSOR = 32
-"""Warps of a persistent launch per multiprocessor: enough loads in flight to saturate memory, and
-few partial sums."""
-
 
 @triton.jit
 def inverse_rms(x, live, eps, D: tl.constexpr):
@@ -86,82 +82,46 @@ def _backward(
         store(dweight_ptr + tl.program_id(0) * D + column, partial, column < D)
 
 
-@torch.library.custom_op("inl_core::rms_norm_fwd", mutates_args=())
+@_common.operator
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Launch the forward kernel; `rms_norm` checks the arguments."""
     y = x.new_empty(x.shape)
-    if x.numel() == 0:
+    if _common.nothing_to_launch(x):
         return y
     x_rows = _common.as_rows(x)
     rows, width = x_rows.shape
-    block_r, block_d, warps = _common.row_config(width)
-    with _common.launch_guard(x):
-        _forward[(triton.cdiv(rows, block_r),)](
-            x_rows, _common.contiguous(weight), y,
-            rows, x_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    sizes = _common.row_config(width)
+    _forward[(triton.cdiv(rows, sizes["BLOCK_R"]),)](
+        x_rows, _common.contiguous(weight), y, rows, x_rows.stride(0), eps, **sizes
+    )
     return y
 
 
-@rms_norm_fwd.register_fake
-def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("inl_core::rms_norm_bwd", mutates_args=())
+@_common.operator
 def rms_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dx, dweight), dweight of size 0 if not needed."""
     dx = x.new_empty(x.shape)
-    width = x.shape[-1]
-    dweight_dtype = torch.float32 if weight is None else weight.dtype
-    dweight_size = width if need_dweight else 0
-    if x.numel() == 0:
-        return dx, torch.zeros(dweight_size, dtype=dweight_dtype, device=x.device)
-    x_rows, dy_rows = _common.as_rows(x), _common.as_rows(dy)
-    rows = x_rows.shape[0]
-    block_r, block_d, warps = _common.row_config(width)
-    programs = _common.num_programs(
-        x, triton.cdiv(rows, block_r), max(1, WARPS_PER_PROCESSOR // warps)
-    )
-    partials = torch.empty(programs, dweight_size, dtype=torch.float32, device=x.device)
-    with _common.launch_guard(x):
-        _backward[(programs,)](
-            dy_rows, x_rows, _common.contiguous(weight), dx,
-            partials if need_dweight else None,
-            rows, dy_rows.stride(0), x_rows.stride(0), eps,
-            D=width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
-    return dx, partials.sum(0).to(dweight_dtype)
+    columns = x.shape[-1] if need_dweight else 0
+    dtype = torch.float32 if weight is None else weight.dtype
+    if _common.nothing_to_launch(x):
+        return dx, x.new_zeros(columns, dtype=dtype)
+    (dy_rows, x_rows), strides = _common.rows_of(dy, x)
+    rows, width = x_rows.shape
+    sizes = _common.row_config(width)
+    programs = _common.one_wave(x, triton.cdiv(rows, sizes["BLOCK_R"]), sizes["num_warps"])
+    partials = x.new_empty(programs, columns, dtype=torch.float32)
+    _backward[(programs,)](
+        dy_rows, x_rows, _common.contiguous(weight), dx, partials if need_dweight else None,
+        rows, *strides, eps, **sizes,
+    )  # fmt: skip
+    return dx, partials.sum(0).to(dtype)
 
 
-@rms_norm_bwd.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    dweight = torch.empty(
-        x.shape[-1] if need_dweight else 0,
-        dtype=torch.float32 if weight is None else weight.dtype,
-        device=x.device,
-    )
-    return x.new_empty(x.shape), dweight
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    x, weight = ctx.saved_tensors
-    need_dweight = ctx.needs_input_grad[1]
-    dx, dweight = rms_norm_bwd(dy, x, weight, ctx.eps, need_dweight)
-    return dx, dweight if need_dweight else None, None
-
-
-rms_norm_fwd.register_autograd(_gradients, setup_context=_setup_context)
+@_common.gradient_of(rms_norm_fwd)
+def _(ctx: Any, inputs: tuple[Any, ...], dy: Tensor) -> tuple[Tensor, Tensor]:
+    return rms_norm_bwd(dy, *inputs, ctx.needs_input_grad[1])
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:

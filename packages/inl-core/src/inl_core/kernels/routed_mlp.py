@@ -292,7 +292,7 @@ def _d_weight(a: Tensor, b: Tensor, order: Tensor, offsets: Tensor, by_token: bo
     return dweight
 
 
-@torch.library.custom_op("inl_core::routed_mlp_fwd", mutates_args=())
+@_common.operator
 def routed_mlp_fwd(
     x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,27 +300,17 @@ def routed_mlp_fwd(
     y = x.new_empty(x.shape)
     tokens, inner = x.shape[0], gate.shape[1]
     gated, upped = (x.new_empty(tokens if keep else 0, inner) for _ in range(2))
-    if tokens == 0:
+    if _common.nothing_to_launch(x):
         return y, gated, upped
     x, h, kept = _common.as_rows(x), x.new_empty(tokens, inner), (gated, upped)
     gate, up, down = gate.contiguous(), up.contiguous(), down.contiguous()
-    with _common.launch_guard(x):
-        tensors = [x, order, offsets, gate, up, h, *(kept if keep else (None, None))]
-        _over_rows(gate_up_kernel, tensors, [x.stride(0)], gate)
-        _over_rows(down_kernel, [h, order, offsets, down, y], [], gate)
+    tensors = [x, order, offsets, gate, up, h, *(kept if keep else (None, None))]
+    _over_rows(gate_up_kernel, tensors, [x.stride(0)], gate)
+    _over_rows(down_kernel, [h, order, offsets, down, y], [], gate)
     return y, gated, upped
 
 
-@routed_mlp_fwd.register_fake
-def _(
-    x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    gated, upped = (x.new_empty(x.shape[0] if keep else 0, gate.shape[1]) for _ in range(2))
-    return y, gated, upped
-
-
-@torch.library.custom_op("inl_core::routed_mlp_bwd", mutates_args=())
+@_common.operator
 def routed_mlp_bwd(
     dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     gated: Tensor, upped: Tensor, need_dx: bool, need_dw: bool,
@@ -329,7 +319,7 @@ def routed_mlp_bwd(
     dx, dgate, dup, ddown = (x.new_empty(0) for _ in range(4))
     if need_dx:
         dx = x.new_empty(x.shape)
-    if x.shape[0] == 0:
+    if _common.nothing_to_launch(x):
         if need_dw:
             dgate, dup, ddown = (x.new_zeros(weight.shape) for weight in (gate, up, down))
         return dx, dgate, dup, ddown
@@ -337,26 +327,14 @@ def routed_mlp_bwd(
     gate, up, down = gate.contiguous(), up.contiguous(), down.contiguous()
     dgated, dupped = torch.empty_like(gated), torch.empty_like(upped)
     h = torch.empty_like(gated) if need_dw else None
-    with _common.launch_guard(x):
-        tensors = [dy, order, offsets, down, gated, upped, dgated, dupped, h]
-        _over_rows(d_inner_kernel, tensors, [dy.stride(0)], gate)
-        if need_dx:
-            _over_rows(d_x_kernel, [dgated, dupped, order, offsets, gate, up, dx], [], gate)
-        if h is not None:
-            dgate = _d_weight(dgated, x, order, offsets, by_token=False)
-            dup = _d_weight(dupped, x, order, offsets, by_token=False)
-            ddown = _d_weight(dy, h, order, offsets, by_token=True)
-    return dx, dgate, dup, ddown
-
-
-@routed_mlp_bwd.register_fake
-def _(
-    dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    gated: Tensor, upped: Tensor, need_dx: bool, need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    shapes = [weight.shape if need_dw else 0 for weight in (gate, up, down)]
-    dgate, dup, ddown = (torch.empty(s, dtype=x.dtype, device=x.device) for s in shapes)
+    tensors = [dy, order, offsets, down, gated, upped, dgated, dupped, h]
+    _over_rows(d_inner_kernel, tensors, [dy.stride(0)], gate)
+    if need_dx:
+        _over_rows(d_x_kernel, [dgated, dupped, order, offsets, gate, up, dx], [], gate)
+    if h is not None:
+        dgate = _d_weight(dgated, x, order, offsets, by_token=False)
+        dup = _d_weight(dupped, x, order, offsets, by_token=False)
+        ddown = _d_weight(dy, h, order, offsets, by_token=True)
     return dx, dgate, dup, ddown
 
 

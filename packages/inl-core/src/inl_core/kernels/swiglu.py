@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,69 +62,43 @@ def _backward(
     store(dup_ptr + row * width + column, dy * silu, mask)
 
 
-def _as_lines(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
-    """Rows of each tensor, their number and width; a single row if all are contiguous."""
+def _as_lines(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
+    """`rows_of` the tensors, number of rows and width; a single row if all are contiguous."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.reshape(1, -1) for tensor in tensors], 1, tensors[0].numel()
-    lines = [_common.as_rows(tensor) for tensor in tensors]
-    rows, width = lines[0].shape
-    return lines, rows, width
+        tensors = tuple(tensor.reshape(1, -1) for tensor in tensors)
+    lines, strides = _common.rows_of(*tensors)
+    return lines, strides, *lines[0].shape
 
 
-@torch.library.custom_op("inl_core::swiglu_fwd", mutates_args=())
+@_common.operator
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """Launch the forward kernel; `swiglu` checks the arguments."""
     y = gate.new_empty(gate.shape)
-    if gate.numel() == 0:
+    if _common.nothing_to_launch(gate):
         return y
-    (gate_rows, up_rows), rows, width = _as_lines(gate, up)
+    lines, strides, rows, width = _as_lines(gate, up)
     blocks = triton.cdiv(width, BLOCK)
-    with _common.launch_guard(gate):
-        _forward[(rows * blocks,)](
-            gate_rows, up_rows, y, width, blocks, gate_rows.stride(0), up_rows.stride(0),
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    _forward[(rows * blocks,)](*lines, y, width, blocks, *strides, BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
-@swiglu_fwd.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("inl_core::swiglu_bwd", mutates_args=())
+@_common.operator
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dgate, dup)."""
-    dgate = gate.new_empty(gate.shape)
-    dup = up.new_empty(up.shape)
-    if gate.numel() == 0:
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if _common.nothing_to_launch(gate):
         return dgate, dup
-    (dy_rows, gate_rows, up_rows), rows, width = _as_lines(dy, gate, up)
+    lines, strides, rows, width = _as_lines(dy, gate, up)
     blocks = triton.cdiv(width, BLOCK)
-    with _common.launch_guard(gate):
-        _backward[(rows * blocks,)](
-            dy_rows, gate_rows, up_rows, dgate, dup,
-            width, blocks, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    _backward[(rows * blocks,)](
+        *lines, dgate, dup, width, blocks, *strides, BLOCK=BLOCK, num_warps=WARPS
+    )
     return dgate, dup
 
 
-@swiglu_bwd.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate = gate.new_empty(gate.shape)
-    return dgate, up.new_empty(up.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return swiglu_bwd(dy, *ctx.saved_tensors)
-
-
-swiglu_fwd.register_autograd(_gradients, setup_context=_setup_context)
+@_common.gradient_of(swiglu_fwd)
+def _(ctx: Any, inputs: tuple[Any, ...], dy: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_bwd(dy, *inputs)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
