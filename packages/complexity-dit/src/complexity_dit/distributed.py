@@ -5,7 +5,6 @@ In a single process every function here returns at once, and accelerate is not i
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
@@ -118,11 +117,6 @@ def largest(number: int) -> int:
 def all_agree(value: bool) -> bool:
     """Whether ``value`` is true in every process."""
     return not largest(not value)
-
-
-def report_dead_evaluation_workers() -> AbstractContextManager[None]:
-    """Translate errors about processes of an evaluation that died."""
-    return workers.report_dead_workers("start the same command again")
 
 
 def own_blocks(count: int, block: int) -> list[list[int]]:

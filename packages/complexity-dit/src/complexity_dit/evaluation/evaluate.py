@@ -26,7 +26,6 @@ from complexity_dit.distributed import (
     main_first,
     on_main,
     pick_device,
-    report_dead_evaluation_workers,
 )
 from complexity_dit.evaluation.breakdown import (
     SHRUNK_FILTER,
@@ -74,6 +73,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
+from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def evaluate(
     """
     config, sample = config or EvalConfig(), sample or SampleConfig()
     reference, folder = str(reference), Path(out) if out is not None else None
-    with report_dead_evaluation_workers():
+    with report_dead_workers("start the same command again"):
         if folder and (folder / "result.json").exists() and not config.overwrite:
             raise UserError(
                 f"{folder / 'result.json'} exists; choose another folder or set overwrite"
