@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from complexity_dit.training.train import StopRequest, train
+from complexity_dit.training.train import train
 from inl_core.run.checkpoints import (
     LOCK_FILE,
     all_checkpoints,
@@ -18,6 +18,7 @@ from inl_core.run.checkpoints import (
 )
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.stopping import StopRequest
 from support.outcomes import outcome
 
 

@@ -5,9 +5,7 @@ In a single process every function here returns at once, and accelerate is not i
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
-
-MAIN_TIMEOUT = timedelta(days=1)
-"""Longest wait for the main process, which may decode a data set or measure FID."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -64,24 +59,6 @@ def is_main() -> bool:
     return state is None or state.is_main_process
 
 
-_message_groups: WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = (
-    WeakKeyDictionary()
-)
-
-
-def _message_group() -> distributed.ProcessGroup:
-    """A gloo group of all processes, made on the first call, which all of them make together.
-
-    The default group will not do on GPUs: it makes the host wait for the device, and gives up after
-    ten minutes.
-    """
-    default = distributed.group.WORLD
-    assert default is not None  # `process_state` returned a state
-    if default not in _message_groups:
-        _message_groups[default] = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
-    return _message_groups[default]
-
-
 def on_main(work: Callable[[], T]) -> T:
     """Call a function in the main process; all processes wait for it and get its result.
 
@@ -95,7 +72,9 @@ def on_main(work: Callable[[], T]) -> T:
     state = process_state()
     if state is None:
         return work()
-    return workers.on_main(work, state.is_main_process, state.num_processes, _message_group())
+    return workers.on_main(
+        work, state.is_main_process, state.num_processes, workers.message_group()
+    )
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -107,11 +86,7 @@ def main_first(work: Callable[[], T]) -> T:
 
 def largest(number: int) -> int:
     """The largest of the numbers that the processes call this with."""
-    if process_state() is None:
-        return number
-    shared = torch.tensor([number])
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=_message_group())
-    return int(shared)
+    return number if process_state() is None else workers.largest(number)
 
 
 def all_agree(value: bool) -> bool:
@@ -142,7 +117,7 @@ def gather_rows(rows: NDArray[np.float32], numbers: list[int], count: int) -> ND
     shares: list[tuple[NDArray[np.float32], list[int]]] = [(rows, numbers)]
     if state is not None:
         shares *= state.num_processes
-        distributed.all_gather_object(shares, (rows, numbers), group=_message_group())
+        distributed.all_gather_object(shares, (rows, numbers), group=workers.message_group())
     gathered = np.empty((count, max(share.shape[1] for share, _ in shares)), np.float32)
     for share, positions in shares:
         if positions:  # an empty share may not know the width

@@ -1,20 +1,17 @@
 """The training of a diffusion transformer: one loop that knows neither the objective nor the files.
 
 `train` sets a run up, `_train` holds the loop, and `optimizer_step` is what each turn of it does.
-Below them are the parts of the setup: run folder, accelerator, tracker and stop signal.
+Below them are the parts of the setup: run folder, accelerator and tracker.
 """
 
 import dataclasses
 import importlib.util
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +40,7 @@ from complexity_dit.training.state import (
 from inl_core.run.checkpoints import checkpoint_to_resume, drop_old_checkpoints, lock_folder
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
+from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
@@ -313,33 +311,3 @@ def start_tracker(
             "wandb": {"name": out.name, "config": settings, "dir": str(out)},
         },
     )
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a request: finish the step, save, stop.
-
-    A second Ctrl-C interrupts at once. A second SIGTERM does not: a cluster sends it to a launcher
-    and to its children, and the launcher passes it on. `number` is the first signal, 0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        # Python lets only the main thread handle signals; in another thread the caller has to.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT == self.number:
-            raise KeyboardInterrupt
-        if not self.number:
-            self.number = number
-            logger.warning("%s: saving after this step", signal.Signals(number).name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary
 
 from inl_core.run.errors import UserError
 
@@ -13,10 +15,45 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAIN_TIMEOUT = timedelta(days=1)
+"""Longest wait for the main process, which may decode a data set or measure FID."""
+
 RESUME_HINT = "resume from the last checkpoint with --resume auto"
 
 # torch has no exception type for a lost connection, only messages with these words.
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "socket", "tcpstore", "broken pipe")
+
+
+_message_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+
+
+def message_group() -> ProcessGroup | None:
+    """A gloo group of all processes, made on the first call, which all of them make together.
+
+    The default group will not do on GPUs: it makes the host wait for the device, and gives up after
+    ten minutes. None where torch.distributed is not initialised: there is one process.
+    """
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    default = distributed.group.WORLD
+    assert default is not None
+    if default not in _message_groups:
+        _message_groups[default] = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+    return _message_groups[default]
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes call this with."""
+    if (group := message_group()) is None:
+        return number
+    import torch
+    from torch import distributed
+
+    shared = torch.tensor([number])
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX, group=group)
+    return int(shared)
 
 
 def on_main(
