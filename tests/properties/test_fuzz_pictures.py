@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from complexity_dit.data import pictures
+from complexity_dit import pictures
 from complexity_dit.evaluation import image_sets
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import mangled_bytes, npz_bytes, picture_bytes, png_bytes

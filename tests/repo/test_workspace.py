@@ -197,6 +197,19 @@ def test_no_pickle_is_loaded() -> None:
     assert not found
 
 
+def test_one_function_opens_pictures_and_names_the_formats() -> None:
+    """Without `formats` Pillow hands a picture that is PostScript to Ghostscript."""
+    calls = {
+        path.name: {word.arg for word in node.keywords}
+        for folder in ("packages", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-2:] in (["Image", "open"], ["load_image"])
+    }
+    assert calls == {"pictures.py": {"formats"}}
+
+
 def test_make_targets_in_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))

@@ -19,8 +19,8 @@ from complexity_dit.config import DataConfig
 from complexity_dit.data import art, sources
 from complexity_dit.data import dataset as data
 from complexity_dit.data.dataset import PaintingDataset, load_data
-from complexity_dit.data.pictures import square_pixels
 from complexity_dit.labels import resolve_label
+from complexity_dit.pictures import square_pixels
 from inl_core.run.errors import UserError
 from support.data import needs_data, shared_data
 from support.pictures import encoded, random_image

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from complexity_dit.config import DataConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.data.pictures import bombs_refused, square_pixels
 from complexity_dit.evaluation import image_sets as statistics_files
 from complexity_dit.evaluation.image_sets import folder_images, npz_images, read_statistics
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.models.vae import load_vae
+from complexity_dit.pictures import square_pixels
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.csv_log import CsvLog
@@ -215,27 +215,17 @@ def test_100_megapixels_are_not_decoded(tmp_path):
         square_pixels(file.getvalue(), 32)
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(file.getvalue())
-    with pytest.raises(UserError, match=r"0\.png cannot be read .*exceeds limit"):
+    with pytest.raises(UserError, match=r"0\.png cannot be decoded .*exceeds limit"):
         folder_images(tmp_path)
 
 
-def test_an_empty_file_and_an_animation_are_named(tmp_path):
+def test_an_empty_file_is_named(tmp_path):
     write_folder(tmp_path / "set", pictures(3, 1))
     (tmp_path / "set" / "0001.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"0001\.png cannot be read"):
-        folder_images(tmp_path / "set").read([0, 1])
-    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "set" / "0001.gif", save_all=True, append_images=frames[1:])
-    (tmp_path / "set" / "0001.png").unlink()
-    with pytest.raises(UserError, match=r"0001\.gif is an animation of 2 frames"):
+    with pytest.raises(UserError, match=r"0001\.png is not an image"):
         folder_images(tmp_path / "set").read([0, 1])
     with pytest.raises(UserError, match="is not an image"):
         square_pixels(b"", 8)
-
-
-def test_the_largest_picture_of_a_training_is_bounded():
-    with pytest.raises(Image.DecompressionBombWarning), bombs_refused():
-        Image.open(io.BytesIO(_ninety_megapixels()))
 
 
 def _ninety_megapixels() -> bytes:

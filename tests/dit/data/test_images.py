@@ -1,12 +1,18 @@
-"""Reading image files: modes, orientation, crop, and damaged bytes."""
+"""Reading image files: formats, modes, orientation, crop, and damaged bytes."""
 
 import contextlib
+import io
+import itertools
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from complexity_dit.data.pictures import read_picture, square_pixels
+from complexity_dit.evaluation.image_sets import folder_images
+from complexity_dit.pictures import FORMATS, read_picture, square_pixels
+from complexity_dit.pipelines.image_to_image import read_mask, read_pictures
 from inl_core.run.errors import UserError
 from support.pictures import encoded, random_image
 
@@ -80,6 +86,115 @@ def test_a_jpeg_shrunk_while_decoding_gives_nearly_the_same_pixels() -> None:
     jpeg = square_pixels(encoded(image, "JPEG", quality=95), 16).astype(int)
     png = square_pixels(encoded(image), 16).astype(int)
     assert np.abs(jpeg - png).max() <= 2
+
+
+MODES = [
+    "1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
+    "I", "F", "I;16", "I;16B",
+]  # fmt: skip
+SIDE = 16
+
+
+def in_mode(mode: str) -> Image.Image:
+    """A square picture without symmetry, in one of Pillow's modes."""
+    image = random_image(7, SIDE, SIDE).convert("RGBA")
+    image.putalpha(random_image(8, SIDE, SIDE).convert("L"))
+    if mode in ("I", "I;16", "I;16B"):
+        values = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE))
+        types = {"I": np.int32, "I;16": "<u2", "I;16B": ">u2"}
+        return Image.fromarray(values.astype(types[mode]))
+    if mode in ("LA", "La", "PA", "RGBa"):
+        return image.convert("LA" if mode == "La" else mode).convert(mode)
+    return image.convert("RGB").convert(mode)
+
+
+def written(mode: str, kind: str, orientation: int) -> bytes | None:
+    """The file, or None if Pillow does not write this mode or an orientation in this format."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if orientation > 1 and kind in ("BMP", "GIF", "JPEG2000"):
+        return None
+    try:
+        return encoded(in_mode(mode), kind, exif=exif)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def by_training(data: bytes) -> np.ndarray:
+    return square_pixels(data, SIDE).transpose(1, 2, 0)
+
+
+def by_pipeline(data: bytes) -> np.ndarray:
+    pixels = read_pictures(Image.open(io.BytesIO(data)), None, None)
+    return ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
+
+
+def by_mask(data: bytes) -> np.ndarray:
+    return read_mask(Image.open(io.BytesIO(data)), SIDE, SIDE)[0, 0].numpy() > 0
+
+
+@pytest.mark.filterwarnings("ignore:Saving I mode")
+@pytest.mark.parametrize(("mode", "kind"), list(itertools.product(MODES, FORMATS)))
+def test_every_reader_gives_the_same_pixels(mode: str, kind: str, tmp_path) -> None:
+    """For every mode and orientation that Pillow writes: in training, pipelines and evaluation."""
+    read = []
+    files = {o: data for o in range(1, 9) if (data := written(mode, kind, o)) is not None}
+    for i, data in files.items():
+        (tmp_path / f"{i}.png").write_bytes(data)
+        (tmp_path / f"{i}b.png").write_bytes(data)
+        try:
+            expected = by_training(data)
+        except UserError:
+            with pytest.raises(UserError):
+                by_pipeline(data)
+            with pytest.raises(UserError):
+                folder_images(tmp_path).read([0])
+            continue
+        np.testing.assert_array_equal(by_pipeline(data), expected)
+        evaluated = folder_images(tmp_path)
+        np.testing.assert_array_equal(evaluated.read([len(evaluated) - 1])[0], expected)
+        grey = Image.fromarray(expected).convert("L")
+        np.testing.assert_array_equal(by_mask(data), np.asarray(grey) >= 128)
+        read.append(expected.tobytes())
+    assert len(set(read)) == len(read)  # eight turns of one picture without symmetry
+
+
+def test_transparent_sixteen_bit_grey_is_put_on_white() -> None:
+    values = np.full((8, 8), 77 * 256, np.uint16)
+    values[0, 0] = 5
+    file = encoded(Image.fromarray(values), transparency=5)
+    pixels = np.asarray(read_picture(file))
+    assert pixels[0, 0].tolist() == [255] * 3
+    assert (pixels[1:] == 77).all()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{} loop\n"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff"])
+def test_postscript_is_refused_and_not_run(name, tmp_path, monkeypatch) -> None:
+    def run(*_, **__):
+        raise AssertionError("a program was started")
+
+    for function in ("Popen", "run", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, function, run)
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    for read in (read_picture, lambda path: square_pixels(path.read_bytes(), 8)):
+        with pytest.raises(UserError, match="is not an image of a known format"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after them"])
+def test_a_png_may_hold_megabytes_of_text(after: bool) -> None:
+    image, about, exif = random_image(3, 8, 8), PngImagePlugin.PngInfo(), Image.Exif()
+    exif[0x0112] = 3
+    long = b"a" * 3_000_000
+    about.add(b"zTXt", b"workflow\0\0" + zlib.compress(long), after)
+    about.add(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(long), after)
+    for _ in range(30):  # Pillow also bounds their sum
+        about.add(b"tEXt", b"log\0" + long, after)
+    file = encoded(image, pnginfo=about, exif=exif)
+    assert read_picture(file).tobytes() == image.rotate(180).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])

@@ -19,9 +19,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from complexity_dit.config import DataConfig
-from complexity_dit.data.pictures import VERSION
 from complexity_dit.data.sources import read_rows
 from complexity_dit.labels import MISSING
+from complexity_dit.pictures import VERSION
 from inl_core.run.errors import UserError
 
 MIN_IMAGES_PER_NAME = 2

@@ -30,13 +30,12 @@ from torchvision.transforms.v2 import functional as F
 
 from complexity_dit.config import DataConfig
 from complexity_dit.data import art
-from complexity_dit.data.pictures import VERSION, square_pixels
 from complexity_dit.hub import _SOURCE_HINT, reach_hub
+from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, square_pixels
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
 
 _ART_HASH_SIZE = 32  # the split of the art set is by the picture at this size
-_MAX_FILE_BYTES = 2**29  # of one picture, also unpacked
 
 log = logging.getLogger(__name__)
 
@@ -237,8 +236,8 @@ def _file_bytes(image: dict[str, Any], roots: list[str]) -> bytes:
     try:
         files, path = url_to_fs(image["path"]) if joint else (LocalFileSystem(), holder)
         size = files.size(path)
-        if size is not None and size > _MAX_FILE_BYTES:
-            raise UserError(f"has {size} bytes, and at most {_MAX_FILE_BYTES} are read")
+        if size is not None and size > MAX_FILE_BYTES:
+            raise UserError(f"has {size} bytes, and at most {MAX_FILE_BYTES} are read")
         return cast(bytes, files.cat_file(path))
     except UserError:
         raise

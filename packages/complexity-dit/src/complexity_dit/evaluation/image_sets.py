@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
-from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE, DataConfig
 from complexity_dit.data.dataset import PaintingDataset, load_data
-from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Statistics
 from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
+from complexity_dit.pictures import SUFFIXES, read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
@@ -29,8 +28,6 @@ from inl_core.run.files import atomic_file
 from inl_core.run.json_files import filled, read_json_object
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ def folder_images(folder: Path) -> ImageSet:
 
     Raises:
         UserError: The folder does not exist or has fewer than 2 images. Reading raises it too,
-            naming the file: another size, a broken file, an animation, or a mode other than 8-bit
-            RGB or grey.
+            naming the file: another size, or a file that `read_picture` refuses.
     """
     if not folder.is_dir():
         raise UserError(
@@ -87,12 +83,12 @@ def folder_images(folder: Path) -> ImageSet:
             "art, imagefolder:PATH, hub:NAME"
         )
     paths = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()),
+        (p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
     if len(paths) < 2:
         raise UserError(
-            f"{folder} holds {len(paths)} images ({', '.join(sorted(IMAGE_SUFFIXES))}); a distance "
+            f"{folder} holds {len(paths)} images ({', '.join(sorted(SUFFIXES))}); a distance "
             "needs at least 2"
         )
     digest = hashlib.sha256()
@@ -119,22 +115,9 @@ def folder_images(folder: Path) -> ImageSet:
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
     try:
-        with bombs_refused(), Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(
-                    f"{path} is an animation of {image.n_frames} frames; give one image per file"
-                )
-            if image.mode not in ("RGB", "L"):
-                raise UserError(
-                    f"{path} has the mode {image.mode}; expected 8-bit RGB or grey: convert it, "
-                    "as the distance depends on how"
-                )
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    # Pillow's parsers raise almost any exception on broken bytes.
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({error}); remove or replace it") from error
+        return np.asarray(read_picture(path))
+    except UserError as error:
+        raise UserError(f"{path} {error}; remove or replace it") from error
 
 
 def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:

@@ -19,11 +19,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from complexity_dit.config import SampleConfig
-from complexity_dit.data.pictures import bombs_refused
 from complexity_dit.distributed import on_main
 from complexity_dit.evaluation.features import FEATURE_CHUNK
 from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.hashing import array_hash, module_hash
+from complexity_dit.pictures import read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import (
     iter_samples,
@@ -164,9 +164,9 @@ def _read_kept(path: Path, number: int, key: str) -> NDArray[np.uint8] | None:
     if not path.is_file():
         return None
     try:
-        with bombs_refused(), Image.open(path) as file:
-            image, check = np.asarray(file.convert("RGB")), file.info.get(CHECK)
-    except Exception:  # Pillow's parsers raise almost any exception
+        picture = read_picture(path)
+        image, check = np.asarray(picture), picture.info.get(CHECK)
+    except UserError:
         image, check = None, None
     if image is not None and check == _check(image, number, key):
         return image

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pictures import upright_rgb
 from complexity_dit.pipelines.pipeline import (
     ComplexityDiTPipeline,
     Generators,
@@ -37,7 +38,7 @@ def read_pictures(image: Pictures, height: int | None, width: int | None) -> Ten
     """Convert one image or several to (B, 3, Y, X) in [-1, 1], resized unless the size is None.
 
     Given are PIL images, arrays (Y, X, 3) or (B, Y, X, 3), or tensors (3, Y, X) or (B, 3, Y, X),
-    with values in [0, 1].
+    with values in [0, 1]. PIL images are read as `complexity_dit.pictures.upright_rgb` reads them.
     """
     pixels = _read(_IMAGES, image, height, width, "image")
     if pixels.shape[1] != 3:
@@ -49,7 +50,8 @@ def read_mask(mask: Pictures, height: int, width: int) -> Tensor:
     """Convert one mask or several to (B, 1, Y, X) of ones (replace) and zeros (keep).
 
     Given are PIL images, arrays (Y, X) or (B, Y, X), or tensors likewise or with one channel, with
-    values in [0, 1]; 0.5 and above is 1. Height and width are those of the image.
+    values in [0, 1]; 0.5 and above is 1. Height and width are those of the image. PIL images are
+    read as those of `read_pictures`: what is transparent in a mask is replaced.
     """
     pixels = _read(_MASKS, mask, height, width, "mask_image")
     if pixels.shape[1] != 1:
@@ -70,6 +72,10 @@ def _read(
             f"{name} is {actual}: pass a PIL image, an array, a tensor, or a list of one of them"
         )
     if isinstance(values[0], Image.Image):
+        try:
+            values = [upright_rgb(v) for v in values]
+        except UserError as error:
+            raise UserError(f"{name} {error}") from error
         sizes = sorted({v.size for v in values})
         if len(sizes) > 1 and (height is None or width is None):
             raise UserError(

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.pictures import read_picture
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import one_line
 
@@ -90,11 +91,8 @@ def write_card(
     card = folder / CARD_FILE
     if grid is not None:
         with atomic_file(folder / GRID_FILE) as aside:
-            if isinstance(grid, Path):
-                with Image.open(grid) as image:
-                    image.save(aside, format="PNG")
-            else:
-                grid.save(aside, format="PNG")
+            image = read_picture(grid) if isinstance(grid, Path) else grid
+            image.save(aside, format="PNG")
     if card.exists() and _MARK_START not in card.read_text():
         return card
     if isinstance(result, Path):
