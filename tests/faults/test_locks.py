@@ -20,8 +20,12 @@ def test_the_remains_of_a_killed_training_are_cleared(package, tmp_path, resumed
     with locked_elsewhere(run):
         pass
     assert (run / ".lock").exists()
-    for name in (".step-00000004.partial", ".trainer.partial", ".step-00000002.removed"):
+    (run / f".complexity-{package.name}-run").touch()
+    for name in (
+        ".step-00000004.0123abcd.complexity-partial", ".step-00000002.0123abcd.complexity-removed",
+        ".step-00000004.partial", ".trainer.partial", ".step-00000002.removed",
+    ):  # fmt: skip
         (run / "checkpoints" / name).mkdir(parents=True)
         (run / "checkpoints" / name / "half").write_text("of it")
     resumed(run)
-    assert [path.name for path in run.rglob(".*")] == []
+    assert [path.name for path in run.rglob(".*")] == [f".complexity-{package.name}-run"]

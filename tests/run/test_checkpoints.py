@@ -13,13 +13,16 @@ import pytest
 from inl_core.run.checkpoints import (
     all_checkpoints,
     checkpoint_to_resume,
+    drop_old_checkpoints,
     find_damage,
-    lock_folder,
     write_sums,
 )
 from inl_core.run.errors import UserError
+from inl_core.run.files import remove_partial_writes
+from inl_core.run.folders import lock_folder
 from support.disk import below, failing
 from support.locks import locked_elsewhere
+from support.strange_files import KINDS, make_strange
 
 STATE = "state.json"
 
@@ -129,6 +132,36 @@ def test_a_file_that_cannot_be_read_is_named(run):
     broken = below(run / "checkpoints" / "step-00000008" / "0.bin", errno.EIO, reads=True)
     message = rf"0.bin cannot be read \({os.strerror(errno.EIO)}\).*step-00000004"
     with failing(broken), pytest.raises(UserError, match=message):
+        resume(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_that_is_no_regular_one_is_named(run, kind):
+    checkpoint = all_checkpoints(run / "checkpoints")[-1]
+    for name in ("SHA256SUMS", STATE, "model/2.bin"):
+        content = (checkpoint / name).read_bytes()
+        make_strange(checkpoint / name, kind)
+        with pytest.raises(UserError, match=rf"damaged: {name}"):
+            resume(run)
+        (checkpoint / name).unlink()
+        (checkpoint / name).write_bytes(content)
+    assert resume(run) == checkpoint
+
+
+def test_a_checkpoint_that_is_a_link_is_resumed_rotated_and_never_emptied(run, tmp_path):
+    first, second = all_checkpoints(run / "checkpoints")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for checkpoint in (first, second):
+        checkpoint.rename(elsewhere / checkpoint.name)
+        checkpoint.symlink_to(elsewhere / checkpoint.name)
+    drop_old_checkpoints(run / "checkpoints", keep_last=1)
+    assert all_checkpoints(run / "checkpoints") == [second]
+    assert find_damage(elsewhere / first.name) == []
+    remove_partial_writes(run / "checkpoints")
+    assert resume(run) == second
+    (elsewhere / second.name).rename(elsewhere / "moved")
+    with pytest.raises(UserError, match="step-00000008 is damaged: it is a link to a folder"):
         resume(run)
 
 

@@ -1,6 +1,7 @@
 """Files and folders are complete or absent after a kill -9 or a disk error at any moment."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,17 @@ import pytest
 
 from inl_core.run import files
 from inl_core.run.checkpoints import find_damage, write_sums
-from inl_core.run.files import atomic_file, atomic_folder, remove_folder, remove_partial_writes
+from inl_core.run.errors import UserError
+from inl_core.run.files import (
+    atomic_file,
+    atomic_folder,
+    read_bytes,
+    read_text,
+    remove_folder,
+    remove_partial_writes,
+)
 from support.disk import CHANGES, failing, small_files
+from support.strange_files import KINDS, make_strange
 
 # One child process for each file-system operation of the writer, killed right before it.
 KILLED_EVERYWHERE = """
@@ -171,8 +181,44 @@ def test_only_temporary_files_are_removed(tmp_path):
     (tmp_path / ".lock").write_text("held")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "mine.partial").write_text("no dot in front")
-    (tmp_path / ".curve.csv.partial.x1.csv").write_text("temporary")
+    theirs = (".env.old", ".notes.partial", ".bashrc.old", ".curve.csv.partial.x1.csv")
+    for name in theirs:
+        (tmp_path / name).write_text("theirs")
+    for name in (".result.json.partial.x1.json", ".step-00000004.partial", ".model.removed"):
+        (tmp_path / name).write_text("of version 0.1.0")
+    (tmp_path / ".curve.csv.0123abcd.complexity-partial").write_text("temporary")
     (tmp_path / "folder").mkdir()
     remove_folder(tmp_path / "folder")
     remove_partial_writes(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".hidden", "mine.partial"}
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".hidden", "mine.partial", *theirs}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files_are_read_and_up_to_a_bound(tmp_path, kind):
+    path = tmp_path / "state.json"
+    path.write_text("{}")
+    make_strange(path, kind)
+    for read in (read_bytes, read_text):
+        with pytest.raises(UserError, match=r"state\.json (has|is a) "):
+            read(path, 1000)
+    if kind == "link":  # as in the cache of the Hub
+        assert read_text(path, 1000, follow_links=True) == "{}"
+    else:
+        with pytest.raises(UserError):
+            read_text(path, 1000, follow_links=True)
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "file") as partial:
+            partial.unlink()
+            partial.write_text("a library's own file")
+            partial.chmod(0o600)
+        with atomic_folder(tmp_path / "folder") as partial:
+            (partial / "weights").write_text("as safetensors")
+            (partial / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o640, "folder": 0o750, "weights": 0o640}

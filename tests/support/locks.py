@@ -12,7 +12,7 @@ from support.processes import ENVIRONMENT
 _HOLD = """
 import sys
 from pathlib import Path
-from inl_core.run.checkpoints import lock_folder
+from inl_core.run.folders import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -125,7 +125,7 @@ for moment in moments:
         if moment == "step":
             time.sleep(chance.uniform(0, 0.1))
         elif moment == "writing":
-            wait_for(children, lambda: any(checkpoints.glob(".step-*.partial")))
+            wait_for(children, lambda: any(checkpoints.glob(".step-*-partial")))
             time.sleep(chance.uniform(0, 0.03))
         else:  # between the rename of the new one and the removal of an old one, or near it
             newest = latest_checkpoint(checkpoints)

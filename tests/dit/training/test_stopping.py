@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 
 from complexity_dit.training.train import train
-from inl_core.run.checkpoints import (
-    LOCK_FILE,
-    all_checkpoints,
-    drop_old_checkpoints,
-    lock_folder,
-)
+from inl_core.run.checkpoints import all_checkpoints, drop_old_checkpoints
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.folders import LOCK_FILE, lock_folder
 from inl_core.run.stopping import StopRequest
 from support.outcomes import outcome
 

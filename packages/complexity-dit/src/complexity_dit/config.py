@@ -13,6 +13,9 @@ DATA_FILE = "data.json"
 ADAPTER_FILE = "adapter.json"
 """In an adapter folder: the pipeline that it belongs to."""
 
+RUN_KIND = "complexity-dit-run"
+"""Mark of the folder of a training, see `inl_core.run.folders`."""
+
 Dtype = Literal["float32", "bfloat16"]
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
 Measure = Literal["fid", "kid", "prdc", "is"]

@@ -348,7 +348,7 @@ class BlockStream(IterableDataset):
             "use a checkpoint of a run on the same source",
             (OSError, ValueError, KeyError),
         ):
-            position = read_json_object(folder / POSITION_FILE)
+            position = read_json_object(folder / POSITION_FILE, follow_links=False)
             consumed, recorded = position["consumed"], position["noted"]
             if not fits([consumed, recorded], list[int]) or not 0 <= recorded <= consumed:
                 raise ValueError(f"position {recorded!r} of {consumed!r} blocks")

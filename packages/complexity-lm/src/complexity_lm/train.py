@@ -5,8 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,11 @@ from complexity_lm.tokenizer import (
     train_tokenizer,
 )
 from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
-from inl_core.run.checkpoints import checkpoint_to_resume, lock_folder, step_of
+from inl_core.run import workers
+from inl_core.run.checkpoints import open_run_folder, step_of
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
-from inl_core.run.workers import on_main, report_dead_workers
+from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.workers import report_dead_workers
 
 STATE_FILE = "trainer_state.json"
 """File that Trainer writes into every checkpoint."""
@@ -74,36 +74,20 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
             damaged, a loss is not finite, the disk is full, or a process of the run died.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available())
+
+    def on_main(work: Callable[[], Path | None]) -> Path | None:
+        return workers.on_main(work, processes.is_main_process, processes.num_processes)
+
     try:
         with (
             report_dead_workers(),
-            open_run_folder(Path(config.out), config.resume, processes) as checkpoint,
+            open_run_folder(
+                Path(config.out), config.resume, STATE_FILE, "complexity-lm-run", on_main
+            ) as checkpoint,
         ):
             return _train(config, build or build_model, processes, checkpoint)
     finally:
         processes.destroy_process_group()  # nothing may wait after it
-
-
-@contextmanager
-def open_run_folder(out: Path, resume: str, processes: PartialState) -> Iterator[Path | None]:
-    """Lock a run's folder and remove partial files that a killed run left.
-
-    Yields the checkpoint to continue from, with its checksums verified; None for a new run. The
-    main process holds the lock.
-
-    Raises:
-        UserError: Another run writes there, the folder is not empty, or the checkpoint does not
-            exist or is damaged.
-    """
-    with ExitStack() as lock:
-
-        def open_on_main() -> Path | None:
-            lock.enter_context(lock_folder(out))
-            for folder in (out, out / "checkpoints"):
-                remove_partial_writes(folder)
-            return checkpoint_to_resume(out, resume, STATE_FILE)
-
-        yield on_main(open_on_main, processes.is_main_process, processes.num_processes)
 
 
 def _train(

@@ -61,7 +61,7 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
     optim = config.optim
     return TrainingArguments(
         # Trainer writes here; complete checkpoints are moved out of it.
-        output_dir=str(Path(config.out) / "checkpoints" / ".trainer.partial"),
+        output_dir=str(Path(config.out) / "checkpoints" / ".trainer.complexity-partial"),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size // parts,
         per_device_eval_batch_size=config.batch_size // parts,
@@ -255,7 +255,7 @@ class LMTrainer(Trainer):
 
     def save_final(self, target: Path) -> None:
         """Write the model folder; to be called in every process: a sharded model is gathered."""
-        partial = target.with_name(f".trainer.{target.name}.partial")
+        partial = target.with_name(f".trainer.{target.name}.complexity-partial")
         self.save_model(str(partial), _internal_call=True)
         if self.is_world_process_zero():
             self._complete(partial)

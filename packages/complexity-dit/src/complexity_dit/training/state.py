@@ -330,7 +330,7 @@ class TrainState:
         Returned are the contents of `state.json`: step, processes, config, and so on.
         """
         try:
-            meta = read_json_object(checkpoint / STATE_FILE)
+            meta = read_json_object(checkpoint / STATE_FILE, follow_links=False)
             step = meta["step"]
             if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
                 raise ValueError(f"step {step!r}")

@@ -1,15 +1,15 @@
 """The training of a diffusion transformer: one loop that knows neither the objective nor the files.
 
 `train` sets a run up, `_train` holds the loop, and `optimizer_step` is what each turn of it does.
-Below them are the parts of the setup: run folder, accelerator and tracker.
+Below them are the parts of the setup: accelerator and tracker.
 """
 
 import dataclasses
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import RUN_KIND, TrainConfig
 from complexity_dit.data.latents import load_training_data, open_latent_space
 from complexity_dit.distributed import largest, main_first, on_main
 from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
@@ -37,9 +37,9 @@ from complexity_dit.training.state import (
     prepared_state,
     trainable,
 )
-from inl_core.run.checkpoints import checkpoint_to_resume, drop_old_checkpoints, lock_folder
+from inl_core.run.checkpoints import drop_old_checkpoints, open_run_folder
 from inl_core.run.errors import RunStopped, UserError
-from inl_core.run.files import atomic_file, atomic_folder, remove_partial_writes
+from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
@@ -79,7 +79,9 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     try:
         with (
             report_dead_workers(),
-            open_run_folder(Path(config.out), config.resume) as checkpoint,
+            open_run_folder(
+                Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
+            ) as checkpoint,
         ):
             return _train(config, build, accelerator, checkpoint)
     finally:
@@ -216,26 +218,6 @@ def run_callbacks(callbacks: list[Callback], state: TrainState) -> None:
         due = state.step % callback.every == 0
         if due and not on_main(partial(callback.is_done, state.step)):
             callback(state)
-
-
-# The run folder: locked for one run at a time, and the checkpoint to resume from.
-
-
-@contextmanager
-def open_run_folder(out: Path, resume: str) -> Iterator[Path | None]:
-    """Lock the folder of a run and remove what a killed run left half-written in it.
-
-    Yields the checkpoint to resume from (auto, none, or a folder), its checksums verified.
-    """
-    with ExitStack() as held:
-
-        def claim() -> Path | None:
-            held.enter_context(lock_folder(out))
-            for folder in (out, out / "checkpoints", out / "samples"):
-                remove_partial_writes(folder)
-            return checkpoint_to_resume(out, resume, STATE_FILE)
-
-        yield on_main(claim)
 
 
 def _report_resume(

@@ -1,36 +1,34 @@
-"""Checkpoint folders of a run: names, lock, checksums, and the choice of one to resume from.
+"""The folder of a run and its checkpoints: names, checksums, and the choice of one to resume from.
 
-RUN/.lock                             held while a process writes in RUN
 RUN/checkpoints/step-00000100/        one checkpoint, complete: it is renamed when finished
 RUN/checkpoints/step-00000100/SHA256SUMS
 """
 
-import errno
 import hashlib
 import logging
 import os
 import re
-import socket
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import remove_folder
+from inl_core.run.files import open_regular, read_text, remove_folder, remove_partial_writes
+from inl_core.run.folders import LOCK_FILE, claim_folder
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
 SUMS_FILE = "SHA256SUMS"
 
+_LOG_HEAD = "step,loss,"  # of the train_log.csv of every version and both packages
 _NAME = re.compile(r"step-(\d{8})")
+_SUMS_HEAD = re.compile(r"# SHA-256 of (\d{1,9}) files(?:, (\d{1,18}) bytes)?")
 _SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _HASH_THREADS = 4
 _MAX_LISTED = 3
+_MAX_SUMS_BYTES = 64 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------
@@ -58,7 +56,11 @@ def all_checkpoints(checkpoints: Path) -> list[Path]:
     """Checkpoints in a folder, by step."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(
+        path
+        for path in checkpoints.iterdir()
+        if _NAME.fullmatch(path.name) and (path.is_dir() or path.is_symlink())
+    )
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
@@ -80,76 +82,9 @@ def drop_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int = 0)
 
 
 # ------------------------------------------------------------------------------------------------
-# Lock: one process at a time writes in a run's folder
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes, also on other hosts if the file system can.
-
-    An operating system lock on the file `.lock`: it ends with the process, however that ends, and
-    is not inherited by worker processes. The file names its holder.
-
-    Raises:
-        UserError: Another process holds the lock (named with its host), or nothing can be written
-            in the folder.
-    """
-    path, is_new = folder / LOCK_FILE, not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path)
-    except BlockingIOError as error:
-        holder = path.read_text().strip() or "a process that has just started"
-        raise UserError(
-            f"{folder} is being written by another run, {holder}: wait for it or stop it, or "
-            "choose another --out"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error}; choose another --out") from error
-    with file:
-        try:
-            file.truncate(0)
-            start = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {start}\n")
-            file.flush()
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _open_locked(path: Path) -> IO[str]:
-    while True:
-        file = path.open("a+")
-        try:
-            _lock(file.fileno(), path)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # the previous holder removed it in the meantime: a lock on it is worthless
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    if sys.platform == "win32":
-        logger.warning("no file locks on this system: let no other run write in %s", path.parent)
-        return
-    import fcntl
-
-    try:
-        # lockf, not flock: a forked worker that outlives a killed run must not keep the lock.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(*error.args) from error
-        logger.warning("cannot lock %s (%s): let no other run write there", path.parent, error)
-
-
-# ------------------------------------------------------------------------------------------------
 # Checksums: SHA256SUMS, in the format of coreutils (`sha256sum -c SHA256SUMS` checks a folder too).
-# Its first line, a comment in that format, counts the files, so that a truncated list is detected.
+# Its first line, a comment in that format, counts files and bytes: a truncated list is detected,
+# and a file larger than all of them is not read.
 
 
 def write_sums(folder: Path) -> None:
@@ -161,7 +96,8 @@ def write_sums(folder: Path) -> None:
     )
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         digests = list(pool.map(lambda name: _sha256(folder / name), names))
-    lines = [f"# SHA-256 of {len(names)} files"]
+    size = sum((folder / name).stat().st_size for name in names)
+    lines = [f"# SHA-256 of {len(names)} files, {size} bytes"]
     lines += [f"{digest}  {name}" for digest, name in zip(digests, names, strict=True)]
     (folder / SUMS_FILE).write_text("\n".join(lines) + "\n")
 
@@ -177,21 +113,27 @@ def find_damage(folder: Path, part: Path = Path()) -> list[str]:
         One phrase per damaged file. Empty if all are intact, or if the folder has no list:
         checkpoints of early versions had none.
     """
-    if not (folder / SUMS_FILE).exists():
+    if not folder.is_dir():
+        return ["it is a link to a folder that does not exist"]
+    if not os.path.lexists(folder / SUMS_FILE):
         return []
     try:
-        expected = _read_sums(folder)
+        expected, size = _read_sums(folder)
     except (OSError, ValueError) as error:
         return [f"{SUMS_FILE} cannot be read ({error})"]
     names = [name for name in expected if Path(name).is_relative_to(part)]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        results = pool.map(lambda name: _compare(folder / name, name, expected[name]), names)
+        results = pool.map(lambda name: _compare(folder / name, name, expected[name], size), names)
         return [phrase for phrase in results if phrase]
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
-    """Digest by file name; ValueError if the list was not written by `write_sums`."""
-    head, *lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines() or [""]
+def _read_sums(folder: Path) -> tuple[dict[str, str], int | None]:
+    """Digest by file name, and bytes of all files (None in lists of version 0.1.0).
+
+    ValueError if the list was not written by `write_sums`.
+    """
+    text = read_text(folder / SUMS_FILE, _MAX_SUMS_BYTES)
+    head, *lines = text.splitlines() or [""]
     digests: dict[str, str] = {}
     for line in lines:
         match = _SUMS_LINE.fullmatch(line)
@@ -201,16 +143,21 @@ def _read_sums(folder: Path) -> dict[str, str]:
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{match[2][:80]!r} is outside the folder")
         digests[match[2]] = match[1]
-    if head != f"# SHA-256 of {len(digests)} files":
+    match = _SUMS_HEAD.fullmatch(head)
+    if not match or int(match[1]) != len(digests):
         raise ValueError(f"{len(digests)} files are listed, but the first line is {head[:80]!r}")
-    return digests
+    return digests, int(match[2]) if match[2] else None
 
 
-def _compare(path: Path, name: str, expected: str) -> str | None:
+def _compare(path: Path, name: str, expected: str, size: int | None) -> str | None:
     try:
-        if not path.is_file():
-            return f"{name} is missing"
+        if size is not None and path.lstat().st_size > size:
+            return f"{name} is not what was written ({path.lstat().st_size} bytes)"
         current = _sha256(path)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except UserError as error:
+        return f"{name} is not what was written ({error})"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
     if current == expected:
@@ -219,15 +166,63 @@ def _compare(path: Path, name: str, expected: str) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore (a binary file)
 
 
 # ------------------------------------------------------------------------------------------------
 # Resuming
 
 
-def checkpoint_to_resume(out: Path, resume: str, state_file: str) -> Path | None:
+@contextmanager
+def open_run_folder(
+    out: Path,
+    resume: str,
+    state_file: str,
+    kind: str,
+    on_main: Callable[[Callable[[], Path | None]], Path | None],
+) -> Iterator[Path | None]:
+    """Lock the folder of a run and remove what a killed process left half-written in it.
+
+    Args:
+        out: The folder.
+        resume: As in `checkpoint_to_resume`.
+        state_file: Name of a file that every checkpoint has.
+        kind: Mark of the folder, see `claim_folder`.
+        on_main: Calls a function in the main process, which then holds the lock, and returns its
+            result in all processes.
+
+    Yields:
+        The checkpoint to resume from, its checksums verified; None for a new run.
+
+    Raises:
+        UserError: The folder is not one of a run, another process writes there, or as in
+            `checkpoint_to_resume`.
+    """
+    with ExitStack() as held:
+
+        def claim() -> Path | None:
+            is_earlier = partial(_is_run_of_0_1_0, state_file=state_file)
+            held.enter_context(claim_folder(out, kind, is_earlier=is_earlier))
+            for folder in (out, out / "checkpoints", out / "samples"):
+                remove_partial_writes(folder)
+            return checkpoint_to_resume(out, resume, state_file, kind)
+
+        yield on_main(claim)
+
+
+def _is_run_of_0_1_0(folder: Path, state_file: str) -> bool:
+    """Whether a folder has a checkpoint or the log of a run: version 0.1.0 left no mark."""
+    if any((path / state_file).is_file() for path in all_checkpoints(folder / "checkpoints")):
+        return True
+    try:
+        with open_regular(folder / "train_log.csv") as file:
+            return file.read(len(_LOG_HEAD)) == _LOG_HEAD.encode()
+    except (OSError, UserError):
+        return False
+
+
+def checkpoint_to_resume(out: Path, resume: str, state_file: str, kind: str = "") -> Path | None:
     """Choose the checkpoint to resume from.
 
     A checkpoint named by its path may have damaged ones behind it: they are renamed. Intact ones
@@ -237,6 +232,7 @@ def checkpoint_to_resume(out: Path, resume: str, state_file: str) -> Path | None
         out: Folder of the run, already cleared of partial writes.
         resume: "auto" (the latest checkpoint, if any), "none", or a checkpoint folder.
         state_file: Name of a file that every checkpoint has.
+        kind: Mark of the folder, which may be there already.
 
     Returns:
         The checkpoint, or None to start from scratch.
@@ -251,7 +247,7 @@ def checkpoint_to_resume(out: Path, resume: str, state_file: str) -> Path | None
             _check_before_resume(newest)
         return newest
     occupied = out.exists() and (
-        not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())
+        not out.is_dir() or any(path.name not in (LOCK_FILE, f".{kind}") for path in out.iterdir())
     )
     if resume == "none":
         if occupied:

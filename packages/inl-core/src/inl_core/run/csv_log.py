@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, open_regular, read_text
+
+_MAX_BYTES = 2**30  # ten million steps
 
 
 class CsvLog:
@@ -25,7 +27,7 @@ class CsvLog:
 
     def __init__(self, path: Path, fields: Sequence[str], start_step: int) -> None:
         self.path = path
-        rows = _complete_rows(path, fields) if path.exists() else []
+        rows = _complete_rows(path, fields) if os.path.lexists(path) else []
         rows = [row for row in rows if int(row["step"]) <= start_step]
         self.steps = {int(row["step"]) for row in rows}
         with atomic_file(path) as partial, partial.open("w", newline="") as file:
@@ -36,7 +38,7 @@ class CsvLog:
     def write(self, rows: Iterable[Sequence[Any]]) -> None:
         """Append rows, values in the order of the fields; they are on disk when this returns."""
         rows = list(rows)
-        with self.path.open("a", newline="") as file:
+        with open_regular(self.path, "a", newline="") as file:
             csv.writer(file).writerows(rows)
             file.flush()
             os.fsync(file.fileno())
@@ -46,9 +48,7 @@ class CsvLog:
 def _complete_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     """Rows up to the last line end: a kill may have cut "120" to "1", which is also a step."""
     try:
-        # newline="" leaves line ends to the csv module, which handles those inside quotes.
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = file.read().rpartition("\n")[0].splitlines()
+        lines = read_text(path, _MAX_BYTES).rpartition("\n")[0].splitlines()
         rows = list(reader := csv.DictReader(lines, strict=True))
         # An older version may have had fewer columns, never others.
         for names in (reader.fieldnames or [], *rows):

@@ -1,19 +1,39 @@
-"""Files and folders that are complete or absent, also after kill -9 or a power loss.
+"""Files and folders that are complete or absent after kill -9, and files that are read with care.
 
-Everything is written under a temporary name in the same folder, flushed to disk and renamed.
-Temporary names begin with a dot; `remove_partial_writes` clears them after a kill:
+Everything is written under a temporary name in the same folder, flushed to disk and renamed. No
+other program uses these names; `remove_partial_writes` clears them after a kill:
 
-    .NAME.partial[...]   being written, incomplete
-    .NAME.old            the previous NAME, complete, moved away for a new NAME
-    .NAME.removed        being removed, incomplete
+    .NAME.RANDOM.complexity-partial     being written, incomplete
+    .NAME.complexity-old                the previous NAME, complete, moved away for a new NAME
+    .NAME.RANDOM.complexity-removed     being removed, incomplete
+
+A file that is read may be anybody's. `open_regular` neither waits for the other end of a pipe nor
+reads a device, and `read_bytes` and `read_text` stop at a bound.
 """
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+from inl_core.run.errors import UserError
+
+_PARTIAL, _OLD, _REMOVED = ".complexity-partial", ".complexity-old", ".complexity-removed"
+
+_NAMES_OF_0_1_0 = re.compile(
+    r"\.(?P<target>step-\d{8}(\.png)?|(train_log|heldout_log|noise_levels|metrics|dynamics)\.csv"
+    r"|config\.yaml|(result|settings)\.json|report\.html|(loss|samples|\d{6})\.png|samples\.txt"
+    r"|pipeline|adapter|model|tokenizer|trainer(\.model)?)\.(?P<end>partial(\..*)?|old|removed)"
+)
+"""Temporary names of version 0.1.0 for what it wrote into runs, evaluations and their samples."""
+
+# ------------------------------------------------------------------------------------------------
+# Writing
 
 
 @contextmanager
@@ -21,18 +41,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `target` if the block succeeds.
 
     Readers see either the old or the complete new file. The temporary name is unique, so two
-    processes may write the same target.
+    processes may write the same target. The file has the permissions that the umask leaves.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.partial.", suffix=target.suffix
-    )
-    os.close(handle)
-    partial = Path(name)
+    partial = _aside(target, _PARTIAL)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(partial.stat().st_mode)
     try:
         yield partial
+        partial.chmod(mode)  # the writer may have put a file of its own in the place
         _flush(partial)
-        partial.chmod(0o644)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -44,20 +62,17 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     On an error the temporary folder is removed and `target` is unchanged. A folder, unlike a file,
     cannot be replaced in one step: a kill between the two renames leaves the old one as
-    `.NAME.old`, and `remove_partial_writes`, or the next call for the same target, restores it.
+    `.NAME.complexity-old`, and `remove_partial_writes`, or the next call for the same target,
+    restores it. Files and folders have the permissions that the umask leaves.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
+    partial, old = _aside(target, _PARTIAL), target.with_name(f".{target.name}{_OLD}")
     _restore(old, target)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
-        for path in partial.rglob("*"):
-            _flush(path)
-        _flush(partial)
-        if target.exists():
+        _finish_folder(partial)
+        if os.path.lexists(target):
             target.replace(old)
         try:
             partial.replace(target)
@@ -67,33 +82,64 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if target.exists() and os.path.lexists(old):
+            with suppress(OSError):
+                _remove(old)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; a kill leaves no incomplete folder under its name."""
-    removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    """Remove a folder, or a link to one but not what it names.
+
+    A kill leaves no incomplete folder under its name.
+    """
+    removed = _aside(folder, _REMOVED)
     folder.replace(removed)
-    shutil.rmtree(removed)
+    _remove(removed)
 
 
 def remove_partial_writes(folder: Path) -> None:
-    """Remove what killed processes left in a folder; no process may be writing in it."""
-    for old in folder.glob(".*.old"):
-        _restore(old, old.with_name(old.name.removeprefix(".").removesuffix(".old")))
-    for pattern in (".*.partial", ".*.partial.*", ".*.old", ".*.removed"):
-        for stale in folder.glob(pattern):
-            if stale.is_dir():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink()
+    """Remove what killed processes left in a folder of ours; no process may be writing in it."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: not path.name.endswith((_OLD, ".old"))):
+        earlier = _NAMES_OF_0_1_0.fullmatch(path.name)
+        if earlier and earlier["end"] == "old":
+            _restore(path, folder / earlier["target"])
+        elif path.name.endswith(_OLD):
+            _restore(path, folder / path.name.removeprefix(".").removesuffix(_OLD))
+        if os.path.lexists(path) and (earlier or is_partial_write(path)):
+            _remove(path)
+
+
+def is_partial_write(path: Path) -> bool:
+    """Whether a path has one of the temporary names of this module."""
+    return path.name.startswith(".") and path.name.endswith((_PARTIAL, _OLD, _REMOVED))
+
+
+def _aside(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _restore(old: Path, target: Path) -> None:
     if old.exists() and not target.exists():
         old.replace(target)
+
+
+def _finish_folder(folder: Path) -> None:
+    """Give files the permissions that the umask left to the folder, and flush all to disk."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors makes files that only their owner may read
+        _flush(path)
+    _flush(folder)
 
 
 def _flush(path: Path) -> None:
@@ -103,3 +149,73 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_regular(
+    path: Path, mode: str = "rb", follow_links: bool = False, **options: Any
+) -> IO[Any]:
+    """Open a file as `open` does, if it is a regular one.
+
+    Pipes, devices and sockets are refused without waiting for them.
+
+    Args:
+        path: The file.
+        mode: Mode of `open`.
+        follow_links: Whether the file may be a symbolic link. The files of a run are none; those of
+            a model from the Hub are links into its cache.
+        **options: Further arguments of `open`.
+
+    Raises:
+        UserError: It is no regular file, or a link that is not followed.
+        OSError: As `open`.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        if not follow_links:
+            if os.path.islink(name):
+                raise UserError(f"{path} is a symbolic link; expected a file")
+            flags |= getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(name, flags, 0o666)
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(kind):
+            os.close(descriptor)
+            if stat.S_ISDIR(kind):
+                raise IsADirectoryError(f"{path} is a folder; expected a file")
+            raise UserError(f"{path} is a pipe or a device; expected a file")
+        return descriptor
+
+    return open(path, mode, opener=opener, **options)
+
+
+def read_bytes(path: Path, max_bytes: int, follow_links: bool = False) -> bytes:
+    """Read a file of at most `max_bytes`.
+
+    Raises:
+        UserError: As `open_regular`, or the file is larger.
+        OSError: It cannot be read.
+    """
+    with open_regular(path, follow_links=follow_links) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(size, len(data)) > max_bytes:
+        raise UserError(f"{path} has {max(size, len(data))} bytes; the limit is {max_bytes}")
+    return data
+
+
+def read_text(path: Path, max_bytes: int, follow_links: bool = False) -> str:
+    """Read a UTF-8 file of at most `max_bytes`; line ends are not translated.
+
+    Raises:
+        UserError: As `read_bytes`, or the file is not UTF-8.
+        OSError: It cannot be read.
+    """
+    data = read_bytes(path, max_bytes, follow_links)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error

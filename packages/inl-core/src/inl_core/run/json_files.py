@@ -12,6 +12,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from inl_core.run.files import read_bytes
+
 MAX_JSON_BYTES = 64 * 2**20
 """64 MiB: enough for a million label names."""
 
@@ -38,15 +40,18 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, follow_links: bool = True) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
+    Args:
+        path: The file.
+        follow_links: Whether it may be a symbolic link, as in the cache of the Hub.
+
     Raises:
-        ValueError: As `parse_json`, or the value is not an object.
+        ValueError: As `parse_json` and `read_bytes`, or the value is not an object.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
-        value = parse_json(file.read(MAX_JSON_BYTES + 1))
+    value = parse_json(read_bytes(path, MAX_JSON_BYTES, follow_links))
     if not isinstance(value, dict):
         raise ValueError(f"holds {_short(value)}, expected an object")
     return value
