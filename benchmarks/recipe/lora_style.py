@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.common.results import commit
-from jsonargparse import ArgumentParser
 
-from complexity_dit.config import DataConfig, EvalConfig, SampleConfig, TrainConfig
+from complexity_dit.__main__ import PROGRAM
+from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate_images
 from complexity_dit.grids import save_grid
@@ -69,12 +69,8 @@ def split(options):
 
 def config_of(name, **changes):
     """A committed config with changes."""
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainConfig, None)
-    options = parser.instantiate(parser.parse_args(["--config", str(CONFIGS / name)])).as_dict()
-    options.pop("config")
-    return dataclasses.replace(TrainConfig(**options), **changes)
+    _, (config,), _ = PROGRAM.parse(["train", "--config", str(CONFIGS / name)])
+    return dataclasses.replace(config, **changes)
 
 
 def trained(config):

@@ -38,12 +38,8 @@ def command(monkeypatch, capsys):
     return run
 
 
-def train_config(values) -> TrainConfig:
-    parser = cli.build_parser()
-    parsed = parser.instantiate(parser.parse_object({"subcommand": "train", "train": values}))
-    options = parsed.train.as_dict()
-    options.pop("config")
-    return TrainConfig(**options)
+def train_config(path) -> TrainConfig:
+    return cli.PROGRAM.parse(["train", f"--config={path}"])[1][0]
 
 
 def test_train_generate_evaluate_and_inspect(command, texts, tmp_path):
@@ -88,24 +84,21 @@ def test_train_uses_the_output_of_the_tokenizer_command(command, texts, tmp_path
 
 
 def test_demo_yaml_equals_the_demo_config():
-    with open("configs/lm/demo.yaml") as file:
-        assert train_config(yaml.safe_load(file)) == demo_config("runs/demo-lm")
+    assert train_config("configs/lm/demo.yaml") == demo_config("runs/demo-lm")
 
 
 @pytest.mark.parametrize("name", ["demo", "tinyshakespeare", "fineweb-edu-150m"])
-def test_committed_configs_can_be_parsed_and_overridden(command, name):
+def test_committed_configs_can_be_parsed_and_overridden(command, tmp_path, name):
     status, text, _ = command(
         "train", f"--config=configs/lm/{name}.yaml", "--optim.lr", "5e-5", "--print_config"
     )
     assert status == 0
-    printed = yaml.safe_load(text)
-    assert printed["optim"]["lr"] == 5e-5
-    assert train_config({k: v for k, v in printed.items() if k != "config"}).optim.lr == 5e-5
+    (tmp_path / "printed.yaml").write_text(text)
+    assert train_config(tmp_path / "printed.yaml").optim.lr == 5e-5
 
 
 def test_fineweb_config_has_150_million_parameters():
-    with open("configs/lm/fineweb-edu-150m.yaml") as file:
-        config = train_config(yaml.safe_load(file))
+    config = train_config("configs/lm/fineweb-edu-150m.yaml")
     made = DeepConfig.from_preset(
         config.model.preset,
         vocab_size=config.tokenizer.vocab_size,
@@ -147,7 +140,7 @@ def test_invalid_input_exits_with_status_2_and_a_message(command, trained, texts
         (["generate", trained], "the prompt is empty"),
         (["generate", trained, "--prompt", "ka " * 99], "the context of this model is 24"),
         (["generate", trained, "--prompt=a", "--temperature=hot"], "temperature"),
-        (["generate", trained, "--prompt=a", "--temprature=1"], "temprature"),
+        (["generate", trained, "--prompt=a", "--temprature=1"], "did you mean temperature?"),
         (["generate", tmp_path / "none", "--prompt=a"], "does not exist"),
         (["evaluate", trained, "--source=text:/none", "--out", tmp_path / "e"], "no such file"),
         (["evaluate", trained], "nothing to measure"),
@@ -161,7 +154,9 @@ def test_invalid_input_exits_with_status_2_and_a_message(command, trained, texts
             "fewer than a block of 24",
         ),
         ([*start, tmp_path / "c", "--data.source=hub:nobody/nothing"], "cannot read hub:nobody"),
-        ([*start, tmp_path / "d", "--optim.lrr=1"], "lrr"),
+        ([*start, tmp_path / "d", "--optim.lrr=1"], "did you mean optim.lr?"),
+        ([*start, tmp_path / "i", "--model.overrides={hiden_size: 8}"], "did you mean hidden_size"),
+        ([*start, tmp_path / "j", "--model.overrides={class_path: a.B}"], "no field 'class_path'"),
         ([*start, tmp_path / "e", "--model.preset=2m"], "choose from: 15m"),
         ([*start, tmp_path / "f", "--optim.lr=1e30", "--steps=8"], "training stopped"),
         ([*start, tmp_path / "g", "--tokenizer.path", tmp_path / "none"], "no such folder"),

@@ -3,10 +3,7 @@
 Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run).
 """
 
-import contextlib
-import io
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from complexity_dit import __main__ as dit
 from complexity_dit.config import DataConfig, TrainConfig
 from complexity_lm import __main__ as lm
 from complexity_lm.config import TrainConfig as LMTrainConfig
-from inl_core.run.errors import UserError
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import ODD, mangled_bytes, mangled_json, mangled_values
 
@@ -38,11 +34,15 @@ def yaml_files(good: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
     )
 
 
+def train_with(path: Path) -> list[str]:
+    return ["train", "--config", str(path)]
+
+
 @ROWS.row
 def train_yaml(folder: Path) -> Parser:
     good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/dit").glob("*"))]
     good.append(asdict(TrainConfig()))
-    parse = of_file(folder / "run.yaml", lambda path: dit_parse(["train", "--config", str(path)]))
+    parse = of_file(folder / "run.yaml", lambda path: dit.PROGRAM.parse(train_with(path)))
     return Parser(yaml_files(good), parse)
 
 
@@ -50,7 +50,7 @@ def train_yaml(folder: Path) -> Parser:
 def lm_train_yaml(folder: Path) -> Parser:
     good = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs/lm").glob("*"))]
     good.append(asdict(LMTrainConfig()))
-    parse = of_file(folder / "run.yaml", lambda path: lm_parse(["train", "--config", str(path)]))
+    parse = of_file(folder / "run.yaml", lambda path: lm.PROGRAM.parse(train_with(path)))
     return Parser(yaml_files(good), parse)
 
 
@@ -61,29 +61,9 @@ def evaluate_yaml(folder: Path) -> Parser:
     words = ["evaluate", "x", "--reference", "art"]
 
     def parse(text: bytes) -> Any:
-        return dit_parse([*words, f"--data={text.decode('utf-8', 'replace')}"])
+        return dit.PROGRAM.parse([*words, f"--data={text.decode('utf-8', 'replace')}"])
 
     return Parser(yaml_files(good), parse)
-
-
-dit_parser, lm_parser = cache(dit.build_parser), cache(lm.build_parser)
-"""Built once: building takes longer than parsing."""
-
-
-def dit_parse(words: list[str]) -> Any:
-    return dit.parse(words, dit_parser())
-
-
-def lm_parse(words: list[str]) -> Any:
-    """Parse as in a shell, where the parser reports errors by a message and exit status 2."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return lm.parse(words, lm_parser())
-    except SystemExit as stop:
-        if stop.code != 2 or "error" not in errors.getvalue():
-            raise
-        raise UserError(errors.getvalue().splitlines()[-1]) from None
 
 
 def command_lines(names: list[str], options: list[str]) -> st.SearchStrategy[list[str]]:
@@ -114,7 +94,7 @@ def dit_arguments(folder: Path) -> Parser:
         "model.size", "optim.lr", "lora.labels.style", "labels.style", "labels", "config", "allow",
         "num_images", "sample", "sample.seed", "reference", "measures", "port", "compile", "résumé",
     ]  # fmt: skip
-    return Parser(command_lines(names, options), dit_parse)
+    return Parser(command_lines(names, options), dit.PROGRAM.parse)
 
 
 @ROWS.row
@@ -124,7 +104,7 @@ def lm_arguments(folder: Path) -> Parser:
         "out", "seed", "data", "data.source", "model.size", "config", "prompt", "temperature",
         "top_p", "stop_strings", "suppress_tokens", "eos_token_id", "tasks", "vocab_size",
     ]  # fmt: skip
-    return Parser(command_lines(names, options), lm_parse)
+    return Parser(command_lines(names, options), lm.PROGRAM.parse)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -29,27 +29,21 @@ from inl_core.run.json_files import parse_json
 NAMES = st.text(min_size=1, max_size=8)
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return dit.build_parser(["train"])
-
-
 @given(
     steps=st.integers(1, 10**9), lr=st.floats(1e-8, 1e3), flip=st.booleans(),
     source=st.text(min_size=1, max_size=20), fields=st.none() | st.lists(NAMES, max_size=3),
     labels=st.dictionaries(NAMES, NAMES, max_size=2), decay=st.floats(0, 1),
 )  # fmt: skip
 def test_a_config_survives_a_round_trip_through_yaml(
-    parser, tmp_path, steps, lr, flip, source, fields, labels, decay
+    tmp_path, steps, lr, flip, source, fields, labels, decay
 ):
     config = TrainConfig(steps=steps)
     config.optim.lr, config.ema.decay, config.data.flip = lr, decay, flip
     config.data.source, config.data.label_fields, config.lora.labels = source, fields, labels
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(asdict(config)), encoding="utf-8")
-    _, options = dit.parse(["train", "--config", str(path)], parser)
-    options.pop("config")
-    assert asdict(TrainConfig(**options)) == asdict(config)
+    _, (read,), _ = dit.PROGRAM.parse(["train", "--config", str(path)])
+    assert asdict(read) == asdict(config)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | NAMES,

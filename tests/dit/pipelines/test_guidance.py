@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from complexity_dit.__main__ import build_parser
+from complexity_dit.__main__ import PROGRAM
 from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -104,11 +104,11 @@ def test_the_sample_command_loads_a_guide_and_refuses_a_wrong_one(pipe, guide, t
 
 
 def test_the_options_of_the_command():
-    parsed = build_parser().parse_args(
+    _, (parsed,), _ = PROGRAM.parse(
         ["sample", "pipe", "--out", "x", "--scheduler", "UniPCMultistepScheduler", "--shift", "3",
          "--autoguidance", "weak", "--guidance_interval", "[0.2, 0.8]", "--height", "64",
          "--width", "128"]
-    ).sample  # fmt: skip
+    )  # fmt: skip
     assert (parsed.scheduler, parsed.shift, parsed.autoguidance) == (
         "UniPCMultistepScheduler", 3.0, "weak",
     )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from inl_core.run.errors import UserError
+from inl_core.run.settings import Setting
 
 DATA_FILE = "data.json"
 """In a pipeline or adapter folder: the `DataConfig` that it was trained with."""
@@ -122,7 +123,7 @@ class ModelConfig:
     num_experts: int = 4
     """Experts per block in addition to the shared one; with routing only."""
 
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Setting] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 
     def __post_init__(self) -> None:

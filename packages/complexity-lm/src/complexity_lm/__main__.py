@@ -1,15 +1,12 @@
 """The command line: `complexity-lm demo | train | generate | evaluate | tokenizer | inspect`."""
 
 import inspect as python_inspect
-import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import GenerationConfig
 
 from complexity_lm import __version__
@@ -20,8 +17,8 @@ from complexity_lm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from inl_core.run.errors import UserError
-from inl_core.run.json_files import describe_settings_error, printable
+from inl_core.run.commands import Command, Option, Program
+from inl_core.run.settings import Scalar, Setting
 
 _EXCLUDED_OPTIONS = {
     # Objects, settings of assistant models, and of encoder-decoder models.
@@ -29,13 +26,14 @@ _EXCLUDED_OPTIONS = {
     "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "decoder_start_token_id",
 }  # fmt: skip
 _TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
+_OPEN = Setting | dict[str, Scalar]
 _SOURCE_FORMS = "stdlib | text:PATH | hub:NAME"
 
 
 def generation_flags() -> dict[str, tuple[Any, str]]:
     """Type and help of every generation setting, read from the docstring of `GenerationConfig`.
 
-    A setting whose documentation does not name a single plain type accepts any YAML value.
+    A setting whose documentation does not name a single plain type accepts any data.
     """
     text = python_inspect.getdoc(GenerationConfig) or ""
     entry = re.compile(r"^ {4}(\w+) ?:? ?\((.*?)\)+: *\n((?: {8}.*\n|\n(?= {8}))+)", re.MULTILINE)
@@ -49,160 +47,126 @@ def generation_flags() -> dict[str, tuple[Any, str]]:
             continue
         kind, words = documented[name]
         named = re.match(r"`(\w+)`(?! or)", kind)
-        plain = _TYPES.get(named[1], Any) if named else Any
-        flags[name] = (plain if plain is Any else plain | None, words.split(". ")[0].rstrip("."))
+        plain = _TYPES.get(named[1], _OPEN) if named else _OPEN
+        flags[name] = (plain | None, words.split(". ")[0].rstrip("."))
     return flags
 
 
-def build_parser() -> ArgumentParser:
-    """Create the parser of all commands; most options are fields of dataclasses in `config`."""
-    set_parsing_settings(
-        docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
-    )
-    parser = ArgumentParser(prog="complexity-lm", description=__doc__, version=__version__)
-    commands = parser.add_subcommands()
-    model_help = "model folder, folder of a run, checkpoint, or Hub id"
+def _demo(out: str) -> None:
+    from complexity_lm.demo import demo
 
-    def add_command(name: str, description: str) -> ArgumentParser:
-        command = ArgumentParser(description=description)
-        commands.add_subcommand(name, command)
-        return command
-
-    demo = add_command(
-        "demo", "Train on the standard library's source, generate text, compare with gzip."
-    )
-    demo.add_argument("--out", type=str, default="runs/demo-lm", help="folder of the demo")
-
-    train = add_command("train", "Train a model, or resume a run.")
-    train.add_argument(
-        "--config", action="config", help="a YAML file with any of the options below"
-    )
-    train.add_class_arguments(TrainConfig, None)
-
-    generate = add_command("generate", "Continue a prompt; accepts transformers' options.")
-    generate.add_argument("model", type=str, help=model_help)
-    for name, words in (
-        ("prompt", "the text to continue; by default standard input"),
-        ("prompts_file", "a file with one prompt per line; lines in quotes are JSON strings"),
-        ("tokenizer", "another tokenizer: folder or Hub id"),
-        ("assistant_model", "a smaller model with the same tokenizer, for assisted decoding"),
-    ):
-        generate.add_argument(f"--{name}", type=str | None, default=None, help=words)
-    generate.add_class_arguments(GenerateConfig, None)
-    for name, (kind, words) in generation_flags().items():
-        generate.add_argument(f"--{name}", type=kind, default=None, help=words.replace("%", "%%"))
-
-    evaluate = add_command("evaluate", "Measure loss, perplexity, bits per byte, lm-eval tasks.")
-    evaluate.add_argument("model", type=str, help=model_help)
-    evaluate.add_argument("--source", type=str | None, default=None, help=_SOURCE_FORMS)
-    evaluate.add_argument(
-        "--out", type=str, default="runs/evaluation-lm", help="folder for result.json"
-    )
-    evaluate.add_class_arguments(EvalConfig, None)
-    evaluate.add_argument(
-        "--data",
-        type=DataConfig | None,
-        default=None,
-        help="how to read the source; by default as in the training of the model",
-    )
-
-    tokenizer = add_command("tokenizer", "Train a byte-level BPE on the training side of a text.")
-    tokenizer.add_argument("--source", type=str, required=True, help=_SOURCE_FORMS)
-    tokenizer.add_argument("--out", type=str, required=True, help="folder of the tokenizer")
-    tokenizer.add_argument(
-        "--vocab_size", type=int, default=TokenizerConfig.vocab_size, help="number of ids"
-    )
-    tokenizer.add_argument(
-        "--data", type=DataConfig | None, default=None, help="how to read the source"
-    )
-
-    inspect = add_command("inspect", "Print the contents of a model folder or checkpoint.")
-    inspect.add_argument("model", type=str, help=model_help)
-    return parser
+    demo(out)
 
 
-def parse(
-    arguments: Sequence[str], parser: ArgumentParser | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Parse a command and its options to typed values, without running it.
+def _train(config: TrainConfig) -> None:
+    from complexity_lm.train import train
 
-    Raises:
-        UserError: A value is invalid.
-        SystemExit: With status 2, if the parser rejects an argument.
-    """
-    parser = parser or build_parser()
-    try:
-        parsed = parser.instantiate(parser.parse_args(list(arguments)))
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse passes on what it does not expect
-        raise UserError(describe_settings_error(error)) from error
-    return parsed.subcommand, parsed[parsed.subcommand].as_dict()
+    folder = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"the model is in {folder}")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse and run one command.
+def _generate(
+    config: GenerateConfig,
+    model: str,
+    prompt: str | None,
+    prompts_file: str | None,
+    tokenizer: str | None,
+    assistant_model: str | None,
+    **settings: Any,
+) -> None:
+    from complexity_lm.generate import print_generated, read_prompts
+    from complexity_lm.loading import load
 
-    Each imports what it needs itself, so that `--help` loads neither datasets nor Trainer.
-    """
-    command, options = parse(arguments)
-    match command:
-        case "demo":
-            from complexity_lm.demo import demo
+    prompts = read_prompts(prompt, prompts_file, sys.stdin)
+    loaded = load(model, tokenizer, config.device)
+    helper = load(assistant_model, tokenizer, config.device) if assistant_model else None
+    print_generated(loaded, prompts, settings, config, helper)
 
-            demo(**options)
-        case "train":
-            from complexity_lm.train import train
 
-            options.pop("config")
-            folder = train(TrainConfig(**options))
-            if os.environ.get("RANK", "0") == "0":
-                print(f"the model is in {folder}")
-        case "generate":
-            from complexity_lm.generate import print_generated, read_prompts
-            from complexity_lm.loading import load
+def _evaluate(config: EvalConfig, model: str, **options: Any) -> None:
+    from complexity_lm.evaluate import evaluate
 
-            prompts = read_prompts(options.pop("prompt"), options.pop("prompts_file"), sys.stdin)
-            settings = {name: options.pop(name) for name in generation_flags()}
-            model, tokenizer = options.pop("model"), options.pop("tokenizer")
-            assistant = options.pop("assistant_model")
-            config = GenerateConfig(**options)
-            loaded = load(model, tokenizer, config.device)
-            helper = load(assistant, tokenizer, config.device) if assistant else None
-            print_generated(loaded, prompts, settings, config, helper)
-        case "evaluate":
-            from complexity_lm.evaluate import evaluate
+    evaluate(model, **options, config=config)
 
-            own = {name: options.pop(name) for name in ("source", "out", "data")}
-            evaluate(options.pop("model"), **own, config=EvalConfig(**options))
-        case "tokenizer":
-            from complexity_lm.data import make_tokenizer
 
-            print(make_tokenizer(**options))
-        case "inspect":
-            from complexity_lm.inspect_model import inspect
+def _tokenizer(**options: Any) -> None:
+    from complexity_lm.data import make_tokenizer
 
-            print(yaml.safe_dump(inspect(options["model"]), sort_keys=False), end="")
+    print(make_tokenizer(**options))
+
+
+def _inspect(model: str) -> None:
+    from complexity_lm.inspect_model import inspect
+
+    print(yaml.safe_dump(inspect(model), sort_keys=False), end="")
+
+
+_MODEL = {"model": Option("model folder, folder of a run, checkpoint, or Hub id")}
+
+# Each command imports what it needs itself, so that `--help` loads neither datasets nor Trainer.
+COMMANDS = {
+    "demo": Command(
+        "Train on the standard library's source, generate text, compare with gzip.",
+        _demo,
+        options={"out": Option("Folder of the demo.", "runs/demo-lm")},
+    ),
+    "train": Command(
+        "Train a model, or resume a run.", _train, configs=[TrainConfig], has_config=True
+    ),
+    "generate": Command(
+        "Continue a prompt; accepts transformers' options.",
+        _generate,
+        _MODEL,
+        {
+            name: Option(words, None, str | None)
+            for name, words in (
+                ("prompt", "The text to continue; by default standard input."),
+                ("prompts_file", "A file with a prompt per line; lines in quotes are JSON texts."),
+                ("tokenizer", "Another tokenizer: folder or Hub id."),
+                (
+                    "assistant_model",
+                    "A smaller model with the same tokenizer, to draft.",
+                ),
+            )
+        }
+        | {name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()},
+        [GenerateConfig],
+    ),
+    "evaluate": Command(
+        "Measure loss, perplexity, bits per byte, lm-eval tasks.",
+        _evaluate,
+        _MODEL,
+        {
+            "source": Option(_SOURCE_FORMS, None, str | None),
+            "out": Option("Folder for result.json.", "runs/evaluation-lm"),
+            "data": Option(
+                "How to read the source; by default as in the training of the model.",
+                None,
+                DataConfig | None,
+            ),
+        },
+        [EvalConfig],
+    ),
+    "tokenizer": Command(
+        "Train a byte-level BPE on the training side of a text.",
+        _tokenizer,
+        options={
+            "source": Option(_SOURCE_FORMS),
+            "out": Option("Folder of the tokenizer."),
+            "vocab_size": Option("Number of ids.", TokenizerConfig.vocab_size, int),
+            "data": Option("How to read the source.", None, DataConfig | None),
+        },
+    ),
+    "inspect": Command("Print the contents of a model folder or checkpoint.", _inspect, _MODEL),
+}
+PROGRAM = Program("complexity-lm", __doc__ or "", __version__, COMMANDS)
+run = PROGRAM.run
 
 
 def main() -> None:
-    """Run a command; a `UserError` is printed without a traceback and gives exit status 2."""
-    if sys.argv[1:] == ["--version"]:  # without building the parser
-        print(f"complexity-lm {__version__}")
-        return
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for name in ("httpx", "datasets", "fsspec", "accelerate", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        message, status = f"complexity-lm: error: {error}", 2
-    except KeyboardInterrupt:
-        message, status = ("complexity-lm: interrupted; all written checkpoints are complete", 130)
-    else:
-        return
-    print(printable(message), file=sys.stderr)
-    sys.exit(status)
+    """Run the command of the shell; see `Program.main`."""
+    PROGRAM.main(quiet=["accelerate", "lm_eval"])
 
 
 if __name__ == "__main__":

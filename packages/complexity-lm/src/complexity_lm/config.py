@@ -1,9 +1,10 @@
 """Settings of every command as dataclasses; the sentence under a field is its `--help`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from inl_core.run.errors import UserError
+from inl_core.run.settings import Scalar, Setting
 
 Split = Literal["train", "heldout", "all"]
 
@@ -93,7 +94,7 @@ class ModelConfig:
     """How token ids are assigned to experts: by their counts in the training text, or by id modulo
     number of experts; unused by a dense MLP."""
 
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Setting | dict[str, Scalar]] = field(default_factory=dict)
     """Any other field of DeepConfig, e.g. {hidden_size: 192, num_hidden_layers: 6}."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -124,7 +125,7 @@ class OptimConfig:
     ] = "cosine"
     """Learning-rate schedule after the warm-up (names of transformers)."""
 
-    schedule_options: dict[str, Any] = field(default_factory=dict)
+    schedule_options: dict[str, Scalar] = field(default_factory=dict)
     """Options of the schedule, e.g. {min_lr_rate: 0.1} or {num_decay_steps: 2000}."""
 
     grad_clip: float = 1.0

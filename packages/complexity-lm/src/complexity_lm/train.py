@@ -45,6 +45,7 @@ from inl_core.run import workers
 from inl_core.run.checkpoints import open_run_folder, step_of
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.settings import nearest
 from inl_core.run.workers import report_dead_workers
 
 STATE_FILE = "trainer_state.json"
@@ -164,6 +165,10 @@ def build_model(
         "dynamics_adaptive": config.model.dynamics_adaptive,
         "num_experts": config.model.num_experts,
     }
+    for name in config.model.overrides:
+        known = list(DeepConfig.__dataclass_fields__)
+        if name not in known:
+            raise UserError(f"model.overrides has no field {name!r}{nearest(name, known)}")
     torch.manual_seed(config.seed)
     kinds = (TypeError, ValueError, StrictDataclassError)
     with report_errors("cannot build this model", kinds=kinds):

@@ -1,6 +1,7 @@
 """The network of a run: new, started from a trained one, or frozen with an adapter to train."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from complexity_dit.pipelines.schedulers import prediction_type
 from complexity_dit.training.objective import time_quantiles
 from complexity_dit.training.state import SavedAdapter, check_meaning, check_shapes
 from inl_core.run.errors import UserError
+from inl_core.run.settings import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,10 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
     }
     if own.routing == "timestep" and own.num_experts > 1:
         settings["routing_edges"] = time_quantiles(own.num_experts, config.objective)
+    for name in own.overrides:
+        known = list(inspect.signature(ComplexityDiTTransformer2DModel.__init__).parameters)
+        if name not in known:
+            raise UserError(f"model.overrides has no field {name!r}{nearest(name, known)}")
     try:
         model = ComplexityDiTTransformer2DModel.from_size(own.size, **(settings | own.overrides))
     except (TypeError, ValueError) as error:

@@ -57,18 +57,6 @@ def read_json_object(path: Path, follow_links: bool = True) -> dict[str, Any]:
     return value
 
 
-def describe_settings_error(error: Exception) -> str:
-    """Message for an exception of the settings parser that is not its own error class."""
-    if isinstance(error, TypeError) and "must be a mapping" in str(error):
-        return (
-            "a group of settings (such as data or optim) is null or a single value: give it "
-            "fields, or leave it out"
-        )
-    if isinstance(error, UnicodeDecodeError):
-        return f"the settings are not UTF-8 ({error.reason} at byte {error.start})"
-    return f"the settings cannot be read ({type(error).__name__}: {str(error)[:500]})"
-
-
 def filled(cls: type[T], values: Any) -> T:
     """Build a dataclass from a parsed JSON object.
 

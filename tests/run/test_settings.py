@@ -1,0 +1,235 @@
+"""Settings are data: whatever a file or a command line holds, no code runs and nothing hangs."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from complexity_dit import __main__ as dit
+from complexity_lm import __main__ as lm
+from inl_core.run.commands import REQUIRED
+from inl_core.run.errors import UserError
+from inl_core.run.settings import (
+    MAX_SETTINGS_BYTES,
+    all_names,
+    described,
+    group_class,
+    parse_yaml,
+    read_settings,
+)
+
+PROGRAMS = {"dit": dit.PROGRAM, "lm": lm.PROGRAM}
+COMMANDS = [(p, name) for p, program in PROGRAMS.items() for name in program.commands]
+
+
+def kinds(program: str, command: str) -> dict[str, Any]:
+    """Type of every field of a command, by dotted name, groups included."""
+    own = PROGRAMS[program].commands[command]
+    found = {name: one.kind for name, one in (own.fields() | dict(own.arguments)).items()}
+    queue = list(found.items())
+    for prefix, kind in queue:
+        if (cls := group_class(kind)) is not None:
+            inner = {f"{prefix}.{name}": one for name, one in get_type_hints(cls).items()}
+            found |= inner
+            queue += inner.items()
+    return found
+
+
+def parse(program: str, command: str, *words: str) -> Any:
+    """Parse a command line in which everything that must be given is given."""
+    own = PROGRAMS[program].commands[command]
+    needed = [f"--{n}=x" for n, one in own.fields().items() if one.default is REQUIRED]
+    return PROGRAMS[program].parse([command, *["x"] * len(own.arguments), *needed, *words])
+
+
+def parts(kind: Any) -> set[Any]:
+    return {kind} | {inner for one in get_args(kind) for inner in parts(one)}
+
+
+@pytest.mark.parametrize(("program", "command"), COMMANDS)
+def test_every_field_has_a_type_of_data(program, command):
+    plain = {bool, int, float, str, type(None)}
+    for name, kind in kinds(program, command).items():
+        for part in parts(kind):
+            if not (get_args(part) or part in plain or isinstance(part, str)):
+                assert dataclasses.is_dataclass(part), (name, part)
+
+
+def as_dict(value: Any) -> Any:
+    """Instances of dataclasses anywhere within lists and mappings as mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_dict(vars(value))
+    if isinstance(value, list):
+        return [as_dict(one) for one in value]
+    return {k: as_dict(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(is_plain(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_plain(one) for one in value)
+    return type(value) in (bool, int, float, str, type(None))
+
+
+@pytest.mark.parametrize(("program", "command"), COMMANDS)
+def test_no_field_imports_what_a_value_names(program, command, tmp_path, monkeypatch):
+    (tmp_path / "marker.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own, path = PROGRAMS[program].commands[command], tmp_path / "run.yaml"
+    name_only = "{class_path: marker.Thing}"
+    spec = "{class_path: marker.Thing, init_args: {args: id, shell: true}}"
+    tag = "!!python/object/apply:marker.Thing [x]"
+    for name in set(kinds(program, command)) - set(own.arguments):
+        for value in (name_only, spec, f"{{a: {spec}}}", f"[{spec}]", "marker.Thing", tag):
+            path.write_text(name.replace(".", ": {") + f": {value}" + "}" * name.count("."))
+            for words in ([f"--{name}={value}"], [f"--config={path}"] * own.has_config):
+                try:
+                    parsed = parse(program, command, *words)
+                except UserError:
+                    continue
+                assert is_plain(as_dict([*parsed[1], parsed[2]]))
+    assert not (tmp_path / "imported").exists()
+    assert "marker" not in sys.modules
+
+
+def bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, levels))]
+    return "\n".join(lines)
+
+
+REFUSED = {
+    "an alias bomb": (bomb(40), "line 1: anchors and aliases"),
+    "an alias within itself": ("&a [*a]", "anchors and aliases"),
+    "a merge": ("a: &a {steps: 1}\n<<: *a", "anchors and aliases"),
+    "an object": ("steps: !!python/object/apply:os.system [id]", "tags such as"),
+    "a standard tag": ("steps: !!int 3", "tags such as"),
+    "a tag of its own": ("steps: !x 3", "tags such as"),
+    "a doubled key": ("steps: 1\nout: x\nsteps: 2", "line 3: the key 'steps' occurs twice"),
+    "a doubled inner key": ("optim: {lr: 1, lr: 2}", "the key 'lr' occurs twice"),
+    "a key that is a list": ("[a]: 1", "a key is a list"),
+    "deep lists": ("steps: " + "[" * 5000, "nested deeper than 50"),
+    "deep mappings": ("{a: " * 5000, "nested deeper than 50"),
+    "two documents": ("steps: 1\n---\nsteps: 2", "more than one document"),
+    "a broken list": ("a: [1\nb: }", "line 2"),
+    "a list": ("- steps", "expected fields and values"),
+    "nothing": ("", "expected fields and values"),
+    "control characters": ("out: \x00", "control characters are not allowed"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_a_settings_file_may_not_hold(tmp_path, program, what):
+    text, words = REFUSED[what]
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run.yaml cannot be read as settings") as error:
+        parse(program, "train", f"--config={tmp_path}/run.yaml")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_word_of_the_command_line_is_read_within_the_same_limits(program):
+    for text in (bomb(40), "&a [*a]", "[" * 5000, "{a: 1, a: 2}", "!!python/object:x {}"):
+        for name in ("steps", "optim.lr", "data", "model.overrides", "optim"):
+            with pytest.raises(UserError) as error:
+                parse(program, "train", f"--{name}={text}")
+            assert len(str(error.value)) < 300
+
+
+def test_a_settings_file_is_a_regular_file_of_bounded_size(tmp_path):
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(60 * 2**30)
+    (tmp_path / "long.yaml").write_text("a: " + "x" * MAX_SETTINGS_BYTES)
+    for name in ("sparse.yaml", "long.yaml"):
+        with pytest.raises(UserError, match="the limit is 1048576"):
+            read_settings(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match="expected a file"):
+            read_settings(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_settings(tmp_path / "none.yaml")
+
+
+def test_neither_files_nor_the_environment_set_what_the_command_line_does_not(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "data.yaml").write_text("resolution: 64")
+    monkeypatch.setenv("COMPLEXITY_DIT_TRAIN__STEPS", "7")
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    _, (config,), _ = dit.PROGRAM.parse(["train", "--out", f"@{tmp_path}/data.yaml"])
+    assert (config.steps, config.out) == (3300, f"@{tmp_path}/data.yaml")
+    for value in (f"{tmp_path}/data.yaml", f"@{tmp_path}/data.yaml", "-"):
+        with pytest.raises(UserError, match=r"^data is "):
+            parse("dit", "train", f"--data={value}")
+
+
+def read(tmp_path, text: str) -> Any:
+    (tmp_path / "run.yaml").write_text(text)
+    return dit.PROGRAM.parse(["train", f"--config={tmp_path}/run.yaml"])[1][0]
+
+
+def test_a_text_stays_as_it_stands_where_a_text_is_expected(tmp_path):
+    text = "data: {source: 010, label_fields: [no, 1e3, 007], vae: 12:30}\nlora: {labels: {a: off}}"
+    config = read(tmp_path, text)
+    assert config.data.source == "010"
+    assert config.data.label_fields == ["no", "1e3", "007"]
+    assert config.data.vae == "12:30"
+    assert config.lora.labels == {"a": "off"}
+    assert read(tmp_path, "data: {vae: null}").data.vae is None
+    assert read(tmp_path, "data: {vae: 'null'}").data.vae == "null"
+
+
+def test_numbers_and_booleans_in_the_forms_people_write(tmp_path):
+    text = (
+        "steps: 1_000\nbatch_size: '8'\noptim: {lr: 1e-3, beta1: 1}\n"
+        "data: {flip: no, strict: True}\nmixed_precision: no\ncompile: no\n"
+        "model: {overrides: {a: 4, b: 4.0, c: true, d: null, e: 'no', f: [1, x]}}"
+    )
+    config = read(tmp_path, text)
+    assert (config.steps, config.batch_size, config.optim.lr) == (1000, 8, 1e-3)
+    assert isinstance(config.optim.beta1, float)
+    assert (config.data.flip, config.data.strict) == (False, True)
+    assert (config.mixed_precision, config.compile) == ("no", "no")
+    assert config.model.overrides == {
+        "a": 4, "b": 4.0, "c": True, "d": None, "e": "no", "f": [1, "x"],
+    }  # fmt: skip
+    assert [type(x) for x in config.model.overrides.values()][:2] == [int, float]
+    for wrong in ("steps: 1.5", "steps: 1__0", "steps: 9e9", "steps: " + "9" * 5000,
+                  "steps: true", "optim: {lr: .inf}", "optim: {lr: 1e999}", "optim: {lr: nan}",
+                  "data: {flip: 1}", "data: null", "out: null"):  # fmt: skip
+        with pytest.raises(UserError, match="expected"):
+            read(tmp_path, wrong)
+
+
+def test_later_options_win_and_keys_of_mappings_are_kept(tmp_path):
+    (tmp_path / "run.yaml").write_text("steps: 5\nmodel: {overrides: {a: 1}}\ndata: {flip: false}")
+    words = [f"--config={tmp_path}/run.yaml", "--model.overrides.b", "2", "--data={holdout: 0.5}"]
+    _, (config,), _ = dit.PROGRAM.parse(["train", "--steps=4", *words, "--seed", "-3"])
+    assert (config.steps, config.seed) == (5, -3)
+    assert config.model.overrides == {"a": 1, "b": 2}
+    assert (config.data.flip, config.data.holdout) == (False, 0.5)
+
+
+def test_printed_settings_are_read_as_the_same(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        dit.run(["plan", "--steps=4", "--model.overrides={a: 'no'}", "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    _, configs, _ = dit.PROGRAM.parse(["plan", f"--config={tmp_path}/run.yaml"])
+    expected = dit.PROGRAM.parse(["plan", "--steps=4", "--model.overrides={a: 'no'}"])[1]
+    assert configs == expected
+
+
+def test_names_and_types_in_words():
+    assert "optim.lr" in set(all_names({"optim": get_type_hints(type(read_config()))["optim"]}))
+    assert described(list[str] | None) == "list of text or null"
+    assert parse_yaml("a: 'b'") == {"a": "b"}
+
+
+def read_config() -> Any:
+    return dit.PROGRAM.parse(["train"])[1][0]
