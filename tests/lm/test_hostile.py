@@ -74,6 +74,38 @@ def test_weights_that_do_not_match_the_config_are_rejected(model, change):
         load(str(model))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("gemma3", "text_config.num_hidden_layers"), ("gpt_neo", "attention_types"),
+     ("gpt2", "n_layer"), ("mamba", "num_hidden_layers"), ("qwen3_moe", "num_labels"),
+     ("mixtral", "num_local_experts"), ("gpt_neo", "max_position_embeddings")],
+)  # fmt: skip
+def test_a_config_of_any_architecture_is_bounded_by_its_weights(model, kind, key):
+    """Nested settings, lists and experts too: 10^9 of them would be built for hours."""
+    count: object = [[["global"], 10**9]] if key == "attention_types" else 10**9
+    for name in reversed(key.split(".")):
+        count = {name: count}
+    (model / "config.json").write_text(json.dumps({"model_type": kind} | count))
+    with pytest.raises(UserError, match="cannot load a model"):
+        load(str(model))
+
+
+def test_a_folder_with_an_adapter_is_refused(model):
+    """peft would match its target_modules, a regular expression, and may fetch its base."""
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/other"}))
+    with pytest.raises(UserError, match="merge it into the model"):
+        load(str(model))
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(model, tmp_path):
+    (model / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    names = load_file(tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../secret.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a file beside it"):
+        load(str(model))
+
+
 def test_a_missing_tensor_is_rejected(model):
     path = model / "model.safetensors"
     tensors = load_file(path)

@@ -11,11 +11,12 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,6 +28,7 @@ from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_h
 from inl_core.run.checkpoints import check_damage
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
+from inl_core.run.weights import tensor_shapes, weights_fit
 
 TRAINING_FILE = "training.json"
 """In a model folder: the text and the tokenizer of its training."""
@@ -71,7 +73,7 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
         if folder is not None:
-            _check_layers(folder)
+            _check_folder(folder)
         # trust_remote_code is given because the default asks on the terminal.
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder or name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -111,22 +113,20 @@ def _model_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_layers(folder: Path) -> None:
-    """Reject a config with more layers than its weights have tensors, before they are built."""
+def _check_folder(folder: Path) -> None:
+    """Refuse an adapter, and weights that cannot fill the network of their config."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            "it has an adapter (adapter_config.json), which is not loaded: merge it into the model "
+            "with peft's merge_and_unload and save that"
+        )
     config = read_json_object(folder / "config.json")
-    tensors = len(_tensor_shapes(folder))
-    for key, value in config.items():
-        if "layer" in key and isinstance(value, int) and tensors and value > tensors:
-            raise UserError(f"config.json has {key} {value}, but there are only {tensors} tensors")
 
+    def build(_: dict[str, Any]) -> nn.Module:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(own, trust_remote_code=False)
 
-def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in the safetensors files of a folder."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return shapes
+    weights_fit(folder, build, numbers_per_byte=8 if "quantization_config" in config else 1)
 
 
 # The training file ------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def check_checkpoint(model: nn.Module, checkpoint: Path) -> None:
         UserError: They differ, or a file is unreadable.
     """
     with report_errors(f"cannot read checkpoint {checkpoint}"):
-        config, saved = read_json_object(checkpoint / "config.json"), _tensor_shapes(checkpoint)
+        config, saved = read_json_object(checkpoint / "config.json"), tensor_shapes(checkpoint)
         if not saved:
             raise ValueError("it has no safetensors file")
     kinds = [

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ModelMixin
 
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
-from inl_core.run.json_files import read_json_object
+from inl_core.run.weights import weights_fit
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _MAX_LISTED = 3
@@ -49,7 +48,7 @@ def load_weights(
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
         refuse_pickles(folder)
-        _check_size(build, folder)
+        weights_fit(folder, build)
     with_info = kwargs.pop("output_loading_info", False)
     try:
         network, info = load(source, output_loading_info=True, **kwargs)
@@ -66,28 +65,6 @@ def load_weights(
             f"differ): {'; '.join(wrong[:_MAX_LISTED])}"
         )
     return (network, info) if with_info else network
-
-
-def _check_size(build: Callable[[dict], Any], folder: Path) -> None:
-    """Refuse a config that describes more numbers than the weight files have bytes for.
-
-    Without it, a few bytes of JSON could request terabytes of memory.
-    """
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not stored:
-        return  # the loader's own error names the files it looks for
-    path = folder / "config.json"
-    try:
-        config = read_json_object(path)
-        with torch.device("meta"):
-            numbers = sum(t.numel() for t in build(config).state_dict().values())
-    except Exception as error:  # of any type: the values of a config are not checked
-        raise UserError(f"cannot build a network from {path}: {describe(error)}") from error
-    if numbers > stored:
-        raise UserError(
-            f"{path} describes a network of {numbers} numbers; the weights next to it have only "
-            f"{stored} bytes"
-        )
 
 
 def describe(error: Exception) -> str:
