@@ -129,7 +129,7 @@ def texts(tmp_path_factory) -> Path:
 def run_config(out: Path, texts: Path, **fields) -> TrainConfig:
     return TrainConfig(
         out=str(out),
-        tracker="none",
+        report_to="none",
         data=DataConfig(source=f"text:{texts}", context=24),
         tokenizer=TokenizerConfig(vocab_size=300),
         model=ModelConfig(overrides=dict(RUN_SIZES)),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from complexity_lm.demo import demo_config, python_lines
 from complexity_lm.loading import load
 
 SMALL = [
-    "--steps=2", "--batch_size=4", "--log_every=1", "--eval_blocks=2", "--tracker=none",
+    "--steps=2", "--batch_size=4", "--log_every=1", "--eval_blocks=2", "--report_to=none",
     "--data.context=24", "--tokenizer.vocab_size=300", "--optim.warmup_steps=1",
     "--model.overrides={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
     "num_attention_heads: 2, num_key_value_heads: 1}",
@@ -169,6 +170,23 @@ def test_invalid_input_exits_with_status_2_and_a_message(command, trained, texts
         assert status == 2, (arguments, err)
         assert words in err, (arguments, err)
         assert "Traceback" not in err
+
+
+def test_an_unfinished_run_means_its_newest_checkpoint(command, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    finished = command("inspect", tmp_path / "run")[1]
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert command("inspect", tmp_path / "run")[1] == finished
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    status, _, error = command("inspect", tmp_path / "run")
+    assert (status, error.count("\n")) == (2, 1)
+
+
+def test_the_tracker_has_the_name_that_complexity_dit_gives_it(command, tmp_path):
+    (tmp_path / "old.yaml").write_text("tracker: wandb\n")
+    for word in ("--report_to=wandb", "--tracker=wandb", f"--config={tmp_path}/old.yaml"):
+        assert cli.PROGRAM.parse(["train", word])[1][0].report_to == "wandb"
+    assert "--report_to" in command("train", "--help")[1]
 
 
 def test_interrupt_exits_with_status_130(command, trained, monkeypatch):

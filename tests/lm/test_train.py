@@ -152,7 +152,7 @@ def test_numbers_reach_the_tracker(small_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # Recording the dynamics at a logged step must not drop the log of that step.
-    train(dataclasses.replace(small_run, tracker="tensorboard", log_every=2, dynamics_every=2))
+    train(dataclasses.replace(small_run, report_to="tensorboard", log_every=2, dynamics_every=2))
     events = EventAccumulator(str(Path(small_run.out) / "logs"))
     events.Reload()
     tags = events.Tags()["scalars"]

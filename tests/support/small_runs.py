@@ -36,7 +36,7 @@ def lm_run(out: Path, texts: str | Path, **fields) -> lm_config.TrainConfig:
         **{
             "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
             "eval_every": 4, "eval_blocks": 4, "checkpoint_every": EVERY, "dynamics_every": 4,
-            "tracker": "none", "data": lm_config.DataConfig(source=f"text:{texts}", context=16),
+            "report_to": "none", "data": lm_config.DataConfig(source=f"text:{texts}", context=16),
             "tokenizer": lm_config.TokenizerConfig(vocab_size=280),
             "model": lm_config.ModelConfig(overrides=sizes),
             "optim": lm_config.OptimConfig(warmup_steps=2, lr=1e-2),

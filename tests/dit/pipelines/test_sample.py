@@ -106,6 +106,10 @@ def test_wrong_input_is_refused(pipe, tmp_path):
     with pytest.raises(UserError, match="exists"):
         sample(source, str(tmp_path / "there.png"), sampling=QUICK)
     assert (tmp_path / "there.png").read_bytes() == b"precious"
+    for name in ("x.jpg", "x.PNG", "x.webp", "x.zip"):
+        with pytest.raises(UserError, match=r"would be a folder; expected FILE\.png"):
+            sample(source, str(tmp_path / name), sampling=QUICK)
+        assert not (tmp_path / name).exists()
     with pytest.raises(UserError, match="num_images 0"):
         sample(source, str(tmp_path / "x"), 0, sampling=QUICK)
     with pytest.raises(UserError, match="chunk_size 0"):

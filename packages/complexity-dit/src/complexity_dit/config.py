@@ -350,9 +350,9 @@ class TrainConfig:
     """auto: resume from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
 
     init_from: str | None = None
-    """Pipeline folder or Hub id whose weights a new run starts from (fine-tuning): labels are
-    matched by name, new ones start from the null row. Ignored when a run is resumed, unless it
-    trains an adapter (`lora`) of that pipeline."""
+    """Pipeline folder, checkpoint, folder of a run, or Hub id whose weights a new run starts from
+    (fine-tuning): labels are matched by name, new ones start from the null row. Ignored when a run
+    is resumed, unless it trains an adapter (`lora`) of that pipeline."""
 
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""

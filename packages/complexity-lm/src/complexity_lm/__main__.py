@@ -112,7 +112,11 @@ COMMANDS = {
         options={"out": Option("Folder of the demo.", "runs/demo-lm")},
     ),
     "train": Command(
-        "Train a model, or resume a run.", _train, configs=[TrainConfig], has_config=True
+        "Train a model, or resume a run.",
+        _train,
+        configs=[TrainConfig],
+        has_config=True,
+        renamed={"tracker": "report_to"},  # of version 0.1.0
     ),
     "generate": Command(
         "Continue a prompt; accepts transformers' options.",

@@ -181,8 +181,9 @@ class TrainConfig:
     dynamics_every: int = 100
     """Steps between records of the dynamics (dynamics.csv and the tracker); 0 for none."""
 
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Experiment tracker in addition to the CSV files; tensorboard writes `logs/`."""
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Tracker that gets the curves in addition to the CSV files; tensorboard writes `logs/` in
+    `out`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""

@@ -8,6 +8,7 @@ evaluation holds out the same documents and rejects another tokenizer.
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from transformers import (
 from complexity_lm.config import DataConfig
 from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
-from inl_core.run.checkpoints import check_damage
+from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
 from inl_core.run.weights import tensor_shapes, weights_fit
+
+logger = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
 """In a model folder: the text and the tokenizer of its training."""
@@ -56,8 +59,8 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     """Load a model and its tokenizer; no pickle is opened and no code of the folder is run.
 
     Args:
-        name: A model folder, a run's folder (its `model/` is used), a checkpoint, or a Hub id of
-            any causal language model.
+        name: A model folder, a run's folder (its `model/`, else its newest checkpoint), a
+            checkpoint, or a Hub id of any causal language model.
         tokenizer: Another folder or Hub id for the tokenizer; the model's own by default.
         device: auto (a GPU if there is one), cpu, cuda, cuda:N.
 
@@ -105,6 +108,9 @@ def _device(name: str) -> torch.device:
 def _model_folder(folder: Path) -> Path:
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
+    if newest := latest_checkpoint(folder / "checkpoints"):
+        logger.info("%s is not finished: taking its newest checkpoint", folder)
+        return newest
     if not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(

@@ -91,7 +91,7 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
         eval_strategy="steps" if evaluate and config.eval_every else "no",
         eval_steps=config.eval_every or None,
         prediction_loss_only=True,
-        report_to=[] if config.tracker == "none" else [config.tracker],
+        report_to=[] if config.report_to == "none" else [config.report_to],
         remove_unused_columns=False,
     )
 

@@ -80,7 +80,7 @@ def _app(config: AppConfig, pipeline: str) -> None:
     serve(pipeline, config)
 
 
-_PIPELINE = {"pipeline": Option("pipeline folder or Hub id")}
+_PIPELINE = {"pipeline": Option("pipeline folder, checkpoint, folder of a run, or Hub id")}
 
 COMMANDS = {
     "demo": Command(
@@ -124,8 +124,8 @@ COMMANDS = {
         _evaluate,
         {
             "target": Option(
-                "pipeline folder or Hub id, a folder of images, an .npz with arr_0, or a source "
-                "(its training images)"
+                "pipeline folder, checkpoint, folder of a run, or Hub id; a folder of images, an "
+                ".npz with arr_0, or a source (its training images)"
             )
         },
         {
@@ -156,7 +156,7 @@ COMMANDS = {
     "inspect": Command(
         "Describe a pipeline, a checkpoint or a run.",
         _inspect,
-        {"path": Option("pipeline folder or Hub id, checkpoint, or folder of a run")},
+        {"path": Option("pipeline folder, checkpoint, folder of a run, or Hub id")},
     ),
     "plan": Command(
         "Estimate the parameters, FLOPs, memory and steps of a run.",

@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 
-from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import DATA_FILE
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import load_pipeline
-from complexity_dit.training.state import SavedAdapter, SavedPipeline
+from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core import certify, dynamics_modules, read_dynamics
-from inl_core.run.checkpoints import latest_checkpoint
-from inl_core.run.errors import UserError
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels t at which the dynamics are measured, on an input of pure noise without labels."""
@@ -25,8 +21,7 @@ def inspect(path: str) -> dict[str, Any]:
     """Describe a model.
 
     Args:
-        path: A pipeline folder or Hub id, a checkpoint, or the folder of a run (its finished
-            pipeline, else its newest checkpoint).
+        path: A path for `find_pipeline`, or a Hub id.
 
     Returns:
         Plain values: sizes, parameters, labels, the dynamics of each layer, the figures of
@@ -35,7 +30,7 @@ def inspect(path: str) -> dict[str, Any]:
     Raises:
         UserError: If there is no model at the path.
     """
-    folder = _pipeline_of(Path(path))
+    folder = find_pipeline(Path(path))
     pipe = load_pipeline(str(folder) if folder else path)
     model, vae = pipe.transformer.eval(), pipe.vae
     trained_on = folder / DATA_FILE if folder else None
@@ -59,23 +54,6 @@ def inspect(path: str) -> dict[str, Any]:
         else None,
         "weights_sha256": weights_sha256(model),
     }  # fmt: skip
-
-
-def _pipeline_of(path: Path) -> Path | None:
-    """The pipeline folder of a local path; None if the path may be a Hub id."""
-    if not path.exists():
-        return None
-    if any((path / name).is_file() for name in (ComplexityDiTPipeline.config_name, ADAPTER_FILE)):
-        return path
-    newest = latest_checkpoint(path / "checkpoints")
-    for parent in (path, newest):
-        for kind in (SavedPipeline, SavedAdapter):
-            if parent is not None and (parent / kind.folder_name).is_dir():
-                return parent / kind.folder_name
-    raise UserError(
-        f"{path} does not hold a pipeline; give a pipeline folder, a checkpoint (step-XXXXXXXX) or "
-        "the folder of a run"
-    )
 
 
 def _dynamics(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:

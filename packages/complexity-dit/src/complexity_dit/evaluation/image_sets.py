@@ -14,7 +14,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from complexity_dit.config import ADAPTER_FILE, DATA_FILE, DataConfig
+from complexity_dit.config import DATA_FILE, DataConfig
 from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Statistics
@@ -22,7 +22,7 @@ from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
 from complexity_dit.pictures import SUFFIXES, read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import filled, read_json_object
@@ -351,7 +351,7 @@ def open_target(
         raise UserError(f"{path} holds no images (arr_0); statistics can only be a --reference")
     if is_source(text):
         return _split(replace(data or DataConfig(), source=text), "train")
-    if path.is_dir() and not any((path / x).is_file() for x in ("model_index.json", ADAPTER_FILE)):
+    if path.is_dir() and find_pipeline(path) is None:
         return folder_images(path)
     return load_pipeline(text).to(device)
 
@@ -389,8 +389,8 @@ def _split(data: DataConfig, split: str) -> ImageSet:
 
 def trained_on(target: object) -> DataConfig | None:
     """Read the data configuration with which a pipeline folder was trained, if it has one."""
-    path = Path(target) / DATA_FILE if isinstance(target, str | Path) else None
-    if path is None or not path.is_file():
+    folder = find_pipeline(Path(target)) if isinstance(target, str | Path) else None
+    if folder is None or not (path := folder / DATA_FILE).is_file():
         return None
     try:
         return filled(DataConfig, read_json_object(path))

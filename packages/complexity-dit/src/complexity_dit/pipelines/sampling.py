@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -22,28 +23,60 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
 from complexity_dit.seeding import generator_for
-from inl_core.run.checkpoints import check_damage
+from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, one_line, read_json_object
 
+logger = logging.getLogger(__name__)
+
 _COLUMNS = 8
+_OTHER_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mp4", ".npy", ".npz", ".pdf", ".png",
+    ".svg", ".tar", ".tif", ".tiff", ".webp", ".zip",
+}  # fmt: skip
+_PIPELINE_FILES = (ComplexityDiTPipeline.config_name, ADAPTER_FILE)
+
+
+def find_pipeline(path: Path) -> Path | None:
+    """The pipeline or adapter folder that a local path means.
+
+    Args:
+        path: That folder, a checkpoint, or the folder of a run, which means its finished pipeline
+            or adapter, else that of its newest checkpoint.
+
+    Returns:
+        The folder, or None if there is nothing of these, as for a Hub id or a folder of images.
+
+    Raises:
+        UserError: It is a run that has saved nothing yet.
+    """
+    newest = latest_checkpoint(path / "checkpoints")
+    for parent in filter(None, (path, newest)):
+        for folder in (parent, parent / "pipeline", parent / "adapter"):
+            if any((folder / name).is_file() for name in _PIPELINE_FILES):
+                if parent == newest:
+                    logger.info("%s is not finished: taking its newest checkpoint", path)
+                return folder
+    if (path / "checkpoints").is_dir() or (path / "train_log.csv").is_file():
+        raise UserError(f"{path} is a run that has not saved a checkpoint yet")
+    return None
 
 
 def load_pipeline(path: str) -> ComplexityDiTPipeline:
-    """Load a pipeline folder or Hub id, or an adapter folder of a training into its base."""
-    folder = Path(path)
-    check_damage(folder)
-    if (folder / ADAPTER_FILE).is_file():
-        return _load_with_adapter(folder)
-    looks_local = folder.exists() or path.count("/") != 1 or path.startswith((".", "~"))
-    if looks_local and not (folder / ComplexityDiTPipeline.config_name).is_file():
+    """Load a pipeline or, into its base, an adapter: by Hub id, or a path for `find_pipeline`."""
+    folder = find_pipeline(Path(path))
+    if folder is None and (Path(path).exists() or path.count("/") != 1 or path[0] in ".~"):
         raise UserError(
-            f"{path} is not a pipeline folder (no {ComplexityDiTPipeline.config_name} in it); "
-            "pass the `pipeline` folder that training wrote, or a Hub id"
+            f"{path} is not a pipeline folder (no {ComplexityDiTPipeline.config_name} in it); give "
+            "one, a checkpoint (step-XXXXXXXX), the folder of a run, or a Hub id"
         )
+    if folder is not None:
+        check_damage(folder)
+        if (folder / ADAPTER_FILE).is_file():
+            return _load_with_adapter(folder)
     try:
-        return ComplexityDiTPipeline.from_pretrained(path)
+        return ComplexityDiTPipeline.from_pretrained(folder or path)
     except Exception as error:  # of any type: diffusers checks few values of a folder's JSON
         raise UserError(f"cannot load the pipeline {path}: {describe(error)}") from error
 
@@ -207,9 +240,10 @@ def sample(
     """Sample from a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
 
     Args:
-        pipeline: Pipeline folder (or Hub id).
+        pipeline: Pipeline folder, checkpoint, folder of a run, or Hub id.
         out: A path ending in .png writes one grid; in .npz an ADM-style `arr_0` (N, Y, X, 3);
-            anything else is a folder for 000000.png, 000001.png, and so on.
+            anything else is a folder for 000000.png, 000001.png, and so on; but no name that ends
+            like another kind of picture or archive.
         num_images: Number of images; by default a grid of all labels of the first field, else 64.
         labels: Names or ids per label field, e.g. `--labels.style Cubism Fauvism`; several names
             alternate.
@@ -220,10 +254,16 @@ def sample(
         What was written.
 
     Raises:
-        UserError: If `out` exists, or a label is unknown.
+        UserError: If `out` exists or is the name of a file of another kind, or a label is unknown.
     """
     sampling = sampling or SampleConfig()
     target = Path(out)
+    other = target.suffix not in (".png", ".npz") and target.suffix.lower() in _OTHER_SUFFIXES
+    if other and not target.is_dir():
+        raise UserError(
+            f"--out {target} would be a folder; expected FILE.png (one grid), FILE.npz (arr_0), or "
+            "the name of a folder"
+        )
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or pass --overwrite true")
     pipe = load_pipeline(pipeline)

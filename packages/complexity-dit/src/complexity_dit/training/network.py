@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from complexity_dit.data.latents import (
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, middle_blocks
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.pipelines.schedulers import prediction_type
 from complexity_dit.training.objective import time_quantiles
 from complexity_dit.training.state import SavedAdapter, check_meaning, check_shapes
@@ -148,7 +149,8 @@ def adapt(
         space = LatentSpace(base.vae, base.config.latents_mean, base.config.latents_std, pictures)
     saved = SavedAdapter(
         base.scheduler, base.id2label, pictures, space,
-        base=config.init_from, base_sha256=weights_sha256(base.transformer),
+        base=str(find_pipeline(Path(config.init_from)) or config.init_from),
+        base_sha256=weights_sha256(base.transformer),
     )  # fmt: skip
     return _add_adapter(base, data, options, config.seed), saved, data
 
