@@ -21,10 +21,14 @@ from complexity_dit.evaluation.distances import (
     fid_from_features,
     kid_from_features,
 )
-from complexity_dit.evaluation.evaluate import evaluate
+from complexity_dit.evaluation.evaluate import evaluate, measure
 from complexity_dit.evaluation.features import FEATURE_CHUNK, draw, extract_features
 from complexity_dit.evaluation.image_sets import dataset_images, folder_images
-from complexity_dit.evaluation.networks import FeatureExtractor, load_random_features
+from complexity_dit.evaluation.networks import (
+    FeatureExtractor,
+    load_extractor,
+    load_random_features,
+)
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from support.pictures import pictures, write_folder
@@ -102,11 +106,28 @@ def test_only_inception_gives_metrics_named_fid_and_kid(
 ) -> None:
     as_inception(monkeypatch)
     result = evaluate(*folders, config=replace(QUICK, quiet=False))
-    names = {"fid", "fid_stderr", "kid_mean", "kid_std", "kid_stderr"}
+    names = {"fid", "kid_mean", "kid_std", "kid_stderr"}
     assert set(result["metrics"]) == names | {"precision", "recall", "density", "coverage"}
-    assert set(result["absent"]) == {"fid_infinity", "inception_score"}
+    assert set(result["absent"]) == {"fid_stderr", "fid_infinity", "inception_score"}
     assert "no classifier" in result["absent"]["inception_score"]
     assert "NOT FID" not in capsys.readouterr().out
+
+
+def test_the_error_and_limit_of_fid_are_shown_only_with_enough_images_per_feature() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
+    extractor = load_extractor("random")
+    config = EvalConfig(measures=["fid"], bootstrap=2)
+    enough = measure(x, y, extractor, config)
+    assert {"fd_random_stderr", "fd_random_infinity"} < set(enough.metrics)
+    few = measure(x[:63], y, extractor, config)
+    assert set(few.metrics) == {"fd_random"}
+    assert not few.curve
+    for name in ("fd_random_stderr", "fd_random_infinity"):
+        assert few.absent[name] == (
+            "63 images are too few for 16 features; it is right from 64 images"
+        )
+    no_rounds = measure(x, y, extractor, replace(config, bootstrap=0, curve=False))
+    assert no_rounds.absent == {"fd_random_stderr": "bootstrap is 0"}
 
 
 def test_the_same_folder_has_distance_zero(folders: tuple[Path, Path]) -> None:

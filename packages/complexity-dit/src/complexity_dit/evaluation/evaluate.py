@@ -39,6 +39,7 @@ from complexity_dit.evaluation.breakdown import (
 )
 from complexity_dit.evaluation.distances import (
     DENSITY_NEIGHBOURS,
+    IMAGES_PER_FEATURE,
     PRECISION_NEIGHBOURS,
     KernelEstimate,
     Manifold,
@@ -396,6 +397,8 @@ def measure(
         if "kid" in wanted:
             kid = _kid(generated, real, config)
             found.metrics |= kid.named(kd)
+            if f"{kd}_stderr" not in found.metrics:
+                found.absent[f"{kd}_stderr"] = "it needs 4 images on each side"
             found.settings["kid"] = {"subsets": kid.subsets, "subset_size": kid.subset_size}
         if "prdc" in wanted:
             with found.may_lack(overlap):
@@ -419,10 +422,18 @@ def _error_and_curve(
     found: Measurement, fd: str, x: Features, y: Features, config: EvalConfig
 ) -> None:
     """Standard error of the distance, and its extrapolation to infinite n."""
+    n, features = min(len(x), len(y)), x.shape[1]
+    reason = ""
     if not config.bootstrap:
-        found.absent[f"{fd}_stderr"] = "bootstrap is 0"
-        if config.curve:
-            found.absent[f"{fd}_infinity"] = "its interval needs the bootstrap, which is 0"
+        reason = "bootstrap is 0"
+    elif n < IMAGES_PER_FEATURE * features:
+        reason = (
+            f"{n} images are too few for {features} features; it is right from "
+            f"{IMAGES_PER_FEATURE * features} images"
+        )
+    if reason:
+        names = [f"{fd}_stderr"] + [f"{fd}_infinity"] * config.curve
+        found.absent |= dict.fromkeys(names, reason)
         return
     stderr = found.metrics[f"{fd}_stderr"] = bootstrap(x, y, config.bootstrap, config.seed)
     if config.curve:

@@ -246,7 +246,7 @@ _MEANINGS = {
     "kid_mean": "kernel Inception distance, unbiased at any n",
     "kd_mean": "kernel distance in the features of this network; it is not KID",
     "_std": "standard deviation over subsets",
-    "_stderr": "standard error",
+    "_stderr": "standard error over new images",
     "_infinity": "extrapolated to infinite n",
     "_infinity_low": "lower end of its 95 % interval",
     "_infinity_high": "upper end of its 95 % interval",
@@ -313,7 +313,8 @@ the bar is the 95 % interval at infinite n.</p>
 {% for name, row in per_label.labels.items() %}<tr><td>{{ name }}</td>
 {%- if row.skipped %}<td></td><td></td><td></td><td></td><td>{{ row.skipped }}</td>
 {%- else %}<td>{{ row.n }}</td><td>{{ "%.5g" % number(row, "") }}</td>
-<td>{{ "%.4g ± %.2g" % (number(row, "_mean"), number(row, "_stderr")) }}</td>
+<td>{{ "%.4g" % number(row, "_mean") -}}
+{% if number(row, "_stderr") is not none %} ± {{ "%.2g" % number(row, "_stderr") }}{% endif %}</td>
 <td>{% if row.floor and "n" in row.floor -%}
 {{ "%.5g (n %d)" % (number(row.floor, ""), row.floor.n) }}{% endif %}</td><td></td>
 {%- endif %}</tr>
@@ -380,10 +381,10 @@ def _meaning(name: str) -> str:
     return _MEANINGS[max(ends, key=len)] if ends else _MEANINGS["fd"]
 
 
-def _number(row: dict[str, Any], end: str) -> float:
+def _number(row: dict[str, Any], end: str) -> float | None:
     """The Frechet distance in a label's row (end ""), or a number of its kernel distance."""
     starts = ("kid", "kd_") if end else ("fid", "fd_")
-    return next(v for k, v in row.items() if k.startswith(starts) and k.endswith(end))
+    return next((v for k, v in row.items() if k.startswith(starts) and k.endswith(end)), None)
 
 
 def _picture(images: NDArray[np.uint8]) -> dict[str, Any]:
