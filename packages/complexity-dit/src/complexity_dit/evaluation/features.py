@@ -138,8 +138,8 @@ def set_features(
     features = gather_rows(part, own, len(rows))
     if cache and is_main():
         try:
-            with atomic_file(path) as scratch:
-                np.savez(scratch, features=features, key=np.array(key))
+            with atomic_file(path) as scratch, scratch.open("wb") as file:
+                np.savez(file, features=features, key=np.array(key))
         except OSError as error:
             logger.warning("features could not be cached for the next evaluation (%s)", error)
     return features
