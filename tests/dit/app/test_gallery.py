@@ -128,6 +128,7 @@ def test_sampling_does_not_change_the_pipeline(gallery):
 
 
 @uses_dpm_solvers
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # in diffusers' DEIS
 @pytest.mark.parametrize("objective", ["flow", "epsilon"])
 def test_every_scheduler_on_offer_is_deterministic(pipe, objective):
     kind = ObjectiveConfig(prediction_type=objective)

@@ -2,14 +2,22 @@
 
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from benchmarks.recipe.sampler_table import steps_within
-from diffusers import DDIMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    schedulers,
+)
 
 from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.image_to_image import ComplexityDiTImg2ImgPipeline
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import iter_samples
 from complexity_dit.pipelines.schedulers import (
@@ -17,6 +25,7 @@ from complexity_dit.pipelines.schedulers import (
     count_evaluations,
     named_scheduler,
     network_times,
+    scheduler_names,
     set_steps,
 )
 from complexity_dit.training.objective import build_scheduler
@@ -175,3 +184,133 @@ def test_another_solver_is_saved_with_the_pipeline(pipe, tmp_path):
                 generator=torch.Generator().manual_seed(0)).images
         )  # fmt: skip
     assert np.array_equal(*pictures)
+
+
+# Every scheduler of diffusers, given as its pages show, to a network that is exact.
+
+ALL = sorted(
+    name
+    for name in dir(schedulers)
+    if isinstance(getattr(schedulers, name), type) and name.endswith("Scheduler")
+)
+PREDICTIONS = ["flow", "epsilon", "v_prediction", "sample"]
+NEEDS_A_PACKAGE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}  # torchsde
+NEEDS_ARGUMENTS = {"AmusedScheduler", "RFD4ProteinaScheduler", "VQDiffusionScheduler"}
+
+
+class ExactNetwork(torch.nn.Module):
+    """What a perfect network predicts for data N(MEAN, STD^2), with the interface of ours."""
+
+    def __init__(self, network, predicts, alphas):
+        super().__init__()
+        self.config, self.dtype, self.device = network.config, torch.float32, CPU
+        self.predicts, self.alphas = predicts, alphas
+
+    def forward(self, x, t, labels, return_dict):
+        if self.predicts == "flow":
+            return (exact_velocity(x.double(), float(t) / 1000).float(),)
+        time = float(t)
+        low = min(int(time), 998)
+        signal = float(torch.lerp(*self.alphas[low : low + 2].double(), time - low))
+        a, s = signal**0.5, (1 - signal) ** 0.5
+        surprise = (x.double() - a * MEAN) / (signal * STD**2 + s**2)
+        clean, noise = MEAN + a * STD**2 * surprise, s * surprise
+        target = {"epsilon": noise, "sample": clean, "v_prediction": a * noise - s * clean}
+        return (target[self.predicts].float(),)
+
+
+def exact_pipe(pipe, predicts, cls=ComplexityDiTPipeline):
+    scheduler = build_scheduler(ObjectiveConfig(prediction_type=predicts))
+    network = ExactNetwork(pipe.transformer, predicts, getattr(scheduler, "alphas_cumprod", None))
+    exact = cls(network, scheduler, id2label=pipe.id2label)
+    exact.set_progress_bar_config(disable=True)
+    return exact
+
+
+def distribution(pipe, steps=250):
+    x = pipe(
+        num_images_per_prompt=32, num_inference_steps=steps, guidance_scale=1.0,
+        output_type="latent", generator=[torch.Generator().manual_seed(i) for i in range(32)],
+    ).images  # fmt: skip
+    return float(x.mean()), float(x.std())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_each_scheduler_of_diffusers_samples_the_data_or_is_refused(pipe, name, predicts):
+    if name in NEEDS_A_PACKAGE | NEEDS_ARGUMENTS:
+        assert name not in scheduler_names(predicts)
+        return
+    exact = exact_pipe(pipe, predicts)
+    if name == "UnCLIPScheduler" and predicts != "flow":
+        with pytest.raises(ValueError, match="only supports"):  # diffusers refuses it itself
+            schedulers.UnCLIPScheduler.from_config(exact.scheduler.config)
+        return
+    other = getattr(schedulers, name).from_config(exact.scheduler.config)
+    if name not in scheduler_names(predicts):
+        before = exact.scheduler
+        with pytest.raises(UserError, match=f"no scheduler '{name}' for a model trained on"):
+            exact.scheduler = other
+        assert exact.scheduler is before
+        return
+    exact.scheduler = other
+    assert distribution(exact) == pytest.approx((MEAN, STD), abs=0.06)
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_a_scheduler_is_fitted_however_it_reaches_the_pipeline(pipe, tmp_path, predicts):
+    own = ComplexityDiTPipeline(
+        pipe.transformer, build_scheduler(ObjectiveConfig(prediction_type=predicts)),
+        id2label=pipe.id2label,
+    )  # fmt: skip
+    own.save_pretrained(tmp_path)
+    other = diffusers.UniPCMultistepScheduler.from_config(own.scheduler.config)
+    fitted = named_scheduler(own.scheduler, "UniPCMultistepScheduler").config
+    again = ComplexityDiTPipeline.from_pretrained(tmp_path, scheduler=other)
+    stock = DiffusionPipeline.from_pretrained(tmp_path, scheduler=other, trust_remote_code=True)
+    shared = ComplexityDiTImg2ImgPipeline.from_pipe(own, scheduler=other)
+    own.scheduler = other
+    wrong = "EulerDiscrete" if predicts == "flow" else "FlowMatchEulerDiscrete"
+    wrong = getattr(diffusers, f"{wrong}Scheduler")()
+    for one in (own, again, stock, shared):
+        found = one.scheduler.config
+        keys = ("use_flow_sigmas", "prediction_type", "flow_shift", "beta_end", "timestep_spacing")
+        assert {k: found[k] for k in keys} == {k: fitted[k] for k in keys}
+        with pytest.raises(UserError, match="no scheduler"):
+            one.scheduler = wrong
+    with pytest.raises(UserError, match="no scheduler"):
+        ComplexityDiTPipeline.from_pretrained(tmp_path, scheduler=wrong)
+    with pytest.raises(UserError, match="no scheduler"):
+        ComplexityDiTImg2ImgPipeline.from_pipe(own, scheduler=wrong)
+
+
+def test_options_of_a_scheduler_are_kept_and_what_contradicts_the_model_is_refused(pipe):
+    solver = diffusers.DPMSolverMultistepScheduler
+    pipe.scheduler = solver.from_config(pipe.scheduler.config, solver_order=3, flow_shift=2.5)
+    assert (pipe.scheduler.config.solver_order, pipe.scheduler.config.flow_shift) == (3, 2.5)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.flow_shift == 2.5
+    for wrong in ({"use_karras_sigmas": True}, {"prediction_type": "epsilon"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            pipe.scheduler = solver.from_config(pipe.scheduler.config, **wrong)
+    noise = exact_pipe(pipe, "epsilon")
+    for wrong in ({"prediction_type": "sample"}, {"beta_end": 0.012}, {"use_flow_sigmas": True}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            noise.scheduler = solver.from_config(noise.scheduler.config, **wrong)
+    noise.scheduler = solver.from_config(noise.scheduler.config, use_karras_sigmas=True)
+    assert noise.scheduler.config.use_karras_sigmas
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_the_noise_of_a_stochastic_scheduler_is_that_of_the_generators(pipe, name):
+    exact = exact_pipe(pipe, "epsilon")
+    exact.scheduler = named_scheduler(exact.scheduler, name)
+
+    def paint(*seeds):
+        return exact(
+            num_images_per_prompt=len(seeds), num_inference_steps=3, output_type="np",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images  # fmt: skip
+
+    assert np.array_equal(paint(1, 2)[1], paint(2)[0])

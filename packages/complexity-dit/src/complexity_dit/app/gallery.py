@@ -28,7 +28,11 @@ from complexity_dit.config import Limits
 from complexity_dit.grids import draw_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import pipeline_hash, to_uint8
-from complexity_dit.pipelines.schedulers import FLOW_SCHEDULERS, is_flow, named_scheduler
+from complexity_dit.pipelines.schedulers import (
+    named_scheduler,
+    prediction_type,
+    scheduler_names,
+)
 from complexity_dit.seeding import generator_for
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
@@ -42,12 +46,6 @@ PREVIEW_SECONDS = 0.2
 CHUNK = "complexity-dit"
 """Keyword of the text chunk of a PNG: JSON with settings, picture (index of the image; null for a
 sheet), pipeline_sha256 and versions."""
-
-# Deterministic schedulers of diffusers for the DDPM objectives.
-_DETERMINISTIC = (
-    "DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,8 @@ class Gallery:
     @property
     def schedulers(self) -> list[str]:
         """Class names of the deterministic schedulers that fit the model, its own first."""
-        if is_flow(self.pipe.scheduler):
-            fitting = list(FLOW_SCHEDULERS)
-        else:
-            compatible = {cls.__name__ for cls in self.pipe.scheduler.compatibles}
-            fitting = [name for name in _DETERMINISTIC if name in compatible]
-        own = self.own_scheduler
+        own, predicts = self.own_scheduler, prediction_type(self.pipe.scheduler)
+        fitting = scheduler_names(predicts, deterministic=True)
         return [own, *(name for name in fitting if name != own)]
 
     def captions(self, settings: Settings) -> list[str]:

@@ -1,5 +1,6 @@
 """ComplexityDiTPipeline: images from labels, as a diffusers pipeline."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ from complexity_dit.models.vae import Vae, posterior, scale_factor
 from complexity_dit.pipelines.saving import FilesMixin
 from complexity_dit.pipelines.schedulers import (
     begin_at,
+    fit_scheduler,
     is_guided,
     network_times,
     noised,
+    objective_of,
     set_steps,
 )
 from inl_core.run.errors import UserError
@@ -140,17 +143,20 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
 
     Args:
         transformer: The denoiser.
-        scheduler: Any stock diffusers scheduler that fits the training objective.
+        scheduler: A scheduler of diffusers that samples from such models (`scheduler_names`). One
+            that is assigned later gets the settings that the model needs, or is refused.
         vae: `AutoencoderKL`, `AutoencoderTiny` or `TinyAutoencoder` for a network that works on
             latents; None if it works on pixels.
         id2label: Label names, `{field: {id: name}}`; None names each label by its id.
         latents_mean: Mean of each latent channel in training: the VAE decodes x * std + mean. None
             uses the scaling and shift factors of the VAE's config instead.
         latents_std: Standard deviation of each latent channel; given together with the mean.
+        objective: What the network was trained for, as `objective_of` returns it and a folder
+            records it; None takes it from the scheduler.
 
     Raises:
-        UserError: If `id2label` does not match the transformer's label fields, or the statistics
-            do not match its channels.
+        UserError: If `id2label` does not match the transformer's label fields, the statistics do
+            not match its channels, or the scheduler cannot sample from the model.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -171,8 +177,13 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         id2label: dict | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        objective: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        objective = objective or objective_of(scheduler)
+        if not isinstance(objective, Mapping) or "prediction_type" not in objective:
+            raise UserError(f"objective {objective!r} must be what objective_of returns")
+        scheduler = fit_scheduler(scheduler, objective)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         channels = transformer.config.in_channels
         lengths = {len(values) for values in (latents_mean, latents_std) if values is not None}
@@ -186,9 +197,15 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             id2label=read_id2label(id2label, transformer),
             latents_mean=latents_mean,
             latents_std=latents_std,
+            objective=objective,
         )
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler" and (current := self.__dict__.get(name)) is not None:
+            value = fit_scheduler(value, self.config.objective | objective_of(current))
+        super().__setattr__(name, value)
 
     @property
     def sample_size(self) -> int:
@@ -425,7 +442,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 after_step = put_back
 
         x = self._denoise(
-            x, condition, first, guidance, batches, call.callback_on_step_end,
+            x, condition, first, guidance, batches, call.generator, call.callback_on_step_end,
             call.callback_on_step_end_tensor_inputs, after_step,
         )  # fmt: skip
         images: Any = x
@@ -459,6 +476,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         first: int,
         guidance: Guidance,
         batches: NetworkBatches,
+        generator: Generators,
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
         after_step: Callable[[int, Tensor], Tensor] | None,
@@ -472,6 +490,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         self._guidance_scale, self._interrupt, self._num_evaluations = guidance.scale, False, 0
         self._num_timesteps = len(timesteps)
         dtype = self.transformer.dtype
+        # Noise of a stochastic scheduler; the others have no such argument, or make no use of it.
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if draws else {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
@@ -485,7 +506,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                     model_input.to(dtype), times[i], condition, active, batches
                 )
                 self._num_evaluations += 1 + guided
-                x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
+                x = self.scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
                 if after_step is not None:
                     x = after_step(i, x)
                 if callback is not None:

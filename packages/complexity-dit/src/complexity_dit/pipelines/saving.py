@@ -31,7 +31,7 @@ _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
 _BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
-_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std"})
+_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std", "objective"})
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
 # Components passed to `from_pretrained`: their entries in `model_index.json` are not used.
 _passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())
@@ -87,9 +87,12 @@ class FilesMixin:
         Raises:
             UserError: If the folder has pickles in place of safetensors, weights do not fit their
                 config, or `model_index.json` names a class that is neither of this package, nor a
-                model or scheduler of diffusers, nor imported already.
+                model or scheduler of diffusers, nor imported already; or if a `scheduler` that was
+                passed cannot sample from the model.
         """
         only_safetensors(kwargs)
+        # Assigned below, to the objective of the folder's own scheduler.
+        scheduler = kwargs.pop("scheduler", None)
         token = _passed.set(frozenset(kwargs))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
@@ -101,6 +104,8 @@ class FilesMixin:
         for name, tensor in vae.state_dict().items() if isinstance(vae, nn.Module) else ():
             if tensor.is_meta:
                 raise UserError(f"the vae lacks the tensor {name} of its config.json")
+        if scheduler is not None:
+            loaded.scheduler = scheduler
         return loaded
 
     def save_pretrained(
