@@ -50,7 +50,7 @@ def read_picture(file: bytes | Path, resolution: int | None = None) -> Image.Ima
             `resolution`.
     """
     with _plain_errors():
-        data = file if isinstance(file, bytes) else _file_bytes(file)
+        data = file if isinstance(file, bytes) else file_bytes(file)
         try:
             return _decode(data, resolution)
         except ValueError:
@@ -60,7 +60,8 @@ def read_picture(file: bytes | Path, resolution: int | None = None) -> Image.Ima
             return _decode(shorter, resolution)
 
 
-def _file_bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """Read a regular file of at most `MAX_FILE_BYTES`, or raise a `UserError` without its name."""
     if not path.is_file():
         raise UserError("is not a file" if path.exists() else "is not there")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:

@@ -156,7 +156,7 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     """
     _check(config, split)
     started = time.perf_counter()
-    rows, columns = read_rows(config)
+    rows, columns, left_out = read_rows(config)
     label_names, labels = read_labels(columns, config.label_fields)
 
     names, reasons, hashes = (
@@ -179,12 +179,17 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
         log.warning("skipped %s", line)
     if skipped:
         log.warning("skipped %d of the %d images of %r", len(skipped), len(members), split)
+        left_out = [f"{len(skipped)} that cannot be used", *left_out]
     dataset = PaintingDataset(
         rows, kept, labels, label_names, config.resolution, split, len(skipped)
     )
     fields = ", ".join(f"{field} ({len(n)})" for field, n in label_names.items()) or "no labels"
     seconds = time.perf_counter() - started
-    log.info("%s %s: %d images, %s, %.1f s", config.source, split, len(dataset), fields, seconds)
+    missing = f" (left out: {', '.join(left_out)})" if left_out else ""
+    log.info(
+        "%s %s: %d images%s, %s, %.1f s",
+        config.source, split, len(dataset), missing, fields, seconds,
+    )  # fmt: skip
     return dataset
 
 

@@ -5,33 +5,32 @@ uint8 (3, H, W) picture, `sha256` of the file, its `name`, and the `reason` when
 and the source's own columns, from which labels are read.
 """
 
-import gc
 import hashlib
 import inspect
 import logging
 import os
-import warnings
 import zlib
-from glob import escape
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from zipfile import BadZipFile
 
 import datasets
 import PIL
+import pyarrow as pa
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import constants
 from torchvision.transforms.v2 import functional as F
 
 from complexity_dit.config import DataConfig
 from complexity_dit.data import art
+from complexity_dit.data.folders import as_text, pick_column, read_folder, scan
 from complexity_dit.hub import _SOURCE_HINT, reach_hub
-from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, square_pixels
+from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, file_bytes, square_pixels
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
 
@@ -40,21 +39,29 @@ _ART_HASH_SIZE = 32  # the split of the art set is by the picture at this size
 log = logging.getLogger(__name__)
 
 
-def read_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
+def read_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """Read, decode and hash every image of a source, or map what an earlier call cached.
 
     Returns:
-        The prepared images and the source's own columns, with the same rows.
+        The prepared images and the source's own columns, with the same rows, and what of the
+        source is in neither, as "NUMBER REASON".
 
     Raises:
         UserError: The source cannot be read, has no images, or (`config.strict`) has a bad one.
     """
+    scheme, _, name = config.source.partition(":")
     try:
-        if config.source == "art":
-            return _draw_art(config)
-        table = _load_table(config.source)
-        column = _image_column(table, config.image_column)
-        return _prepare_images(table.select_columns(column), column, config), table
+        if scheme == "art":
+            return *_draw_art(config), []
+        if scheme == "imagefolder":
+            table = read_folder(name, config.image_column)
+            paths = datasets.Dataset.from_dict({"path": pa.array(table.paths, pa.binary())})
+            return _prepare_images(paths, "path", table.key, config), table.columns, table.left_out
+        rows = _load_table(name)
+        images = [column for column, f in rows.features.items() if isinstance(f, datasets.Image)]
+        column = pick_column(images, config.image_column, rows.column_names)
+        encoded = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        return _prepare_images(encoded, column, encoded._fingerprint, config), rows, []
     except OSError as error:
         raise UserError(f"stopped while reading {config.source}: {error}") from error
 
@@ -70,42 +77,48 @@ def _draw_art(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
     # Both the code and what it draws here: NumPy takes part in the result.
     probe = [art.paint(i, _ART_HASH_SIZE).tobytes() for i in range(min(count, 32))]
     key = Hasher.hash([VERSION, inspect.getsource(art), probe, count, config.resolution])
-    folder = Path(datasets_config.HF_DATASETS_CACHE) / "complexity_dit_art"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = datasets.Dataset.from_dict({"index": range(count)}).map(
+    rows = _map_once(
+        datasets.Dataset.from_dict({"index": range(count)}),
         _draw_row,
-        fn_kwargs={"resolution": config.resolution},
-        new_fingerprint=key,
-        cache_file_name=str(folder / f"{key}.arrow"),
-        desc=f"drawing the art set at {config.resolution} px",
-        **_map_settings(config, "index"),
+        {"resolution": config.resolution},
+        f"complexity_dit_art/{key}",
+        f"drawing the art set at {config.resolution} px",
+        config,
     )
     return rows, columns
 
 
-def _draw_row(row: dict[str, Any], *, resolution: int) -> dict[str, Any]:
-    picture = art.paint(row["index"], resolution)
+def _draw_row(row: dict[str, Any], index: int, *, resolution: int) -> dict[str, Any]:
+    picture = art.paint(index, resolution)
     same_size = resolution == _ART_HASH_SIZE
-    hashed = picture if same_size else art.paint(row["index"], _ART_HASH_SIZE)
+    hashed = picture if same_size else art.paint(index, _ART_HASH_SIZE)
     return {
         "pixels": F.pil_to_tensor(picture).numpy().tobytes(),
         "sha256": hashlib.sha256(hashed.tobytes()).hexdigest(),
-        "name": f"art {row['index']}",
+        "name": f"art {index}",
         "reason": "",
     }
 
 
-def _load_table(source: str) -> datasets.Dataset:
-    scheme, _, name = source.partition(":")
+def _load_table(name: str) -> datasets.Dataset:
+    """All rows of a data set of the Hub, or of a folder that `datasets` can read."""
     try:
-        if scheme == "imagefolder":
-            return _load_folder(name)
-        if not os.path.isdir(name):
-            reach_hub(source)
-        splits = datasets.load_dataset(name)
+        if os.path.isdir(name):
+            # `datasets` knows a local file by its time alone.
+            stamps = [(file.path, file.stamp) for file in scan(Path(name), Counter())]
+            cache = os.path.join(datasets_config.HF_DATASETS_CACHE, Hasher.hash(stamps))
+        else:
+            reach_hub(f"hub:{name}")
+            cache = None
+        try:
+            splits = datasets.load_dataset(name, cache_dir=cache)
+        except (OSError, ValueError):
+            # Part of the cache may have been removed, as clean-up programs do: build it again.
+            again = datasets.DownloadMode.REUSE_CACHE_IF_EXISTS
+            splits = datasets.load_dataset(name, cache_dir=cache, download_mode=again)
         if len(splits) > 1:
             sizes = ", ".join(f"{split} ({len(rows)})" for split, rows in splits.items())
-            log.info("%s: joining its splits %s", source, sizes)
+            log.info("hub:%s: joining its splits %s", name, sizes)
         return datasets.concatenate_datasets(list(splits.values()))
     except UserError:
         raise
@@ -114,87 +127,66 @@ def _load_table(source: str) -> datasets.Dataset:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         message = (str(cause) or type(cause).__name__).splitlines()[0]
-        hint = _SOURCE_HINT if scheme == "hub" else "check the folder and its metadata file"
-        raise UserError(f"cannot read {source}: {message}; {hint}") from error
+        raise UserError(f"cannot read hub:{name}: {message}; {_SOURCE_HINT}") from error
 
 
-def _load_folder(name: str) -> datasets.Dataset:
-    folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
-        raise UserError(f"imagefolder:{name}: {folder} is not a folder; give one with images in it")
-    suffixes = {*ImageFolder.EXTENSIONS, ".zip"}
-    if not any(path.suffix.lower() in suffixes for path in folder.rglob("*")):
-        raise UserError(f"imagefolder:{name}: there are no images in {folder}")
-    # One pattern for everything: otherwise `datasets` takes a file called
-    # "the-train-in-the-snow.jpg" for the train split and drops all other files.
-    pattern = escape(str(folder)) + "/**"
-    builder = datasets.load_dataset_builder("imagefolder", data_files=[pattern])
-    if not os.path.exists(builder.cache_dir):
-        with warnings.catch_warnings():
-            # Building leaves metadata.csv open in a reference cycle: collect it here, quietly.
-            warnings.simplefilter("ignore", ResourceWarning)
-            try:
-                builder.download_and_prepare()
-            finally:
-                gc.collect()
-    splits = sorted(p.name for p in folder.iterdir() if p.name in ("train", "test", "validation"))
-    if splits:
-        log.info("imagefolder:%s: joining its splits %s", name, ", ".join(splits))
-    return cast(datasets.Dataset, builder.as_dataset(split="train"))
-
-
-def _image_column(table: datasets.Dataset, wanted: str | None) -> str:
-    columns = [name for name, f in table.features.items() if isinstance(f, datasets.Image)]
-    if wanted is None and "image" in columns:
-        return "image"
-    if wanted is None and len(columns) == 1:
-        return columns[0]
-    if wanted in columns:
-        return str(wanted)
-    problem = "no image_column is set" if wanted is None else f"image_column {wanted!r} is not one"
-    raise UserError(
-        f"the image columns of the data are {columns} among {table.column_names}; {problem}"
-    )
-
-
-def _map_settings(config: DataConfig, column: str) -> dict[str, Any]:
+def _map_once(
+    rows: datasets.Dataset,
+    function: Callable[..., dict[str, Any]],
+    arguments: dict[str, Any],
+    name: str,
+    description: str,
+    config: DataConfig,
+) -> datasets.Dataset:
+    """Prepare every row, or map the files of that name in the cache of `datasets`."""
+    target = Path(datasets_config.HF_DATASETS_CACHE) / f"{name}.arrow"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for cached in target.parent.glob(f"{target.stem}*.arrow"):  # one for each process
+        try:
+            datasets.Dataset.from_file(str(cached))
+        except (OSError, pa.ArrowException):
+            cached.unlink()  # damaged; made again below
     text = datasets.Value("string")
-    return {
-        "remove_columns": [column],
-        "num_proc": config.num_workers or None,
+    return rows.map(
+        function,
+        with_indices=True,
+        fn_kwargs=arguments,
+        new_fingerprint=target.stem,
+        cache_file_name=str(target),
+        desc=description,
+        remove_columns=rows.column_names,
+        num_proc=config.num_workers or None,
         # Rows are collected before they are written: bound their bytes, not their number.
-        "writer_batch_size": max(1, min(1000, 2**25 // (3 * config.resolution**2))),
-        "features": datasets.Features(
+        writer_batch_size=max(1, min(1000, 2**25 // (3 * config.resolution**2))),
+        features=datasets.Features(
             {"pixels": datasets.Value("binary"), "sha256": text, "name": text, "reason": text}
         ),
-    }
+    )
 
 
-def _prepare_images(images: datasets.Dataset, column: str, config: DataConfig) -> datasets.Dataset:
-    images = images.cast_column(column, datasets.Image(decode=False))
+def _prepare_images(
+    images: datasets.Dataset, column: str, key: str, config: DataConfig
+) -> datasets.Dataset:
     # The key is made by hand: `datasets` hashes an importable function by its name alone, and
     # `strict` must share the cache of the tolerant run.
-    key = Hasher.hash([VERSION, PIL.__version__, images._fingerprint, column, config.resolution])
-    return images.map(
-        _prepare_row,
-        with_indices=True,
-        fn_kwargs={
-            "column": column,
-            "roots": _allowed_roots(config.source),
-            "resolution": config.resolution,
-            "strict": config.strict,
-        },
-        new_fingerprint=key,
-        desc=f"decoding images at {config.resolution} px",
-        **_map_settings(config, column),
-    )
+    key = Hasher.hash([VERSION, PIL.__version__, key, column, config.resolution])
+    arguments = {
+        "column": column,
+        "roots": _allowed_roots(config.source),
+        "resolution": config.resolution,
+        "strict": config.strict,
+    }
+    description = f"decoding images at {config.resolution} px"
+    return _map_once(images, _prepare_row, arguments, f"complexity_dit/{key}", description, config)
 
 
 def _prepare_row(
     row: dict[str, Any], index: int, *, column: str, roots: list[str], resolution: int, strict: bool
 ) -> dict[str, Any]:
     image = row[column] or {"path": None, "bytes": None}
-    path = image["path"]
+    if isinstance(image, bytes):  # a file name, which need not be text
+        image = {"path": os.fsdecode(image), "bytes": None}
+    path = image["path"] and as_text(image["path"])
     name = f"{one_line(path)} (row {index})" if path else f"the image of row {index}"
     data, pixels, reason = b"", b"", ""
     try:
@@ -233,8 +225,10 @@ def _file_bytes(image: dict[str, Any], roots: list[str]) -> bytes:
     inside = os.path.abspath(holder)
     if not any(inside.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
         raise UserError(f"lies outside the data set ({roots[0]}); it was not read")
+    if not joint:
+        return file_bytes(Path(holder))
     try:
-        files, path = url_to_fs(image["path"]) if joint else (LocalFileSystem(), holder)
+        files, path = url_to_fs(image["path"])
         size = files.size(path)
         if size is not None and size > MAX_FILE_BYTES:
             raise UserError(f"has {size} bytes, and at most {MAX_FILE_BYTES} are read")

@@ -1,10 +1,12 @@
 """Images and statistics that an evaluation compares: folders, .npz files and data sources."""
 
+import contextlib
 import hashlib
 import logging
+import os
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from numpy.typing import NDArray
 
 from complexity_dit.config import DATA_FILE, DataConfig
 from complexity_dit.data.dataset import PaintingDataset, load_data
+from complexity_dit.data.folders import as_text, picture_files
 from complexity_dit.distributed import main_first
 from complexity_dit.evaluation.distances import Statistics
 from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
-from complexity_dit.pictures import SUFFIXES, read_picture
+from complexity_dit.pictures import SUFFIXES, file_bytes, read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core.run.errors import UserError
@@ -82,10 +85,7 @@ def folder_images(folder: Path) -> ImageSet:
             f"{folder} is not a folder; expected a folder of images, a statistics .npz, or one of "
             "art, imagefolder:PATH, hub:NAME"
         )
-    paths = sorted(
-        (p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file()),
-        key=lambda p: p.relative_to(folder).as_posix(),
-    )
+    paths = [Path(file.path) for file in picture_files(folder)]
     if len(paths) < 2:
         raise UserError(
             f"{folder} holds {len(paths)} images ({', '.join(sorted(SUFFIXES))}); a distance "
@@ -93,8 +93,9 @@ def folder_images(folder: Path) -> ImageSet:
         )
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(bytes.fromhex(file_sha256(path)))
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
+        with _named(path):
+            digest.update(hashlib.sha256(file_bytes(path)).digest())
     height, width = _read_image(paths[0]).shape[:2]
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -114,10 +115,16 @@ def folder_images(folder: Path) -> ImageSet:
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
-    try:
+    with _named(path):
         return np.asarray(read_picture(path))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{path} {error}; remove or replace it") from error
+        raise UserError(f"{as_text(str(path))} {error}; remove or replace it") from error
 
 
 def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:
