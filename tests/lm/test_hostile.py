@@ -1,12 +1,16 @@
 """Untrusted folders and texts: no pickle is opened, no code runs, unusual prompts work."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from complexity_lm import sources
+from complexity_lm.config import DataConfig
+from complexity_lm.data import load_corpus
 from complexity_lm.generate import generate, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
@@ -146,3 +150,73 @@ def test_half_a_surrogate_pair_is_rejected(tmp_path):
     path.write_text('"\\ud800"\n')
     with pytest.raises(UserError, match="half a surrogate pair"):
         read_prompts(None, str(path), None)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """A file that no data set here may read."""
+    path = tmp_path / "secret.jsonl"
+    path.write_text('{"text": "the secret of the user"}\n' * 50)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "own.jsonl").write_text('{"text": "public"}\n' * 50)
+    return folder
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  {}\n---\n"
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["data_files: {}", "data_files: ../secret.jsonl", "data_dir: ..",
+     "data_files: [own.jsonl, {}]", "data_files: [{{split: train, path: [{}]}}]"],
+)  # fmt: skip
+def test_a_data_set_whose_card_names_a_file_elsewhere_is_refused(folder, secret, names):
+    (folder / "README.md").write_text(CARD.format(names.format(secret)))
+    with pytest.raises(UserError, match="which lies outside"):
+        load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
+
+
+def test_what_the_check_of_the_card_overlooks_is_not_read_either(folder, secret, monkeypatch):
+    (folder / "README.md").write_text(CARD.format(f"data_files: {secret}"))
+    monkeypatch.setattr(sources, "check_card", lambda folder: None)
+    with pytest.raises(UserError, match=r"secret\.jsonl lies outside"):
+        load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
+
+
+@pytest.mark.parametrize("scheme", ["hub", "text"])
+def test_a_link_out_of_a_data_set_is_refused(folder, secret, scheme):
+    (folder / "more.jsonl").symlink_to(secret)
+    with pytest.raises(UserError, match=r"more\.jsonl lies outside .*secret\.jsonl"):
+        load_corpus(DataConfig(source=f"{scheme}:{folder}", files="*.jsonl", holdout=0))
+
+
+def test_files_that_are_no_text_are_refused_and_no_script_runs(folder, tmp_path):
+    (folder / "own.jsonl").rename(folder / "own.tar")
+    with pytest.raises(UserError, match="files of the kind 'webdataset'"):
+        load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
+    proof = tmp_path / "proof"
+    (folder / "data.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    with pytest.raises(UserError, match="scripts are no longer supported"):
+        load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
+    assert not proof.exists()
+
+
+def test_a_picture_that_a_row_names_is_not_opened(folder, tmp_path):
+    """The card gives a column the type image; streaming would open the path in it."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)  # opening it would wait for ever
+    row = json.dumps({"text": "a", "picture": str(pipe)})
+    (folder / "own.jsonl").write_text(f"{row}\n" * 50)
+    features = "[{name: text, dtype: string}, {name: picture, dtype: image}]"
+    (folder / "README.md").write_text(f"---\ndataset_info: {{features: {features}}}\n---\n")
+    corpus = load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
+    assert next(iter(corpus.train)) == {"text": "a"}

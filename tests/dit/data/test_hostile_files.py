@@ -258,6 +258,18 @@ def test_a_picture_named_outside_its_data_set_is_not_read(tmp_path, name, form):
         load_data(config, "all")
 
 
+@pytest.mark.parametrize("way", ["card", "link"])
+def test_a_data_set_whose_card_names_a_file_elsewhere_is_refused(tmp_path, way):
+    folder = write_folder(tmp_path / "data", pictures(4, 0))
+    secret = write_folder(tmp_path / "secret", pictures(4, 1)) / "0000.png"
+    if way == "card":
+        (folder / "README.md").write_text(f"---\nconfigs:\n- data_files: {secret}\n---\n")
+    else:
+        (folder / "more.png").symlink_to(secret)
+    with pytest.raises(UserError, match="lies outside"):
+        load_data(DataConfig(source=f"hub:{folder}", resolution=16, holdout=0), "train")
+
+
 def test_a_table_that_names_files_is_read_within_its_folder_only(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

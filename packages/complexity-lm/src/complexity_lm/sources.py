@@ -6,9 +6,10 @@
   tables of ``encodings``, the help texts of ``pydoc_data``, and ``_sysconfigdata*`` (which contains
   paths of the machine). It differs between Python versions; the fingerprint of an evaluation shows
   that.
-* ``text:PATH``: a UTF-8 file, or the files of a folder.
+* ``text:PATH``: a UTF-8 file, or the files of a folder; links to files elsewhere are refused.
 * ``hub:NAME``: a dataset of the Hub, streamed. NAME may also be a local folder that ``datasets``
-  can read (parquet, JSON lines).
+  can read (parquet, JSON lines, CSV, text); files outside of it, which its card may name, are not
+  read.
 
 Text is not stripped or normalised, so that the bytes of a document can be counted.
 """
@@ -19,11 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import cast
 
 import datasets
 from datasets.exceptions import DatasetsError
 
 from complexity_lm.hub import locate, read_text, report_errors
+from inl_core.run.dataset_files import check_card, check_data_files, check_inside
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ PIECE_BYTES = 8192
 
 _DATA_FOLDERS = ("encodings", "pydoc_data")
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_READERS = ("parquet", "json", "csv", "text", "arrow")
 _FORMS = "stdlib, text:PATH or hub:NAME"
 _HUB_HINT = "download it elsewhere and use hub:FOLDER or text:PATH"
 
@@ -110,6 +114,7 @@ def _text_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
     )
     if not names:
         raise UserError(f"text:{name}: no file in the folder matches {pattern!r}")
+    check_inside((str(paths[name]) for name in names), target)
     return target, [paths[name] for name in names]
 
 
@@ -137,10 +142,23 @@ def stream_documents(
     name = source.partition(":")[2]
     if not name:
         raise UserError(f"source is {source!r}; expected {_FORMS}")
-    locate(name, _HUB_HINT, source)
+    folder = locate(name, _HUB_HINT, source)
+    if folder is not None:
+        check_card(folder)
     kinds = (OSError, ValueError, RuntimeError, DatasetsError)
-    with report_errors(f"cannot read {source} (subset {subset}, split {split})", _HUB_HINT, kinds):
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+    failure = f"cannot read {source} (subset {subset}, split {split})"
+    with report_errors(failure, _HUB_HINT, kinds):
+        builder = datasets.load_dataset_builder(str(folder or name), subset)
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _READERS:
+        raise UserError(
+            f"{source} has files of the kind {kind!r}; text is read from {', '.join(_READERS)}"
+        )
+    check_data_files(builder.config.data_files, name, folder)
+    with report_errors(failure, _HUB_HINT, kinds):
+        # Without decoding: a picture or sound of a row may be a path of any file.
+        rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
+        rows = rows.decode(False)
         first = next(iter(rows), None)
     if first is None:
         raise UserError(f"{source}: split {split} has no rows")

@@ -31,6 +31,7 @@ from complexity_dit.data import art
 from complexity_dit.data.folders import as_text, pick_column, read_folder, scan
 from complexity_dit.hub import _SOURCE_HINT, reach_hub
 from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, file_bytes, square_pixels
+from inl_core.run.dataset_files import check_card, check_data_files
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
 
@@ -103,13 +104,17 @@ def _draw_row(row: dict[str, Any], index: int, *, resolution: int) -> dict[str, 
 def _load_table(name: str) -> datasets.Dataset:
     """All rows of a data set of the Hub, or of a folder that `datasets` can read."""
     try:
-        if os.path.isdir(name):
+        folder = Path(name) if os.path.isdir(name) else None
+        if folder:
+            check_card(folder)
             # `datasets` knows a local file by its time alone.
-            stamps = [(file.path, file.stamp) for file in scan(Path(name), Counter())]
+            stamps = [(file.path, file.stamp) for file in scan(folder, Counter())]
             cache = os.path.join(datasets_config.HF_DATASETS_CACHE, Hasher.hash(stamps))
         else:
             reach_hub(f"hub:{name}")
             cache = None
+        builder = datasets.load_dataset_builder(name, cache_dir=cache)
+        check_data_files(builder.config.data_files, name, folder)
         try:
             splits = datasets.load_dataset(name, cache_dir=cache)
         except (OSError, ValueError):
