@@ -11,6 +11,7 @@ from complexity_dit.training.objective import (
     drop_labels,
     noisy_input_and_target,
     sample_times,
+    time_quantiles,
     training_loss,
 )
 from inl_core.run.errors import UserError
@@ -73,6 +74,22 @@ def test_times_follow_their_distribution():
     assert uniform.var() == pytest.approx(1 / 12, abs=0.005)
     shifted = sample_times(20000, ObjectiveConfig(time_sampling="uniform", shift=3.0), draw)
     assert shifted.median() == pytest.approx(0.75, abs=0.02)  # 3 * 0.5 / (1 + 2 * 0.5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_density_of_noise_levels_follows_the_objective_unless_named(kind):
+    flow = ObjectiveConfig().resolved()
+    assert (flow.time_sampling, flow.shift) == ("logit_normal", 2.0)
+    config = ObjectiveConfig(prediction_type=kind)
+    times = sample_times(20000, config, generator_for(0, "test"))
+    assert times.mean() == pytest.approx(0.5, abs=0.01)
+    assert times.var() == pytest.approx(1 / 12, abs=0.005)
+    assert time_quantiles(4, config) == pytest.approx([0.25, 0.5, 0.75])
+    named = ObjectiveConfig(prediction_type=kind, time_sampling="logit_normal", shift=2.0)
+    assert named.resolved() == named
+    assert sample_times(20000, named, generator_for(0, "test")).mean() > 0.6
+    assert config.resolved({"time_sampling": "logit_normal", "shift": 2.0}) == named
+    assert config.resolved({"time_sampling": 3, "shift": "a"}) == config.resolved()
 
 
 def test_the_velocity_towards_the_clean_image_is_the_target():

@@ -4,10 +4,12 @@ import dataclasses
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from complexity_dit.data.dataset import load_data
@@ -60,6 +62,21 @@ def test_batches_are_a_function_of_the_step_and_shared_between_processes(small_r
         assert torch.equal(value[0::2], parts[0][name])
         assert torch.equal(value[1::2], parts[1][name])
     assert not torch.equal(batch["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
+
+
+def test_a_resumed_run_keeps_the_density_that_it_recorded(small_run):
+    left_open = dataclasses.replace(small_run.objective, prediction_type="epsilon")
+    named = dataclasses.replace(left_open, time_sampling="logit_normal", shift=2.0)
+    path, names = Path(small_run.out) / "config.yaml", ("time_sampling", "shift")
+
+    def recorded(steps, objective, resume="auto"):
+        train(dataclasses.replace(small_run, steps=steps, objective=objective, resume=resume))
+        return tuple(yaml.safe_load(path.read_text())["objective"][x] for x in names)
+
+    assert recorded(2, named) == ("logit_normal", 2.0)
+    assert recorded(4, left_open) == ("logit_normal", 2.0)
+    shutil.rmtree(small_run.out)
+    assert recorded(2, left_open) == ("uniform", 1.0)
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])

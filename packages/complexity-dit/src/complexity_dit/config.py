@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits
 from inl_core.run.settings import Setting
 
 DATA_FILE = "data.json"
@@ -151,8 +152,9 @@ class ObjectiveConfig:
     follows, or the target itself; the loss is on the target either way. By default sample for
     flow, target for the others."""
 
-    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Distribution of the noise level t in (0, 1)."""
+    time_sampling: Literal["logit_normal", "uniform"] | None = None
+    """Distribution of the noise level t in (0, 1). By default logit_normal for flow, and uniform
+    for epsilon and v_prediction, as DDPM draws its steps."""
 
     logit_mean: float = 0.0
     """Mean of logit(t) for logit_normal; above 0 favours high noise."""
@@ -160,9 +162,9 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     """Standard deviation of logit(t) for logit_normal."""
 
-    shift: float = 2.0
+    shift: float | None = None
     """Time shift s in training: t becomes s*t / (1 + (s - 1)*t); above 1 favours high noise, where
-    composition is decided. 1 is off."""
+    composition is decided. 1 is off. By default 2 for flow and 1 for the others."""
 
     sampling_shift: float = 5.0
     """Time shift in sampling (flow only). Larger than in training, so that the last step, to the
@@ -206,6 +208,23 @@ class ObjectiveConfig:
             if not 0 <= value <= 1:
                 name = f"label_dropout of {label}" if label else "label_dropout"
                 raise UserError(f"{name}: {value} must be a probability, from 0 to 1")
+
+    def resolved(self, recorded: Mapping[str, Any] | None = None) -> "ObjectiveConfig":
+        """A copy whose density of noise levels, `time_sampling` and `shift`, is named.
+
+        Args:
+            recorded: Objective of the run that is resumed, which decides before the defaults.
+        """
+        flow, before = self.prediction_type == "flow", recorded or {}
+        usual = {"time_sampling": "logit_normal", "shift": 2.0} if flow else {
+            "time_sampling": "uniform", "shift": 1.0
+        }  # fmt: skip
+        left_open = {
+            name: before[name] if fits(before.get(name), type(value)) else value
+            for name, value in usual.items()
+            if getattr(self, name) is None
+        }
+        return replace(self, **left_open)
 
     @property
     def writes_sample(self) -> bool:

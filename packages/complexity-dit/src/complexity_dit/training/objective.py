@@ -2,7 +2,7 @@
 
 Flow matching (Lipman et al., arXiv 2210.02747; rectified flow, Liu et al., arXiv 2209.03003) with
 logit-normal times (Esser et al., arXiv 2403.03206) is the default; epsilon and v prediction on the
-linear DDPM schedule allow a comparison with DiT.
+linear DDPM schedule, with uniform steps (Ho et al., arXiv 2006.11239), allow a comparison with DiT.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from complexity_dit.models.transformer import MIN_NOISE
 
 def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     """Noise levels t in (0, 1), shape (count,), fp32: 0 is the clean image, 1 is pure noise."""
+    config = config.resolved()
     if config.time_sampling == "logit_normal":
         normal = torch.randn(count, generator=generator)
         times = torch.sigmoid(config.logit_mean + config.logit_std * normal)
@@ -31,6 +32,7 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
 
 def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
     """The count - 1 noise levels that cut the distribution of `sample_times` into equal parts."""
+    config = config.resolved()
     times = torch.arange(1, count, dtype=torch.float64) / count
     if config.time_sampling == "logit_normal":
         times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))

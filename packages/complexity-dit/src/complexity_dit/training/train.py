@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from complexity_dit.training.state import (
 from inl_core.run.checkpoints import drop_old_checkpoints, open_run_folder
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.json_files import read_json_object
 from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
@@ -94,6 +95,8 @@ def _train(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> Path:
+    recorded = _recorded_objective(checkpoint)
+    config = dataclasses.replace(config, objective=config.objective.resolved(recorded))
     out, settings = Path(config.out), dataclasses.asdict(config)
     checkpoints = out / "checkpoints"
     data = main_first(lambda: load_training_data(config.data))
@@ -218,6 +221,16 @@ def run_callbacks(callbacks: list[Callback], state: TrainState) -> None:
         due = state.step % callback.every == 0
         if due and not on_main(partial(callback.is_done, state.step)):
             callback(state)
+
+
+def _recorded_objective(checkpoint: Path | None) -> dict[str, Any]:
+    """Objective of the run of a checkpoint; empty if there is none or it cannot be read."""
+    with suppress(OSError, ValueError):  # loading the state reports it
+        if checkpoint is not None:
+            config = read_json_object(checkpoint / STATE_FILE, follow_links=False).get("config")
+            objective = config.get("objective") if isinstance(config, dict) else None
+            return objective if isinstance(objective, dict) else {}
+    return {}
 
 
 def _report_resume(
