@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from complexity_dit.evaluation import networks as inception
@@ -175,11 +174,14 @@ def test_a_file_with_a_classifier_gives_the_inception_score(
     path = nowhere / "with_fc.pth"
     torch.save(state | {"fc.weight": classifier, "fc.bias": torch.zeros(1008)}, path)
     monkeypatch.setitem(inception.KNOWN_WEIGHTS, file_sha256(path), "state_dict")
-    for _ in ("the file", "its converted copy"):
-        extractor = load_extractor(str(path))
-        assert extractor.classifier is not None
-        torch.testing.assert_close(extractor.classifier, classifier)
+    extractor = load_extractor(str(path))
+    assert extractor.classifier is not None
+    torch.testing.assert_close(extractor.classifier, classifier)
     assert load_extractor(str(helper_file)).classifier is None
+    # No copy is kept of tensors that could not be recognised later.
+    assert [path.name for path in (nowhere / "cache/complexity_dit").iterdir()] == [
+        "inception-v3-2015-12-05-7ff4a85c3a6378f0.safetensors"
+    ]
 
 
 @needs_weights
@@ -212,7 +214,7 @@ def test_weights_are_converted_once_and_later_loads_read_safetensors(
     damaged = bytearray(converted.path.read_bytes())
     damaged[-5] ^= 1
     converted.path.write_bytes(damaged)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is not a converted copy of known"):
         load_extractor(str(converted.path))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere / "cache"))
@@ -226,19 +228,39 @@ def test_a_converted_copy_of_the_first_format_loads(nowhere: Path, helper_file: 
     extractor = load_extractor(str(helper_file))
     found = find_inception()
     assert found is not None
-    with safe_open(found.path, "pt") as file:
-        metadata = file.metadata() | {"format": "complexity-dit-inception-1"}
     state = {}
     for name, tensor in load_file(found.path).items():
         block, _, rest = name.partition(".")
         is_stem = block.startswith("Conv2d")
         state[f"stem.{name}" if is_stem else f"mixed.{block}.convs.{rest}"] = tensor
-    save_file(state, found.path, metadata | {"tensors_sha256": weights_sha256(state)})
+    save_file(state, found.path, {"format": "complexity-dit-inception-1"})
     written = found.path.read_bytes()
     x = noise(1)
     assert torch.equal(load_extractor(str(helper_file))(x), extractor(x))
     assert torch.equal(load_extractor()(x), extractor(x))
     assert found.path.read_bytes() == written
+
+
+@needs_weights
+def test_metadata_of_a_weight_file_is_not_believed(nowhere: Path, helper_file: Path) -> None:
+    """Other tensors that claim the known sha256, given as weights or put into the cache."""
+    genuine = load_extractor(str(helper_file))
+    found = find_inception()
+    assert found is not None
+    state = load_file(found.path)
+    state["Conv2d_1a_3x3.weight"] *= 1.5
+    claims = {
+        "format": "complexity-dit-inception-2",
+        "source_sha256": genuine.weights_sha256,
+        "tensors_sha256": weights_sha256(state),
+    }
+    forged = nowhere / "forged.safetensors"
+    save_file(state, forged, claims)
+    with pytest.raises(UserError, match="is not a converted copy of known Inception weights"):
+        load_extractor(str(forged))
+    shutil.copy(forged, found.path)
+    x = noise(1)
+    assert torch.equal(load_extractor(str(helper_file))(x), genuine(x))
 
 
 def test_search_order(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,31 @@ def test_changed_weights_change_the_identity(dinov2: Path) -> None:
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, path, {"format": "pt"})
-    assert load_extractor(str(dinov2)).identity["weights_sha256"] != before["weights_sha256"]
+    changed = load_extractor(str(dinov2)).identity
+    assert changed["weights_sha256"] != before["weights_sha256"]
+    write_processor(dinov2, size=28, image_mean=[0.0, 0.0, 0.0])
+    assert load_extractor(str(dinov2)).identity["weights_sha256"] != changed["weights_sha256"]
+
+
+def test_every_missing_tensor_is_an_error(dinov2: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = dinov2 / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        save_file({n: t for n, t in tensors.items() if n != name}, path, {"format": "pt"})
+        with pytest.raises(UserError, match="is missing"):
+            load_extractor(str(dinov2))
+
+
+def test_a_config_of_endless_layers_is_refused_before_it_is_read(dinov2: Path) -> None:
+    """The class of this config makes a name of every layer."""
+    path = dinov2 / "config.json"
+    config = json.loads(path.read_text()) | {"num_hidden_layers": 10**8}
+    del config["stage_names"], config["out_features"], config["out_indices"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="num_hidden_layers 100000000"):
+        load_extractor(str(dinov2))
 
 
 def test_a_folder_without_a_model_is_rejected(dinov2: Path, tmp_path: Path) -> None:

@@ -618,10 +618,11 @@ CURVE_PARTS, CURVE_SHUFFLES = (1, 2, 4, 8), 2
 IMAGES_PER_FEATURE = 4
 """n over the feature dimension from which the error and the limit of a distance are worth showing.
 
-In simulation (docs/results/tables/standard-errors.md), at n equal to the dimension, `bootstrap` is
-up to 2.4 times too large, and `fid_curve` leaves up to three quarters of the bias. From 4 times the
-dimension, `bootstrap` is within 20 % where the distributions differ (where they are equal, it stays
-up to 2.2 times too large: on the safe side), and `fid_curve` removes 85 % of the bias.
+In simulation (docs/results/tables/standard-errors.md), at n equal to the dimension or twice that,
+`bootstrap` is up to 2.5 times too large, and `fid_curve` leaves up to four fifths of the bias. From
+4 times the dimension, `bootstrap` is within 15 % where the distributions differ (where they are
+equal, it stays up to 2.2 times too large: on the safe side), and `fid_curve` removes about 80 % of
+the bias or more.
 """
 
 

@@ -113,7 +113,7 @@ def set_features(
         {
             "images": images.fingerprint,
             "rows": array_hash(rows),
-            "extractor": [extractor.name, extractor.weights_sha256],
+            "extractor": [extractor.name, extractor.weights_sha256, extractor.network_sha256],
             "how": [extractor.resize, extractor.dtype, extractor.device.type, FEATURE_CHUNK],
             "transform": transform_name,
             "pixels": _pixel_hash(images, rows) if cache and images.lasting else "",

