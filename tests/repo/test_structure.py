@@ -1,5 +1,6 @@
 """The rooms of the house: imports run downward, no circle, and what may stay inside a function."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     (source / "c.py").write_text("from inl_core.a import x\n")
     assert circles(tmp_path, "inl-core") == [["inl_core.a", "inl_core.b"]]
     assert inner_imports([source / "b.py"]) == 1
+
+
+def test_processes_wait_for_each_other_in_one_module() -> None:
+    """The default group of torch and accelerate gives up after minutes of work by one process."""
+    waits = {
+        "wait_for_everyone", "main_process_first", "local_main_process_first", "barrier",
+        "all_reduce", "all_gather_object", "broadcast_object_list", "PartialState",
+    }  # fmt: skip
+    found = {
+        path.name
+        for path in source_files(ROOT, "complexity-dit").values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in waits
+    }
+    assert found == {"distributed.py"}
 
 
 def test_the_shared_room_needs_torch_inside_functions_only() -> None:

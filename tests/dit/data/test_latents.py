@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -27,6 +28,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.batches import StepBatches
 from complexity_dit.training.train import train
 from inl_core.run.errors import UserError
+from support.locks import locked_elsewhere
 from support.processes import torchrun
 
 IMAGES = 24
@@ -248,6 +250,28 @@ def test_interrupted_encoding_continues_where_it_stopped(source, caches, tmp_pat
     assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
 
 
+def test_the_remains_of_a_killed_encoding_are_removed(source, caches, copied):
+    (copied / "cache.json").unlink()
+    (copied / "parts" / "part-00001.arrow").unlink()
+    names = [".part-00001.arrow.3f.complexity-partial", ".part-00001.arrow.partial.x1.arrow"]
+    for name in names:
+        (copied / "parts" / name).touch()
+    (copied / "parts" / ".mine").touch()
+    encode(source, copied, batch_size=4, part_size=10)
+    assert bytes_of(copied) == bytes_of(caches["tiny"]) | {".mine": b""}
+
+
+def test_two_encodings_do_not_write_to_one_folder(source, copied):
+    changed = dataclasses.replace(source, holdout=0.5)
+    with locked_elsewhere(copied), pytest.raises(UserError, match="is being written by"):
+        encode(changed, copied, part_size=10)
+
+
+def test_a_complete_cache_may_be_read_only(source, copied):
+    with mock.patch.object(encode_module, "claim_folder", side_effect=AssertionError):
+        encode(source, copied, part_size=10)
+
+
 def test_a_complete_cache_is_not_encoded_again(source, copied, monkeypatch):
     monkeypatch.setattr(encode_module, "_write_parts", lambda *_: pytest.fail("encoded again"))
     before = bytes_of(copied)
@@ -430,7 +454,7 @@ def test_bad_settings_of_encode_are_refused(source, tmp_path):
     cases = [
         (dataclasses.replace(source, vae=None), "new", "--vae is missing"),
         (dataclasses.replace(source, resolution=10), "new", "must be a multiple of 4"),
-        (source, "mine", "is not a folder of latents"),
+        (source, "mine", "is not one that this command has written"),
     ]
     for config, out, message in cases:
         with pytest.raises(UserError, match=message):

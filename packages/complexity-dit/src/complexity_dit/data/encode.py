@@ -6,6 +6,7 @@ rounding is 60 dB below values of unit size, and a VAE reconstructs to about 30 
 
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
+from torch import distributed
 from tqdm.auto import tqdm
 
 from complexity_dit.config import DataConfig
@@ -28,13 +29,26 @@ from complexity_dit.data.latents import (
     part_path,
     part_schema,
 )
+from complexity_dit.distributed import (
+    all_agree,
+    is_main,
+    main_first,
+    on_main,
+    own_blocks,
+    pick_device,
+)
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.vae import Vae, load_vae, posterior, scale_factor
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, remove_partial_writes
+from inl_core.run.folders import claim_folder, writing
 from inl_core.run.json_files import read_json_object
+from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
+
+LATENTS_KIND = "complexity-dit-latents"
+"""Mark of a folder of latents."""
 
 
 def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: int = 512) -> Path:
@@ -56,8 +70,8 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         The folder.
 
     Raises:
-        UserError: The source or the VAE cannot be used, the folder holds something else, or a
-            latent is not finite.
+        UserError: The source or the VAE cannot be used, the folder holds something else or cannot
+            be written, a latent is not finite, or another process has died.
     """
     folder = Path(out)
     if batch_size < 1 or part_size < 1:
@@ -66,19 +80,18 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         raise UserError(
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
         )
-    joined = torch.distributed.is_initialized()
-    # Without cpu=True accelerate silently ignores the other processes of a machine without a GPU.
-    process = PartialState(cpu=not torch.accelerator.is_available())
+    joined = distributed.is_initialized()
     try:
-        _encode(data, folder, batch_size, part_size, process)
+        with report_dead_workers("start the same command again"), ExitStack() as claims:
+            _encode(data, folder, batch_size, part_size, claims)
     finally:
-        if not joined:
-            process.destroy_process_group()
+        if not joined and distributed.is_initialized():
+            distributed.destroy_process_group()
     return folder
 
 
 def _encode(
-    data: DataConfig, folder: Path, batch_size: int, part_size: int, process: PartialState
+    data: DataConfig, folder: Path, batch_size: int, part_size: int, claims: ExitStack
 ) -> None:
     vae = load_vae(str(data.vae))
     factor = scale_factor(vae)
@@ -87,21 +100,16 @@ def _encode(
             f"resolution {data.resolution} must be a multiple of {factor}, the factor by which "
             f"the latents of {data.vae} are smaller"
         )
-    with process.main_process_first():
-        pictures = load_data(data, "all")
+    pictures = main_first(lambda: load_data(data, "all"))
     plan = _plan(data, pictures, vae, part_size)
-    with process.main_process_first():
-        _begin(folder, plan)
-    complete = _read_if_present(folder / CACHE_FILE)
+    complete = on_main(lambda: _begin(folder, plan, claims))
     if complete is None:
-        _write_parts(folder, plan, pictures, vae.to(process.device), batch_size, process)
-        process.wait_for_everyone()
+        _write_parts(folder, plan, pictures, vae.to(pick_device("auto")), batch_size)
+        all_agree(True)  # waits for the parts of the others
     elif complete["statistics"]["holdout"] == data.holdout:
         logger.info("%s is complete already", folder)
         return
-    if process.is_main_process:
-        _finish(folder, plan, data.holdout)
-    process.wait_for_everyone()
+    on_main(lambda: _finish(folder, plan, data.holdout))
 
 
 def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int) -> dict[str, Any]:
@@ -133,14 +141,29 @@ def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int)
     }
 
 
-def _begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or check that the one in the folder is the same."""
+def _begin(folder: Path, plan: dict[str, Any], claims: ExitStack) -> dict[str, Any] | None:
+    """Write the plan, or check that the one in the folder is the same.
+
+    Returns:
+        What the cache holds if it is complete; it may then be read-only.
+    """
     existing = _read_if_present(folder / PLAN_FILE)
+    if existing is not None:
+        _check_plan(folder, existing, plan)
+    complete = _read_if_present(folder / CACHE_FILE)
+    if complete is not None and complete["statistics"]["holdout"] == plan["source"]["holdout"]:
+        return complete
+    claims.enter_context(
+        claim_folder(folder, LATENTS_KIND, is_earlier=lambda folder: existing is not None)
+    )
+    for written in (folder, part_path(folder, 0).parent):
+        remove_partial_writes(written)  # of a process that was killed
     if existing is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not a folder of latents; choose another --out")
         _write_json(folder / PLAN_FILE, plan)
-        return
+    return complete
+
+
+def _check_plan(folder: Path, existing: dict[str, Any], plan: dict[str, Any]) -> None:
     if existing.get("format") == FORMAT and existing["images"] != plan["images"]:
         raise UserError(
             f"the source had {existing['images']} usable images when {folder} was begun and has "
@@ -168,21 +191,19 @@ def _write_parts(
     pictures: PaintingDataset,
     vae: Vae,
     batch_size: int,
-    process: PartialState,
 ) -> None:
     features = _features(plan)
     size, total = plan["part_size"], plan["images"]
-    own = [
-        part
-        for part in range(process.process_index, number_of_parts(plan), process.num_processes)
-        if not part_path(folder, part).exists()
-    ]
-    shares = {part: range(part * size, min((part + 1) * size, total)) for part in own}
+    shares = {
+        rows[0] // size: range(rows[0], rows[-1] + 1)
+        for rows in own_blocks(total, size)
+        if not part_path(folder, rows[0] // size).exists()
+    }
     with tqdm(
         total=sum(map(len, shares.values())),
         desc="encoding",
         unit="image",
-        disable=not process.is_main_process,
+        disable=not is_main(),
     ) as bar:
         for part, rows in shares.items():
             path = part_path(folder, part)
@@ -198,6 +219,7 @@ def _write_parts(
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
             table = pa.table(columns).cast(features.arrow_schema)
             with (
+                writing(path),
                 atomic_file(path) as scratch,
                 ArrowWriter(path=str(scratch), features=features) as file,
             ):
@@ -289,5 +311,5 @@ def _read_if_present(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as scratch:
+    with writing(path), atomic_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -27,10 +27,11 @@ _PARTIAL, _OLD, _REMOVED = ".complexity-partial", ".complexity-old", ".complexit
 
 _NAMES_OF_0_1_0 = re.compile(
     r"\.(?P<target>step-\d{8}(\.png)?|(train_log|heldout_log|noise_levels|metrics|dynamics)\.csv"
-    r"|config\.yaml|(result|settings)\.json|report\.html|(loss|samples|\d{6})\.png|samples\.txt"
+    r"|config\.yaml|(result|settings|plan|cache)\.json|report\.html|(loss|samples|\d{6})\.png"
+    r"|samples\.txt|part-\d{5}\.arrow"
     r"|pipeline|adapter|model|tokenizer|trainer(\.model)?)\.(?P<end>partial(\..*)?|old|removed)"
 )
-"""Temporary names of version 0.1.0 for what it wrote into runs, evaluations and their samples."""
+"""Temporary names of version 0.1.0 for what it wrote into runs, latents and evaluations."""
 
 # ------------------------------------------------------------------------------------------------
 # Writing
