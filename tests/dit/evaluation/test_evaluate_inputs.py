@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import complexity_dit.evaluation.samples
 from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
@@ -54,6 +55,34 @@ def test_samples_of_an_interrupted_run_are_reused(
     # The kept PNG files are an ordinary folder of images.
     folder = evaluate(out / "generated", real, config=config)["metrics"]
     assert folder["precision"] == pytest.approx(result["metrics"]["precision"], abs=0.05)
+
+
+def test_jpeg_against_another_format_gets_a_warning(tmp_path: Path, caplog) -> None:
+    images = pictures(24, 0, 16)
+    png = write_folder(tmp_path / "png", images)
+    jpeg = tmp_path / "jpeg"
+    jpeg.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(jpeg / f"{i}.jpg")
+    data = DataConfig(holdout=0.5, resolution=16)
+    cases = [
+        (jpeg, png, "100 % of the images and 0 % of the reference are JPEG"),
+        (png, f"imagefolder:{jpeg}", "0 % of the images and 100 % of the reference are JPEG"),
+        (jpeg, jpeg, ""),
+        (png, "art", ""),
+    ]
+    for target, reference, words in cases:
+        caplog.clear()
+        evaluate(target, reference, config=QUICK, data=replace(data, num_images=40))
+        assert words in caplog.text
+        assert ("JPEG" in caplog.text) == bool(words)
+
+
+def test_a_run_is_no_folder_of_images(pipe: ComplexityDiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    write_folder(tmp_path / "run" / "samples", pictures(4, 0, 8))
+    with pytest.raises(UserError, match="run holds a model; expected a folder of images"):
+        evaluate(write_folder(tmp_path / "other", pictures(4, 0, 8)), tmp_path / "run")
 
 
 def test_every_kind_of_input_gives_the_same_numbers(

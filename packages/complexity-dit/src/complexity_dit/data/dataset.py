@@ -8,6 +8,7 @@ can be named.
 import hashlib
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ SPLITS = ("train", "heldout", "all")
 RAM_LIMIT = 2 * 2**30
 """Bytes of pixels up to which a split is copied into memory; a larger one stays memory-mapped."""
 
+_ENDING = re.compile(r"\.(\w+) \(row \d+\)$")  # of a file, in the name of a row
+_JPEG_ENDINGS = frozenset({"jpg", "jpeg", "jpe", "jfif"})
 _MAX_LOGGED = 20  # skipped images
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
             resolution, the split and the version of the preprocessing.
         skipped: Number of images of this split that could not be used.
+        jpegs: Fraction of the pictures whose file name is that of a JPEG; None without files.
     """
 
     channels = 3
@@ -72,6 +76,9 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._rows = rows
         self._kept = torch.as_tensor(kept, dtype=torch.int64)
         self.labels = labels[self._kept]
+        names = self._rows.data.column("name").take(self._kept.numpy()).to_pylist()
+        endings = [found[1].lower() for name in names if (found := _ENDING.search(name))]
+        self.jpegs = sum(e in _JPEG_ENDINGS for e in endings) / len(endings) if endings else None
         self.fingerprint = self._fingerprint(split)
         self._pixels: Tensor | None = None
         if len(kept) * 3 * resolution**2 <= RAM_LIMIT:

@@ -158,6 +158,7 @@ def evaluate(
                 "which affects the distance",
                 *(size[1], size[0], ref.images.size[1], ref.images.size[0]),
             )
+        _warn_of_compression(subject, ref.images)
         if ref.images and len(real_rows) < n:
             logger.warning("the reference has %d images, fewer than n = %d", len(real_rows), n)
         if isinstance(subject, ImageSet):
@@ -213,6 +214,16 @@ def evaluate_images(
         check_identity(reference, extractor, "the reference")
         return measure(features(generated), reference, extractor, config)
     return measure(features(generated), features(reference), extractor, config)
+
+
+def _warn_of_compression(subject: object, real: ImageSet | None) -> None:
+    ours, theirs = getattr(subject, "jpegs", None), real and real.jpegs
+    if ours is not None and theirs is not None and abs(ours - theirs) > 0.1:
+        logger.warning(
+            "%.0f %% of the images and %.0f %% of the reference are JPEG files: the distance also "
+            "measures the compression, which can double it; compare files of one format",
+            *(100 * ours, 100 * theirs),
+        )
 
 
 def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Path | None) -> None:

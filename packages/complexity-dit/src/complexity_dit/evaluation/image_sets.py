@@ -47,6 +47,7 @@ class ImageSet:
         label_names: Field -> names in the order of their ids; fields in column order.
         block: Number of images that are best read together.
         lasting: Whether the images are those of a data source, whose features are worth caching.
+        jpegs: Fraction of the files that are JPEG; None where the images are not files.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ImageSet:
     label_names: dict[str, list[str]] = field(default_factory=dict)
     block: int = 32
     lasting: bool = False
+    jpegs: float | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -91,11 +93,15 @@ def folder_images(folder: Path) -> ImageSet:
             f"{folder} holds {len(paths)} images ({', '.join(sorted(SUFFIXES))}); a distance "
             "needs at least 2"
         )
-    digest = hashlib.sha256()
+    if find_pipeline(folder) is not None:
+        raise UserError(f"{folder} holds a model; expected a folder of images")
+    digest, jpegs = hashlib.sha256(), 0
     for path in paths:
         digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
         with _named(path):
-            digest.update(hashlib.sha256(file_bytes(path)).digest())
+            data = file_bytes(path)
+        digest.update(hashlib.sha256(data).digest())
+        jpegs += data.startswith(b"\xff\xd8")
     height, width = _read_image(paths[0]).shape[:2]
 
     def read(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -111,7 +117,10 @@ def folder_images(folder: Path) -> ImageSet:
         return np.stack(images)
 
     no_labels = np.empty((len(paths), 0), np.int64)
-    return ImageSet(folder.name, digest.hexdigest(), len(paths), (height, width), read, no_labels)
+    return ImageSet(
+        *(folder.name, digest.hexdigest(), len(paths), (height, width), read, no_labels),
+        jpegs=jpegs / len(paths),
+    )
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
@@ -139,6 +148,7 @@ def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:
         labels=dataset.labels.numpy(),
         label_names=dataset.label_names,
         lasting=True,
+        jpegs=dataset.jpegs,
     )
 
 
