@@ -8,16 +8,20 @@ import contextlib
 import io
 import json
 import math
+import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
+from transformers.trainer_pt_utils import safe_globals
 
 from complexity_dit import labels
 from complexity_dit.app import server
@@ -29,9 +33,10 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines import pipeline, sampling
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
-from complexity_lm import data, generate, loading
+from complexity_lm import data, generate, hub, loading
 from inl_core.run import csv_log
 from inl_core.run.errors import UserError
+from inl_core.run.torch_files import check_torch_file
 from support.authors import checkpoint
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import ODD, mangled_bytes, mangled_json, mangled_values
@@ -74,6 +79,40 @@ def safetensors_header(folder: Path) -> Parser:
     cases = st.one_of(mangled_bytes(files), mangled_values([good]).map(header))
     parse_file = of_file(folder / "model.safetensors", parse)
     return Parser(cases, parse_file)
+
+
+@ROWS.row
+def training_states(folder: Path) -> Parser:
+    """What Trainer keeps beside the weights; also with a changed pickle in a good archive."""
+    network = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    states = [
+        optimizer.state_dict(),
+        {"numpy": np.random.get_state(), "python": random.getstate(), "cpu": torch.get_rng_state()},
+    ]
+    files, pickles = [], []
+    for state in states:
+        torch.save(state, file := io.BytesIO())
+        files.append(file.getvalue())
+        with zipfile.ZipFile(file) as archive:
+            pickles.append(archive.read("archive/data.pkl"))
+
+    def with_pickle(data: bytes) -> bytes:
+        new = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(files[0])) as old, zipfile.ZipFile(new, "w") as archive:
+            for name in old.namelist():
+                archive.writestr(name, data if name.endswith("data.pkl") else old.read(name))
+        return new.getvalue()
+
+    def parse(path: Path) -> None:
+        check_torch_file(path)
+        with hub.report_errors("cannot read the state"), safe_globals():
+            torch.load(path, weights_only=True)
+
+    cases = st.one_of(mangled_bytes(files), mangled_bytes(pickles).map(with_pickle))
+    return Parser(cases, of_file(folder / "optimizer.pt", parse))
 
 
 @ROWS.row

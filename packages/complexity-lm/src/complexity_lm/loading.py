@@ -29,6 +29,7 @@ from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_h
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
+from inl_core.run.torch_files import check_torch_files
 from inl_core.run.weights import tensor_shapes, weights_fit
 
 logger = logging.getLogger(__name__)
@@ -172,8 +173,9 @@ def check_checkpoint(model: nn.Module, checkpoint: Path) -> None:
     the default has changed since 0.1.0, where it was `branch` with a controller per token.
 
     Raises:
-        UserError: They differ, or a file is unreadable.
+        UserError: They differ, or a file is unreadable or claims more memory than its bytes fill.
     """
+    check_torch_files(checkpoint)
     with report_errors(f"cannot read checkpoint {checkpoint}"):
         config, saved = read_json_object(checkpoint / "config.json"), tensor_shapes(checkpoint)
         if not saved:

@@ -4,8 +4,9 @@ A checkpoint folder `step-XXXXXXXX` contains what Trainer writes: the weights as
 the tokenizer (it loads with `from_pretrained`), and, to resume, `trainer_state.json`,
 `optimizer.pt`, `scheduler.pt` and `rng_state*.pth`. The last three are PyTorch files, which Trainer
 reads with `weights_only=True`: that unpickler builds tensors, numbers and containers and runs no
-code (for the generator states it may build numpy arrays too). `training_args.bin`, a full pickle
-that nothing reads, is removed. `SHA256SUMS` lists all files and is verified before a run resumes.
+code (for the generator states it may build numpy arrays too). `check_torch_files` refuses those
+that claim more memory than their bytes fill. `training_args.bin`, a full pickle that nothing reads,
+is removed. `SHA256SUMS` lists all files and is verified before a run resumes.
 """
 
 import math
@@ -31,6 +32,7 @@ from transformers import (
 
 from complexity_lm.config import TrainConfig
 from complexity_lm.data import BlockOrder, BlockStream, collate
+from complexity_lm.hub import report_errors
 from complexity_lm.loading import check_checkpoint, write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.sources import is_streamed
@@ -276,6 +278,14 @@ class LMTrainer(Trainer):
         if self.stream is not None:
             self.stream.load(checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with report_errors(f"cannot read the optimizer state of {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with report_errors(f"cannot read the generator states of {checkpoint}"):
+            super()._load_rng_state(checkpoint)
 
 
 def _move(written: Path, target: Path) -> None:
