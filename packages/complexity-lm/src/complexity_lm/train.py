@@ -45,6 +45,7 @@ from inl_core.run import workers
 from inl_core.run.checkpoints import open_run_folder, step_of
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.launcher import check_compiler, check_launcher
 from inl_core.run.settings import nearest
 from inl_core.run.workers import report_dead_workers
 
@@ -74,6 +75,9 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         UserError: The input is invalid, another run writes into the folder, the checkpoint is
             damaged, a loss is not finite, the disk is full, or a process of the run died.
     """
+    check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
+    if config.compile:
+        check_compiler()
     processes = PartialState(cpu=not torch.accelerator.is_available())
 
     def on_main(work: Callable[[], Path | None]) -> Path | None:

@@ -26,7 +26,7 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
         times = torch.sigmoid(config.logit_mean + config.logit_std * normal)
     else:
         times = torch.rand(count, generator=generator)
-    times = config.shift * times / (1 + (config.shift - 1) * times)
+    times = _shifted(times, config)
     return times.clamp(min=MIN_NOISE) if config.writes_sample else times
 
 
@@ -36,7 +36,12 @@ def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
     times = torch.arange(1, count, dtype=torch.float64) / count
     if config.time_sampling == "logit_normal":
         times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))
-    return (config.shift * times / (1 + (config.shift - 1) * times)).tolist()
+    return _shifted(times, config).tolist()
+
+
+def _shifted(times: Tensor, config: ObjectiveConfig) -> Tensor:
+    assert config.shift is not None  # it is resolved
+    return config.shift * times / (1 + (config.shift - 1) * times)
 
 
 def noisy_input_and_target(

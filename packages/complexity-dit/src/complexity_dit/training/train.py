@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -41,6 +42,7 @@ from inl_core.run.checkpoints import drop_old_checkpoints, open_run_folder
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.json_files import read_json_object
+from inl_core.run.launcher import check_compiler, check_launcher
 from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
@@ -262,8 +264,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"report_to {config.report_to} needs the package {config.report_to}, which is not "
             f"installed: pip install {config.report_to}, or choose tensorboard or none"
         )
+    check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
+    if config.compile != "no":
+        check_compiler()
     return Accelerator(
         mixed_precision=config.mixed_precision,
+        # `optimizer_step` divides the loss by the parts itself; accelerate would do it again if the
+        # environment had their number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.out,
         # The first layer has no incoming velocity: that part of its controller gets no gradient.
