@@ -165,7 +165,7 @@ def killed_training(run, log, usual, chance):
                 newest = latest_checkpoint(checkpoints)
                 if newest != before:
                     before, skip = newest, skip - 1
-                if skip <= 0 and any(checkpoints.glob(".step-*.partial")):
+                if skip <= 0 and any(checkpoints.glob(".step-*-partial")):
                     time.sleep(chance.uniform(0, 0.03))
                     break
                 status = ended(child, 0.001)

@@ -31,7 +31,8 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(params=["dit", "lm"])
 def package(request, texts) -> SimpleNamespace:
     """One of the two packages: `run(out, **fields)` makes a config, `train(config)` trains,
-    `use(checkpoint)` loads it for sampling, `STATE_FILE` is in every checkpoint, `outcome(out)` has
+    `use(checkpoint)` loads it for sampling, `load(folder)` its pipeline or model,
+    `STATE_FILE` is in every checkpoint, `outcome(out)` has
     the bytes of a finished run by file name."""
     name = f"complexity_{request.param}"
     module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
@@ -40,7 +41,10 @@ def package(request, texts) -> SimpleNamespace:
         state_file, run = module("training.state").STATE_FILE, dit_run
 
         def use(checkpoint):
-            return module("pipelines.sampling").load_pipeline(str(checkpoint / "pipeline"))
+            return load(checkpoint / "pipeline")
+
+        def load(folder):
+            return module("pipelines.sampling").load_pipeline(str(folder))
     else:
         state_file = module("train").STATE_FILE
 
@@ -50,6 +54,9 @@ def package(request, texts) -> SimpleNamespace:
         def use(checkpoint):
             return module("loading").load(str(checkpoint))
 
+        def load(folder):
+            return use(folder).model
+
     def outcome(out: Path) -> dict[str, bytes]:
         last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
         # Not optimizer.pt: a zip with times in it.
@@ -57,7 +64,7 @@ def package(request, texts) -> SimpleNamespace:
         return {path.name: path.read_bytes() for path in files}
 
     return SimpleNamespace(
-        name=request.param, run=run, use=use, train=train, outcome=outcome,
+        name=request.param, run=run, use=use, load=load, train=train, outcome=outcome,
         STATE_FILE=state_file,
     )  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_an_evaluation_stops(tmp_path, victim):
     command += ["--out", tmp_path / "result", "--weights", "random", "--cache", "false"]
     message = message_of_the_survivor(command, victim, tmp_path)
     assert "start the same command again" in message
-    assert not (tmp_path / "result").exists()
+    assert not (tmp_path / "result" / "result.json").exists()
 
 
 def test_a_killed_data_loader_worker_is_reported(tmp_path, monkeypatch):

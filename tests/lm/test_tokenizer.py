@@ -18,6 +18,7 @@ from complexity_lm.tokenizer import (
     train_tokenizer,
 )
 from inl_core.run.errors import UserError
+from support.disk import small_files
 
 TRICKY = ["", " ", "\n\n\ttab  two  spaces ", "naïve ☕ 中文 \U0001f680", "a\x00b\r\n", "x" * 300]
 
@@ -91,6 +92,12 @@ def test_a_tokenizer_of_another_model_is_rejected(tokenizer):
         check_tokenizer(tokenizer, config(eos_token_id=2), None)
     with pytest.raises(UserError, match="not the one that the model was trained with"):
         check_tokenizer(tokenizer, config(), "0" * 64)
+
+
+def test_a_full_disk_is_one_line(texts, tmp_path):
+    with small_files(1000), pytest.raises(UserError, match=r"cannot write .*free space.*--out"):
+        make_tokenizer(f"text:{texts}", str(tmp_path / "tok"), 300)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_make_tokenizer_uses_the_training_side(texts, tokenizer, tmp_path):

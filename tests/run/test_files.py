@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import (
     atomic_file,
     atomic_folder,
+    merged_folder,
     read_bytes,
     read_text,
     remove_folder,
@@ -43,6 +45,10 @@ def contents(folder):
 def write(target):
     if work == "remove":
         return files.remove_folder(target)
+    if work == "merge":
+        with files.merged_folder(target) as partial:
+            fill(partial, "new")
+        return
     if work == "file":
         with files.atomic_file(target / "a") as partial:
             partial.write_text("new")
@@ -77,6 +83,7 @@ while True:
         write(target)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
+    files.finish_merge(target) if target.is_dir() else None
     files.remove_partial_writes(folder)
     files.remove_partial_writes(target) if target.is_dir() else None
     assert {p.name for p in folder.iterdir()} <= {"thing"}, (kills, list(folder.iterdir()))
@@ -86,6 +93,7 @@ while True:
         "replace": (both("old"), both("new")),
         "remove": (both("old"), None),
         "file": (both("old"), both("old") | {"a": "new"}),
+        "merge": (both("old"), both("new")),
     }[work]
     assert result in allowed, (kills, result)
     if status == 0:
@@ -97,7 +105,7 @@ print(kills)
 """
 
 
-@pytest.mark.parametrize("work", ["fresh", "replace", "remove", "file"])
+@pytest.mark.parametrize("work", ["fresh", "replace", "remove", "file", "merge"])
 def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, work):
     command = [sys.executable, "-c", KILLED_EVERYWHERE, files.__file__, str(tmp_path), work]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -107,6 +115,33 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, work):
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_merge_keeps_other_files_and_removes_weights_that_it_replaces(tmp_path):
+    (tmp_path / "real" / "vae").mkdir(parents=True)
+    kept = ("notes.md", "vae/config.json", "model.fp16.safetensors", "other.safetensors")
+    gone = (
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    )  # fmt: skip
+    for name in (*kept, *gone):
+        (tmp_path / "real" / name).write_text("old")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    dead = 2**22 + 1  # above the largest process id
+    (tmp_path / "real" / f".{socket.gethostname()}-{dead}-01.complexity-partial").mkdir()
+    with merged_folder(tmp_path / "linked") as folder:
+        (folder / "model.safetensors").write_text("new")
+    assert (tmp_path / "linked").is_symlink()
+    assert contents(tmp_path / "real") == dict.fromkeys(kept, "old") | {"model.safetensors": "new"}
+    assert not list((tmp_path / "real").glob(".*"))
+    with merged_folder(tmp_path / "real") as folder:  # and back to shards
+        for name in gone:
+            (folder / name).write_text("new")
+    assert not (tmp_path / "real" / "model.safetensors").exists()
+    failing_merge = merged_folder(tmp_path / "real")
+    (failing_merge.__enter__() / "notes.md").write_text("new")
+    assert not failing_merge.__exit__(RuntimeError, RuntimeError(), None)
+    assert (tmp_path / "real" / "notes.md").read_text() == "old"
 
 
 def both(text):

@@ -7,7 +7,7 @@ import pytest
 
 from inl_core.run.checkpoints import open_run_folder
 from inl_core.run.errors import UserError
-from inl_core.run.folders import LOCK_FILE, claim_folder, lock_folder, writing
+from inl_core.run.folders import LOCK_FILE, claim_folder, lock_folder, new_folder, writing
 
 KIND = "complexity-dit-run"
 
@@ -86,6 +86,32 @@ def test_another_thread_is_refused_and_the_same_thread_is_not(tmp_path):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_a_new_folder_is_found_out_to_be_impossible_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/folder"):
+        with pytest.raises(UserError, match="--out"), new_folder(tmp_path / name):
+            pytest.fail("the work has begun")
+    with new_folder(tmp_path / "folder") as partial:
+        (partial / "a").touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    work = new_folder(tmp_path / "folder")
+    (work.__enter__() / "a").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        work.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_errors_of_writing_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*No such file.*--out"), writing(tmp_path):
-        (tmp_path / "nowhere" / "file").write_text("x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*Not a dir.*--out"), writing(tmp_path):
+        (tmp_path / "file" / "file").write_text("x")
+    with pytest.raises(UserError, match="free space"), writing(tmp_path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(FileNotFoundError), writing(tmp_path):  # an input, more likely
+        (tmp_path / "nowhere" / "file").read_text()

@@ -82,7 +82,7 @@ def test_two_folders_give_a_result_and_a_report(
     config = replace(QUICK, quiet=False, floors=True, seed=4)
     result = evaluate(folders[0], folders[1], out, config)
     assert json.loads((out / "result.json").read_text()) == result
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "result.json"]
+    assert sorted(p.name for p in out.glob("[!.]*")) == ["report.html", "result.json"]
     assert set(result) == RESULT_KEYS
     assert (result["n_generated"], result["n_reference"]) == (12, 12)
     extractor = load_random_features()
@@ -195,13 +195,18 @@ def test_a_result_is_replaced_only_with_overwrite(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "result.json").write_text("mine")
+    first = evaluate(*folders, out, QUICK)
+    (out / ".complexity-dit-evaluation").unlink()  # as in version 0.1.0
     with pytest.raises(UserError, match="exists"):
-        evaluate(*folders, out, QUICK)
-    assert (out / "result.json").read_text() == "mine"
-    evaluate(*folders, out, replace(QUICK, overwrite=True))
-    assert "metrics" in json.loads((out / "result.json").read_text())
+        evaluate(*folders, out, replace(QUICK, seed=1))
+    assert json.loads((out / "result.json").read_text()) == first
+    evaluate(*folders, out, replace(QUICK, seed=1, overwrite=True))
+    assert json.loads((out / "result.json").read_text()) != first
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "result.json").write_text("mine")
+    with pytest.raises(UserError, match="is not one that this command has written"):
+        evaluate(*folders, tmp_path / "mine", replace(QUICK, overwrite=True))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["result.json"]
 
 
 def test_errors_name_bad_folders_and_files(

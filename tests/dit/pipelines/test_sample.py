@@ -1,6 +1,9 @@
 """Sampling of seeded sets: equal bits in any batch; grids, folders and archives."""
 
+import errno
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,13 @@ import torch
 from PIL import Image
 
 from complexity_dit.config import SampleConfig
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline, sample
 from inl_core.run.errors import UserError
+from support.disk import failing
+from support.locks import locked_elsewhere
+from support.processes import python, torchrun
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4)
 
@@ -86,8 +93,8 @@ def test_the_command_writes_a_grid_a_folder_or_an_archive(pipe, tmp_path):
     labels = {"style": ["Cubism", "Fauvism"], "genre": ["portrait"]}
     sample(source, str(tmp_path / "folder"), 5, labels, QUICK)
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
-        f"{i:06d}.png" for i in range(5)
-    ]
+        ".complexity-dit-samples", *(f"{i:06d}.png" for i in range(5)), "settings.json"
+    ]  # fmt: skip
     sample(source, str(tmp_path / "set.npz"), 5, labels, QUICK)
     array = np.load(tmp_path / "set.npz")["arr_0"]
     assert array.dtype == np.uint8
@@ -119,6 +126,83 @@ def test_wrong_input_is_refused(pipe, tmp_path):
     (tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="cannot load the pipeline"):
         load_pipeline(source)
+
+
+def test_a_folder_of_samples_is_completed_and_never_mixed(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "pipe")
+    source, folder = str(tmp_path / "pipe"), tmp_path / "folder"
+    sample(source, str(folder), 5, sampling=QUICK)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "000003.png").unlink()  # as after a kill
+    (folder / "000002.png").write_bytes(first["000002.png"][:-30])
+    (folder / ".000003.png.0123abcd.complexity-partial").write_bytes(b"half")
+    sample(source, str(folder), 5, sampling=replace(QUICK, batch_size=1))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert "wrote 2 images" in capsys.readouterr().out
+    for count, settings, named in ((3, QUICK, "num_images"), (5, replace(QUICK, seed=1), "seed")):
+        with pytest.raises(UserError, match=rf"other settings \(.*{named}.*overwrite"):
+            sample(source, str(folder), count, sampling=settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    sample(source, str(folder), 3, sampling=QUICK, overwrite=True)
+    assert len(list(folder.glob("*.png"))) == 3
+
+
+def test_processes_share_the_images(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    words = ("--num_images", 9, "--chunk_size", 4, "--num_inference_steps", 1)
+    command = ("-m", "complexity_dit", "sample", tmp_path / "pipe", *words, "--out")
+    done = torchrun(2, *command, tmp_path / "two")
+    assert done.stdout.count("wrote 9 images") == 1
+    python(*command, tmp_path / "one")
+    one, two = ((tmp_path / name).glob("*.png") for name in ("one", "two"))
+    assert {p.name: p.read_bytes() for p in one} == {p.name: p.read_bytes() for p in two}
+
+
+def test_pictures_of_the_user_are_not_replaced(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000001.png").write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"exists and is not one.*--out"):
+            sample(str(tmp_path / "pipe"), str(tmp_path / "mine"), overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["000001.png"]
+
+
+def test_one_command_at_a_time_writes_to_a_folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    with locked_elsewhere(tmp_path / "out") as holder:
+        for write in (
+            lambda: sample(str(tmp_path / "pipe"), str(tmp_path / "out")),
+            lambda: evaluate(pipe, "art", tmp_path / "out"),
+        ):
+            with pytest.raises(UserError, match=f"another run, process {holder.pid}"):
+                write()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(pipe, tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("folder", "grid.png", "set.npz"):
+        with pytest.raises(UserError, match=r"cannot write.*--out"):
+            sample("no pipeline yet", str(tmp_path / "file" / name))
+
+
+@pytest.mark.parametrize("name", ["folder/000003.png", "grid.png", "set.npz"])
+def test_a_full_disk_is_one_line(pipe, tmp_path, name):
+    pipe.save_pretrained(tmp_path / "pipe")
+    begun = False
+
+    def rule(event, path, writes):  # the empty file is made, and then nothing fits into it
+        nonlocal begun
+        if event != "open" or not writes or Path(name).name not in path:
+            return None
+        begun, before = True, begun
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) if before else None
+
+    out = str(tmp_path / name.partition("/")[0])
+    message = r"cannot write .*No space left.*free space.*--out"
+    with failing(rule), pytest.raises(UserError, match=message):
+        sample(str(tmp_path / "pipe"), out, 5, sampling=QUICK)
+    assert not list(tmp_path.rglob("*-partial"))
 
 
 def test_an_unreachable_hub_id_is_refused():

@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from inl_core.run.files import open_regular
+
 
 def file_sha256(path: Path) -> str:
     """Hash the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path, follow_links=True) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore (a binary file)
 
 
 def array_hash(*arrays: NDArray[Any]) -> str:

@@ -16,6 +16,10 @@ def _check_minimum(settings: object, minimum: int, *names: str) -> None:
             raise UserError(f"{name} is {value}; expected at least {minimum}")
 
 
+RUN_KIND = "complexity-lm-run"
+"""Mark of the folder of a training, see `inl_core.run.folders`."""
+
+
 @dataclass
 class DataConfig:
     """The text."""

@@ -32,7 +32,8 @@ from complexity_lm.hub import first_line, report_errors
 from complexity_lm.sources import is_streamed, read_documents, stream_documents
 from complexity_lm.tokenizer import separator_id, train_tokenizer
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.files import atomic_file
+from inl_core.run.folders import new_folder
 from inl_core.run.json_files import fits, read_json_object
 
 POSITION_FILE = "data_position.json"
@@ -121,11 +122,9 @@ def make_tokenizer(
         UserError: The folder exists, the source cannot be read, or `vocab_size` is too small.
     """
     folder = Path(out)
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another --out")
-    texts = load_split(replace(data or DataConfig(), source=source), "train")["text"]
-    tokenizer = train_tokenizer(texts, vocab_size)
-    with atomic_folder(folder) as partial:
+    with new_folder(folder) as partial:
+        texts = load_split(replace(data or DataConfig(), source=source), "train")["text"]
+        tokenizer = train_tokenizer(texts, vocab_size)
         tokenizer.save_pretrained(partial)
     return f"a tokenizer of {len(tokenizer)} ids, from {len(texts)} documents, is in {folder}"
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from complexity_lm.config import (
+    RUN_KIND,
     DataConfig,
     GenerateConfig,
     ModelConfig,
@@ -16,7 +17,8 @@ from complexity_lm.data import load_split
 from complexity_lm.evaluate import baselines, table
 from complexity_lm.generate import generate
 from complexity_lm.loading import Loaded, load
-from complexity_lm.train import train
+from complexity_lm.train import STATE_FILE, train
+from inl_core.run.checkpoints import claim_run
 from inl_core.run.files import atomic_file
 
 LINES = 30
@@ -61,8 +63,14 @@ def demo(out: str) -> None:
     Args:
         out: Folder of the demo.
     """
+    folder = Path(out)
+    with claim_run(folder, STATE_FILE, RUN_KIND):
+        _demo(folder)
+
+
+def _demo(folder: Path) -> None:
     start = time.perf_counter()
-    config, folder = demo_config(out), Path(out)
+    config = demo_config(str(folder))
     model = train(config)
     loaded = load(str(model))
     samples = python_lines(loaded)

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from complexity_lm.config import DataConfig, EvalConfig
+from complexity_lm.config import RUN_KIND, DataConfig, EvalConfig
 from complexity_lm.data import load_split
 from complexity_lm.hub import report_errors
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
+from inl_core.run.folders import claim_folder, has_result
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,22 @@ def evaluate(
     if result_path and result_path.exists() and not config.overwrite:
         raise UserError(f"{result_path} exists; choose another folder or set --overwrite=true")
 
+    with ExitStack() as held:
+        if out is not None:
+            kind, also = "complexity-lm-evaluation", (RUN_KIND,)
+            held.enter_context(claim_folder(Path(out), kind, also, has_result))
+        result = _measured(target, source, config, data)
+        if result_path:
+            with atomic_file(result_path) as partial:
+                partial.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    if not config.quiet:
+        print(table(result))
+    return result
+
+
+def _measured(
+    target: str | Loaded, source: str | None, config: EvalConfig, data: DataConfig | None
+) -> dict[str, Any]:
     loaded = load(target, config.tokenizer, config.device) if isinstance(target, str) else target
     context = loaded.context if config.context is None else config.context
     result: dict[str, Any] = {"metrics": {}}
@@ -87,7 +105,7 @@ def evaluate(
         result["tasks"] = run_tasks(
             loaded, config.tasks, config.batch_size, context, config.task_limit
         )
-    result |= {
+    return result | {
         "settings": {
             "model": loaded.name,
             "source": source,
@@ -99,12 +117,6 @@ def evaluate(
         "versions": versions(),
         "weights_sha256": weights_hash(loaded.model),
     }
-    if result_path:
-        with atomic_file(result_path) as partial:
-            partial.write_text(json.dumps(result, indent=2, default=str) + "\n")
-    if not config.quiet:
-        print(table(result))
-    return result
 
 
 def table(result: dict[str, Any]) -> str:

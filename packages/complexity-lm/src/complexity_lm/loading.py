@@ -28,6 +28,7 @@ from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
+from inl_core.run.files import finish_merge, refuse_strange_files
 from inl_core.run.json_files import filled, fits, read_json_object
 from inl_core.run.torch_files import check_torch_files
 from inl_core.run.weights import tensor_shapes, weights_fit
@@ -77,6 +78,7 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
         if folder is not None:
+            refuse_strange_files(folder)
             _check_folder(folder)
         # trust_remote_code is given because the default asks on the terminal.
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -107,6 +109,7 @@ def _device(name: str) -> torch.device:
 
 
 def _model_folder(folder: Path) -> Path:
+    finish_merge(folder)
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
     if newest := latest_checkpoint(folder / "checkpoints"):

@@ -12,7 +12,8 @@ transformers finds by the relative import.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, ops
 from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
+from inl_core.run.files import merged_folder
 
 from .configuration_complexity import DeepConfig
 
@@ -307,6 +309,17 @@ class DeepPreTrainedModel(PreTrainedModel):
         "hidden_states": DeepDecoderLayer,
         "attentions": ComplexityAttention,
     }
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers; the files replace those of a folder together, see `merged_folder`."""
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        all_write = not is_main_process or kwargs.get("distributed_checkpoint")
+        target = Path(save_directory)
+        with nullcontext(target) if all_write else merged_folder(target) as folder:
+            super().save_pretrained(folder, is_main_process, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the weights of `module` that no checkpoint filled.

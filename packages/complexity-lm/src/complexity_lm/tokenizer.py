@@ -16,6 +16,7 @@ from transformers import (
 
 from complexity_lm.hub import locate, report_errors
 from inl_core.run.errors import UserError
+from inl_core.run.files import refuse_strange_files
 
 END_OF_TEXT = "<|endoftext|>"
 """Token before every document; it also ends a generated one."""
@@ -79,6 +80,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {name}: no such folder")
     hint = "give a folder that complexity-lm tokenizer or save_pretrained wrote, or a Hub id"
     with report_errors(f"cannot load a tokenizer from {name}", hint):
+        if folder is not None:
+            refuse_strange_files(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(

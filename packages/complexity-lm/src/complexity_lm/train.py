@@ -1,6 +1,5 @@
 """Training: from text to tokenizer, blocks, model, a model folder and its measurements."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from complexity_lm.config import TrainConfig
+from complexity_lm.config import RUN_KIND, TrainConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.data import (
     BlockStream,
@@ -43,6 +42,7 @@ from complexity_lm.tokenizer import (
 from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
 from inl_core.run import workers
 from inl_core.run.checkpoints import open_run_folder, step_of
+from inl_core.run.csv_log import read_columns
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.launcher import check_compiler, check_launcher
@@ -87,7 +87,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         with (
             report_dead_workers(),
             open_run_folder(
-                Path(config.out), config.resume, STATE_FILE, "complexity-lm-run", on_main
+                Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
             ) as checkpoint,
         ):
             return _train(config, build or build_model, processes, checkpoint)
@@ -250,7 +250,5 @@ def plot_loss(log: Path, heldout_log: Path, target: Path) -> None:
 
 def _read_columns(path: Path, value: str) -> tuple[np.ndarray, np.ndarray]:
     """The step column of a CSV log, and another one."""
-    with path.open(newline="") as file:
-        rows = [(int(row["step"]), float(row[value])) for row in csv.DictReader(file)]
-    steps, values = np.array(rows).reshape(-1, 2).T
-    return steps, values
+    steps, values = read_columns(path, "step", value)
+    return np.array(steps, int), np.array(values)

@@ -21,7 +21,7 @@ from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DM
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_folder
+from inl_core.run.folders import new_folder
 
 # Source tensors without a counterpart: part of the name and the reason; the first match counts.
 _NO_MLP = "every expert processes every token: there is no such MLP here"
@@ -101,11 +101,9 @@ def convert(
             fit each other, or a folder that exists.
     """
     tensors, out = _read(Path(checkpoint)), Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
-    conversion = from_state_dict(tensors, num_attention_heads)
-    scheduler = build_scheduler(ObjectiveConfig(prediction_type="epsilon"))
-    with atomic_folder(out) as folder:
+    with new_folder(out) as folder:
+        conversion = from_state_dict(tensors, num_attention_heads)
+        scheduler = build_scheduler(ObjectiveConfig(prediction_type="epsilon"))
         ComplexityDiTPipeline(conversion.network, scheduler).save_pretrained(folder)
     return conversion
 

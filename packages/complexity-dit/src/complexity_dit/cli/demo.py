@@ -1,6 +1,5 @@
 """`complexity-dit demo`: train a small model on the embedded art set, sample and evaluate it."""
 
-import csv
 import os
 import time
 from dataclasses import replace
@@ -9,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from complexity_dit.config import EvalConfig, SampleConfig, TrainConfig
+from complexity_dit.config import RUN_KIND, EvalConfig, SampleConfig, TrainConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline
+from complexity_dit.training.state import STATE_FILE
 from complexity_dit.training.train import train
+from inl_core.run.checkpoints import claim_run
+from inl_core.run.csv_log import read_columns
 from inl_core.run.files import atomic_file
 
 NUM_EVALUATED = 256
@@ -30,8 +32,14 @@ def demo(out: str) -> None:
     Args:
         out: Folder of the demo.
     """
+    folder = Path(out)
+    with claim_run(folder, STATE_FILE, RUN_KIND):
+        _demo(folder)
+
+
+def _demo(folder: Path) -> None:
     start = time.perf_counter()
-    config, folder = TrainConfig(out=out, resume="auto"), Path(out)
+    config = TrainConfig(out=str(folder), resume="auto")
     # Fill the cache with several processes; their number is not part of the run's settings.
     load_data(replace(config.data, num_workers=os.cpu_count() or 1), "train")
     pipeline = train(config)
@@ -45,7 +53,7 @@ def demo(out: str) -> None:
     save_grid(images, 8, row_names, folder / "samples.png")
 
     evaluation = EvalConfig(num_images=NUM_EVALUATED, floors=True, overwrite=True)
-    evaluate(pipeline, "art", out, evaluation, sampling)
+    evaluate(pipeline, "art", folder, evaluation, sampling)
     write_card(pipeline, folder / "result.json", folder / "samples.png", "complexity-dit-demo")
     print(
         f"""
@@ -71,10 +79,8 @@ def plot_loss(log: Path, target: Path) -> None:
         log: A run's `train_log.csv`.
         target: The PNG to write.
     """
-    with log.open(newline="") as file:
-        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-    steps, losses = np.array(rows).T
-    window = max(1, len(rows) // 50)
+    steps, losses = read_columns(log, "step", "loss")
+    window = max(1, len(steps) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,6 +1,5 @@
 """`complexity-dit inspect`: the contents of a pipeline or checkpoint, and its learned dynamics."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core import certify, dynamics_modules, read_dynamics
+from inl_core.run.json_files import read_json_object
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels t at which the dynamics are measured, on an input of pure noise without labels."""
@@ -49,7 +49,7 @@ def inspect(path: str) -> dict[str, Any]:
         "vae": None if vae is None else type(vae).__name__,
         "dynamics": {k: v for k, v in model.config.items() if k.startswith("dynamics_")},
         **_dynamics(model),
-        "trained_on": json.loads(trained_on.read_text())
+        "trained_on": read_json_object(trained_on)
         if trained_on and trained_on.is_file()
         else None,
         "weights_sha256": weights_sha256(model),

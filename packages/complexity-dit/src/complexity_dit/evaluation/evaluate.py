@@ -12,7 +12,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
+from complexity_dit.config import RUN_KIND, DataConfig, EvalConfig, SampleConfig
 from complexity_dit.distributed import (
     is_main,
     main_first,
@@ -71,9 +71,11 @@ from complexity_dit.evaluation.report import GRID_IMAGES, Pictures, format_resul
 from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sample_folders import SETTINGS_FILE, claim_samples
 from complexity_dit.pipelines.sampling import scheduler_settings
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, remove_partial_writes
+from inl_core.run.folders import claim_folder, has_result
 from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ Features = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 SAMPLES_FOLDER = "generated"
+EVALUATION_KIND = "complexity-dit-evaluation"
 
 
 def evaluate(
@@ -113,17 +116,20 @@ def evaluate(
         ``weights_sha256``, ``reference_fingerprint``, ``target_fingerprint``.
 
     Raises:
-        UserError: Fewer than 2 images on a side, an existing result, unreadable images or
+        UserError: Fewer than 2 images on a side, an existing result, a folder that is not one of an
+            evaluation or of a run, or that another process writes to, unreadable images or
             statistics, statistics of another extractor, floors for a reference without images, a
             setting out of range, or another process that has died.
     """
     config, sample = config or EvalConfig(), sample or SampleConfig()
     reference, folder = str(reference), Path(out) if out is not None else None
-    with report_dead_workers("start the same command again"):
+    with report_dead_workers("start the same command again"), ExitStack() as held:
         if folder and (folder / "result.json").exists() and not config.overwrite:
             raise UserError(
                 f"{folder / 'result.json'} exists; choose another folder or set overwrite"
             )
+        if folder:
+            on_main(lambda: held.enter_context(_claim(folder)))
         device = pick_device(config.device)
         data = data or trained_on(target)
         subject = open_target(target, device, data)
@@ -167,6 +173,8 @@ def evaluate(
             pipe, generated_rows = subject, np.arange(n)
             settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
             keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
+            if keep:
+                on_main(lambda: held.enter_context(claim_samples(keep)))
             labels, asked = labels_for_samples(pipe, n, ref.images, real_rows)
             names = ref.images.label_names if ref.images else {}
             images = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
@@ -224,6 +232,18 @@ def _warn_of_compression(subject: object, real: ImageSet | None) -> None:
             "measures the compression, which can double it; compare files of one format",
             *(100 * ours, 100 * theirs),
         )
+
+
+@contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Lock the folder of an evaluation, or that of a run, and clear what a killed one left."""
+    with claim_folder(folder, EVALUATION_KIND, (RUN_KIND,), _is_evaluation_of_0_1_0):
+        remove_partial_writes(folder)
+        yield
+
+
+def _is_evaluation_of_0_1_0(folder: Path) -> bool:
+    return (folder / SAMPLES_FOLDER / SETTINGS_FILE).is_file() or has_result(folder)
 
 
 def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Path | None) -> None:

@@ -17,7 +17,7 @@ from complexity_dit.evaluation.image_sets import ImageSet
 from complexity_dit.evaluation.networks import FeatureExtractor, cache_dir
 from complexity_dit.hashing import array_hash
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _pixel_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
 def _read_features(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
     try:
         # Opened here because np.load leaks the handle of a broken zip.
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        with open_regular(path) as handle, np.load(handle, allow_pickle=False) as file:
             features: NDArray[np.float32] = file["features"]
             if str(file["key"]) == key and len(features) == n:
                 return features

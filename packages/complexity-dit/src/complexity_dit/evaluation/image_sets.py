@@ -27,7 +27,7 @@ from complexity_dit.pictures import SUFFIXES, file_bytes, read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, open_regular
 from inl_core.run.json_files import filled, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,10 @@ def npz_images(path: Path) -> ImageSet | None:
 def _mapped_array(path: Path, name: str) -> NDArray[Any] | None:
     """Memory map of an uncompressed member of a zip; None for any other member."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with (
+            open_regular(path, follow_links=True) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
             member = archive.getinfo(name)
             if member.compress_type != zipfile.ZIP_STORED:
                 return None
@@ -300,7 +303,7 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
     """
     try:
         # Opened here because np.load leaks the handle of a broken zip.
-        with path.open("rb") as handle:
+        with open_regular(path, follow_links=True) as handle:
             file = np.load(handle, allow_pickle=False)
             if not isinstance(file, NpzFile):
                 return {}

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from complexity_dit import __version__
 from complexity_dit.models.loading import add_metadata
 from inl_core.run.errors import UserError
+from inl_core.run.files import merged_folder
 
 _ROWS = "label_embed."
 FETCH_OPTIONS = (
@@ -232,10 +233,11 @@ class LabelAdapterMixin(PeftAdapterMixin):
             raise UserError(f"there is no adapter {adapter_name!r} in the network")
         if kwargs.pop("safe_serialization", True) is not True:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
-        LoraBaseMixin.write_lora_layers(
-            self.adapter_state_dict(adapter_name), str(save_directory), True,
-            kwargs.get("weight_name"), None, True, self.adapter_settings(adapter_name),
-        )  # fmt: skip
+        with merged_folder(Path(save_directory)) as folder:
+            LoraBaseMixin.write_lora_layers(
+                self.adapter_state_dict(adapter_name), str(folder), True,
+                kwargs.get("weight_name"), None, True, self.adapter_settings(adapter_name),
+            )  # fmt: skip
 
     def unload_lora(self) -> None:
         """Remove all adapters; labels of merged ones stay, as their matrices do."""
@@ -273,10 +275,12 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 "an adapter is loaded: merge it first (fuse_lora, then unload_lora_weights), or "
                 "save the adapter alone (save_lora_adapter)"
             )
-        with self._plain_tables():
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with self._plain_tables(), merged_folder(Path(save_directory)) as folder:
             # Named parameters, because a pipeline passes only what is in the signature.
             super().save_pretrained(  # pyright: ignore
-                save_directory, is_main_process, save_function, safe_serialization, variant,
+                folder, is_main_process, save_function, safe_serialization, variant,
                 max_shard_size, **kwargs,
             )  # fmt: skip
             # Without `_name_or_path`, the path it was loaded from.
@@ -286,8 +290,8 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 "complexity_dit.version": __version__,
                 "complexity_dit.config": json.dumps(config, sort_keys=True),
             }
-        for file in sorted(Path(save_directory).glob("*.safetensors")):
-            add_metadata(file, about)
+            for file in sorted(folder.glob("*.safetensors")):
+                add_metadata(file, about)
 
     def enable_group_offload(
         self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",

@@ -1,5 +1,6 @@
 """Weights that anyone may have written: safetensors only, and complete for their config."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, finish_merge, merged_folder, refuse_strange_files
 from inl_core.run.weights import weights_fit
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -25,6 +26,14 @@ class SafeModel(ModelMixin):
         return load_weights(
             super().from_pretrained, cls.from_config, pretrained_model_name_or_path, **kwargs
         )
+
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines read the signature
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; the files replace those of a folder together, see `merged_folder`."""
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with merged_folder(Path(save_directory)) as folder:
+            super().save_pretrained(str(folder), *args, **kwargs)
 
 
 def load_weights(
@@ -47,6 +56,8 @@ def load_weights(
     only_safetensors(kwargs)
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
+        finish_merge(folder)
+        refuse_strange_files(folder)
         refuse_pickles(folder)
         weights_fit(folder, build)
     with_info = kwargs.pop("output_loading_info", False)

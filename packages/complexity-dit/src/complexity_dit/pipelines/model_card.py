@@ -16,8 +16,8 @@ from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from complexity_dit.pictures import read_picture
-from inl_core.run.files import atomic_file
-from inl_core.run.json_files import one_line
+from inl_core.run.files import atomic_file, read_text
+from inl_core.run.json_files import MAX_JSON_BYTES, one_line, read_json_object
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
 _MARK_START = "<!-- Written by complexity-dit;"  # also in the cards of older versions
@@ -93,10 +93,10 @@ def write_card(
         with atomic_file(folder / GRID_FILE) as aside:
             image = read_picture(grid) if isinstance(grid, Path) else grid
             image.save(aside, format="PNG")
-    if card.exists() and _MARK_START not in card.read_text():
+    if card.exists() and _MARK_START not in read_text(card, MAX_JSON_BYTES, follow_links=True):
         return card
     if isinstance(result, Path):
-        result = json.loads(result.read_text())
+        result = read_json_object(result)
     name = name or folder.resolve().name
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
     grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
@@ -120,7 +120,7 @@ def write_card(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> ModelCardData:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from complexity_dit.pipelines.schedulers import (
     set_steps,
 )
 from inl_core.run.errors import UserError
+from inl_core.run.files import merged_folder
 
 LabelValue = str | int | None
 Generators = torch.Generator | list[torch.Generator] | None
@@ -632,11 +634,12 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         """Write an adapter folder; the layers are `transformer.adapter_state_dict()`."""
         if not safe_serialization:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
-        cls._save_lora_weights(
-            save_directory, {cls.transformer_name: transformer_lora_layers},
-            {cls.transformer_name: transformer_lora_adapter_metadata}, is_main_process,
-            weight_name, save_function,  # pyright: ignore
-        )  # fmt: skip
+        with merged_folder(Path(save_directory)) as folder:
+            cls._save_lora_weights(
+                folder, {cls.transformer_name: transformer_lora_layers},
+                {cls.transformer_name: transformer_lora_adapter_metadata}, is_main_process,
+                weight_name, save_function,  # pyright: ignore
+            )  # fmt: skip
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Merge adapters into the weights (`lora_scale`, `safe_fusing`, `adapter_names`)."""

@@ -6,26 +6,36 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from complexity_dit.config import ADAPTER_FILE, SampleConfig
-from complexity_dit.grids import save_grid, save_image
-from complexity_dit.hashing import module_hash, weights_sha256
+from complexity_dit.distributed import is_main, on_main, own_blocks
+from complexity_dit.grids import draw_grid
+from complexity_dit.hashing import array_hash, module_hash, weights_sha256
 from complexity_dit.models.loading import describe
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sample_folders import (
+    claim_samples,
+    keep_image,
+    kept_image,
+    key_of,
+    prepare_samples,
+)
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
 from complexity_dit.seeding import generator_for
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, finish_merge
+from inl_core.run.folders import writing
 from inl_core.run.json_files import fits, one_line, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -51,6 +61,7 @@ def find_pipeline(path: Path) -> Path | None:
     Raises:
         UserError: It is a run that has saved nothing yet.
     """
+    finish_merge(path)
     newest = latest_checkpoint(path / "checkpoints")
     for parent in filter(None, (path, newest)):
         for folder in (parent, parent / "pipeline", parent / "adapter"):
@@ -147,6 +158,26 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
     return {
         "scheduler": {"class": type(scheduler).__name__, **config},
         "network_evaluations": evaluations,
+    }
+
+
+def sample_settings(
+    pipe: ComplexityDiTPipeline, labels: Tensor, config: SampleConfig
+) -> dict[str, Any]:
+    """Everything that determines the bits of the images."""
+    sample, guide = asdict(config), {}
+    sample.pop("batch_size")
+    if config.autoguidance is not None:
+        guide["autoguidance_sha256"] = module_hash(load_guide(config.autoguidance, pipe))
+    return {
+        "pipeline_sha256": pipeline_hash(pipe),
+        **guide,
+        **scheduler_settings(pipe, config),
+        "labels_sha256": array_hash(labels.numpy()),
+        "num_images": len(labels),
+        "device": pipe.device.type,
+        "dtype": str(pipe.transformer.dtype),
+        **{f"sample.{name}": value for name, value in sample.items()},
     }
 
 
@@ -248,40 +279,84 @@ def sample(
         labels: Names or ids per label field, e.g. `--labels.style Cubism Fauvism`; several names
             alternate.
         sampling: Seed, sampler and batch.
-        overwrite: Replace an existing file, or add to an existing folder.
+        overwrite: Replace an existing file, or the images of other settings in a folder of samples.
+            A folder of the same settings is completed in any case.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: If `out` exists or is the name of a file of another kind, or a label is unknown.
+        UserError: If `out` is not a folder of these samples, exists, is the name of a file of
+            another kind, or cannot be written, or a label is unknown.
     """
     sampling = sampling or SampleConfig()
     target = Path(out)
-    other = target.suffix not in (".png", ".npz") and target.suffix.lower() in _OTHER_SUFFIXES
-    if other and not target.is_dir():
+    is_file = target.suffix in (".png", ".npz")
+    if not is_file and target.suffix.lower() in _OTHER_SUFFIXES and not target.is_dir():
         raise UserError(
             f"--out {target} would be a folder; expected FILE.png (one grid), FILE.npz (arr_0), or "
             "the name of a folder"
         )
+    request = (pipeline, target, labels or {}, num_images, sampling, overwrite)
+    with ExitStack() as held:
+        if is_file:
+            on_main(lambda: _sample_file(*request))
+        else:
+            on_main(lambda: held.enter_context(claim_samples(target)))
+            _sample_folder(*request)
+    return target
+
+
+def _sample_file(
+    pipeline: str,
+    target: Path,
+    labels: dict[str, list[str]],
+    num_images: int | None,
+    sampling: SampleConfig,
+    overwrite: bool,
+) -> None:
+    """Write a grid or an archive."""
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or pass --overwrite true")
-    pipe = load_pipeline(pipeline)
-    rows = _sample_labels(pipe, labels or {}, num_images, is_grid=target.suffix == ".png")
-    batches = iter_samples(pipe, rows, sampling)
-    if target.suffix == ".png":
-        images = np.concatenate([batch for _, batch in batches])
-        save_grid(images, _COLUMNS, _row_captions(pipe, rows), target)
-    elif target.suffix == ".npz":
-        images = np.concatenate([batch for _, batch in batches])
-        with atomic_file(target) as aside, aside.open("wb") as file:
-            np.savez(file, arr_0=images)
-    else:
-        for indices, batch in batches:
-            for i, image in zip(indices, batch, strict=True):
-                save_image(Image.fromarray(image), target / f"{i:06d}.png")
+    is_grid = target.suffix == ".png"
+    with writing(target), atomic_file(target) as aside:  # now: it may not be possible to write it
+        pipe = load_pipeline(pipeline)
+        rows = _sample_labels(pipe, labels, num_images, is_grid)
+        images = np.concatenate([batch for _, batch in iter_samples(pipe, rows, sampling)])
+        with aside.open("wb") as file:
+            if is_grid:
+                draw_grid(images, _COLUMNS, _row_captions(pipe, rows)).save(file, format="PNG")
+            else:
+                np.savez(file, arr_0=images)
     print(f"wrote {len(rows)} images to {target}")
-    return target
+
+
+def _sample_folder(
+    pipeline: str,
+    folder: Path,
+    labels: dict[str, list[str]],
+    num_images: int | None,
+    sampling: SampleConfig,
+    overwrite: bool,
+) -> None:
+    """Write the images that a claimed folder does not have yet; every process takes a share."""
+    pipe = load_pipeline(pipeline)
+    rows = _sample_labels(pipe, labels, num_images, is_grid=False)
+    settings = sample_settings(pipe, rows, sampling)
+    key = key_of(settings)
+
+    def find_missing() -> list[int]:
+        prepare_samples(folder, settings, overwrite)
+        return [i for i in range(len(rows)) if kept_image(folder, i, key) is None]
+
+    missing = on_main(find_missing)
+    share = {i for block in own_blocks(len(rows), sampling.chunk_size) for i in block}
+    own = [i for i in missing if i in share]
+    for indices, batch in iter_samples(pipe, rows, sampling, own, progress=is_main()):
+        for i, image in zip(indices, batch, strict=True):
+            keep_image(folder, i, image, key)
+    had = f", which had the other {len(rows) - len(missing)}" if len(missing) < len(rows) else ""
+    on_main(lambda: print(f"wrote {len(missing)} images to {folder}{had}"))  # all are there
 
 
 def _sample_labels(

@@ -6,6 +6,7 @@ one-line modules that import the classes of this package, and `model_index.json`
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from contextvars import ContextVar
@@ -16,12 +17,19 @@ from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 from torch import nn
 
+from complexity_dit.config import DATA_FILE
 from complexity_dit.hub import check_reachable, upload
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import only_safetensors
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines.model_card import write_card
+from complexity_dit.pipelines.model_card import CARD_FILE, GRID_FILE, write_card
 from inl_core.run.errors import UserError
+from inl_core.run.files import (
+    finish_merge,
+    intended_name,
+    merged_folder,
+    refuse_strange_files,
+)
 from inl_core.run.json_files import fits
 
 _PIPELINE_MODULE = "pipeline_complexity_dit"
@@ -91,6 +99,8 @@ class FilesMixin:
                 passed cannot sample from the model.
         """
         only_safetensors(kwargs)
+        finish_merge(Path(pretrained_model_name_or_path))
+        refuse_strange_files(Path(pretrained_model_name_or_path))
         # Assigned below, to the objective of the folder's own scheduler.
         scheduler = kwargs.pop("scheduler", None)
         token = _passed.set(frozenset(kwargs))
@@ -139,8 +149,19 @@ class FilesMixin:
         if not safe_serialization:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
         hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
-        super().save_pretrained(save_directory, **kwargs)  # pyright: ignore
-        folder = Path(save_directory)
+        target = Path(save_directory)
+        name = hub.get("repo_id") or intended_name(target)
+        with merged_folder(target) as folder:
+            for read in (CARD_FILE, GRID_FILE, DATA_FILE):  # by `write_card`
+                if (target / read).is_file():
+                    shutil.copy(target / read, folder)
+            self._write(folder, **kwargs)
+            write_card(folder, result, grid, name)
+        if push_to_hub:
+            upload(target, f"Upload {type(self).__name__}", **hub)
+
+    def _write(self, folder: Path, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)  # pyright: ignore
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
         index["_class_name"] = [_PIPELINE_MODULE, type(self).__name__]
@@ -153,9 +174,6 @@ class FilesMixin:
         for path, cls in modules:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path.write_text(json.dumps(index, indent=2) + "\n")
-        write_card(folder, result, grid, hub.get("repo_id"))
-        if push_to_hub:
-            upload(folder, f"Upload {type(self).__name__}", **hub)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, including the model card, to the Hub.

@@ -15,6 +15,7 @@ from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.seeding import generator_for
 from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
 from inl_core.run.errors import UserError
+from inl_core.run.workers import allow_open_files
 
 
 def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
@@ -182,6 +183,8 @@ def step_loader(batches: StepBatches, steps: Sequence[int], device: torch.device
     For a GPU they are in pinned memory, so that copies are asynchronous.
     """
     workers, pinned = batches.config.loader_workers, device.type == "cuda"
+    if workers:
+        allow_open_files(workers)
     return DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned
     )

@@ -5,7 +5,6 @@ torch counts there is printed. No data is read except the shape in the descripti
 cache.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
+from complexity_dit.data.latents import read_cache
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.batches import images_per_pass
@@ -194,7 +194,7 @@ def _data_shape(config: TrainConfig, options: PlanConfig) -> Any:
     scheme, _, path = config.data.source.partition(":")
     cache = Path(path) / "cache.json"
     if scheme == "latents" and cache.is_file():
-        info = json.loads(cache.read_text())
+        info = read_cache(Path(path))
         channels, cells = channels or info["shape"][0], cells or info["shape"][1]
         fields = config.data.label_fields
         names = info["label_names"]

@@ -170,8 +170,9 @@ class SavedPipeline:
         """Read averaged weights by name, for a network of this config and data of these labels."""
         pipeline = checkpoint / self.folder_name
         shadow = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
-        network = json.loads((pipeline / "transformer" / "config.json").read_text())
-        id2label = json.loads((pipeline / "model_index.json").read_text())["id2label"]
+        network = read_json_object(pipeline / "transformer" / "config.json", follow_links=False)
+        index = read_json_object(pipeline / "model_index.json", follow_links=False)
+        id2label = index["id2label"]
         # JSON turned the ids into strings and sorted the fields.
         names = {
             field: [id2label[field][str(i)] for i in range(len(id2label[field]))]
@@ -215,7 +216,8 @@ class SavedAdapter(SavedPipeline):
     def load_ema(
         self, checkpoint: Path, label_names: Mapping[str, list[str]], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        about = json.loads((checkpoint / self.folder_name / ADAPTER_FILE).read_text())
+        path = checkpoint / self.folder_name / ADAPTER_FILE
+        about = read_json_object(path, follow_links=False)
         if about["base_sha256"] != self.base_sha256:
             raise UserError(
                 f"{checkpoint} is an adapter of another network than {self.base}: give the "

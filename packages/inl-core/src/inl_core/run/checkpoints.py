@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import open_regular, read_text, remove_folder, remove_partial_writes
+from inl_core.run.files import (
+    open_regular,
+    read_text,
+    refuse_strange_files,
+    remove_folder,
+    remove_partial_writes,
+)
 from inl_core.run.folders import LOCK_FILE, claim_folder
 
 logger = logging.getLogger(__name__)
@@ -110,12 +116,16 @@ def find_damage(folder: Path, part: Path = Path()) -> list[str]:
         part: Compare only the files in this relative folder; default: all.
 
     Returns:
-        One phrase per damaged file. Empty if all are intact, or if the folder has no list:
-        checkpoints of early versions had none.
+        One phrase per damaged file. Empty if all are intact. Without a list, as in checkpoints of
+        early versions, only files that are no regular ones count.
     """
     if not folder.is_dir():
         return ["it is a link to a folder that does not exist"]
     if not os.path.lexists(folder / SUMS_FILE):
+        try:
+            refuse_strange_files(folder, follow_links=False)
+        except UserError as error:
+            return [str(error)]
         return []
     try:
         expected, size = _read_sums(folder)
@@ -175,6 +185,13 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
+def claim_run(out: Path, state_file: str, kind: str) -> Iterator[None]:
+    """Lock the folder of a run, as `claim_folder` does; those of version 0.1.0 have no mark."""
+    with claim_folder(out, kind, is_earlier=partial(_is_run_of_0_1_0, state_file=state_file)):
+        yield
+
+
+@contextmanager
 def open_run_folder(
     out: Path,
     resume: str,
@@ -202,8 +219,7 @@ def open_run_folder(
     with ExitStack() as held:
 
         def claim() -> Path | None:
-            is_earlier = partial(_is_run_of_0_1_0, state_file=state_file)
-            held.enter_context(claim_folder(out, kind, is_earlier=is_earlier))
+            held.enter_context(claim_run(out, state_file, kind))
             for folder in (out, out / "checkpoints", out / "samples"):
                 remove_partial_writes(folder)
             return checkpoint_to_resume(out, resume, state_file, kind)

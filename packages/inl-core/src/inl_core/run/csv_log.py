@@ -45,6 +45,20 @@ class CsvLog:
         self.steps.update(int(row[0]) for row in rows)
 
 
+def read_columns(path: Path, *fields: str) -> list[list[float]]:
+    """The values of some columns of a log, one list per column.
+
+    Raises:
+        UserError: The file is not a log with these columns.
+    """
+    try:
+        lines = read_text(path, _MAX_BYTES).rpartition("\n")[0].splitlines()
+        rows = [[float(row[field]) for field in fields] for row in csv.DictReader(lines)]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} is not a log of a run ({error})") from error
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in fields]
+
+
 def _complete_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     """Rows up to the last line end: a kill may have cut "120" to "1", which is also a step."""
     try:

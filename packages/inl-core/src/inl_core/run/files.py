@@ -6,6 +6,7 @@ other program uses these names; `remove_partial_writes` clears them after a kill
     .NAME.RANDOM.complexity-partial     being written, incomplete
     .NAME.complexity-old                the previous NAME, complete, moved away for a new NAME
     .NAME.RANDOM.complexity-removed     being removed, incomplete
+    .RANDOM.complexity-complete         complete, being moved into the folder that it is in
 
 A file that is read may be anybody's. `open_regular` neither waits for the other end of a pipe nor
 reads a device, and `read_bytes` and `read_text` stop at a bound.
@@ -15,7 +16,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import IO, Any
 from inl_core.run.errors import UserError
 
 _PARTIAL, _OLD, _REMOVED = ".complexity-partial", ".complexity-old", ".complexity-removed"
+_COMPLETE = ".complexity-complete"
 
 _NAMES_OF_0_1_0 = re.compile(
     r"\.(?P<target>step-\d{8}(\.png)?|(train_log|heldout_log|noise_levels|metrics|dynamics)\.csv"
@@ -58,13 +62,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder that replaces `target` if the block succeeds.
 
     On an error the temporary folder is removed and `target` is unchanged. A folder, unlike a file,
     cannot be replaced in one step: a kill between the two renames leaves the old one as
     `.NAME.complexity-old`, and `remove_partial_writes`, or the next call for the same target,
     restores it. Files and folders have the permissions that the umask leaves.
+
+    Args:
+        target: The folder.
+        replace: Whether it may exist; if not, it is an error at the end too.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _aside(target, _PARTIAL), target.with_name(f".{target.name}{_OLD}")
@@ -73,7 +81,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         _finish_folder(partial)
-        if os.path.lexists(target):
+        if replace and os.path.lexists(target):
             target.replace(old)
         try:
             partial.replace(target)
@@ -86,6 +94,73 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if target.exists() and os.path.lexists(old):
             with suppress(OSError):
                 _remove(old)
+
+
+@contextmanager
+def merged_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files replace those of `target` if the block succeeds.
+
+    For a model that is saved into a folder of the user, where all other files stay; it may be a
+    mount point, a link, or the current folder. Weights of the same name in another number of shards
+    are removed. After a kill at any moment the old files are there, or the new ones, or none: then
+    `finish_merge`, or the next call, puts the new ones in place.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    finish_merge(target)
+    mine = f".{socket.gethostname()}-"
+    for stale in target.glob(f"{mine}*{_PARTIAL}"):
+        if not _is_alive(int(stale.name.removeprefix(mine).partition("-")[0])):
+            _remove(stale)
+    partial = target / f"{mine}{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
+    try:
+        partial.mkdir()
+        yield partial
+        _finish_folder(partial)
+        partial.replace(partial.with_suffix(_COMPLETE))
+        finish_merge(target)
+        _flush(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_merge(target: Path) -> None:
+    """Put the complete new files of a folder in place that a killed `merged_folder` left aside."""
+    for complete in target.glob(f".*{_COMPLETE}"):
+        files = [path for path in complete.rglob("*") if path.is_file()]
+        places = {target / path.relative_to(complete): path for path in files}
+        weights = {(place.parent, _whole(place.name)) for place in places if _is_weights(place)}
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        # First all old files, so that old and new ones are never there together.
+        for folder in {place.parent for place in places}:
+            for old in folder.iterdir():
+                if old in places or (_is_weights(old) and (folder, _whole(old.name)) in weights):
+                    old.unlink(missing_ok=True)
+        for place, path in places.items():
+            path.replace(place)
+        shutil.rmtree(complete)
+
+
+def _is_weights(path: Path) -> bool:
+    return ".safetensors" in path.suffixes
+
+
+def _whole(name: str) -> str:
+    """The name that weights in shards, or their index, have in one file."""
+    name = re.sub(r"-\d{5}-of-\d{5}", "", name)
+    return re.sub(r"(\.\w+)\.index(\.\w+)?\.json$", r"\2\1", name)
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":  # has no signal 0
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def remove_folder(folder: Path) -> None:
@@ -115,6 +190,13 @@ def remove_partial_writes(folder: Path) -> None:
 def is_partial_write(path: Path) -> bool:
     """Whether a path has one of the temporary names of this module."""
     return path.name.startswith(".") and path.name.endswith((_PARTIAL, _OLD, _REMOVED))
+
+
+def intended_name(folder: Path) -> str:
+    """Name of a folder; for one of `atomic_folder`, the name that it will have."""
+    name = Path(os.path.abspath(folder)).name
+    match = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(_PARTIAL)}", name)
+    return match[1] if match else name
 
 
 def _aside(target: Path, ending: str) -> Path:
@@ -220,3 +302,33 @@ def read_text(path: Path, max_bytes: int, follow_links: bool = False) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+_TEXTS = (".json", ".txt", ".model", ".jinja", ".yaml", ".md")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+_MAX_TEXT_BYTES = 256 * 2**20
+
+
+def refuse_strange_files(folder: Path, follow_links: bool = True) -> None:
+    """Look at the files of a model or checkpoint before a library reads them.
+
+    A library would wait for a pipe and read a text without end. Hidden folders and files of other
+    kinds are left alone.
+
+    Args:
+        folder: The folder, with its subfolders.
+        follow_links: Whether files may be symbolic links, as in the cache of the Hub.
+
+    Raises:
+        UserError: Naming a file that `open_regular` refuses, or a text of more than 256 MiB.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if not name.endswith((*_TEXTS, *_WEIGHTS)):
+                continue
+            with open_regular(path, follow_links=follow_links) as file:
+                size = os.fstat(file.fileno()).st_size
+            if name.endswith(_TEXTS) and size > _MAX_TEXT_BYTES:
+                raise UserError(f"{path} has {size} bytes; the limit is {_MAX_TEXT_BYTES}")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import is_partial_write, open_regular, read_text
+from inl_core.run.files import atomic_folder, is_partial_write, open_regular, read_text
+from inl_core.run.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -71,28 +72,66 @@ def claim_folder(
     with lock_folder(folder):
         check()  # again: another process may have been faster
         is_new = {path.name for path in folder.iterdir()} <= {LOCK_FILE}
-        if not any((folder / f".{kind}").exists() for kind in kinds):
-            with writing(folder):
-                mark.write_text("This folder is written by a command, which may replace files.\n")
         try:
-            yield
+            with writing(folder):
+                if not any((folder / f".{kind}").exists() for kind in kinds):
+                    mark.write_text(f"Files of a {kind} in this folder may be replaced.\n")
+                yield
         finally:
             if is_new and {path.name for path in folder.iterdir()} == {LOCK_FILE, mark.name}:
                 mark.unlink()
 
 
+def has_result(folder: Path) -> bool:
+    """Whether the `result.json` in a folder is that of a run or an evaluation of any version."""
+    try:
+        return {"metrics", "settings"} <= read_json_object(folder / "result.json").keys()
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Report an operating system's error while something is written as one line.
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes a new folder if the block succeeds.
 
     Raises:
-        UserError: "cannot write TARGET: ...", in place of an `OSError`.
+        UserError: The folder exists, or cannot be written, which is found out at the start.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another --out")
+    with writing(folder), atomic_folder(folder, replace=False) as partial:
+        yield partial
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_NATIVE_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Report a full, read-only or failing disk in one line while something is written.
+
+    Raises:
+        UserError: "cannot write TARGET: ...", in place of an `OSError`, or of an error of another
+            type by which safetensors and tokenizers report one.
     """
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free space" if full else "make it writable"
+    except UserError:
+        raise
+    except Exception as error:
+        native = _NATIVE_ERROR.search(str(error))
+        number = int(native[1]) if native else getattr(error, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"{error}: raise the limit of open files (ulimit -n 1024)") from error
+        if number not in (*_FULL, *_DENIED, errno.EIO):
+            raise
+        name = getattr(error, "filename", None)
+        place = os.path.abspath(target.parent)
+        if isinstance(name, str) and not Path(os.path.abspath(name)).is_relative_to(place):
+            raise  # a file elsewhere, which is read
+        hint = "free space" if number in _FULL else "make it writable"
         raise UserError(
             f"cannot write {target}: {error}; {hint}, or choose another --out"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -94,6 +95,39 @@ def on_main(
     if error is not None:
         raise error
     return result  # pyright: ignore[reportReturnType] (None only where T is)
+
+
+_FILES, _FILES_PER_LOADER = 64, 32
+"""Open files of a process, and of its share in a data loader worker: pipes, and a file for every
+tensor of the batches that are prepared ahead."""
+
+
+def allow_open_files(loaders: int) -> None:
+    """Raise the limit of open files of this process to what its data loader workers need.
+
+    A worker that cannot open another file loses its batch, and the run would wait for it for ever.
+
+    Args:
+        loaders: Number of data loader workers.
+
+    Raises:
+        UserError: The system's limit is lower.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    needed = _FILES + _FILES_PER_LOADER * loaders
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise UserError(
+            f"a process may open {hard} files here, and {loaders} loader workers need {needed}: "
+            f"raise the limit (ulimit -n {needed}), or use fewer loader workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextmanager
