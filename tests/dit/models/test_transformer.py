@@ -193,7 +193,7 @@ def test_every_size_builds(size):
         ({"dynamics_adaptive": "all"}, "'all' must be one of"),
         ({"network_output": "noise"}, "network_output 'noise' must be one of"),
         ({"num_layers": 10**9}, "num_layers 1000000000 must be at most"),
-        ({"label_fields": ["a.b", "c"]}, "identifier"),
+        ({"label_fields": ["a\nb", "c"]}, "printable name"),
         ({"label_fields": ["style"]}, "one entry each"),
     ],
 )

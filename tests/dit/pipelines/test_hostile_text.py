@@ -1,9 +1,12 @@
 """Untrusted text: HTML and control characters in labels, and YAML and JSON beyond the limits."""
 
+import ast
 import json
+import re
 
 import numpy as np
 import pytest
+import yaml
 
 from complexity_dit import labels
 from complexity_dit.app import page as app_page
@@ -52,7 +55,43 @@ def test_the_card_escapes_names(nasty, tmp_path):
     asked = eval(
         call.removeprefix("image = pipe").removesuffix(".images[0]").replace("(", "dict(", 1)
     )
-    assert asked == {"style": SCRIPT, "genre": "x"}
+    assert asked == {"labels": {"style": SCRIPT, "genre": "x"}}
+
+
+HOSTILE = '[x](http://x) <script>alert(1)</script> `c` | "+exit()+" \n# title'
+
+
+def test_the_card_escapes_folders_classes_and_sources(pipe, tmp_path):
+    folder = tmp_path / "a`b](http://x)<script>|\n# title\n```\nexit()"
+    pipe.save_pretrained(folder)
+    for name in ("scheduler/scheduler_config.json", "transformer/config.json"):
+        config = json.loads((folder / name).read_text())
+        hostile = {k: HOSTILE for k in config if k in ("_class_name", "dynamics_placement")}
+        (folder / name).write_text(json.dumps(config | hostile))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", HOSTILE]}))
+    data = {"source": f"hub:{HOSTILE}", "resolution": 8, "holdout": 0.1, "flip": False}
+    (folder / "data.json").write_text(json.dumps(data))
+    model_card.write_card(folder)
+    header, body = (folder / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(header)["library_name"] == "diffusers"
+    text, code, rest = re.split("```(?:python)?\n", body)
+    assert "<script" not in text + rest
+    assert not re.search(r"(?<!\\)\]\(http://x", text + rest)
+    assert len(re.findall("^# ", body, re.MULTILINE)) == 1
+    names = [node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    assert set(names) == {"DiffusionPipeline", "pipe", "image"}
+
+
+def test_the_card_of_an_adapter_escapes_its_base(tmp_path):
+    about = {"base": HOSTILE, "base_sha256": HOSTILE, "labels": {HOSTILE: [HOSTILE]}}
+    (tmp_path / "adapter.json").write_text(json.dumps(about))
+    model_card.write_card(tmp_path)
+    text, code, rest = re.split("```(?:python)?\n", (tmp_path / "README.md").read_text())
+    assert "<script" not in text + rest
+    assert not re.search(r"(?<!\\)\]\(http://x", text + rest)
+    names = [node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    assert set(names) == {"ComplexityDiTPipeline", "pipe", "image"}
 
 
 def test_the_report_escapes_names():
@@ -112,10 +151,10 @@ def test_a_wrong_label_table_is_refused(pipe, tmp_path, table):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 5000, "parsing config"),
+        ("[" * 5000, "cannot be read as settings"),
         ("steps: !!python/object/apply:os.system [true]\n", "python/object"),
         ("steps: !!int x\n", "cannot be read"),
-        ("steps: [1, 2\n", "parsing config"),
+        ("steps: [1, 2\n", "cannot be read as settings"),
     ],
 )
 def test_settings_beyond_the_limits_are_refused(command, tmp_path, text, said):

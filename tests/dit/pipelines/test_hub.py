@@ -18,6 +18,7 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
+from inl_core.run.files import atomic_folder
 
 RESULT = Path("docs/results/wikiart-cpu/result-step-00005600.json")
 WIKIART = {"source": "imagefolder:/home/someone/wikiart", "resolution": 48, "holdout": 0.2,
@@ -38,7 +39,8 @@ def test_a_card_has_metadata_metrics_protocol_and_licence(pipe, tmp_path):
     assert {r.dataset_split for r in data.eval_results} == {"heldout"}
     for words in ("n-commercial research", "| FID | 118.4 |", "2048 samples against 2048 held-out",
                   "20 steps, guidance 1", "![Samples](samples.png)", "**style** (3): Cubism",
-                  'pipe(style="Cubism", genre="landscape")', "2 layers, 32 wide", "## Limits",
+                  'pipe(labels={"style": "Cubism", "genre": "landscape"})',
+                  "2 layers, 32 wide", "## Limits",
                   "wikiart at 48 px, 20% of the"):  # fmt: skip
         assert words in card.text, words
     assert "/home" not in str(card)  # no local path
@@ -66,6 +68,20 @@ def test_an_edited_card_is_kept_and_a_written_one_is_replaced(pipe, tmp_path):
     card.write_text("# Mine\n")
     pipe.save_pretrained(tmp_path)
     assert card.read_text() == "# Mine\n"
+
+
+def test_the_card_of_a_run_has_its_name_and_code_that_runs(pipe, tmp_path, monkeypatch):
+    run = tmp_path / "my run"
+    with atomic_folder(run / "pipeline") as scratch:
+        pipe.save_pretrained(scratch)
+    text = (run / "pipeline" / "README.md").read_text()
+    assert "\n# my run\n" in text
+    assert "partial" not in text
+    monkeypatch.chdir(run)
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("pipe(", "pipe(num_inference_steps=1, "), names)
+    assert names["image"].size == (8, 8)
 
 
 def test_the_code_of_a_card_runs(pipe, tmp_path):

@@ -211,3 +211,32 @@ def test_unconditional_pipeline(pipe):
     )
     plain.set_progress_bar_config(disable=True)
     assert generate(plain).shape == (1, 8, 8, 3)
+
+
+def test_ids_as_lists_and_arrays(pipe):
+    expected = generate(pipe, class_labels=torch.tensor([[2, 1]]))
+    for ids in ([[2, 1]], np.array([[2, 1]]), np.array([[2, 1]], np.int32)):
+        assert np.array_equal(generate(pipe, class_labels=ids), expected)
+    for labels in ({"style": np.int64(2), "genre": 1}, {"style": np.array([2]), "genre": "1"}):
+        assert np.array_equal(generate(pipe, labels=labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([207], r"shape \(1,\) must be \(images, 2\).*style, genre"),
+        ([[207, 0]], "have 207 for style, whose ids are 0 to 2"),
+        ([[0, -2]], "have -2 for genre"),
+        ([[0.5, 0]], "must be integers"),
+        ([["Cubism", 0]], "not numbers"),
+        ([], r"shape \(0,\)|must be integers"),
+    ],
+)
+def test_ids_that_are_not_in_the_tables_are_refused(pipe, ids, words):
+    with pytest.raises(UserError, match=words):
+        generate(pipe, class_labels=ids)
+
+
+def test_a_label_in_the_place_of_a_number_is_explained(pipe):
+    with pytest.raises(UserError, match=r"'Cubism' must be a whole number.*pipe\(style=...\)"):
+        pipe("Cubism")

@@ -6,6 +6,7 @@ A label field (style, genre, artist, …) is a list of names; the position of a 
 
 import difflib
 from collections.abc import Sequence
+from numbers import Integral
 
 from inl_core.run.errors import UserError
 
@@ -35,7 +36,7 @@ def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> 
     """
     if value is None:
         return MISSING
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool) or not isinstance(value, str | Integral):  # NumPy's integers too
         raise UserError(f"{field} {value!r} must be a name, an id or None")
     if isinstance(value, str):
         if value in names:
@@ -58,7 +59,7 @@ def resolve_label(names: Sequence[str], value: str | int | None, field: str) -> 
             f"{field} {value} is not an id: {field} has {len(names)} names, "
             f"with ids 0 to {len(names) - 1}"
         )
-    return value
+    return int(value)
 
 
 def _suggest(names: Sequence[str], folded: Sequence[str], value: str) -> str:

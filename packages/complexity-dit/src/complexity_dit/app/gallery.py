@@ -165,7 +165,7 @@ class Gallery:
             )
         if scheduler not in self.schedulers:
             raise UserError(f"scheduler {scheduler!r} must be one of {', '.join(self.schedulers)}")
-        self.pipe.get_label_ids(**settings.labels)
+        self.pipe.get_label_ids(settings.labels)
         if settings.strip is not None:
             if settings.strip not in self.label_names:
                 names = ", ".join(self.label_names) or "none"
@@ -266,7 +266,7 @@ class Gallery:
 
     def _conditions(self, settings: Settings) -> tuple[Tensor, list[int]]:
         """Label ids (N, F), and the index of the noise of each image."""
-        row = self.pipe.get_label_ids(**settings.labels)
+        row = self.pipe.get_label_ids(settings.labels)
         if settings.strip is None:
             return row.repeat(settings.num_images, 1), list(range(settings.num_images))
         count = len(self.label_names[settings.strip])

@@ -12,10 +12,12 @@ Rows are added and removed with their adapter, and stay when it is merged.
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -43,6 +45,46 @@ OFFLOAD_REASON = (
     "the fused operations read the weights of norms and dynamics without calling these layers, so "
     "their weights would not be moved to the device"
 )
+
+
+class LabelTables(nn.ModuleDict):
+    """Label tables by field, whatever the field is called.
+
+    A name that a module of torch cannot have (`type`, `keys`, "Art. style") is written with percent
+    signs in the names of tensors: `label_embed.%74ype.weight`. All others are their own names.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(_module_name(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(_module_name(key), module)
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(_module_name(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(unquote, super().__iter__())
+
+    def keys(self) -> Any:
+        return list(self)
+
+    def items(self) -> Any:
+        return list(zip(self, self.values(), strict=True))
+
+
+def _module_name(field: str) -> str:
+    """A name that a module can have, for any text; `unquote` is the inverse."""
+    first = field[:1] if hasattr(_NO_TABLES, field) else ""
+    rest = field.removeprefix(first)
+    return _quoted(first) + re.sub(r"\W", lambda found: _quoted(found[0]), rest)
+
+
+def _quoted(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode())
+
+
+_NO_TABLES = nn.ModuleDict()
 
 
 class LabelTable(nn.Module):
@@ -103,14 +145,14 @@ def label_rows(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, row in tensors.items():
         if key.startswith(_ROWS):
             field, _, name = key.removeprefix(_ROWS).partition(".")
-            rows.setdefault(field, {})[name] = row
+            rows.setdefault(unquote(field), {})[name] = row
     return rows
 
 
 class LabelAdapterMixin(PeftAdapterMixin):
     """The adapter methods of diffusers, extended to the label rows of a network's `label_embed`."""
 
-    label_embed: nn.ModuleDict
+    label_embed: LabelTables
     config: Any
 
     @property
@@ -173,7 +215,8 @@ class LabelAdapterMixin(PeftAdapterMixin):
             if adapter_name in table.names:
                 rows = table.added[adapter_name].detach().unbind()
                 names = zip(table.names[adapter_name], rows, strict=True)
-                tensors |= {f"{_ROWS}{field}.{name}": row.clone() for name, row in names}
+                head = f"{_ROWS}{_module_name(field)}."
+                tensors |= {f"{head}{name}": row.clone() for name, row in names}
         return tensors
 
     def adapter_settings(self, adapter_name: str = "default") -> dict[str, Any]:

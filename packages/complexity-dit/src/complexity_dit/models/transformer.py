@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — looked up here by diffusers
 from torch import Tensor, nn
 
-from complexity_dit.models.adapters import LabelAdapterMixin
+from complexity_dit.models.adapters import LabelAdapterMixin, LabelTables
 from complexity_dit.models.loading import SafeModel
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenSubset, routing_plans
 from inl_core import (
@@ -409,7 +409,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, hidden_size)
         # The last row of each table is the null row.
-        self.label_embed = nn.ModuleDict(
+        self.label_embed = LabelTables(
             {
                 field: nn.Embedding(count + 1, hidden_size)
                 for field, count in zip(label_fields, num_classes, strict=True)
@@ -660,9 +660,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"num_classes {list(counts)}"
         )
     for field, count in zip(fields, counts, strict=True):
-        if not field.isidentifier() or count < 1:
+        if not isinstance(field, str) or not field.strip() or not field.isprintable() or count < 1:
             raise ValueError(
-                f"label field {field!r}: {count} must be a Python identifier with at least 1 label"
+                f"label field {field!r}: {count} must be a printable name with at least 1 label"
             )
 
 

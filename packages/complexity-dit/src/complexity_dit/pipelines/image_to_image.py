@@ -18,6 +18,7 @@ from complexity_dit.pictures import upright_rgb
 from complexity_dit.pipelines.pipeline import (
     ComplexityDiTPipeline,
     Generators,
+    Labels,
     LabelValue,
     StepCallback,
 )
@@ -118,6 +119,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore -- the rest is documented in the parent
         self,
+        /,
         image: Pictures,
         strength: float = 0.6,
         num_images_per_prompt: int = 1,
@@ -129,7 +131,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         guide: ComplexityDiTTransformer2DModel | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        class_labels: Any = None,
         label_embeds: Tensor | None = None,
         chunk_size: int | None = None,
         chunk_offset: int = 0,
@@ -137,7 +139,8 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **labels: LabelValue | Sequence[LabelValue],
+        labels: Labels | None = None,
+        **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Add noise to an image and denoise it under other labels.
 
@@ -175,6 +178,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore -- the rest is documented in the parent
         self,
+        /,
         image: Pictures,
         mask_image: Pictures,
         strength: float = 1.0,
@@ -187,7 +191,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         guide: ComplexityDiTTransformer2DModel | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        class_labels: Any = None,
         label_embeds: Tensor | None = None,
         chunk_size: int | None = None,
         chunk_offset: int = 0,
@@ -195,7 +199,8 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **labels: LabelValue | Sequence[LabelValue],
+        labels: Labels | None = None,
+        **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.
 
@@ -281,7 +286,7 @@ def interpolate(
     if "return_dict" in settings:
         raise UserError("return_dict has no meaning here: the images themselves are returned")
     last = first if last is None else last
-    ends = [pipe.get_label_embeds(**(labels or {})) for labels in (first, last)]
+    ends = [pipe.get_label_embeds(labels) for labels in (first, last)]
     height, width = (settings.get(side) or pipe.sample_size for side in ("height", "width"))
     factor, network = pipe.vae_scale_factor, pipe.transformer
     shape = (1, network.config.in_channels, height // factor, width // factor)

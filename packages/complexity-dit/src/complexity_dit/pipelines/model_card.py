@@ -7,7 +7,6 @@ replaced.
 import html
 import json
 import re
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
 from complexity_dit.pictures import read_picture
-from inl_core.run.files import atomic_file, read_text
+from inl_core.run.files import atomic_file, final_path, read_text
 from inl_core.run.json_files import MAX_JSON_BYTES, one_line, read_json_object
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
@@ -28,6 +27,8 @@ _METRICS = {
     "fd_dinov2": "FD-DINOv2",
 }  # fmt: skip
 _MAX_LABELS = 40
+_IN_RUNS = ("pipeline", "adapter")
+"""Folders of a run, whose cards have its name."""
 
 _USE = """\
 A diffusion transformer with INL dynamics that generates images from labels
@@ -36,7 +37,7 @@ A diffusion transformer with INL dynamics that generates images from labels
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({name}, trust_remote_code=True)
 image = pipe({arguments}).images[0]
 ```
 
@@ -44,17 +45,17 @@ image = pipe({arguments}).images[0]
 `complexity_dit`. `complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
 
 _USE_ADAPTER = """\
-A LoRA adapter for the pipeline `{base}`.
+A LoRA adapter for the pipeline {base_text}.
 
 ```python
 from complexity_dit import ComplexityDiTPipeline
 
-pipe = ComplexityDiTPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{name}")
+pipe = ComplexityDiTPipeline.from_pretrained({base})
+pipe.load_lora_weights({name})
 image = pipe({arguments}).images[0]
 ```
 
-It fits a base whose transformer has the sha256 `{sha256}`."""
+It fits a base whose transformer has the sha256 {sha256}."""
 
 _LIMITS = """\
 - Images reflect the training data: its subjects, cropping, gaps and biases.
@@ -83,7 +84,8 @@ def write_card(
         folder: As written by `save_pretrained` or by training.
         result: A result of `complexity-dit evaluate`, or its file: metrics and protocol.
         grid: Samples to show, saved as `samples.png` in the folder; None shows an existing file.
-        name: What a user passes to `from_pretrained`, e.g. a Hub id; the folder's name by default.
+        name: What a user passes to `from_pretrained`, e.g. a Hub id; by default a relative path of
+            the folder, with the name of the run or the folder as the title.
 
     Returns:
         The card's path. An edited card is not changed.
@@ -97,25 +99,28 @@ def write_card(
         return card
     if isinstance(result, Path):
         result = read_json_object(result)
-    name = name or folder.resolve().name
+    place = final_path(folder.resolve())
+    title = name or (place.parent if place.name in _IN_RUNS else place).name
+    name = name or f"./{place.name}"  # never a Hub id: somebody may own one of that name
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
     grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
     if adapter:
         use, labels, architecture = _USE_ADAPTER, adapter["labels"], ""
-        base = adapter["base"] if _is_hub_id(adapter["base"]) else Path(adapter["base"]).name
-        about = {"base": base, "sha256": adapter["base_sha256"]}
+        base = adapter["base"] if _is_hub_id(adapter["base"]) else f"./{Path(adapter['base']).name}"
+        about = {"base": _literal(base), "base_text": _escape(base)}
+        about["sha256"] = _escape(adapter["base_sha256"])
     else:
         use, index, about = _USE, _read(folder / "model_index.json"), {}
         labels = {field: list(names.values()) for field, names in index["id2label"].items()}
         architecture = _architecture(folder, index)
-    use = use.format(name=name, arguments=_arguments(labels), **about)
+    use = use.format(name=_literal(name), arguments=_arguments(labels), **about)
     sections = (
-        f"# {name}", grid_line, use, _labels(labels), architecture, _data(data),
+        f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data),
         _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
     )  # fmt: skip
     text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
-        aside.write_text(f"---\n{_metadata(name, data, adapter, result)}\n---\n\n{text}\n")
+        aside.write_text(f"---\n{_metadata(title, data, adapter, result)}\n---\n\n{text}\n")
     return card
 
 
@@ -167,15 +172,14 @@ def _labels(labels: dict[str, list[str]]) -> str:
 
 
 def _arguments(labels: dict[str, list[str]]) -> str:
-    """The first name of each field as arguments of a call, safe for names of any text."""
-    values = {
-        field: json.dumps(names[0], ensure_ascii=False).replace("`", "\\u0060")
-        for field, names in labels.items()
-    }
-    if all(field.isidentifier() and not iskeyword(field) for field in values):
-        return ", ".join(f"{field}={value}" for field, value in values.items())
-    pairs = (f"{json.dumps(field)}: {value}" for field, value in values.items())
-    return "**{" + ", ".join(pairs).replace("`", "\\u0060") + "}"
+    """The first name of each field as an argument of a call, safe for names of any text."""
+    first = {field: names[0] for field, names in labels.items()}
+    return f"labels={_literal(first)}" if first else ""
+
+
+def _literal(value: Any) -> str:
+    """Text, or a dict of texts, as Python in a block of code, which it cannot end."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def _escape(text: str) -> str:
@@ -198,7 +202,7 @@ def _architecture(folder: Path, index: dict) -> str:
     if placement is not None:
         adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
         rows["dynamics"] = placement + adaptive
-    lines = [f"| {key} | {value} |" for key, value in rows.items()]
+    lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items()]
     return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
 
@@ -206,7 +210,7 @@ def _data(data: dict) -> str:
     if not data:
         return "## Training data\n\nNot recorded in this folder."
     return (
-        f"## Training data\n\n{_source_name(data)} at {data['resolution']} px, "
+        f"## Training data\n\n{_escape(_source_name(data))} at {data['resolution']} px, "
         f"{data['holdout']:.0%} of the images held out by the hash of their files"
         + (", half of the images mirrored at random." if data["flip"] else ".")
     )
@@ -216,13 +220,17 @@ def _evaluation(result: dict | None) -> str:
     if result is None:
         return "## Evaluation\n\nNo result was given when this card was written."
     settings, sample = result["settings"], result["settings"]["sample"]
-    extractor = settings["extractor"]
+    extractor, source = settings["extractor"], _escape(_source_name(settings["data"]))
     lines = ["## Evaluation", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {_METRICS.get(k, k)} | {value:.4g} |" for k, value in result["metrics"].items()]
+    lines += [
+        f"| {_METRICS.get(k) or _escape(k)} | {value:.4g} |"
+        for k, value in result["metrics"].items()
+    ]
     protocol = (
         f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
-        f"{_source_name(settings['data'])}; {sample['num_inference_steps']} steps, guidance "
-        f"{sample['guidance_scale']:g}, seed {sample['seed']}; features of {extractor['name']} "
+        f"{source}; {sample['num_inference_steps']} steps, guidance "
+        f"{sample['guidance_scale']:g}, seed {sample['seed']}; "
+        f"features of {_escape(extractor['name'])} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
         f"{extractor['dtype']}; reference {result['reference_fingerprint'][:16]}."
     )

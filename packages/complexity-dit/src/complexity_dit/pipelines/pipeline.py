@@ -39,8 +39,10 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import merged_folder
 
 LabelValue = str | int | None
+Labels = Mapping[str, LabelValue | Sequence[LabelValue]]
 Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
+_OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,18 @@ def read_id2label(
                 f"expected 0 to {len(names) - 1}"
             )
     return {field: {int(i): name for i, name in names.items()} for field, names in table.items()}
+
+
+def _merged(labels: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels of a mapping and of keywords, one of which may be called `labels` as well."""
+    merged = {}
+    for one in (labels, named.get("labels"), {k: v for k, v in named.items() if k != "labels"}):
+        # A value that is no mapping is that of a field called "labels".
+        found = {} if one is None else dict(one) if isinstance(one, Mapping) else {"labels": one}
+        if twice := merged.keys() & found:
+            raise UserError(f"the label field {min(twice)!r} is given twice: give it once")
+        merged |= found
+    return merged
 
 
 def repeat_rows(rows: Tensor, count: int, repeats: int, name: str, other: str) -> Tensor:
@@ -248,12 +262,13 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         """Label names per field, in id order."""
         return {f: [names[i] for i in range(len(names))] for f, names in self.id2label.items()}
 
-    def get_label_ids(self, **labels: LabelValue | Sequence[LabelValue]) -> Tensor:
+    def get_label_ids(self, labels: Labels | None = None, /, **named: Any) -> Tensor:
         """Convert labels, by name or id, to the transformer's `class_labels`.
 
         Args:
-            **labels: One value or a list per field; None (or a field left out) means not given.
+            labels: One value or a list per field; None (or a field left out) means not given.
                 Lists must have one length; single values are repeated to it.
+            **named: The same as keywords.
 
         Returns:
             Label ids, (B, F) int64, -1 where not given.
@@ -261,37 +276,37 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         Raises:
             UserError: For an unknown field or label (near names are listed) or unequal lists.
         """
-        if unknown := sorted(set(labels) - set(self.id2label)):
+        given = _merged(labels, named)
+        if unknown := sorted(set(given) - set(self.id2label)):
             raise UserError(
                 f"unknown label field {unknown[0]!r}; this pipeline has "
                 f"{', '.join(self.id2label) or 'no label fields'}"
             )
-        lengths = {f: len(v) for f, v in labels.items() if isinstance(v, list | tuple)}
+        values = {f: v.tolist() if hasattr(v, "tolist") else v for f, v in given.items()}
+        lengths = {f: len(v) for f, v in values.items() if isinstance(v, list | tuple)}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise UserError(f"lists of labels must be of one length above 0, got {lengths}")
         batch = next(iter(lengths.values()), 1)
         columns = []
         for field, names in self.label_names.items():
-            values: Any = labels.get(field)
-            column = values if field in lengths else [values] * batch
+            value: Any = values.get(field)
+            column = value if field in lengths else [value] * batch
             columns.append([resolve_label(names, value, field) for value in column])
         return torch.tensor(columns, dtype=torch.long).reshape(len(columns), batch).T.contiguous()
 
     @torch.no_grad()
-    def get_label_embeds(self, **labels: LabelValue | Sequence[LabelValue]) -> Tensor:
+    def get_label_embeds(self, labels: Labels | None = None, /, **named: Any) -> Tensor:
         """Embeddings of labels, (B, D), to blend and to pass as `label_embeds`.
 
         Args:
-            **labels: As for `get_label_ids`.
+            labels: As for `get_label_ids`.
+            **named: The same as keywords.
         """
         device = self.transformer.device
-        return self.transformer.embed_labels(self.get_label_ids(**labels).to(device))
+        return self.transformer.embed_labels(self.get_label_ids(labels, **named).to(device))
 
     def _condition(
-        self,
-        class_labels: Tensor | None,
-        label_embeds: Tensor | None,
-        labels: Mapping[str, LabelValue | Sequence[LabelValue]],
+        self, class_labels: Any, label_embeds: Tensor | None, labels: Mapping[str, Any]
     ) -> Tensor:
         """Label ids (B, F) or embeddings (B, D) from whichever of three arguments was given."""
         tensors = {"class_labels": class_labels, "label_embeds": label_embeds}
@@ -306,13 +321,55 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                     "get_label_embeds returns them"
                 )
             return label_embeds
-        return self.get_label_ids(**labels) if class_labels is None else class_labels
+        return self.get_label_ids(labels) if class_labels is None else self._ids(class_labels)
+
+    def _ids(self, class_labels: Any) -> Tensor:
+        """Label ids (B, F) from a tensor, array or list of them; (B,) for one field."""
+        fields = {field: len(names) for field, names in self.label_names.items()}
+        try:
+            ids = torch.as_tensor(class_labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"class_labels are not numbers ({error}): pass ids") from error
+        ids = ids[:, None] if ids.ndim == len(fields) == 1 else ids
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
+            raise UserError(f"class_labels of {ids.dtype} must be integers: ids of the labels")
+        if ids.ndim != 2 or ids.shape[1] != len(fields) or not len(ids):
+            raise UserError(
+                f"class_labels of shape {tuple(ids.shape)} must be (images, {len(fields)}): one "
+                f"column per label field ({', '.join(fields) or 'none'})"
+            )
+        for (field, count), column in zip(fields.items(), ids.T, strict=True):
+            if wrong := [i for i in column.tolist() if not -1 <= i < count]:
+                raise UserError(
+                    f"class_labels have {wrong[0]} for {field}, whose ids are 0 to {count - 1}, "
+                    "and -1 for not given"
+                )
+        return ids.long()
+
+    def _check_names(self, call: SimpleNamespace) -> None:
+        """Refuse the name of a label where an argument of the same name as its field was set."""
+        for field in self.id2label:
+            value = None if field in ("labels", "named") else vars(call).get(field)
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, str) and first not in (*_OUTPUTS, "latents"):
+                raise UserError(
+                    f"{field} is an argument of the pipeline and a label field of this one: ask "
+                    f"for the label with labels={{{field!r}: {value!r}}}"
+                )
+        count = call.num_images_per_prompt
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            fields = list(self.id2label) or ["style"]
+            raise UserError(
+                f"num_images_per_prompt {count!r} must be a whole number above 0; labels are "
+                f"keywords: pipe({fields[0]}=...)"
+            )
 
     # Sampling
 
     @torch.no_grad()
     def __call__(
         self,
+        /,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -322,7 +379,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         guide: ComplexityDiTTransformer2DModel | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
+        class_labels: Any = None,
         label_embeds: Tensor | None = None,
         chunk_size: int | None = None,
         chunk_offset: int = 0,
@@ -330,7 +387,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **labels: LabelValue | Sequence[LabelValue],
+        labels: Labels | None = None,
+        **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -351,7 +409,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             generator: One generator, or one per image: then image i does not depend on the others.
                 CPU generators give the same noise on every device.
             latents: Initial noise, (B, C, Y, X); drawn from `generator` when None.
-            class_labels: Label ids, (B, F) with -1 for not given, in place of `labels`.
+            class_labels: Label ids, (B, F) with -1 for not given, in place of `labels`: a tensor,
+                an array or a list; (B,) for one field.
             label_embeds: Label embeddings, (B, D), in place of `labels`: `get_label_embeds` returns
                 them, and a blend of two gives an image between two labels.
             chunk_size: Run the networks on exactly this many images per call, padding the last one.
@@ -363,7 +422,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; it
                 may return replaced tensors, and may set `pipeline._interrupt`.
             callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents".
-            **labels: One keyword per label field: a name, an id, None, or a list of these.
+            labels: Labels by field: a name, an id, None, or a list of these.
+            **named: The same as keywords, `style="Cubism"`; a field with the name of an argument,
+                such as `height`, can be asked for by `labels={"height": ...}` only.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -386,6 +447,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         [-1, 1], with that `strength`; `mask` is 1 where it is replaced and 0 where it is kept, (1
         or B, 1, Y, X).
         """
+        self._check_names(call)
         steps = call.num_inference_steps
         if steps < 1:
             raise UserError(f"num_inference_steps {steps} must be at least 1")
@@ -393,7 +455,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             raise UserError(
                 f"strength {strength} must be from 0 (the image as it is) to 1 (a new one)"
             )
-        if call.output_type not in ("pil", "np", "pt", "latent"):
+        if call.output_type not in _OUTPUTS:
             raise UserError(f"output_type {call.output_type!r} must be pil, np, pt or latent")
         for name in call.callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
@@ -410,7 +472,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 f"height {height} and width {width} must be positive multiples of {multiple} "
                 f"(patch {self.transformer.config.patch_size} x VAE {self.vae_scale_factor})"
             )
-        condition = self._condition(call.class_labels, call.label_embeds, call.labels)
+        condition = self._condition(
+            call.class_labels, call.label_embeds, _merged(call.labels, call.named)
+        )
         guidance = Guidance(call.guidance_scale, call.guidance_interval, call.guide)
         guidance.check(self.transformer, condition)
         batches, device = NetworkBatches(call.chunk_size, call.chunk_offset), self._execution_device

@@ -372,7 +372,7 @@ def _sample_labels(
     cycled = {
         f: [names[i % len(names)] for i in range(combinations)] for f, names in labels.items()
     }
-    table = pipe.get_label_ids(**cycled)
+    table = pipe.get_label_ids(cycled)
     count = num_images or (_COLUMNS * combinations if is_grid else 64)
     block = _COLUMNS if is_grid else 1
     return table[torch.arange(count) // block % len(table)]

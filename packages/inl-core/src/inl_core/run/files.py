@@ -187,6 +187,12 @@ def remove_partial_writes(folder: Path) -> None:
             _remove(path)
 
 
+def final_path(path: Path) -> Path:
+    """The path that a file or folder will have when it, and what it is in, is complete."""
+    written = re.compile(rf"\.(.+)\.[^.]+{re.escape(_PARTIAL)}")
+    return Path(*(written.sub(r"\1", part) for part in path.parts))
+
+
 def is_partial_write(path: Path) -> bool:
     """Whether a path has one of the temporary names of this module."""
     return path.name.startswith(".") and path.name.endswith((_PARTIAL, _OLD, _REMOVED))
