@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inl_core import INLDynamics, INLDynamicsLite, collect_dynamics_stats, ops
+from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
+    apply_bounds,
+    branch_epilogue,
+    collect_dynamics_stats,
+    defer_bounds,
+    ops,
+)
 from support.tensors import coefficients, randn, scramble
 
 MODES = ("token", "channel", "layer")
@@ -319,3 +327,88 @@ def test_import_needs_torch_only() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients that come in parts
+
+
+def bounded_model(kind: str) -> nn.Module:
+    """A network in fp64 with mu and beta at all sides of their bounds."""
+    torch.manual_seed(0)
+    if kind == "lite":
+        dynamics: INLDynamics | INLDynamicsLite = INLDynamicsLite(40)
+    else:
+        dynamics = INLDynamics(40, adaptive=kind, controller_hidden=5)  # type: ignore[arg-type]
+        scramble(dynamics)
+        if kind != "token":
+            nn.init.uniform_(dynamics.beta_raw, 1.0, 3.0)  # the bound is at softplus(1.85)
+            if kind == "layer":
+                nn.init.constant_(dynamics.beta_raw, 2.5)
+    nn.init.uniform_(dynamics.mu, -2.0, 4.0)
+    return dynamics.double()
+
+
+def parts_of(model: nn.Module, x: Tensor, goal: Tensor, parts: int) -> list[Tensor]:
+    """Gradients of a mean over samples, summed over parts of the batch."""
+    model.zero_grad()
+    for h, wanted in zip(x.chunk(parts), goal.chunk(parts), strict=True):
+        h_next, v_next = model(h)
+        loss = (h_next - wanted).square().mean() + v_next.square().mean()
+        (loss / parts).backward()
+    apply_bounds(model)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", [*MODES, "lite"])
+def test_bounds_act_once_on_gradients_that_come_in_parts(kind: str) -> None:
+    model = bounded_model(kind)
+    x, goal = randn(8, 3, 40).double(), randn(8, 3, 40, seed=1).double()
+    whole = parts_of(model, x, goal, 1)
+    split = parts_of(model, x, goal, 8)
+    assert any(not torch.allclose(a, b, rtol=1e-9) for a, b in zip(whole, split, strict=True))
+    defer_bounds(model)
+    for parts in (1, 2, 8):
+        found = parts_of(model, x, goal, parts)
+        torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-13)
+    defer_bounds(model, False)
+    torch.testing.assert_close(parts_of(model, x, goal, 1), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [*MODES, "lite"])
+def test_deferred_bounds_leave_the_values_as_they_are(kind: str, dtype: torch.dtype) -> None:
+    model, x = bounded_model(kind).to(dtype), randn(8, 3, 40).to(dtype)
+    plain = model(x)
+    defer_bounds(model)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rounding = 64 * eps if dtype != torch.bfloat16 else 1e-2
+    torch.testing.assert_close(model(x), plain, rtol=rounding, atol=rounding)
+    if kind in ("token", "lite"):  # mu alone is exact
+        assert all(a.equal(b) for a, b in zip(model(x), plain, strict=True))
+
+
+def test_deferred_bounds_hold_in_the_fused_epilogue() -> None:
+    model = bounded_model("channel")
+    x, residual = randn(8, 3, 40).double(), randn(8, 3, 40, seed=1).double()
+
+    def gradients(parts: int) -> list[Tensor]:
+        model.zero_grad()
+        for h, r in zip(x.chunk(parts), residual.chunk(parts), strict=True):
+            normed, total, v_next = branch_epilogue(model, h, None, r)  # type: ignore[arg-type]
+            loss = (normed.square() * torch.arange(40) + total + v_next).mean()
+            (loss / parts).backward()
+        apply_bounds(model)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    whole = gradients(1)
+    defer_bounds(model)
+    torch.testing.assert_close(gradients(4), whole, rtol=1e-11, atol=1e-13)
+
+
+def test_deferred_bounds_compile() -> None:
+    model = bounded_model("channel")
+    defer_bounds(model)
+    x = randn(8, 3, 40).double()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))

@@ -69,11 +69,25 @@ class _Dynamics(nn.Module):
         self.mu_max = mu_max
         self.mu = nn.Parameter(torch.empty(hidden_size))
         self._collecting = False
+        self._defers_bounds = False
         self._last_seen: dict[str, Tensor] = {}
 
     def reset_parameters(self) -> None:
         """Set the equilibrium to 0."""
         nn.init.zeros_(self.mu)
+
+    def _mu(self) -> Tensor:
+        """The equilibrium as the operations get it; see `defer_bounds`."""
+        if not self._defers_bounds:
+            return self.mu
+        wide = self.mu.to(torch.promote_types(self.mu.dtype, torch.float32))
+        return _passing(wide, torch.clamp(wide, self.mu_min, self.mu_max))
+
+    def _apply_bounds(self) -> None:
+        if self.mu_min is not None:
+            _block(self.mu, self.mu < self.mu_min, 1)
+        if self.mu_max is not None:
+            _block(self.mu, self.mu > self.mu_max, -1)
 
     def get_dynamics_stats(self) -> dict[str, float]:
         """Statistics of the parameters and of the last collected forward.
@@ -269,16 +283,39 @@ class INLDynamics(_Dynamics):
         }
         if self.adaptive == "token":
             h_next, v_next = ops.inl_controlled_step(
-                h, v, self._hidden(h, v), self.weight_out, self.bias_out, self.mu, force, **bounds
+                h,
+                v,
+                self._hidden(h, v),
+                self.weight_out,
+                self.bias_out,
+                self._mu(),
+                force,
+                **bounds,
             )
         else:
-            h_next, v_next = ops.inl_step(
-                h, v, self.alpha_raw, self.beta_raw, self.gate_raw, self.mu, force, **bounds
-            )
+            h_next, v_next = ops.inl_step(h, v, *self._raw(), self._mu(), force, **bounds)
         # In this order the compiler stops at the constant and does not guard on the switch.
         if not torch.compiler.is_compiling() and self._collecting:
             self._collect(h, v, v_next)
         return h_next, v_next
+
+    def _raw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The learned coefficients as the operations get them; see `defer_bounds`."""
+        beta = self.beta_raw
+        if self._defers_bounds and self.beta_max is not None:
+            beta = beta.to(torch.promote_types(beta.dtype, torch.float32))
+            # Its softplus must not be above the bound by rounding: the operation would decide.
+            ceiling = self.beta_max * (1 - 8 * torch.finfo(beta.dtype).eps)
+            inside = beta.clamp(max=_inverse_softplus(ceiling))
+            # With the bound in place, the slope of softplus is taken at the parameter.
+            beta = _passing(beta, inside, (beta.sigmoid() / inside.sigmoid()).detach())
+        return self.alpha_raw, beta, self.gate_raw
+
+    def _apply_bounds(self) -> None:
+        super()._apply_bounds()
+        if self.adaptive != "token" and self.beta_max is not None:
+            wide = self.beta_raw.to(torch.promote_types(self.beta_raw.dtype, torch.float32))
+            _block(self.beta_raw, F.softplus(wide) > self.beta_max, -1)
 
     def _hidden(self, h: Tensor, v: Tensor | None) -> Tensor:
         """Hidden state of the controller (..., controller_hidden)."""
@@ -290,7 +327,7 @@ class INLDynamics(_Dynamics):
     def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Raw coefficients, as computed inside the step."""
         if self.adaptive != "token":
-            return self.alpha_raw, self.beta_raw, self.gate_raw
+            return self._raw()
         raw = F.linear(self._hidden(h, v), self.weight_out, self.bias_out)
         alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
         return alpha_raw, beta_raw, gate_raw
@@ -356,7 +393,7 @@ class INLDynamicsLite(_Dynamics):
         """Advance the state by one step; arguments and results as in `INLDynamics.forward`."""
         self._check_inputs(h, v, force)
         h_next, v_next = ops.inl_update(
-            h, v, self.alpha, self.beta, self.gate, self.mu, force, dt=self.dt,
+            h, v, self.alpha, self.beta, self.gate, self._mu(), force, dt=self.dt,
             velocity_max=self.velocity_max, mu_min=self.mu_min, mu_max=self.mu_max,
         )  # fmt: skip
         if not torch.compiler.is_compiling() and self._collecting:
@@ -367,6 +404,43 @@ class INLDynamicsLite(_Dynamics):
     def extra_repr(self) -> str:
         """Settings shown by ``print(module)``."""
         return f"{super().extra_repr()}, alpha={self.alpha}, beta={self.beta}, gate={self.gate}"
+
+
+def defer_bounds(model: nn.Module, deferred: bool = True) -> None:
+    """Leave the gradient rule of the bounds to `apply_bounds`, for gradients that come in parts.
+
+    At a bound of mu, or of a beta per channel or layer, a gradient passes only if it leads back
+    inside. Autograd decides that for each backward pass, which is exact if the pass has the whole
+    batch. With accumulated gradients or several processes it sees a part; after this call all parts
+    pass, and `apply_bounds` decides once, for their sum. The forward pass gives the same values,
+    but for the rounding of a clipped beta.
+    """
+    for module in model.modules():
+        if isinstance(module, _Dynamics):
+            module._defers_bounds = deferred
+
+
+@torch.no_grad()
+def apply_bounds(model: nn.Module) -> None:
+    """Apply the gradient rule of the bounds to the gradients of a step, where it was deferred.
+
+    To be called when the gradients are complete (accumulated and reduced), before they are clipped.
+    """
+    for module in model.modules():
+        if isinstance(module, _Dynamics) and module._defers_bounds:
+            module._apply_bounds()
+
+
+def _passing(raw: Tensor, inside: Tensor, slope: Tensor | float = 1.0) -> Tensor:
+    """The value of `inside`, exactly, with the gradient `slope` with respect to `raw`."""
+    return inside.detach() + (raw - raw.detach()) * slope
+
+
+def _block(parameter: nn.Parameter, outside: Tensor, sign: int) -> None:
+    """Set gradients of a sign, at entries beyond a bound, to 0."""
+    if parameter.grad is not None:
+        leads_away = outside & (sign * parameter.grad > 0)
+        parameter.grad.copy_(torch.where(leads_away, 0.0, parameter.grad))
 
 
 @contextmanager
@@ -427,13 +501,12 @@ def branch_epilogue(
             return *ops.add_rms_norm(x, residual, weight, eps), v_next
         return *ops.gated_residual_norm(residual, x, *conditions, weight, eps), v_next
     if isinstance(dynamics, INLDynamics):
-        raw = dynamics.alpha_raw, dynamics.beta_raw, dynamics.gate_raw
-        coefficients = ops.inl_coefficients(*raw, beta_max=dynamics.beta_max)
+        coefficients = ops.inl_coefficients(*dynamics._raw(), beta_max=dynamics.beta_max)
     else:
         coefficients = dynamics.alpha, dynamics.beta, dynamics.gate
     dynamics._check_inputs(x, v, None)
     return ops.inl_branch_epilogue(
-        x, v, *coefficients, dynamics.mu, residual, *(conditions or (None, None, None)), weight,
+        x, v, *coefficients, dynamics._mu(), residual, *(conditions or (None, None, None)), weight,
         eps, dt=dynamics.dt, velocity_max=dynamics.velocity_max,
         mu_min=dynamics.mu_min, mu_max=dynamics.mu_max,
     )  # fmt: skip

@@ -58,7 +58,8 @@ def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Te
 
     The sign of the incoming gradient decides: for a parameter used by a whole batch that is the
     gradient of the batch, so outside a bound the gradients of single samples (``torch.func.vmap``
-    over ``grad``, micro-batches) need not add up to it.
+    over ``grad``, micro-batches) need not add up to it. For those, modules of `inl_core` have
+    `inl_core.defer_bounds`.
 
     Args:
         x: Tensor of any shape. NaN stays NaN.
