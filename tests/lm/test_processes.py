@@ -30,10 +30,6 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path) -> None
             small_run.model,
             dtype="float64",
             num_experts=2,
-            # Beyond its bound, mu gets a gradient by its sign, which each process computes on its
-            # own part of the batch: with bounds the runs agree to about 1e-6 only.
-            overrides=small_run.model.overrides
-            | {"dynamics_mu_min": None, "dynamics_mu_max": None},
         ),
     )
     config = tmp_path / "run.yaml"

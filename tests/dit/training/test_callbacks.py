@@ -5,17 +5,23 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from complexity_dit.config import EvalConfig
+from complexity_dit.data.latents import load_training_data
+from complexity_dit.evaluation.distances import Statistics
+from complexity_dit.evaluation.image_sets import KeptStatistics, write_statistics
 from complexity_dit.training import callbacks
-from complexity_dit.training.callbacks import NoiseLevels
+from complexity_dit.training.callbacks import HeldoutLoss, NoiseLevels
+from complexity_dit.training.network import build_model
 from complexity_dit.training.train import is_checkpoint_step, train
 from inl_core.run.errors import UserError
 from support.outcomes import outcome, rows_of
+from support.pictures import pictures, write_folder
 
 
 @pytest.fixture
@@ -73,15 +79,45 @@ def test_an_evaluated_step_is_a_checkpoint(small_run):
     assert [step for step in range(1, 9) if is_checkpoint_step(step, settings)] == [3, 6, 8]
 
 
-def test_a_missing_reference_is_reported_before_training(small_run):
-    cases = [
-        ({"evaluate_reference": "/nowhere"}, "/nowhere does not exist"),
-        ({"data": dataclasses.replace(small_run.data, holdout=0.0)}, "'heldout' of art is empty"),
-    ]
-    for changes, words in cases:
-        run = dataclasses.replace(small_run, evaluate_every=4, **changes)
-        with pytest.raises(UserError, match=words):
-            train(dataclasses.replace(run, out=run.out + words[:4].strip("/")))
+def foreign_statistics(folder):
+    identity = {
+        "name": "inception",
+        "weights_sha256": "0" * 64,
+        "resize": "tf1",
+        "dtype": "float32",
+    }
+    statistics = Statistics(np.zeros(8), np.eye(8), 10)
+    write_statistics(folder / "x.npz", KeptStatistics(statistics, identity))
+    return str(folder / "x.npz")
+
+
+def mixed_sizes(folder):
+    write_folder(folder / "mixed", pictures(3, 1))
+    write_folder(folder / "large", pictures(1, 1, 24))
+    (folder / "large" / "0000.png").rename(folder / "mixed" / "9.png")
+    return str(folder / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "words"),
+    [
+        (lambda folder: str(folder / "nowhere"), {}, r"nowhere is not a folder"),
+        (lambda folder: str(folder / "nowhere.npz"), {}, r"nowhere.npz"),
+        (lambda folder: str(write_folder(folder / "x", pictures(1, 1))), {}, "holds 1 images"),
+        (mixed_sizes, {}, r"9.png is 24x24 and 0000.png is 20x20"),
+        (foreign_statistics, {}, "was made with another extractor"),
+        (lambda folder: None, {"holdout": 0.0}, "'heldout' of art is empty"),
+    ],
+    ids=["missing", "missing npz", "one picture", "sizes", "extractor", "no held-out part"],
+)
+def test_a_reference_that_cannot_be_used_ends_a_run_before_its_first_step(
+    watched, tmp_path, make, changes, words
+):
+    data = dataclasses.replace(watched.data, holdout=changes.pop("holdout", 0.1))
+    run = dataclasses.replace(watched, evaluate_reference=make(tmp_path), data=data, **changes)
+    with pytest.raises(UserError, match=rf"^evaluate_reference .*{words}"):
+        train(run)
+    assert rows_of(run.out) == []
 
 
 def test_noise_levels_are_means_by_bin(tmp_path):
@@ -114,3 +150,37 @@ def test_no_tracker(small_run):
     train(dataclasses.replace(small_run, report_to="none"))
     assert not (Path(small_run.out) / "logs").exists()
     assert len(rows_of(Path(small_run.out) / "train_log.csv")) == small_run.steps
+
+
+def test_the_heldout_loss_has_the_same_pictures_and_noise_every_time(small_run, tmp_path):
+    run = dataclasses.replace(
+        small_run, steps=60, batch_size=8, checkpoint_every=30, heldout_every=10,
+        heldout_num_images=5, ema=dataclasses.replace(small_run.ema, decay=0.5),
+    )  # fmt: skip
+    plain = dataclasses.replace(run, heldout_every=0, out=str(tmp_path / "plain"))
+    train(plain)
+    train(run)
+    assert outcome(run.out) == outcome(plain.out)
+    rows = rows_of(Path(run.out) / "heldout_log.csv")
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
+    curve = [float(row["loss"]) for row in rows]
+    assert curve[-1] < curve[0]
+    # Any batch gives the same numbers: the five pictures, each with its own noise.
+    parts = dataclasses.replace(run, gradient_accumulation_steps=8, out=str(tmp_path / "parts"))
+    data, heldout = (load_training_data(run.data, split) for split in ("train", "heldout"))
+    assert len(heldout) > 5
+    found = []
+    for config in (run, parts):
+        callback = HeldoutLoss(config, heldout, Accelerator(cpu=True), 0)
+        torch.manual_seed(0)
+        network = build_model(config, data)
+        torch.nn.init.normal_(network.proj_out.weight)
+        callback._measure(network.eval(), 99)
+        found.append(float(rows_of(Path(config.out) / "heldout_log.csv")[-1]["loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_run_without_held_out_pictures_has_no_heldout_loss(small_run):
+    data = dataclasses.replace(small_run.data, holdout=0.0)
+    with pytest.raises(UserError, match="'heldout' of art is empty"):
+        train(dataclasses.replace(small_run, heldout_every=4, data=data))

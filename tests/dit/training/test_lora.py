@@ -302,7 +302,7 @@ def test_latents_are_scaled_as_for_the_base(pipe, paintings, tmp_path):
         objective=ObjectiveConfig(network_output="target"),
         lora=LoraOptions(rank=1, labels={"style": "Hokusai"}),
     )  # fmt: skip
-    _, parts, data = adapt(config, load_training_data(config.data))
+    _, parts, data, _ = adapt(config, load_training_data(config.data), None)
     with torch.no_grad():
         latents = base._encode(read_pictures(Image.open(paintings / "0.png"), None, None),
                                NetworkBatches(None, 0))  # fmt: skip

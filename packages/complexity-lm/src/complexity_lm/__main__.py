@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from complexity_lm import __version__
 from complexity_lm.config import (
@@ -170,6 +171,8 @@ run = PROGRAM.run
 
 def main() -> None:
     """Run the command of the shell; see `Program.main`."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # it is imported already, and reads no switch after that
     PROGRAM.main(quiet=["accelerate", "lm_eval"])
 
 

@@ -212,6 +212,32 @@ def _token_ids(
     return {"input_ids": [[separator, *ids] for ids in encoded["input_ids"]]}
 
 
+def token_bytes(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, count: int
+) -> NDArray[np.int64]:
+    """UTF-8 bytes of the first `count` tokens of the stream that `tokenize` and `pack` make.
+
+    A separator has none, and a character that several tokens share counts for the first of them.
+    """
+    parts: list[NDArray[np.int64]] = []
+    missing = count
+    for text in documents["text"]:
+        if missing <= 0:
+            break
+        offsets = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        codes = np.fromiter(map(ord, text), np.int64, len(text))
+        # Length of the text in bytes up to each character.
+        length = np.cumsum([0, *(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))])
+        ends = np.maximum.accumulate([0, *(end for _, end in offsets)])
+        if offsets:
+            ends[-1] = len(text)  # a tokenizer may leave white space out of its offsets
+        parts.append(np.diff(length[ends], prepend=0))
+        missing -= len(parts[-1])
+    return np.concatenate(parts)[:count]
+
+
 def pack(tokens: Any, context: int, side: str = "training") -> Any:
     """Pack tokenised documents into blocks of `context` ids.
 

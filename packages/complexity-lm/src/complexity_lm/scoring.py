@@ -103,7 +103,7 @@ def score_texts(
     # Windows of similar length share a batch: only short documents are padded, and little.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     nats = torch.zeros((), dtype=torch.float64)
-    for first in tqdm(range(0, len(jobs), batch_size), desc="scoring", unit="batch"):
+    for first in tqdm(range(0, len(jobs), batch_size), desc="scoring", unit="batch", disable=None):
         nats += _batch_nats(model, jobs[first : first + batch_size])
     return Score(
         nats=float(nats),

@@ -24,8 +24,10 @@ from complexity_lm.data import (
     Corpus,
     collate,
     count_tokens,
+    fingerprint,
     load_corpus,
     pack,
+    token_bytes,
     tokenize,
 )
 from complexity_lm.hub import report_errors
@@ -39,18 +41,44 @@ from complexity_lm.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from complexity_lm.trainer import DynamicsMonitor, LMTrainer, training_arguments
+from complexity_lm.trainer import RECORD_FILE, DynamicsMonitor, LMTrainer, training_arguments
 from inl_core.run import workers
-from inl_core.run.checkpoints import open_run_folder, step_of
+from inl_core.run.checkpoints import folder_of_step, open_run_folder, step_of
 from inl_core.run.csv_log import read_columns
-from inl_core.run.errors import UserError
+from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.json_files import read_json_object
 from inl_core.run.launcher import check_compiler, check_launcher
-from inl_core.run.settings import nearest
+from inl_core.run.ownership import check_data, history_comment, table_of_owners, take_settings
+from inl_core.run.settings import built, nearest, read_settings, store
 from inl_core.run.workers import report_dead_workers
 
 STATE_FILE = "trainer_state.json"
 """File that Trainer writes into every checkpoint."""
+
+OWNERS = table_of_owners(
+    taken="""
+        steps gradient_accumulation_steps mixed_precision compile gradient_checkpointing
+        optim.lr optim.beta1 optim.beta2 optim.weight_decay optim.warmup_steps optim.schedule
+        optim.schedule_options optim.grad_clip
+    """,
+    fixed="""
+        seed batch_size
+        data.holdout data.context data.piece_bytes data.files data.text_column data.hub_subset
+        data.hub_split data.heldout_documents data.sample_documents
+        tokenizer.vocab_size
+        model.preset model.dynamics_placement model.dynamics_adaptive model.num_experts
+        model.routing_scheme model.overrides model.dtype
+    """,
+    free="""
+        out resume log_every eval_every eval_blocks checkpoint_every keep_last dynamics_every
+        report_to data.source data.heldout_source tokenizer.path
+    """,
+)
+"""Who decides a setting of a resumed run, see `inl_core.run.ownership`.
+
+Paths of text and tokenizer are free, because folders move: what they hold is compared.
+"""
 
 _PROBE_BLOCKS = 4
 
@@ -74,6 +102,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
     Raises:
         UserError: The input is invalid, another run writes into the folder, the checkpoint is
             damaged, a loss is not finite, the disk is full, or a process of the run died.
+        RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
     check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
     if config.compile:
@@ -81,7 +110,8 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
     processes = PartialState(cpu=not torch.accelerator.is_available())
 
     def on_main(work: Callable[[], Path | None]) -> Path | None:
-        return workers.on_main(work, processes.is_main_process, processes.num_processes)
+        count, group = processes.num_processes, workers.message_group()
+        return workers.on_main(work, processes.is_main_process, count, group)
 
     try:
         with (
@@ -106,7 +136,19 @@ def _train(
     has_heldout = bool(config.data.heldout_source or config.data.holdout)
     args = training_arguments(config, processes.num_processes, has_heldout)
     assert args.world_size == processes.num_processes  # or the batch size would be another
+    record: dict[str, Any] = {"settings": dataclasses.asdict(config), "changes": []}
+    earlier = _read_record(checkpoint) if checkpoint else {}
+    if checkpoint is not None:
+        now = record["settings"]
+        if config.tokenizer.path is None:  # the run keeps the tokenizer that it started with
+            now["tokenizer"]["path"] = earlier["settings"].get("tokenizer", {}).get("path")
+        changes = take_settings(OWNERS, earlier["settings"], now, checkpoint, start_step)
+        record["changes"] = [*earlier.get("changes", []), *changes]
     corpus = load_corpus(config.data)
+    record["data"] = _identity(corpus)
+    if checkpoint is not None:
+        otherwise = "start a new run in another --out"
+        check_data(earlier.get("data"), record["data"], checkpoint, otherwise)
     with processes.main_process_first():  # it trains the tokenizer, the others read it
         tokenizer = _tokenizer(config, corpus, out)
     tokens = tokenize(corpus.sample, tokenizer)
@@ -116,36 +158,75 @@ def _train(
         blocks = BlockStream(pack(tokenize(corpus.train, tokenizer), context), config.batch_size)
     else:
         blocks = pack(tokens, context)
-    heldout_blocks = None
-    if heldout is not None:
+    heldout_blocks, bytes_per_token = None, math.nan
+    if heldout is not None and corpus.heldout is not None:
         heldout_blocks = pack(heldout, context, "held-out")
         heldout_blocks = heldout_blocks.take(min(config.eval_blocks, len(heldout_blocks)))
+        # The first token of a block is not predicted.
+        sizes = token_bytes(corpus.heldout, tokenizer, len(heldout_blocks) * context)
+        bytes_per_token = sizes.reshape(-1, context)[:, 1:].mean().item()
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
-    bytes_per_token = math.nan
-    if heldout is not None and corpus.heldout is not None:
-        # With separators as tokens, because the blocks contain them.
-        size = sum(len(text.encode()) for text in corpus.heldout["text"])
-        bytes_per_token = size / sum(map(len, heldout["input_ids"]))
     trainer = LMTrainer(
-        config, model, args, tokenizer, blocks, heldout_blocks, bytes_per_token, start_step
-    )
+        config, model, args, tokenizer, blocks, heldout_blocks, bytes_per_token, start_step,
+        record,
+    )  # fmt: skip
     if config.dynamics_every:
         source = pack(tokens, context) if heldout_blocks is None else heldout_blocks
         probe = collate([source[i] for i in range(min(_PROBE_BLOCKS, len(source)))])["input_ids"]
         trainer.add_callback(DynamicsMonitor(trainer, probe))
     if processes.is_main_process:
         with atomic_file(out / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            comment = history_comment(record["changes"])
+            partial.write_text(comment + yaml.safe_dump(record["settings"]))
+    with trainer.stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if trainer.stopped_by and step < config.steps:
+        raise RunStopped(
+            trainer.stopped_by,
+            f"after step {step} of {config.steps}, which is saved in "
+            f"{folder_of_step(out / 'checkpoints', step)}; resume with --resume auto",
+        )
 
     folder = out / "model"
     trainer.save_final(folder)
     if processes.is_main_process:
         plot_loss(out / "train_log.csv", out / "heldout_log.csv", out / "loss.png")
-        _write_result(config, folder, corpus)
+        _write_result(config, folder, corpus, record)
     processes.wait_for_everyone()
     return folder
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    """`run.json` of a checkpoint; of an older version the settings in the run's `config.yaml`."""
+    with report_errors(f"cannot read checkpoint {checkpoint}"):
+        if (checkpoint / RECORD_FILE).exists():
+            record = read_json_object(checkpoint / RECORD_FILE, follow_links=False)
+            if not isinstance(record["settings"], dict):
+                raise ValueError(f"{RECORD_FILE} has no settings")
+            return record
+        config = checkpoint.resolve().parents[1] / "config.yaml"
+        if not config.exists():
+            return {"settings": {}}
+        values: dict[str, Any] = {}
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        written = {name: one for name, one in read_settings(config).items() if name in known}
+        store(values, {"run": TrainConfig}, "run", written)
+        return {"settings": dataclasses.asdict(built(TrainConfig, values["run"]))}
+
+
+def _identity(corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint records of the text, to know it again; of a stream the first documents."""
+    sides = {"training": corpus.sample, "held-out": corpus.heldout}
+    return {
+        f"{what} of the {side} text": value
+        for side, text in sides.items()
+        if text is not None
+        for what, value in (
+            ("fingerprint", fingerprint(text["text"])), ("number of documents", len(text)),
+        )
+    }  # fmt: skip
 
 
 def build_model(
@@ -207,7 +288,9 @@ def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedToke
     return tokenizer
 
 
-def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
+def _write_result(
+    config: TrainConfig, folder: Path, corpus: Corpus, record: dict[str, Any]
+) -> None:
     """Measure the saved model, rather than the one in memory, on all held-out text."""
     losses = _read_columns(Path(config.out) / "train_log.csv", "loss")[1].tolist()
     last = losses[-max(1, len(losses) // 50) :]
@@ -221,7 +304,8 @@ def _write_result(config: TrainConfig, folder: Path, corpus: Corpus) -> None:
     result |= {
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "tokens_trained": config.steps * config.batch_size * config.data.context,
-        "settings": dataclasses.asdict(config),
+        "settings": record["settings"],
+        "changed_settings": record["changes"],
         "versions": versions(),
         "weights_sha256": weights_hash(loaded.model),
     }

@@ -6,9 +6,12 @@ the tokenizer (it loads with `from_pretrained`), and, to resume, `trainer_state.
 reads with `weights_only=True`: that unpickler builds tensors, numbers and containers and runs no
 code (for the generator states it may build numpy arrays too). `check_torch_files` refuses those
 that claim more memory than their bytes fill. `training_args.bin`, a full pickle that nothing reads,
-is removed. `SHA256SUMS` lists all files and is verified before a run resumes.
+is removed. `run.json` has the settings of the run, their changes on the way and the fingerprint of
+its text. `SHA256SUMS` lists all files and is verified before a run resumes.
 """
 
+import json
+import logging
 import math
 import shutil
 import time
@@ -19,6 +22,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -36,7 +40,7 @@ from complexity_lm.hub import report_errors
 from complexity_lm.loading import check_checkpoint, write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.sources import is_streamed
-from inl_core import DYNAMICS_COLUMNS, read_dynamics
+from inl_core import DYNAMICS_COLUMNS, apply_bounds, defer_bounds, read_dynamics
 from inl_core.run.checkpoints import (
     drop_old_checkpoints,
     folder_of_step,
@@ -46,6 +50,14 @@ from inl_core.run.checkpoints import (
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
+from inl_core.run.ownership import keeping_settings, move_schedule
+from inl_core.run.stopping import StopRequest
+from inl_core.run.workers import largest
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "run.json"
+"""In a checkpoint: the settings of the run, their changes on the way, and what it is trained on."""
 
 
 def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
@@ -83,7 +95,8 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         weight_decay=optim.weight_decay,
-        max_grad_norm=optim.grad_clip,
+        # Trainer calls `_clip_grad_norm`, where the loss is noted, for a limit above 0 only.
+        max_grad_norm=optim.grad_clip or math.inf,
         warmup_steps=optim.warmup_steps,
         lr_scheduler_type=optim.schedule,
         lr_scheduler_kwargs=optim.schedule_options,
@@ -101,8 +114,13 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
 class LMTrainer(Trainer):
     """Trainer for packed blocks.
 
-    `args` are the result of `training_arguments`; `bytes_per_token`, of the held-out text, converts
-    its loss to bits per byte; `start_step` is that of the checkpoint that the run continues from.
+    `args` are the result of `training_arguments`; `bytes_per_token`, of the held-out tokens that
+    are predicted, converts their loss to bits per byte; `start_step` is that of the checkpoint that
+    the run continues from; `record` is what `run.json` of its checkpoints holds.
+
+    Attributes:
+        stop: To be entered by the caller around `train`: a signal saves a checkpoint and ends it.
+        stopped_by: Number of the signal that ended the training, 0 for none.
     """
 
     def __init__(
@@ -115,9 +133,11 @@ class LMTrainer(Trainer):
         heldout: datasets.Dataset | None,
         bytes_per_token: float,
         start_step: int,
+        record: dict[str, Any],
     ) -> None:
         self.config, self.bytes_per_token, self.start_step = config, bytes_per_token, start_step
-        self.folder = Path(config.out)
+        self.folder, self.record = Path(config.out), record
+        self.stop, self.stopped_by = StopRequest(), 0
         self.stream = train if isinstance(train, BlockStream) else None
         super().__init__(
             model,
@@ -127,6 +147,8 @@ class LMTrainer(Trainer):
             eval_dataset=heldout,  # pyright: ignore[reportArgumentType]
             processing_class=tokenizer,
         )
+        if args.gradient_accumulation_steps * args.world_size > 1:
+            defer_bounds(model)
         self.tokenizer = tokenizer
         self.steps_log = self.open_log("train_log.csv", "step", "loss", "grad_norm", "lr")
         self.heldout_log = self.open_log("heldout_log.csv", "step", "loss", "bits_per_byte")
@@ -140,6 +162,13 @@ class LMTrainer(Trainer):
         """Open a log in the run's folder; None in all processes but the main one."""
         is_main = self.is_world_process_zero()
         return CsvLog(self.folder / name, fields, self.start_step) if is_main else None
+
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """Train as Trainer does, but no step more once a run is finished: a stream never ends."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **named)
 
     # Data order, weight decay, losses -----------------------------------------------------------
 
@@ -162,6 +191,7 @@ class LMTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        apply_bounds(model)  # to the gradient of the whole batch
         norm = super()._clip_grad_norm(model)
         loss, self._step_loss = self._step_loss, None
         assert loss is not None
@@ -238,6 +268,7 @@ class LMTrainer(Trainer):
             if is_main:
                 written = partial / f"checkpoint-{step}"
                 self._complete(written)
+                (written / RECORD_FILE).write_text(json.dumps(self.record, indent=1) + "\n")
                 if self.stream is not None:
                     self.stream.save(written, step * self.config.batch_size)
                 write_sums(written)
@@ -280,8 +311,18 @@ class LMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with report_errors(f"cannot read the optimizer state of {checkpoint}"):
+        """Load the moments; the settings of optimizer and schedule stay those of this run."""
+        if checkpoint is None:
+            return
+        scheduler: Any = self.lr_scheduler
+        schedule = scheduler.state_dict()
+        with (
+            report_errors(f"cannot read the optimizer state of {checkpoint}"),
+            keeping_settings(self.optimizer),  # pyright: ignore[reportArgumentType]
+        ):
             super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler.load_state_dict(schedule)
+        move_schedule(scheduler, self.state.global_step)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with report_errors(f"cannot read the generator states of {checkpoint}"):
@@ -295,39 +336,57 @@ def _move(written: Path, target: Path) -> None:
             path.replace(folder / path.name)
 
 
-class _Progress(ProgressCallback):
-    """Progress bar, and a check of the losses before anything is logged, measured or saved."""
+class _Progress(TrainerCallback):
+    """Progress, stop requests, and a check of the losses before they are logged or saved.
+
+    Progress is a bar in a terminal, else a line in the log for every `log_every` steps.
+    """
 
     def __init__(self, trainer: LMTrainer) -> None:
-        super().__init__()
         self.trainer = trainer
-        self.first_step, self.start = 0, 0.0
+        self.bar: tqdm | None = None
+        self.last_step, self.last_time = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.first_step, self.start = state.global_step, time.perf_counter()
-        self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.set_description("training")
-            self.training_bar.update(state.global_step)
+        # A checkpoint would bring the intervals of the run that wrote it.
+        state.compute_steps(args, state.max_steps)
+        self.last_step, self.last_time = state.global_step, time.perf_counter()
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True,
+            disable=None if state.is_world_process_zero else True,
+        )  # fmt: skip
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if control.should_log or control.should_evaluate or control.should_save:
-            loss = self.trainer.stop_if_not_finite()
-            if self.training_bar is not None and loss is not None:
-                config = self.trainer.config
-                steps = state.global_step - self.first_step
-                tokens = steps * config.batch_size * config.data.context
-                speed = tokens / (time.perf_counter() - self.start)
-                self.training_bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:.0f}")
+        trainer = self.trainer
+        assert self.bar is not None
+        self.bar.update()
+        trainer.stopped_by = largest(trainer.stop.number)
+        if trainer.stopped_by:
+            control.should_save = control.should_training_stop = True
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        loss, now = trainer.stop_if_not_finite(), time.perf_counter()
+        if loss is None:
+            return
+        tokens = (state.global_step - self.last_step) * trainer.config.batch_size
+        speed = tokens * trainer.config.data.context / (now - self.last_time)
+        self.last_step, self.last_time = state.global_step, now
+        self.bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:.0f}")
+        if self.bar.disable and state.is_world_process_zero:
+            logger.info(
+                "step %d of %d: loss %.4f, %.0f tokens/s",
+                state.global_step, state.max_steps, loss, speed,
+            )  # fmt: skip
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Print nothing: the bar shows the loss, the files and the tracker get the rest."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.bar is not None
+        self.bar.close()
 
 
 class DynamicsMonitor(TrainerCallback):

@@ -203,7 +203,7 @@ def _write_parts(
         total=sum(map(len, shares.values())),
         desc="encoding",
         unit="image",
-        disable=not is_main(),
+        disable=None if is_main() else True,
     ) as bar:
         for part, rows in shares.items():
             path = part_path(folder, part)

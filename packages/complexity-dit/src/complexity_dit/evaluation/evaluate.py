@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from complexity_dit.config import RUN_KIND, DataConfig, EvalConfig, SampleConfig
@@ -138,13 +139,7 @@ def evaluate(
         else:
             side = subject.sample_size
             size, n = (sample.height or side, sample.width or side), config.num_images
-        ref = open_reference(reference, size, data)
-        check_request(config, ref, reference, folder)
-        extractor = main_first(
-            lambda: load_extractor(config.weights, config.resize, config.dtype, device)
-        )
-        if ref.statistics:
-            check_identity(ref.statistics, extractor, reference)
+        ref, extractor = _open_checked(reference, size, data, config, device, folder)
         settings: dict[str, Any] = {
             "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
             "reference": reference,
@@ -244,6 +239,58 @@ def _claim(folder: Path) -> Iterator[None]:
 
 def _is_evaluation_of_0_1_0(folder: Path) -> bool:
     return (folder / SAMPLES_FOLDER / SETTINGS_FILE).is_file() or has_result(folder)
+
+
+def check_reference(
+    reference: str | Path, size: tuple[int, int], data: DataConfig, config: EvalConfig
+) -> None:
+    """Do all of `evaluate` that can fail because of the reference, and measure nothing.
+
+    For a training, which finds out before its first step. The pictures of a folder are read once,
+    and the feature network is fetched.
+
+    Args:
+        reference: As for `evaluate`.
+        size: Height and width of the images that will be measured.
+        data: As for `evaluate`.
+        config: The settings of the evaluation; its output folder is taken as given.
+
+    Raises:
+        UserError: As `evaluate`.
+    """
+    reference, device = str(reference), pick_device(config.device)
+    ref, _ = _open_checked(reference, size, data, config, device, Path())
+    rows = draw(
+        len(ref.images) if ref.images else config.num_images, config.num_images, config.seed
+    )
+    if len(rows) < 2:
+        raise UserError(
+            f"an evaluation of {len(rows)} images against {reference}: a distance needs 2 or more "
+            f"on both sides, and num_images is {config.num_images}"
+        )
+    if ref.images is None:
+        return
+    for start in range(0, len(rows), FEATURE_CHUNK):
+        ref.images.read(rows[start : start + FEATURE_CHUNK].tolist())
+
+
+def _open_checked(
+    reference: str,
+    size: tuple[int, int],
+    data: DataConfig | None,
+    config: EvalConfig,
+    device: torch.device,
+    folder: Path | None,
+) -> tuple[Reference, FeatureExtractor]:
+    """The reference and the feature network, once they are known to fit the request."""
+    ref = open_reference(reference, size, data)
+    check_request(config, ref, reference, folder)
+    extractor = main_first(
+        lambda: load_extractor(config.weights, config.resize, config.dtype, device)
+    )
+    if ref.statistics:
+        check_identity(ref.statistics, extractor, reference)
+    return ref, extractor
 
 
 def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Path | None) -> None:

@@ -43,7 +43,7 @@ def extract_features(
         UserError: No image at all, or batches that are not uint8 (n, H, W, 3) of one size.
     """
     features: list[NDArray[np.float32]] = []
-    with tqdm(total=total, desc=desc, unit="image", disable=not is_main()) as bar:
+    with tqdm(total=total, desc=desc, unit="image", disable=None if is_main() else True) as bar:
         for images in _rebatch(batches, FEATURE_CHUNK):
             n = len(images)
             # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.

@@ -476,6 +476,7 @@ def _download() -> FoundWeights | None:
                 "read",
                 total=int(reply.headers.get("Content-Length") or 0) or None,
                 desc="Inception weights",
+                disable=None,
             ) as source,
         ):
             shutil.copyfileobj(source, file, 1 << 20)

@@ -211,7 +211,9 @@ def iter_samples(
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
     indices = list(range(len(labels)) if indices is None else indices)
-    with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=len(indices), desc="sampling", unit="image", disable=None if progress else True
+    ) as bar:
         for batch in _consecutive_batches(indices, config.batch_size):
             images = pipe(
                 class_labels=labels[batch],

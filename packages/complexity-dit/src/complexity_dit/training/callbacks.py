@@ -20,16 +20,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from complexity_dit.config import EvalConfig, SampleConfig, TrainConfig
-from complexity_dit.data.dataset import load_data
 from complexity_dit.data.latents import TrainingData, source_config
 from complexity_dit.distributed import on_main
-from complexity_dit.evaluation.evaluate import evaluate
-from complexity_dit.evaluation.image_sets import is_source
+from complexity_dit.evaluation.evaluate import check_reference, evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples
-from complexity_dit.training.batches import StepBatches
+from complexity_dit.seeding import derive_seed
+from complexity_dit.training.batches import StepBatches, images_per_pass
+from complexity_dit.training.objective import training_loss
 from complexity_dit.training.state import SavedPipeline, TrainState
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.checkpoints import latest_checkpoint
@@ -43,7 +43,8 @@ class TrainLog:
     """The loss curve, `train_log.csv`: one row per step, exact across resumes.
 
     Losses stay on the device until a flush, so that the device need not wait for the host at every
-    step. `skipped` is the number of steps that the spike guard has skipped so far.
+    step. `skipped` is the number of steps so far that the spike guard or the gradient scaler of
+    fp16 has skipped.
     """
 
     fields = ("step", "loss", "grad_norm", "lr", "skipped")
@@ -53,7 +54,7 @@ class TrainLog:
     ) -> None:
         self.out, self.accelerator, self.skipped = out, accelerator, skipped
         self.pending: list[tuple[int, Tensor, Tensor, float, bool]] = []
-        self.start_step, self.start_time = start_step, time.perf_counter()
+        self.last_step, self.last_time = start_step, time.perf_counter()
         self.file = None
         if accelerator.is_main_process:
             self.file = CsvLog(out / "train_log.csv", self.fields, start_step)
@@ -61,11 +62,14 @@ class TrainLog:
     def add(
         self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, *, skipped: bool = False
     ) -> None:
-        """Record one step; `skipped` if the spike guard refused its update."""
+        """Record one step; `skipped` if it updated nothing."""
         self.pending.append((step, loss, grad_norm, lr, skipped))
 
     def flush(self, config: TrainConfig) -> dict[str, str]:
-        """Write the recorded steps and return text for the progress bar."""
+        """Write the recorded steps and return text for the progress bar.
+
+        The speed is that since the last flush, with everything that was done between the steps.
+        """
         mean = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean")
         rows = [
             (step, loss, float(norm), lr, int(skipped))
@@ -75,21 +79,23 @@ class TrainLog:
         self._stop_if_not_finite(rows, config)
         step, _, grad_norm, lr, _ = rows[-1]
         self.skipped += sum(row[-1] for row in rows)
-        seconds = time.perf_counter() - self.start_time
-        speed = (step - self.start_step) * config.batch_size / seconds
+        now = time.perf_counter()
+        speed = (step - self.last_step) * config.batch_size / (now - self.last_time)
+        self.last_step, self.last_time = step, now
         if self.file is not None:
             self.file.write(rows)
         finite = [row[1] for row in rows if math.isfinite(row[1])]  # skipped steps may not be
         average = sum(finite) / len(finite) if finite else math.nan
         counts = {"images_per_second": speed, "skipped_steps": self.skipped}
         self.accelerator.log({"loss": average, "grad_norm": grad_norm, "lr": lr} | counts, step)
-        return {"loss": f"{average:.4f}", "images/s": f"{speed:.0f}"}
+        return {"loss": f"{average:.4f}", "images/s": f"{speed:.3g}"}
 
     def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
         for step, loss, grad_norm, _, skipped in rows:
-            # The gradient scaler of fp16 produces infinite norms by design and skips those steps.
-            bad_norm = config.mixed_precision != "fp16" and not math.isfinite(grad_norm)
-            if not skipped and (bad_norm or not math.isfinite(loss)):
+            # The guard skips any step that is not finite; the scaler of fp16, which finds its scale
+            # this way, only if the loss is finite.
+            expected = skipped and (config.optim.spike_factor or math.isfinite(loss))
+            if not expected and not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 kept = latest_checkpoint(self.out / "checkpoints")
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}; training stopped. The "
@@ -156,6 +162,7 @@ class Callback(ABC):
 def build_callbacks(
     config: TrainConfig,
     data: TrainingData,
+    heldout: TrainingData | None,
     saved: SavedPipeline,
     accelerator: Accelerator,
     start_step: int,
@@ -166,8 +173,10 @@ def build_callbacks(
         callbacks.append(SampleGrids(config, saved, accelerator))
     if config.dynamics_every:
         callbacks.append(DynamicsMonitor(config, data, accelerator, start_step))
+    if heldout is not None:
+        callbacks.append(HeldoutLoss(config, heldout, accelerator, start_step))
     if config.evaluate_every:
-        callbacks.append(Evaluation(config, saved, accelerator, start_step))
+        callbacks.append(Evaluation(config, data, saved, accelerator, start_step))
     return callbacks
 
 
@@ -215,36 +224,36 @@ class Evaluation(Callback):
     fields = ("step", "metric", "value", "n_generated", "n_reference")
 
     def __init__(
-        self, config: TrainConfig, saved: SavedPipeline, accelerator: Accelerator, start_step: int
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        saved: SavedPipeline,
+        accelerator: Accelerator,
+        start_step: int,
     ) -> None:
-        self.every, self.config, self.saved = config.evaluate_every, config, saved
+        self.every, self.saved = config.evaluate_every, saved
         self.accelerator, self.out = accelerator, Path(config.out)
         self.data = source_config(config.data)
         self.reference = config.evaluate_reference or self.data.source
-        on_main(partial(self._open, start_step))
-
-    def _open(self, start_step: int) -> None:
-        """Refuse a missing reference now rather than at the first evaluation."""
-        if is_source(self.reference):
-            load_data(replace(self.data, source=self.reference), "heldout")
-        elif not Path(self.reference).exists():
-            raise UserError(
-                f"evaluate_reference {self.reference} does not exist; give a data source, a folder "
-                "of pictures or a statistics .npz"
-            )
-        self.file = CsvLog(self.out / "metrics.csv", self.fields, start_step)
+        self.settings = EvalConfig.brief(
+            num_images=config.evaluate_num_images, device=str(accelerator.device),
+            keep_images=False, overwrite=True, quiet=True,
+        )  # fmt: skip
+        try:
+            size = (data.resolution, data.resolution)
+            check_reference(self.reference, size, self.data, self.settings)
+        except UserError as error:
+            raise UserError(f"evaluate_reference {self.reference}: {error}") from error
+        if accelerator.is_main_process:
+            self.file = CsvLog(self.out / "metrics.csv", self.fields, start_step)
 
     def __call__(self, state: TrainState) -> None:
         device, step = self.accelerator.device, state.step
-        settings = EvalConfig.brief(
-            num_images=self.config.evaluate_num_images, device=str(device),
-            keep_images=False, overwrite=True, quiet=True,
-        )  # fmt: skip
         result = evaluate(
             self.saved.build_pipeline(state.export("ema")).to(device),
             self.reference,
             self.out / "evaluations" / f"step-{step:08d}",
-            settings,
+            self.settings,
             SampleConfig(),
             self.data,
         )
@@ -252,6 +261,51 @@ class Evaluation(Callback):
         if self.file is not None:
             self.file.write([(step, name, v, *counts) for name, v in result["metrics"].items()])
         self.accelerator.log({f"evaluation/{k}": v for k, v in result["metrics"].items()}, step)
+
+
+class HeldoutLoss(Callback):
+    """The training loss of the averaged weights on held-out pictures, `heldout_log.csv`.
+
+    Pictures, noise, times and dropped labels are a function of the run's seed and the same every
+    time, so the curve shows changes of the network alone.
+    """
+
+    fields = ("step", "loss")
+
+    def __init__(
+        self, config: TrainConfig, heldout: TrainingData, accelerator: Accelerator, start_step: int
+    ) -> None:
+        self.every, self.accelerator, self.config = config.heldout_every, accelerator, config
+        self.size = images_per_pass(config, accelerator.num_processes)
+        own = replace(
+            config,
+            batch_size=min(config.heldout_num_images, len(heldout)),
+            seed=derive_seed(config.seed, "heldout"),
+            data=replace(config.data, flip=False, balanced_labels=None),
+            model=replace(config.model, token_drop_rate=0.0),
+        )  # fmt: skip
+        self.batches = StepBatches(heldout, own, 0, 1)
+        if accelerator.is_main_process:
+            self.file = CsvLog(Path(config.out) / "heldout_log.csv", self.fields, start_step)
+
+    def __call__(self, state: TrainState) -> None:
+        network = state.export("ema")
+        on_main(partial(self._measure, network, state.step))
+
+    @torch.no_grad()
+    def _measure(self, network: ComplexityDiTTransformer2DModel, step: int) -> None:
+        device, total = self.accelerator.device, 0.0
+        network, batch = network.to(device), self.batches[0]
+        names = ("x", "timestep", "labels", "target")
+        for parts in zip(*(batch[name].split(self.size) for name in names), strict=True):
+            *inputs, target = (part.to(device) for part in parts)
+            with self.accelerator.autocast():
+                prediction = network(*inputs, return_dict=False)[0]
+            total += float(training_loss(prediction, target, self.config.objective)) * len(target)
+        loss = total / len(batch["x"])
+        assert self.file is not None  # this is the main process
+        self.file.write([(step, loss)])
+        self.accelerator.log({"heldout_loss": loss}, step)
 
 
 PROBE_SIZE = 8  # images that the dynamics are measured on

@@ -123,12 +123,12 @@ def _label_table(source: ComplexityDiTPipeline, field: str, names: Sequence[str]
 
 
 def adapt(
-    config: TrainConfig, data: TrainingData
-) -> tuple[ComplexityDiTTransformer2DModel, SavedAdapter, TrainingData]:
+    config: TrainConfig, data: TrainingData, heldout: TrainingData | None
+) -> tuple[ComplexityDiTTransformer2DModel, SavedAdapter, TrainingData, TrainingData | None]:
     """The network of `config.init_from` with an adapter to train.
 
     Labels that the base has keep its ids; the adapter adds the others. Returned are the network,
-    the parts that are saved with it, and the data with the ids of the base.
+    the parts that are saved with it, and both sides of the data with the ids of the base.
     """
     options = config.lora
     if find_spec("peft") is None:
@@ -144,6 +144,8 @@ def adapt(
         raise UserError(f"--init_from {config.init_from} is an adapter: give a full pipeline")
     _check_objective(config, base)
     data = _use_labels_of(base, _use_space_of(base, data, config), options.labels)
+    if heldout is not None:
+        heldout = _use_labels_of(base, _use_space_of(base, heldout, config), options.labels)
     pictures, space = asdict(source_config(config.data)), None
     if base.vae is not None:
         space = LatentSpace(base.vae, base.config.latents_mean, base.config.latents_std, pictures)
@@ -152,7 +154,7 @@ def adapt(
         base=str(find_pipeline(Path(config.init_from)) or config.init_from),
         base_sha256=weights_sha256(base.transformer),
     )  # fmt: skip
-    return _add_adapter(base, data, options, config.seed), saved, data
+    return _add_adapter(base, data, options, config.seed), saved, data, heldout
 
 
 def _add_adapter(

@@ -104,13 +104,12 @@ class SpikeGuard:
     def __init__(self, config: OptimConfig) -> None:
         self.factor, self.limit = config.spike_factor, config.spike_limit
         self.norms: deque[float] = deque(maxlen=config.spike_window)
-        self.skipped = self._broken_in_a_row = 0
+        self._broken_in_a_row = 0
 
     def admits(self, norm: float) -> bool:
-        """Whether the update with this gradient norm is applied; counts it if not."""
+        """Whether the update with this gradient norm is applied."""
         finite = math.isfinite(norm)
         good = finite and not norm > self.threshold()
-        self.skipped += not good
         self._broken_in_a_row = 0 if finite else self._broken_in_a_row + 1
         if self._broken_in_a_row > self.limit:
             raise UserError(
@@ -130,11 +129,10 @@ class SpikeGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for the JSON of a checkpoint."""
-        counts = {"skipped": self.skipped, "broken_in_a_row": self._broken_in_a_row}
-        return {"norms": list(self.norms), **counts}
+        return {"norms": list(self.norms), "broken_in_a_row": self._broken_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`; of a longer window the latest norms are kept."""
         self.norms.clear()
         self.norms.extend(state["norms"])
-        self.skipped, self._broken_in_a_row = state["skipped"], state["broken_in_a_row"]
+        self._broken_in_a_row = state["broken_in_a_row"]

@@ -6,8 +6,8 @@ A checkpoint folder holds
                             adapter: adapter/, and ema.safetensors with its parameters by name
     model.safetensors       the raw weights, for an adapter only its own
     optimizer.safetensors   the moments of the optimizer
-    state.json              step, EMA and schedule counters, recent gradient norms, config and
-                            process count of the run
+    state.json              step, EMA counter, fp16's loss scale, recent gradient norms, process
+                            count; settings with the history of their changes, and which data
     SHA256SUMS              of all these files; verified before a run resumes
 
 Generator states and data positions are not saved: both are functions of (seed, step), see
@@ -40,10 +40,12 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
+from inl_core import defer_bounds
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
 from inl_core.run.json_files import fits, read_json_object
+from inl_core.run.ownership import keeping_settings, move_schedule
 
 # Sharded tensors (FSDP2).
 
@@ -264,7 +266,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     guard: SpikeGuard | None = None
+    scaler: torch.amp.GradScaler | None = None  # of fp16
     step: int = 0
+    skipped: int = 0  # steps without an update, by the guard or the scaler
+
+    def loss_scale(self) -> float:
+        """Factor of the loss in the backward pass of fp16, else 1."""
+        return self.scaler.get_scale() if self.scaler is not None else 1.0
 
     def reset_ema(self) -> None:
         """Restart the average at the current weights, placed and sharded as they are now."""
@@ -279,9 +287,10 @@ class TrainState:
             parameter.copy_(full_tensor(next(averaged) if is_averaged else current))
         return copy.eval()
 
-    def save(self, checkpoints: Path, saved: SavedPipeline, config: dict[str, Any]) -> Path:
+    def save(self, checkpoints: Path, saved: SavedPipeline, record: dict[str, Any]) -> Path:
         """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
+        `record` is what else `state.json` holds: config, changes and data of the run.
         If the disk is full or not writable, nothing half-written stays.
         """
         averaged, weights = self.export("ema"), full_tensors(self.model)
@@ -301,7 +310,9 @@ class TrainState:
             "optimizer_groups": optimizer["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "guard": self.guard and self.guard.state_dict(),
-            "config": config,
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "skipped": self.skipped,
+            **record,
         }
         target = folder_of_step(checkpoints, self.step)
 
@@ -327,38 +338,37 @@ class TrainState:
     def load(
         self, checkpoint: Path, saved: SavedPipeline, label_names: Mapping[str, list[str]]
     ) -> dict[str, Any]:
-        """Restore the exact state that a checkpoint was written with, in any number of processes.
+        """Restore what a checkpoint was written with, in any number of processes.
 
-        Returned are the contents of `state.json`: step, processes, config, and so on.
+        The settings of optimizer, schedule and average stay those of this run. Returned are the
+        contents of `state.json`: step, processes, config, and so on.
         """
         try:
-            meta = read_json_object(checkpoint / STATE_FILE, follow_links=False)
-            step = meta["step"]
-            if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
-                raise ValueError(f"step {step!r}")
+            meta = read_state(checkpoint)
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
             shadow = saved.load_ema(checkpoint, label_names, self.model.config)
             check_shapes(weights, trainable(self.model), f"{checkpoint}")
-            self.ema.load_state_dict(meta["ema"])
+            self.ema.optimization_step = int(meta["ema"]["optimization_step"])
             with torch.no_grad():
                 averaged = zip(trainable(self.model).items(), self.ema.shadow_params, strict=True)
                 for (name, parameter), average in averaged:
                     parameter.copy_(shard_like(weights[name], parameter))
                     average.copy_(shard_like(shadow[name], average))
             self._load_optimizer(moments, meta["optimizer_groups"], checkpoint)
-            self.lr_scheduler.load_state_dict(meta["lr_scheduler"])
-            if self.guard is not None and meta.get("guard"):
-                self.guard.load_state_dict(meta["guard"])
+            move_schedule(self.lr_scheduler, meta["step"])
+            guard = meta.get("guard") or {}
+            if self.guard is not None and guard:
+                self.guard.load_state_dict(guard)
+            if self.scaler is not None and meta.get("scaler"):
+                self.scaler.load_state_dict(meta["scaler"])
+            self.skipped = int(meta.get("skipped", guard.get("skipped", 0)))
         except UserError:
             raise
         # Of any type: what is missing or of another type in a file fails where it is first used.
         except Exception as error:
-            raise UserError(
-                f"cannot read checkpoint {checkpoint} ({type(error).__name__}: {error}); it may be "
-                "damaged or of another version"
-            ) from error
-        self.step = step
+            raise _unreadable(checkpoint, error) from error
+        self.step = meta["step"]
         return meta
 
     def _load_optimizer(
@@ -373,12 +383,32 @@ class TrainState:
             fitting = shard_like(value, parameter) if value.shape == parameter.shape else value
             state.setdefault(int(index), {})[name] = fitting
         try:
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            with keeping_settings(self.optimizer):
+                self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error:  # other groups, or groups of other sizes
             raise UserError(
                 f"{checkpoint} was written by another optimizer ({error}): use the --optim.name "
                 "it was trained with, or start a new run in another --out"
             ) from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The contents of `state.json`, with its step and config checked; `UserError` if unreadable."""
+    try:
+        meta = read_json_object(checkpoint / STATE_FILE, follow_links=False)
+        step = meta["step"]
+        if not fits(step, int) or step < 0 or not fits(meta["config"], dict[str, Any]):
+            raise ValueError(f"step {step!r}")
+    except Exception as error:
+        raise _unreadable(checkpoint, error) from error
+    return meta
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read checkpoint {checkpoint} ({type(error).__name__}: {error}); it may be damaged "
+        "or of another version"
+    )
 
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
@@ -404,8 +434,11 @@ def prepared_state(
     from the parameters as they are placed after that.
     """
     state = build_state(network, config)
+    if config.gradient_accumulation_steps * accelerator.num_processes > 1:
+        defer_bounds(network)  # `optimizer_step` applies them to the gradient of the whole batch
     if config.compile == "regional":
         network.compile_repeated_blocks(fullgraph=True)
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    state.scaler = accelerator.scaler
     state.reset_ema()
     return state, model

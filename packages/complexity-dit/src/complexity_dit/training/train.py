@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from complexity_dit.config import RUN_KIND, TrainConfig
-from complexity_dit.data.latents import load_training_data, open_latent_space
+from complexity_dit.data.latents import TrainingData, load_training_data, open_latent_space
 from complexity_dit.distributed import largest, main_first, on_main
 from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
@@ -36,24 +36,57 @@ from complexity_dit.training.state import (
     TrainState,
     full_tensor,
     prepared_state,
+    read_state,
     trainable,
 )
+from inl_core import apply_bounds
 from inl_core.run.checkpoints import drop_old_checkpoints, open_run_folder
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
-from inl_core.run.json_files import read_json_object
 from inl_core.run.launcher import check_compiler, check_launcher
+from inl_core.run.ownership import (
+    check_data,
+    history_comment,
+    table_of_owners,
+    take_settings,
+)
 from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
 
-IGNORED_SETTINGS = {
-    "out", "resume", "init_from", "log_every", "checkpoint_every", "keep_last", "keep_every",
-    "compile", "loader_workers", "report_to", "noise_bins", "dynamics_every", "sample_every",
-    "evaluate_every", "evaluate_num_images", "evaluate_reference",
-}  # fmt: skip
-"""Settings that a resumed run may change without a warning: the loss curve does not depend on them.
+OWNERS = table_of_owners(
+    taken="""
+        steps gradient_accumulation_steps mixed_precision compile gradient_checkpointing
+        data.flip model.token_drop_rate model.token_drop_until
+        objective.time_sampling objective.logit_mean objective.logit_std objective.shift
+        objective.sampling_shift objective.label_dropout objective.direction_weight
+        objective.direction_over
+        optim.lr optim.muon_lr optim.muon_momentum optim.beta1 optim.beta2 optim.weight_decay
+        optim.warmup_steps optim.schedule optim.grad_clip
+        optim.spike_factor optim.spike_window optim.spike_limit
+        ema.decay ema.power lora.dropout
+    """,
+    fixed="""
+        seed batch_size
+        data.resolution data.holdout data.num_images data.balanced_labels data.image_column
+        model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
+        model.token_drop_start model.token_drop_end model.value_residual model.routing
+        model.num_experts model.overrides
+        objective.prediction_type objective.network_output
+        optim.name lora.rank lora.alpha lora.targets lora.labels
+    """,
+    free="""
+        out resume init_from log_every report_to noise_bins dynamics_every heldout_every
+        heldout_num_images sample_every evaluate_every evaluate_num_images evaluate_reference
+        checkpoint_every keep_last keep_every loader_workers
+        data.source data.vae data.label_fields data.strict data.num_workers
+    """,
+)
+"""Who decides a setting of a resumed run, see `inl_core.run.ownership`.
+
+Fixed is what the weights mean and which data a step reads. Paths of data and VAE are free, because
+folders move: what they hold, and the labels, are compared.
 """
 
 
@@ -97,13 +130,20 @@ def _train(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> Path:
-    recorded = _recorded_objective(checkpoint)
-    config = dataclasses.replace(config, objective=config.objective.resolved(recorded))
+    meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
+    recorded = meta["config"].get("objective")
+    objective = config.objective.resolved(recorded if isinstance(recorded, dict) else None)
+    config = dataclasses.replace(config, objective=objective)
     out, settings = Path(config.out), dataclasses.asdict(config)
     checkpoints = out / "checkpoints"
-    data = main_first(lambda: load_training_data(config.data))
+    changes: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        changes = _resumed_settings(meta, settings, checkpoint, accelerator.num_processes)
+    data, heldout = main_first(lambda: load_training_data(config.data)), None
+    if config.heldout_every:
+        heldout = main_first(lambda: load_training_data(config.data, "heldout"))
     if config.lora.rank:
-        network, saved, data = adapt(config, data)
+        network, saved, data, heldout = adapt(config, data, heldout)
     else:
         space = open_latent_space(config.data)
         saved = SavedPipeline(
@@ -117,38 +157,49 @@ def _train(
         if config.init_from is not None and checkpoint is None:
             start_from(network, config.init_from, data.label_names)
     state, model = prepared_state(network, config, accelerator)
+    record = {"config": settings, "changes": changes, "data": _identity(data)}
     if checkpoint is not None:
-        meta = state.load(checkpoint, saved, data.label_names)
-        _report_resume(meta, config, checkpoint, accelerator.num_processes)
+        state.load(checkpoint, saved, data.label_names)
+        check_data(
+            meta.get("data"), record["data"], checkpoint,
+            f"start a new run from its weights: --init_from {checkpoint / saved.folder_name}",
+        )  # fmt: skip
     if accelerator.is_main_process:
         with atomic_file(out / "config.yaml") as partial_file:
-            partial_file.write_text(yaml.safe_dump(settings))
+            partial_file.write_text(history_comment(changes) + yaml.safe_dump(settings))
     start_tracker(config.report_to, accelerator, out, settings, state.step)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
     batches = StepBatches(data, config, accelerator.process_index, accelerator.num_processes)
-    log = TrainLog(out, state.step, accelerator, state.guard.skipped if state.guard else 0)
+    log = TrainLog(out, state.step, accelerator, state.skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
-    callbacks = build_callbacks(config, data, saved, accelerator, state.step)
+    callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step)
     if state.step:  # a run killed between a checkpoint and its callbacks makes up for them
         run_callbacks(callbacks, state)
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
-               disable=not accelerator.is_main_process)  # fmt: skip
+               disable=None if accelerator.is_main_process else True)  # fmt: skip
     with bar, StopRequest() as stop:
         for batch in step_loader(batches, range(state.step, config.steps), accelerator.device):
             lr = state.lr_scheduler.get_last_lr()[0]
             loss, grad_norm, taken = optimizer_step(accelerator, model, state, batch, config, noise)
             state.step += 1
+            state.skipped += not taken
             log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
             stopped_by = largest(stop.number)
             save = stopped_by or is_checkpoint_step(state.step, config)
             if save or state.step % config.log_every == 0:
-                bar.set_postfix(log.flush(config))
+                shown = log.flush(config)
+                bar.set_postfix(shown)
+                if (
+                    bar.disable and accelerator.is_main_process
+                ):  # a bar is one endless line in a file
+                    words = ", ".join(f"{name} {value}" for name, value in shown.items())
+                    logger.info("step %d of %d: %s", state.step, config.steps, words)
                 noise.flush(state.step)
             if save:
-                newest = state.save(checkpoints, saved, settings)
+                newest = state.save(checkpoints, saved, record)
                 on_main(
                     lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
                 )
@@ -177,7 +228,10 @@ def optimizer_step(
     config: TrainConfig,
     noise: NoiseLevels,
 ) -> tuple[Tensor, Tensor, bool]:
-    """Update weights, EMA and learning rate once; only the rate if the spike guard refuses.
+    """Update weights, EMA and learning rate once.
+
+    Only the rate if the spike guard refuses the update, or if the gradient scaler of fp16 found a
+    gradient that is not finite.
 
     Returns:
         Loss and gradient norm, both scalars on the device, and whether the weights were updated.
@@ -199,12 +253,17 @@ def optimizer_step(
             accelerator.backward(loss)
         noise.add(part["timestep"], prediction.detach(), part["target"])
         total += loss.detach()
+    apply_bounds(state.model)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     assert grad_norm is not None  # accelerate returns None on XLA only
     grad_norm = full_tensor(grad_norm)
     taken = state.guard is None or state.guard.admits(float(grad_norm))
     if taken:
+        scale = state.loss_scale()
         state.optimizer.step()
+        # Lowered when the step is skipped. accelerate's own flag does not see fused optimizers.
+        taken = state.loss_scale() >= scale
+    if taken:
         state.ema.step(trainable(state.model).values())
     state.optimizer.zero_grad()
     state.lr_scheduler.step()
@@ -225,33 +284,25 @@ def run_callbacks(callbacks: list[Callback], state: TrainState) -> None:
             callback(state)
 
 
-def _recorded_objective(checkpoint: Path | None) -> dict[str, Any]:
-    """Objective of the run of a checkpoint; empty if there is none or it cannot be read."""
-    with suppress(OSError, ValueError):  # loading the state reports it
-        if checkpoint is not None:
-            config = read_json_object(checkpoint / STATE_FILE, follow_links=False).get("config")
-            objective = config.get("objective") if isinstance(config, dict) else None
-            return objective if isinstance(objective, dict) else {}
-    return {}
-
-
-def _report_resume(
-    meta: dict[str, Any], config: TrainConfig, checkpoint: Path, processes: int
-) -> None:
-    """Log where the run resumes, and warn about settings that change its loss curve."""
+def _resumed_settings(
+    meta: dict[str, Any], settings: dict[str, Any], checkpoint: Path, processes: int
+) -> list[dict[str, Any]]:
+    """Log where the run resumes, refuse settings that it cannot change, and return its history."""
+    if not settings["lora"]["rank"]:
+        settings["init_from"] = meta["config"].get("init_from")  # it was used then, not now
+    changes = take_settings(OWNERS, meta["config"], settings, checkpoint, meta["step"])
     logger.info("resumed from %s at step %d", checkpoint, meta["step"])
     if meta.get("processes", processes) != processes:
         logger.info(
             "the checkpoint was written by %d process(es) and is resumed by %d: data, noise and "
             "batches are the same, sums may be rounded differently", meta["processes"], processes,
         )  # fmt: skip
-    changed = [
-        key
-        for key, value in dataclasses.asdict(config).items()
-        if key not in IGNORED_SETTINGS and value != meta["config"].get(key)
-    ]
-    if changed:
-        logger.warning("settings differ from the checkpoint's in %s", ", ".join(changed))
+    return [*meta.get("changes", []), *changes]
+
+
+def _identity(data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint records of the training data, to know them again."""
+    return {"fingerprint": data.fingerprint, "number of pictures": len(data)}
 
 
 # Accelerator and tracker.

@@ -7,6 +7,7 @@ that does its work when it runs, so that help pages stay fast.
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -30,6 +31,11 @@ from inl_core.run.settings import (
     read_settings,
     store,
 )
+
+_NO_BARS = (
+    "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS",
+)  # fmt: skip
+"""What tqdm and the libraries around it read when they are imported."""
 
 REQUIRED = ...
 """Default of an option that must be given."""
@@ -315,6 +321,9 @@ class Program:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
         for verbose in ("httpx", "datasets", *quiet):
             logging.getLogger(verbose).setLevel(logging.WARNING)
+        if not sys.stderr.isatty():  # in a file, a bar is one line of kilobytes
+            for switch in _NO_BARS:
+                os.environ.setdefault(switch, "1")
         try:
             self.run(sys.argv[1:])
         except UserError as error:

@@ -41,7 +41,9 @@ def message_group() -> ProcessGroup | None:
     default = distributed.group.WORLD
     assert default is not None
     if default not in _message_groups:
-        _message_groups[default] = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+        group = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+        assert isinstance(group, distributed.ProcessGroup)  # this process is in it
+        _message_groups[default] = group
     return _message_groups[default]
 
 
