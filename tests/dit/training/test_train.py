@@ -107,7 +107,7 @@ def test_the_loss_falls(small_run):
 def test_existing_folder_is_refused(small_run):
     Path(small_run.out).mkdir()
     (Path(small_run.out) / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"exists.*--resume auto"):
+    with pytest.raises(UserError, match=r"exists and is not one .*--out"):
         train(small_run)
     assert (Path(small_run.out) / "precious.txt").read_text() == "mine"
 
