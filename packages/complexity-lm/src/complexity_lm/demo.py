@@ -20,6 +20,7 @@ from complexity_lm.loading import Loaded, load
 from complexity_lm.train import STATE_FILE, train
 from inl_core.run.checkpoints import claim_run
 from inl_core.run.files import atomic_file
+from inl_core.run.json_files import read_json_object
 
 LINES = 30
 """Lines of Python in `samples.txt`."""
@@ -77,7 +78,7 @@ def _demo(folder: Path) -> None:
     with atomic_file(folder / "samples.txt") as partial:
         partial.write_text(samples)
 
-    result = json.loads((folder / "result.json").read_text())
+    result = read_json_object(folder / "result.json")
     result["metrics"] |= baselines(loaded, list(load_split(config.data, "heldout")["text"]))
     with atomic_file(folder / "result.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")

@@ -19,10 +19,12 @@ from complexity_lm.hub import report_errors
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file
+from inl_core.run.files import atomic_file, read_text
 from inl_core.run.folders import claim_folder, has_result
 
 logger = logging.getLogger(__name__)
+
+_MAX_TASK_BYTES = 2**20
 
 ORDER = 3
 """Bytes of context of the byte model."""
@@ -301,7 +303,7 @@ def run_tasks(
 
 def _task_name(path: Path) -> str:
     with report_errors(f"{path} is not a task file", kinds=(OSError, ValueError, yaml.YAMLError)):
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_text(path, _MAX_TASK_BYTES, follow_links=True))
         if not isinstance(content, dict) or "task" not in content:
             raise ValueError("it has no key `task`")
     return str(content["task"])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from complexity_dit.config import ObjectiveConfig
+from complexity_dit.models.loading import load_tensors
 from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel, swiglu_width
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
@@ -297,7 +297,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             "convert it with the research code's convert_to_safetensors.py"
         )
     try:
-        return load_file(path)
+        return load_tensors(path)
     except Exception as error:  # of safetensors, OSError, ValueError, MemoryError, …
         raise UserError(f"cannot read {path}: {error}") from error
 

@@ -29,14 +29,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import inception
 from tqdm.auto import tqdm
 
 from complexity_dit.config import Dtype, Resize
 from complexity_dit.hashing import file_sha256, module_hash, weights_sha256
-from complexity_dit.models.loading import load_weights
+from complexity_dit.models.loading import load_tensors, load_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import fits, read_json_object
@@ -547,7 +547,7 @@ def _load_state(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _read_converted(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
-        state = load_file(path)
+        state = load_tensors(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
     # The first format: stem.Conv2d_1a_3x3.weight, mixed.Mixed_5b.convs.branch1x1.weight.

@@ -17,11 +17,13 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from complexity_dit.models.loading import SafeModel
+from complexity_dit.models.loading import SafeModel, load_tensors
 from inl_core.run.errors import UserError
+from inl_core.run.files import read_bytes
+
+_MAX_PICKLE_BYTES = 2**28
 
 KNOWN_PICKLES = {
     "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6": "taef2_encoder.pth",
@@ -192,8 +194,8 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
     (path,) = paths
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            return load_tensors(path)
+        sha256 = hashlib.sha256(read_bytes(path, _MAX_PICKLE_BYTES, follow_links=True)).hexdigest()
         if sha256 not in KNOWN_PICKLES:
             raise UserError(
                 f"{path} is a pickle with sha256 {sha256}, not one of the published "

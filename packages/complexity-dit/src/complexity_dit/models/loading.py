@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
+from safetensors.torch import load_file
+from torch import Tensor
 
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file, finish_merge, merged_folder, refuse_strange_files
+from inl_core.run.files import (
+    atomic_file,
+    finish_merge,
+    merged_folder,
+    open_regular,
+    refuse_strange_files,
+)
 from inl_core.run.weights import weights_fit
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -76,6 +84,17 @@ def load_weights(
             f"differ): {'; '.join(wrong[:_MAX_LISTED])}"
         )
     return (network, info) if with_info else network
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; safetensors itself would wait for a pipe.
+
+    Raises:
+        UserError: It is no regular file.
+        OSError, SafetensorError: It cannot be read.
+    """
+    open_regular(path, follow_links=True).close()
+    return load_file(path)
 
 
 def describe(error: Exception) -> str:
