@@ -58,6 +58,11 @@ class DataConfig:
     num_images: int = 8192
     """Number of pictures that the `art` source draws; other sources are always read in full."""
 
+    crop: Literal["center", "random"] = "center"
+    """Square that training takes of a picture whose shorter side is scaled to the resolution: the
+    one in the middle, or at every step another one at random. Evaluation takes the middle, and so
+    do latents."""
+
     flip: bool = True
     """Mirror half of the training pictures left to right, at random; for latents, `encode` needs
     the same setting: false leaves the mirror images out, which halves its time and space."""
@@ -78,6 +83,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
         _at_least(1, self, "resolution", "num_images")
+        if self.crop not in ("center", "random"):
+            raise UserError(f"crop {self.crop!r} must be center or random")
         _at_least(0, self, "num_workers")
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout {self.holdout} must be at least 0 and below 1")

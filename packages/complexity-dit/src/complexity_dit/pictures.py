@@ -172,3 +172,22 @@ def square_pixels(data: bytes, resolution: int) -> np.ndarray:
         reducing_gap=3.0,
     )
     return F.pil_to_tensor(square).numpy()
+
+
+def whole_pixels(data: bytes, resolution: int) -> np.ndarray:
+    """Decode an image file and scale its shorter side, with the filter of `square_pixels`.
+
+    Args:
+        data: The bytes of the file.
+        resolution: Length of the shorter side of the result in pixels.
+
+    Returns:
+        uint8 of shape (3, Y, X), RGB.
+
+    Raises:
+        UserError: As `read_picture`.
+    """
+    rgb = read_picture(data, resolution)
+    width, height = (round(side * resolution / min(rgb.size)) for side in rgb.size)
+    whole = rgb.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return F.pil_to_tensor(whole).numpy()

@@ -79,9 +79,11 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         names = self._rows.data.column("name").take(self._kept.numpy()).to_pylist()
         endings = [found[1].lower() for name in names if (found := _ENDING.search(name))]
         self.jpegs = sum(e in _JPEG_ENDINGS for e in endings) / len(endings) if endings else None
+        is_whole = "height" in rows.column_names
+        self._heights = rows.data.column("height").to_numpy() if is_whole else None
         self.fingerprint = self._fingerprint(split)
         self._pixels: Tensor | None = None
-        if len(kept) * 3 * resolution**2 <= RAM_LIMIT:
+        if not is_whole and len(kept) * 3 * resolution**2 <= RAM_LIMIT:
             self._pixels = self._gather(self._kept)
 
     def __len__(self) -> int:
@@ -92,12 +94,18 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Return `pixel_values` (uint8, 3 × H × W, RGB) and `labels` (int64, F)."""
         return {"pixel_values": self.pixels([index])[0], "labels": self.labels[index]}
 
-    def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return the pictures at `indices` as one uint8 tensor (n, 3, H, W)."""
+    def pixels(self, indices: Sequence[int] | Tensor, shifts: Tensor | None = None) -> Tensor:
+        """Return the pictures at `indices` as one uint8 tensor (n, 3, H, W).
+
+        Args:
+            indices: Which pictures, n of them.
+            shifts: float (n,) in [0, 1): where the square lies between the ends of the longer side;
+                None is the middle. Squares that were cut when the source was read do not move.
+        """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._pixels is not None:
             return self._pixels[chosen]
-        return self._gather(self._kept[chosen])
+        return self._gather(self._kept[chosen], shifts)
 
     def sha256(self, index: int) -> str:
         """Return the sha256 of a picture's file."""
@@ -112,6 +120,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         indices: Sequence[int] | Tensor,
         flips: Tensor,
         posterior_noise: Tensor | None = None,
+        shifts: Tensor | None = None,
     ) -> Tensor:
         """Return the pictures at `indices` as training targets.
 
@@ -119,26 +128,32 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             indices: Which pictures, n of them.
             flips: bool (n,): which of them to mirror left to right.
             posterior_noise: Ignored; only latents have a posterior.
+            shifts: float (n,) in [0, 1): the place of a random crop, as in `pixels`.
 
         Returns:
             float32 (n, channels, sample_size, sample_size), here pixels in [-1, 1].
         """
-        pixels = self.pixels(indices).float() / 127.5 - 1
+        pixels = self.pixels(indices, shifts).float() / 127.5 - 1
         return torch.where(flips[:, None, None, None], F.horizontal_flip(pixels), pixels)
 
-    def _gather(self, positions: Tensor) -> Tensor:
-        column = self._rows.data.column("pixels")
-        out = np.empty((len(positions), 3 * self.resolution**2), dtype=np.uint8)
-        for row, position in zip(out, positions.tolist(), strict=True):
-            row[:] = np.frombuffer(column[position].as_buffer(), dtype=np.uint8)
-        return torch.from_numpy(out).view(-1, 3, self.resolution, self.resolution)
+    def _gather(self, positions: Tensor, shifts: Tensor | None = None) -> Tensor:
+        column, side = self._rows.data.column("pixels"), self.resolution
+        places = [0.5] * len(positions) if shifts is None else shifts.tolist()
+        out = np.empty((len(positions), 3, side, side), dtype=np.uint8)
+        for square, position, place in zip(out, positions.tolist(), places, strict=True):
+            height = side if self._heights is None else self._heights[position]
+            picture = np.frombuffer(column[position].as_buffer(), np.uint8).reshape(3, height, -1)
+            top, left = (int(place * (length - side + 1)) for length in picture.shape[1:])
+            square[:] = picture[:, top : top + side, left : left + side]
+        return torch.from_numpy(out)
 
     def _fingerprint(self, split: str) -> str:
         files = self._rows.data.column("sha256").take(self._kept.numpy()).to_pylist()
         lines = sorted(
             f"{file} {ids}" for file, ids in zip(files, self.labels.tolist(), strict=True)
         )
-        head = f"{VERSION} {split} {self.resolution} {self.label_names}"
+        cut = "" if self._heights is None else " whole"
+        head = f"{VERSION} {split} {self.resolution} {self.label_names}{cut}"
         return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()
 
 

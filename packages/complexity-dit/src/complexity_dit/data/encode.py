@@ -25,6 +25,7 @@ from complexity_dit.data.latents import (
     CACHE_FILE,
     FORMAT,
     PLAN_FILE,
+    check_crop,
     number_of_parts,
     part_path,
     part_schema,
@@ -93,6 +94,7 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
 def _encode(
     data: DataConfig, folder: Path, batch_size: int, part_size: int, claims: ExitStack
 ) -> None:
+    check_crop(data)
     vae = load_vae(str(data.vae))
     factor = scale_factor(vae)
     if data.resolution % factor:

@@ -121,6 +121,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         indices: Sequence[int] | Tensor,
         flips: Tensor,
         posterior_noise: Tensor | None = None,
+        shifts: Tensor | None = None,
     ) -> Tensor:
         """Return the latents at `indices` as training targets.
 
@@ -129,6 +130,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             flips: bool (n,): where to use the latent of the mirror image.
             posterior_noise: Standard normal, of the result's shape: the latent is then drawn from
                 the posterior, mean + std * noise; None gives the mean.
+            shifts: Ignored; the pictures were cut before they were encoded.
 
         Returns:
             float32 (n, channels, sample_size, sample_size), each channel with mean 0 and standard
@@ -223,6 +225,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
             "data.holdout to it, or encode again with another --holdout, which only recomputes "
             "the statistics"
         )
+    check_crop(config)
     if config.flip and not info["mirrored"]:
         raise UserError(
             f"data.flip is true, and {folder} has no mirrored latents: set it false, or encode "
@@ -231,6 +234,15 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
     dataset = LatentDataset(folder, info, config, split)
     dataset.warn_of_removed_pictures(DataConfig(**info["source"]).source)
     return dataset
+
+
+def check_crop(config: DataConfig) -> None:
+    """Raise a `UserError` for a crop that latents cannot have."""
+    if config.crop != "center":
+        raise UserError(
+            f"data.crop is {config.crop}, and latents are encoded once, of the square in the "
+            "middle: set it to center, or train on pixels"
+        )
 
 
 def open_latent_space(config: DataConfig) -> LatentSpace | None:

@@ -1,8 +1,8 @@
 """Readers of the three kinds of source, each through one cached `datasets` map.
 
 Every source becomes two tables with the same rows: the prepared images (`pixels` as the bytes of a
-uint8 (3, H, W) picture, `sha256` of the file, its `name`, and the `reason` when it cannot be used)
-and the source's own columns, from which labels are read.
+uint8 (3, H, W) picture, for random crops its `height`, `sha256` of the file, its `name`, and the
+`reason` when it cannot be used) and the source's own columns, from which labels are read.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from complexity_dit.config import DataConfig
 from complexity_dit.data import art
 from complexity_dit.data.folders import as_text, pick_column, read_folder, scan
 from complexity_dit.hub import _SOURCE_HINT, reach_hub
-from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, file_bytes, square_pixels
+from complexity_dit.pictures import MAX_FILE_BYTES, VERSION, file_bytes, square_pixels, whole_pixels
 from inl_core.run.dataset_files import check_card, check_data_files
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
@@ -165,6 +165,7 @@ def _map_once(
         writer_batch_size=max(1, min(1000, 2**25 // (3 * config.resolution**2))),
         features=datasets.Features(
             {"pixels": datasets.Value("binary"), "sha256": text, "name": text, "reason": text}
+            | ({"height": datasets.Value("int32")} if arguments.get("whole") else {})
         ),
     )
 
@@ -174,29 +175,33 @@ def _prepare_images(
 ) -> datasets.Dataset:
     # The key is made by hand: `datasets` hashes an importable function by its name alone, and
     # `strict` must share the cache of the tolerant run.
-    key = Hasher.hash([VERSION, PIL.__version__, key, column, config.resolution])
+    parts = [VERSION, PIL.__version__, key, column, config.resolution]
+    key = Hasher.hash(parts if config.crop == "center" else [*parts, config.crop])
     arguments = {
         "column": column,
         "roots": _allowed_roots(config.source),
         "resolution": config.resolution,
         "strict": config.strict,
+        "whole": config.crop == "random",
     }
     description = f"decoding images at {config.resolution} px"
     return _map_once(images, _prepare_row, arguments, f"complexity_dit/{key}", description, config)
 
 
 def _prepare_row(
-    row: dict[str, Any], index: int, *, column: str, roots: list[str], resolution: int, strict: bool
-) -> dict[str, Any]:
+    row: dict[str, Any], index: int, *,
+    column: str, roots: list[str], resolution: int, strict: bool, whole: bool,
+) -> dict[str, Any]:  # fmt: skip
     image = row[column] or {"path": None, "bytes": None}
     if isinstance(image, bytes):  # a file name, which need not be text
         image = {"path": os.fsdecode(image), "bytes": None}
     path = image["path"] and as_text(image["path"])
     name = f"{one_line(path)} (row {index})" if path else f"the image of row {index}"
-    data, pixels, reason = b"", b"", ""
+    data, pixels, reason, height = b"", b"", "", 0
     try:
         data = _file_bytes(image, roots)
-        pixels = square_pixels(data, resolution).tobytes()
+        picture = whole_pixels(data, resolution) if whole else square_pixels(data, resolution)
+        pixels, height = picture.tobytes(), picture.shape[1]
     except UserError as error:
         if strict:
             raise UserError(
@@ -204,7 +209,8 @@ def _prepare_row(
             ) from error
         reason = str(error)
     sha256 = hashlib.sha256(data).hexdigest()
-    return {"pixels": pixels, "sha256": sha256, "name": name, "reason": reason}
+    prepared = {"pixels": pixels, "sha256": sha256, "name": name, "reason": reason}
+    return prepared | ({"height": height} if whole else {})
 
 
 def _allowed_roots(source: str) -> list[str]:

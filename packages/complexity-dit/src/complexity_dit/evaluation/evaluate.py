@@ -220,7 +220,7 @@ def evaluate_images(
 
 
 def _warn_of_compression(subject: object, real: ImageSet | None) -> None:
-    ours, theirs = getattr(subject, "jpegs", None), real and real.jpegs
+    ours, theirs = getattr(subject, "jpegs", None), getattr(real, "jpegs", None)
     if ours is not None and theirs is not None and abs(ours - theirs) > 0.1:
         logger.warning(
             "%.0f %% of the images and %.0f %% of the reference are JPEG files: the distance also "

@@ -370,7 +370,7 @@ def open_target(
             return images
         raise UserError(f"{path} holds no images (arr_0); statistics can only be a --reference")
     if is_source(text):
-        return _split(replace(data or DataConfig(), source=text), "train")
+        return _split(replace(data or DataConfig(), source=text, crop="center"), "train")
     if path.is_dir() and find_pipeline(path) is None:
         return folder_images(path)
     return load_pipeline(text).to(device)
@@ -398,7 +398,7 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
             f"the images to evaluate are {size[1]}x{size[0]}, and {reference} is read as squares; "
             "give a folder of images as reference"
         )
-    source = replace(data or DataConfig(), source=reference, resolution=size[0])
+    source = replace(data or DataConfig(), source=reference, resolution=size[0], crop="center")
     return Reference(_split(source, "heldout"), train=lambda: _split(source, "train"), data=source)
 
 

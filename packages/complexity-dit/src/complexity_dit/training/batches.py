@@ -138,8 +138,11 @@ class StepBatches(Dataset):
         if self.data.samples_posterior:
             draw = generator_for(config.seed, "posterior", step)
             posterior = torch.randn(shape, generator=draw)[mine]
+        shifts = None
+        if config.data.crop == "random":  # from a generator of its own, as with dropped tokens
+            shifts = torch.rand(count, generator=generator_for(config.seed, "crop", step))[mine]
         batch = {"labels": labels[mine]}
-        batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior)
+        batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior, shifts)
         rate = config.model.token_drop_rate
         if rate and step < config.model.token_drop_until * config.steps:
             # From a generator of its own: noise and times are the same with and without dropping.
@@ -149,15 +152,19 @@ class StepBatches(Dataset):
         return batch
 
     def _mixed(
-        self, indices: Tensor, flips: Tensor, times: Tensor, noise: Tensor, posterior: Tensor | None
-    ) -> dict[str, Tensor]:
+        self, indices: Tensor, flips: Tensor, times: Tensor, noise: Tensor,
+        posterior: Tensor | None, shifts: Tensor | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Input, timestep and target of the images; the target overwrites the noise."""
         noisy, timesteps = torch.empty_like(noise), []
         pictures = max(1, _BLOCK // noise[0].numel())
         for start in range(0, len(noise), pictures):
             block = slice(start, start + pictures)
             clean = self.data.clean(
-                indices[block], flips[block], None if posterior is None else posterior[block]
+                indices[block],
+                flips[block],
+                None if posterior is None else posterior[block],
+                None if shifts is None else shifts[block],
             )
             noisy[block], timestep, noise[block] = noisy_input_and_target(
                 clean, noise[block], times[block], self.config.objective
