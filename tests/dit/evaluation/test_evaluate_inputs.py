@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import complexity_dit.evaluation.samples
+from complexity_dit.__main__ import PROGRAM
 from complexity_dit.config import DataConfig, EvalConfig, SampleConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate, evaluate_images
@@ -221,3 +222,43 @@ def test_cached_features_depend_on_the_order_of_the_images() -> None:
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-5)
     assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_statistics_beside_pictures_are_the_reference(tmp_path: Path, caplog) -> None:
+    """ADM's files of references hold the statistics of all images, and some of the images."""
+    pictures_of, others = (
+        np.random.default_rng(seed).integers(0, 256, (12, 16, 16, 3), np.uint8) for seed in (0, 1)
+    )
+    np.savez(tmp_path / "target.npz", arr_0=pictures_of)
+    identity = load_random_features().identity
+    statistics = {"mu": np.zeros(256), "sigma": np.eye(256), "n": 50_000, **identity}
+    np.savez(tmp_path / "alone.npz", **statistics)
+    np.savez(tmp_path / "both.npz", arr_0=others, **statistics)
+    caplog.set_level("INFO")
+    alone, both = (
+        evaluate(tmp_path / "target.npz", tmp_path / name, config=QUICK)
+        for name in ("alone.npz", "both.npz")
+    )
+    assert both["metrics"] == alone["metrics"]
+    assert both["n_reference"] == 50_000
+    assert "the statistics are used" in caplog.text
+
+
+def test_a_label_field_that_no_side_has_is_refused_with_the_nearest_name(pipe) -> None:
+    with pytest.raises(
+        UserError, match=r"neither.* field 'stile': did you mean style\?.* style, genre"
+    ):
+        evaluate(pipe, "art", config=replace(QUICK, label_field="stile"))
+
+
+def test_an_evaluation_is_without_guidance_unless_told_otherwise(pipe) -> None:
+    settings = evaluate(pipe, "art", config=replace(QUICK, num_images=2))["settings"]
+    assert settings["sample"]["guidance_scale"] == 1.0
+    assert settings["network_evaluations"] == settings["sample"]["num_inference_steps"]
+    words = ["evaluate", "x", "--reference=art"]
+    scales = [
+        PROGRAM.parse([*words, *more])[2]["sample"].guidance_scale
+        for more in ([], ["--sample.num_inference_steps=3"], ["--sample.guidance_scale=3"])
+    ]
+    assert scales == [1.0, 1.0, 3.0]
+    assert PROGRAM.parse(["sample", "x", "--out=x"])[1][0].guidance_scale == 2.0

@@ -10,7 +10,7 @@ from complexity_dit.__main__ import PROGRAM
 from complexity_dit.config import ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import iter_samples, sample
+from complexity_dit.pipelines.sampling import iter_samples, sample, scheduler_settings
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
 
@@ -132,6 +132,22 @@ def test_the_guidance_interval_is_closed(pipe):
     assert inside(0.6, 0.7) == (0, False)
     assert inside(1.0, 1.0) == (1, True)
     assert inside(0.0, 1.0) == (4, True)
+
+
+def test_a_model_without_labels_is_evaluated_once_per_step(pipe):
+    config = {**pipe.transformer.config, "label_fields": [], "num_classes": []}
+    network = ComplexityDiTTransformer2DModel.from_config(config).eval()
+    plain = ComplexityDiTPipeline(network, pipe.scheduler)
+    settings = {"num_inference_steps": 4, "output_type": "latent"}
+    pictures = [
+        plain(generator=generator(), guidance_scale=scale, **settings).images
+        for scale in (1.0, 3.0)
+    ]
+    assert torch.equal(*pictures)
+    assert plain.num_evaluations == 4
+    assert scheduler_settings(plain, replace(QUICK, num_inference_steps=4)) == (
+        scheduler_settings(plain, replace(QUICK, num_inference_steps=4, guidance_scale=1.0))
+    )
 
 
 def test_sizes_that_are_not_square(pipe, tmp_path):

@@ -57,6 +57,7 @@ def test_callbacks_write_their_files_and_change_no_bit(watched, small_run, tmp_p
         result["metrics"]
     )
     assert result["settings"]["data"]["holdout"] == watched.data.holdout
+    assert result["settings"]["sample"]["guidance_scale"] == 1.0
 
     dynamics = rows_of(run / "dynamics.csv")
     assert [(r["step"], r["layer"]) for r in dynamics] == [

@@ -568,6 +568,15 @@ class SampleConfig:
 
 
 @dataclass
+class EvalSampleConfig(SampleConfig):
+    """How the pictures of an evaluation are sampled; all of it is part of a result's settings."""
+
+    guidance_scale: float = 1.0
+    """Scale of classifier-free guidance, or of autoguidance if that is given; 1, off, is that of
+    the protocol (docs/fid-protocol.md), and not the default of `sample`."""
+
+
+@dataclass
 class EvalConfig:
     """What is measured, on how many images and with which network."""
 

@@ -12,6 +12,7 @@ from complexity_dit.config import (
     AppConfig,
     DataConfig,
     EvalConfig,
+    EvalSampleConfig,
     PlanConfig,
     SampleConfig,
     TrainConfig,
@@ -141,7 +142,7 @@ COMMANDS = {
             ),
         },
         [EvalConfig],
-        {"sample": SampleConfig},
+        {"sample": EvalSampleConfig},
     ),
     "compare": Command(
         "Compare two results that were measured with the same settings.",

@@ -46,7 +46,7 @@ def _demo(folder: Path) -> None:
     plot_loss(folder / "train_log.csv", folder / "loss.png")
 
     pipe = load_pipeline(str(pipeline))
-    sampling = SampleConfig()
+    sampling = SampleConfig()  # guided: the numbers are those of the pictures that it shows
     labels = grid_labels(pipe, columns=8)
     images = np.concatenate([batch for _, batch in iter_samples(pipe, labels, sampling)])
     row_names = [name.replace("_", " ") for name in next(iter(pipe.label_names.values()))]

@@ -21,7 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from complexity_dit.config import RUN_KIND, DataConfig, EvalConfig, SampleConfig
+from complexity_dit.config import (
+    RUN_KIND,
+    DataConfig,
+    EvalConfig,
+    EvalSampleConfig,
+    SampleConfig,
+)
 from complexity_dit.distributed import (
     is_main,
     main_first,
@@ -77,6 +83,7 @@ from complexity_dit.pipelines.sampling import scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.folders import claim_folder, has_result
+from inl_core.run.settings import nearest
 from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
@@ -105,7 +112,8 @@ def evaluate(
             images, or an ``.npz`` of images (``arr_0``) or of statistics (``mu``, ``sigma``).
         out: Folder for ``result.json``, ``report.html`` and the samples; None writes nothing.
         config: What is measured.
-        sample: How a pipeline is sampled (seed, steps, guidance, batch).
+        sample: How a pipeline is sampled (seed, steps, guidance, batch); by default without
+            guidance, as in the protocol.
         data: How a source is read (held-out fraction, label fields); by default as in the training
             of the pipeline, so that none of its training images is held out. Its source and
             resolution are replaced by those of the reference and the target.
@@ -122,7 +130,7 @@ def evaluate(
             statistics, statistics of another extractor, floors for a reference without images, a
             setting out of range, or another process that has died.
     """
-    config, sample = config or EvalConfig(), sample or SampleConfig()
+    config, sample = config or EvalConfig(), sample or EvalSampleConfig()
     reference, folder = str(reference), Path(out) if out is not None else None
     with report_dead_workers("start the same command again"), ExitStack() as held:
         if folder and (folder / "result.json").exists() and not config.overwrite:
@@ -140,6 +148,7 @@ def evaluate(
             side = subject.sample_size
             size, n = (sample.height or side, sample.width or side), config.num_images
         ref, extractor = _open_checked(reference, size, data, config, device, folder)
+        _check_label_field(config.label_field, subject.label_names, ref.images)
         settings: dict[str, Any] = {
             "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
             "reference": reference,
@@ -239,6 +248,18 @@ def _claim(folder: Path) -> Iterator[None]:
 
 def _is_evaluation_of_0_1_0(folder: Path) -> bool:
     return (folder / SAMPLES_FOLDER / SETTINGS_FILE).is_file() or has_result(folder)
+
+
+def _check_label_field(
+    field: str | None, of_target: dict[str, list[str]], real: ImageSet | None
+) -> None:
+    """Refuse a field that no side has, unless it is the default: that one does not always apply."""
+    known = list(dict.fromkeys([*of_target, *(real.label_names if real else ())]))
+    if field not in (None, EvalConfig.label_field, *known):
+        raise UserError(
+            f"neither side has a label field {field!r}{nearest(field, known)}; their fields are "
+            f"{', '.join(known) or 'none'}"
+        )
 
 
 def check_reference(
@@ -596,13 +617,14 @@ def _per_label(
 ) -> dict[str, Any]:
     """Accuracy of the requested labels (into `found`), and distances and floor of each label."""
     name, generated, train = config.label_field, features.generated, features.train
-    if name is None or name not in real.images.label_names:
+    sides = [name in images.label_names for images in (real.images, generated.images)]
+    if name is None or not all(sides):
+        if any(sides):
+            found.absent[f"by {name}"] = "only one side has this label field"
         return {}
     names = real.images.label_names[name]
-    asked = labels_in_reference_ids(generated.images, name, names)
-    if asked is None:
-        return {}
-    asked, real_ids = asked[generated.rows], real.images.column(name)[real.rows]
+    asked = labels_in_reference_ids(generated.images, name, names)[generated.rows]
+    real_ids = real.images.column(name)[real.rows]
 
     def table(x: Features, ids: Rows) -> dict[str, dict[str, Any]]:
         return distances_by_label(

@@ -294,6 +294,15 @@ def read_statistics(path: Path) -> KeptStatistics:
     return KeptStatistics(statistics, identity, str(arrays.get("fingerprint", "")))
 
 
+def _array_names(path: Path) -> set[str]:
+    """Names of the arrays of an .npz; none for a file that is not one, as its reader will say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except Exception:  # zipfile raises almost any exception on broken bytes
+        return set()
+
+
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, Any]:
     """Read the named arrays of an .npz, if present, without opening any pickle.
 
@@ -380,7 +389,8 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
     """Open reference images or statistics.
 
     Args:
-        reference: A source (its held-out split), a folder, or an .npz of images or statistics.
+        reference: A source (its held-out split), a folder, or an .npz of statistics (also if it
+            has images beside them) or images.
         size: Height and width of the images to evaluate; a source is read at that size.
         data: How a source is read.
 
@@ -389,7 +399,13 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
     """
     path = Path(reference)
     if reference.endswith(".npz"):
-        images = npz_images(path)
+        images = None
+        if {"mu", "sigma"} <= (names := _array_names(path)):
+            # ADM's files of references hold a few pictures beside the statistics of all.
+            if "arr_0" in names:
+                logger.info("%s holds statistics and images: the statistics are used", path)
+        else:
+            images = npz_images(path)
         return Reference(images, statistics=None if images else read_statistics(path))
     if not is_source(reference):
         return Reference(folder_images(path))
@@ -448,12 +464,8 @@ def labels_for_samples(
     return labels, asked
 
 
-def labels_in_reference_ids(
-    images: ImageSet, field: str | None, names: list[str]
-) -> NDArray[np.int64] | None:
-    """Ids of a field of a set in the numbering of a reference with these names, or None."""
-    if field is None or field not in images.label_names:
-        return None
+def labels_in_reference_ids(images: ImageSet, field: str, names: list[str]) -> NDArray[np.int64]:
+    """Ids of a field of a set in the numbering of a reference with these names."""
     return _renamed(images.column(field), images.label_names[field], list(enumerate(names)))
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -477,6 +477,11 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         )
         guidance = Guidance(call.guidance_scale, call.guidance_interval, call.guide)
         guidance.check(self.transformer, condition)
+        if call.guide is None and not (
+            condition.is_floating_point() or self.transformer.config.label_fields
+        ):
+            # Without labels, the prediction with them is the one without, at twice the cost.
+            guidance = replace(guidance, scale=1.0)
         batches, device = NetworkBatches(call.chunk_size, call.chunk_offset), self._execution_device
 
         repeats = call.num_images_per_prompt

@@ -152,8 +152,14 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
         for k, v in scheduler.config.items()
         if not k.startswith("_")
     }
+    # Without labels there is nothing that guidance could leave out.
+    scale = (
+        sample.guidance_scale
+        if sample.autoguidance or pipe.transformer.config.label_fields
+        else 1.0
+    )
     evaluations = count_evaluations(
-        scheduler, sample.num_inference_steps, sample.guidance_scale, sample.guidance_interval
+        scheduler, sample.num_inference_steps, scale, sample.guidance_interval
     )
     return {
         "scheduler": {"class": type(scheduler).__name__, **config},

@@ -254,8 +254,7 @@ class Evaluation(Callback):
             self.reference,
             self.out / "evaluations" / f"step-{step:08d}",
             self.settings,
-            SampleConfig(),
-            self.data,
+            data=self.data,
         )
         counts = (result["n_generated"], result["n_reference"])
         if self.file is not None:

@@ -285,7 +285,7 @@ def _shown(value: Any) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, dict):
         return f"a mapping of {ascii(', '.join(value))[1:-1][:60]}" if value else "an empty mapping"
-    return "a list"
+    return f"a list of {ascii(', '.join(map(str, value)))[1:-1][:60]}" if value else "an empty list"
 
 
 def all_names(kinds: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -314,9 +314,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """The text under each field of a dataclass, on one line."""
+    """The text under each field of a dataclass and of those it extends, on one line."""
+    inherited = [field_help(base) for base in cls.__bases__ if dataclasses.is_dataclass(base)]
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
-    return {
+    return {k: v for texts in inherited for k, v in texts.items()} | {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
