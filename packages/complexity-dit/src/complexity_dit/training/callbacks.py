@@ -280,7 +280,7 @@ class HeldoutLoss(Callback):
             config,
             batch_size=min(config.heldout_num_images, len(heldout)),
             seed=derive_seed(config.seed, "heldout"),
-            data=replace(config.data, flip=False, balanced_labels=None),
+            data=replace(config.data, flip=False, crop="center", balanced_labels=None),
             model=replace(config.model, token_drop_rate=0.0),
         )  # fmt: skip
         self.batches = StepBatches(heldout, own, 0, 1)

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 OWNERS = table_of_owners(
     taken="""
         steps gradient_accumulation_steps mixed_precision compile gradient_checkpointing
-        data.flip model.token_drop_rate model.token_drop_until
+        data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
         objective.sampling_shift objective.label_dropout objective.direction_weight
         objective.direction_over
