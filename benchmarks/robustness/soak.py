@@ -206,7 +206,9 @@ def one_round(run, log, usual, chance, pipe):
     last = latest_checkpoint(run / "checkpoints")
     if wrong := find_damage(last):
         raise Wrong(f"{last.name} is damaged: {wrong}")
-    if left := [path.name for path in run.rglob(".*")]:
+    if left := [
+        path.name for path in run.rglob(".*") if not path.name.startswith(".complexity-dit-")
+    ]:
         raise Wrong(f"partial files are left: {left}")
     files = [*last.rglob("*.safetensors"), *(run / "pipeline").rglob("*.safetensors")]
     files += [run / "train_log.csv", run / "dynamics.csv", *(run / "samples").glob("*.png")]

@@ -14,6 +14,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import (
     atomic_file,
     atomic_folder,
+    finish_merge,
     merged_folder,
     read_bytes,
     read_text,
@@ -142,6 +143,24 @@ def test_a_merge_keeps_other_files_and_removes_weights_that_it_replaces(tmp_path
     (failing_merge.__enter__() / "notes.md").write_text("new")
     assert not failing_merge.__exit__(RuntimeError, RuntimeError(), None)
     assert (tmp_path / "real" / "notes.md").read_text() == "old"
+
+
+@pytest.mark.parametrize("link", ["target", "complete"])
+def test_a_folder_of_others_moves_no_files_out_of_it(tmp_path, link):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "downloaded"
+    complete = folder / ".x.complexity-complete"
+    complete.mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "keys").write_text("the user's")
+    if link == "target":
+        (complete / "vae").mkdir()
+        (complete / "vae" / "keys").write_text("theirs")
+        (folder / "vae").symlink_to(elsewhere)
+    else:
+        (complete / "vae").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="does not belong there"):
+        finish_merge(folder)
+    assert (elsewhere / "keys").read_text() == "the user's"
 
 
 def both(text):

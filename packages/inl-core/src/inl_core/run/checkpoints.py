@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUMS_FILE = "SHA256SUMS"
 
-_LOG_HEAD = "step,loss,"  # of the train_log.csv of every version and both packages
+_LOG_HEAD = "step,loss,grad_norm,lr"  # of the train_log.csv of every version and both packages
 _NAME = re.compile(r"step-(\d{8})")
 _SUMS_HEAD = re.compile(r"# SHA-256 of (\d{1,9}) files(?:, (\d{1,18}) bytes)?")
 _SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")

@@ -116,29 +116,41 @@ def merged_folder(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         _finish_folder(partial)
-        partial.replace(partial.with_suffix(_COMPLETE))
-        finish_merge(target)
+        complete = partial.replace(partial.with_suffix(_COMPLETE))
+        _move_into_place(complete, target)
         _flush(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def finish_merge(target: Path) -> None:
-    """Put the complete new files of a folder in place that a killed `merged_folder` left aside."""
+    """Put the complete new files of a folder in place that a killed `merged_folder` left aside.
+
+    Raises:
+        UserError: A file would be moved out of the folder, through a link: that is not our doing.
+    """
     for complete in target.glob(f".*{_COMPLETE}"):
-        files = [path for path in complete.rglob("*") if path.is_file()]
-        places = {target / path.relative_to(complete): path for path in files}
-        weights = {(place.parent, _whole(place.name)) for place in places if _is_weights(place)}
-        for place in places:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        # First all old files, so that old and new ones are never there together.
-        for folder in {place.parent for place in places}:
-            for old in folder.iterdir():
-                if old in places or (_is_weights(old) and (folder, _whole(old.name)) in weights):
-                    old.unlink(missing_ok=True)
-        for place, path in places.items():
-            path.replace(place)
-        shutil.rmtree(complete)
+        for path in (complete, *complete.rglob("*")):
+            place = target / path.relative_to(complete)
+            if path.is_symlink() or (place.is_symlink() and place.is_dir()):
+                raise UserError(f"{complete} does not belong there: remove it")
+        _move_into_place(complete, target)
+
+
+def _move_into_place(complete: Path, target: Path) -> None:
+    files = [path for path in complete.rglob("*") if path.is_file()]
+    places = {target / path.relative_to(complete): path for path in files}
+    weights = {(place.parent, _whole(place.name)) for place in places if _is_weights(place)}
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    # First all old files, so that old and new ones are never there together.
+    for folder in {place.parent for place in places}:
+        for old in folder.iterdir():
+            if old in places or (_is_weights(old) and (folder, _whole(old.name)) in weights):
+                old.unlink(missing_ok=True)
+    for place, path in places.items():
+        path.replace(place)
+    shutil.rmtree(complete)
 
 
 def _is_weights(path: Path) -> bool:
@@ -315,26 +327,25 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _MAX_TEXT_BYTES = 256 * 2**20
 
 
-def refuse_strange_files(folder: Path, follow_links: bool = True) -> None:
+def refuse_strange_files(folder: Path, follow_links: bool = True, depth: int = 3) -> None:
     """Look at the files of a model or checkpoint before a library reads them.
 
     A library would wait for a pipe and read a text without end. Hidden folders and files of other
     kinds are left alone.
 
     Args:
-        folder: The folder, with its subfolders.
+        folder: The folder; it may not exist.
         follow_links: Whether files may be symbolic links, as in the cache of the Hub.
+        depth: Levels of folders, from this one.
 
     Raises:
         UserError: Naming a file that `open_regular` refuses, or a text of more than 256 MiB.
     """
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if not name.endswith((*_TEXTS, *_WEIGHTS)):
-                continue
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and depth > 1 and not path.name.startswith("."):
+            refuse_strange_files(path, follow_links, depth - 1)
+        elif path.name.endswith((*_TEXTS, *_WEIGHTS)):
             with open_regular(path, follow_links=follow_links) as file:
                 size = os.fstat(file.fileno()).st_size
-            if name.endswith(_TEXTS) and size > _MAX_TEXT_BYTES:
+            if path.name.endswith(_TEXTS) and size > _MAX_TEXT_BYTES:
                 raise UserError(f"{path} has {size} bytes; the limit is {_MAX_TEXT_BYTES}")
