@@ -56,12 +56,8 @@ def test_a_crop_is_a_function_of_seed_and_step(config) -> None:
     train = TrainConfig(data=config, batch_size=4, steps=40, report_to="none")
     data = load_data(config, "train")
 
-    def batch(
-        step: int, rank: int = 0, world: int = 1, config: TrainConfig = train
-    ) -> torch.Tensor:
-        found = StepBatches(data, config, rank, world)[step]
-        # What the crop was: noise and times are those of the middle at the same step.
-        return found["x"]
+    def batch(step: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+        return StepBatches(data, train, rank, world)[step]["x"]
 
     steps = [batch(step) for step in range(3)]
     assert all(torch.equal(batch(step), x) for step, x in enumerate(steps))
@@ -97,7 +93,7 @@ def test_evaluation_takes_the_middle(config) -> None:
     config = replace(config, holdout=0.6)
     reference = open_reference(config.source, (SIDE, SIDE), config)
     assert reference.images is not None
-    assert reference.data is not None
+    assert reference.data == replace(config, crop="center")
     middle = load_data(replace(config, crop="center"), "heldout")
     assert reference.images.fingerprint == middle.fingerprint
 

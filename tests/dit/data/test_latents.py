@@ -448,6 +448,22 @@ def test_cache_without_mirror_images(source, tmp_path):
         data.clean([0], torch.tensor([True]))
 
 
+def test_a_label_field_may_have_any_printable_name(tiny, tmp_path):
+    fields = ["type", "keys", "generator", "height", "latents", "sha256", "a.b", "é x", "self"]
+    folder = tmp_path / "paintings"
+    folder.mkdir()
+    lines = [",".join(["file_name", *fields])]
+    for i in range(6):
+        Image.new("RGB", (16, 16), (i, 40 * i, 0)).save(folder / f"{i}.png")
+        lines.append(",".join([f"{i}.png", *("pq"[i % 2] for _ in fields)]))
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    encode(pictures(folder, tiny), tmp_path / "cache")
+    assert list(load_training_data(as_latents(tmp_path / "cache")).label_names) == fields
+    (folder / "metadata.csv").write_text("\n".join(lines).replace("a.b", "a\tb"))
+    with pytest.raises(UserError, match=r"'a\\tb' has no printable name"):
+        encode(pictures(folder, tiny), tmp_path / "other")
+
+
 def test_bad_settings_of_encode_are_refused(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("mine")

@@ -152,8 +152,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         lines = sorted(
             f"{file} {ids}" for file, ids in zip(files, self.labels.tolist(), strict=True)
         )
-        cut = "" if self._heights is None else " whole"
-        head = f"{VERSION} {split} {self.resolution} {self.label_names}{cut}"
+        head = f"{VERSION} {split} {self.resolution} {self.label_names}"
         return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()
 
 
@@ -258,6 +257,12 @@ def read_labels(
     """
     if fields is None:
         fields = [name for name in rows.column_names if _is_categorical(rows, name)]
+    for field in fields:
+        if not field.strip() or not field.isprintable():
+            raise UserError(
+                f"the label field {field!r} has no printable name: rename that column, or choose "
+                "others with --data.label_fields"
+            )
     if len(set(fields)) != len(fields):
         raise UserError(f"label_fields {list(fields)} names a field twice; name each one once")
     label_names: dict[str, list[str]] = {}
