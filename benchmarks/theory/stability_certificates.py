@@ -69,7 +69,11 @@ def metrics(found):
         "largest spectral radius": (max(x.spectral_radius for x in found.layers), ""),
         "reach of all layers": (found.reach, ""),
         "largest gain of a layer": (max(x.gain for x in found.layers), ""),
-        "gain along the path": (found.path_gain if found.path_gain is not None else "", ""),
+        "norm of the frozen product": (
+            found.frozen_product if found.frozen_product is not None else "",
+            "",
+        ),
+        "response of the network": (found.response, ""),
     }
 
 

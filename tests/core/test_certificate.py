@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inl_core import INLDynamics, INLDynamicsLite, branch_epilogue, certify, transition_matrix
+from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
+    branch_epilogue,
+    certify,
+    dynamics_modules,
+    transition_matrix,
+)
 
 
 class Stack(nn.Module):
@@ -42,8 +49,10 @@ def test_stable_points_with_a_growing_path() -> None:
     first, second = transition_matrix(0.9, 0.01, 1.0, 0.1), transition_matrix(0.9, 2.0, 0.01, 0.1)
     product = torch.linalg.matrix_power(second, 8) @ torch.linalg.matrix_power(first, 8)
     wanted = float(torch.linalg.matrix_norm(product, ord=2))
-    assert report.path_gain == pytest.approx(wanted, rel=1e-12)
-    assert report.path_gain > 4.5
+    assert report.frozen_product == pytest.approx(wanted, rel=1e-12)
+    assert report.frozen_product > 4.5
+    # Nothing else happens between these layers, and no token is clipped.
+    assert report.response == pytest.approx(wanted, rel=1e-3)
 
 
 def test_reach_is_the_sum_of_the_clipped_moves_and_is_never_exceeded() -> None:
@@ -152,3 +161,99 @@ def test_the_table_names_every_layer() -> None:
     assert "layers.0" in text
     assert "layers.1" in text
     assert "frozen points stable: all" in text
+
+
+def jacobian_by_differences(model: nn.Module, first: nn.Module, last: nn.Module, run) -> Tensor:
+    """d (h, v) returned by `last` / d (h, v) given to `first`, column by column."""
+    moved: Tensor | None = None
+    entry: list[Tensor] = []
+    found: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
+        h, v = given["h"], given.get("v")
+        entry[:] = [h, torch.zeros_like(h) if v is None else v]
+        if moved is None:
+            return args, kwargs
+        h, v = (x + d.view_as(h) for x, d in zip(entry, moved.chunk(2), strict=True))
+        return (), given | {"h": h, "v": v}
+
+    def keep(outputs: tuple[Tensor, Tensor]) -> None:
+        found[:] = outputs
+
+    handles = [
+        first.register_forward_pre_hook(enter, with_kwargs=True),
+        last.register_forward_hook(
+            lambda m, args, outputs: found.__setitem__(slice(None), outputs)
+        ),
+    ]
+    step, columns = 1e-6, []
+    with torch.no_grad():
+        run()
+        size = 2 * entry[0].numel()
+        for index in range(size):
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = torch.zeros(size, dtype=torch.float64)
+                moved[index] = sign * step
+                run()
+                ends.append(torch.cat([x.flatten() for x in found]))
+            columns.append((ends[0] - ends[1]) / (2 * step))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(columns, dim=1)
+
+
+@pytest.mark.parametrize("adaptive", ["channel", "token", "lite"])
+@pytest.mark.parametrize("placement", ["stream", "branch", "force", "force_mlp"])
+def test_the_response_is_the_jacobian_of_the_real_language_model(placement, adaptive) -> None:
+    from complexity_lm import DeepConfig, DeepForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=12, dynamics_placement=placement,
+        dynamics_adaptive=adaptive, dynamics_controller_hidden=4, initializer_range=0.4,
+    )  # fmt: skip
+    model = DeepForCausalLM(config).double().eval()
+    inputs = {"input_ids": torch.tensor([[1, 5, 3]]), "use_cache": False}
+    report = certify(model, inputs)
+    first, last = model.model.layers[0].dynamics, model.model.layers[-1].dynamics
+    if placement == "force":
+        last = model.model.layers[-1].dynamics_mlp
+    jacobian = jacobian_by_differences(model, first, last, lambda: model(**inputs))
+    wanted = float(torch.linalg.matrix_norm(jacobian, ord=2))
+    assert report.response == pytest.approx(wanted, rel=2e-3)
+    # What is multiplied in the frozen product is not what the network iterates.
+    assert report.frozen_product != pytest.approx(wanted, rel=2e-2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("placement", ["branch", "force_mlp"])
+def test_the_response_is_the_jacobian_of_the_real_image_model(placement) -> None:
+    from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = ComplexityDiTTransformer2DModel(
+        sample_size=4, in_channels=1, patch_size=2, hidden_size=8, num_layers=2,
+        num_attention_heads=2, label_fields=["a"], num_classes=[2],
+        dynamics_placement=placement,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero-initialised parts pass nothing on
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.double().eval()
+    inputs = (torch.randn(1, 1, 4, 4).double(), torch.tensor([500.0]).double(), torch.tensor([[0]]))
+    modules = list(dynamics_modules(model).values())
+    jacobian = jacobian_by_differences(model, modules[0], modules[-1], lambda: model(*inputs))
+    wanted = float(torch.linalg.matrix_norm(jacobian, ord=2))
+    assert certify(model, inputs).response == pytest.approx(wanted, rel=2e-3)
+
+
+def test_a_state_that_ends_responds_with_zero() -> None:
+    class Cut(Stack):
+        def forward(self, h: Tensor) -> Tensor:
+            self.layers[0](h)
+            return self.layers[1](torch.ones_like(h))[0]
+
+    assert certify(Cut(lite(1.0, 0.5), lite(1.0, 0.5)).double(), (inputs(),)).response == 0.0

@@ -57,7 +57,7 @@ def test_the_dynamics_are_described_layer_by_layer(run, tmp_path):
     layer = model["layers"]["blocks.0.dynamics"]
     assert 0 < layer["alpha_mean"] < 1
     assert model["certificate"]["frozen_points_stable"] is True
-    assert model["certificate"]["gain_along_the_path"] > 0
+    assert model["certificate"]["response_of_the_network"] > 0
     yaml.safe_dump(model)  # plain values only
 
 

@@ -1,4 +1,4 @@
-"""Stability of the dynamics of a model: three measures, none of which implies another.
+"""Stability of the dynamics of a model: four measures, none of which implies another.
 
 1. *Frozen points*: whether each (alpha, beta, gate) that a layer uses is stable when held constant
    (`inl_core.stability`). For coefficients that vary from layer to layer this certifies nothing.
@@ -6,7 +6,10 @@
    and all layers together by no more than the sum. Valid for any input; usually loose.
 3. *Gain* along given inputs: the factor by which each layer, including its clip, stretches the
    pairs (h - mu, v) of these inputs, and the norm of the product of the frozen matrices along the
-   path of each token. Forces are external and left out.
+   path of each token. Forces are external and left out, and so are attention and MLP: with
+   `branch`, h is another branch in every layer, and no state follows that product.
+4. *Response* along given inputs: the largest growth of a small disturbance of the state (h, v) from
+   the first dynamics module to the last, through everything that the model computes in between.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inl_core import ops
 from inl_core.dynamics import INLDynamics, INLDynamicsLite
 from inl_core.reference import bounded_clamp
 from inl_core.stability import is_stable, spectral_radius, transition_matrix
 from inl_core.watch import dynamics_modules, run_watched
+
+_MOST_ITERATIONS, _TOLERANCE = 200, 1e-5
+"""Of the power iteration, whose estimate grows towards the singular value."""
 
 __all__ = ["Certificate", "LayerCertificate", "certify"]
 
@@ -61,13 +68,18 @@ class Certificate:
 
     Attributes:
         layers: One entry per dynamics module, in order of execution.
-        path_gain: The largest spectral norm, over tokens and channels, of the product of the
+        frozen_product: The largest spectral norm, over tokens and channels, of the product of the
             frozen matrices in that order; None without inputs or if shapes differ between layers.
-            It is the growth of a small disturbance of (h, v) carried by the dynamics alone.
+            It is how a disturbance of (h, v) would grow if it met these matrices alone; the
+            network's own growth is `response`, which may be larger or smaller.
+        response: The largest singular value of the Jacobian of the network, from the (h, v) that
+            its first dynamics module receives to the (h, v) that its last one returns, along these
+            inputs; None without inputs. Found by power iteration, so from below, to about 1e-3.
     """
 
     layers: tuple[LayerCertificate, ...]
-    path_gain: float | None
+    frozen_product: float | None
+    response: float | None
 
     @property
     def frozen_stable(self) -> bool:
@@ -90,11 +102,12 @@ class Certificate:
         gains = [layer.gain for layer in self.layers if layer.gain is not None]
         if gains:
             result["largest_gain_of_a_layer"] = max(gains)
-            result["gain_along_the_path"] = self.path_gain
+            result["norm_of_the_frozen_product"] = self.frozen_product
+            result["response_of_the_network"] = self.response
         return result
 
     def __str__(self) -> str:
-        """A table with one line per layer, and the three measures below it."""
+        """A table with one line per layer, and the measures of the model below it."""
         width = max([len(layer.name) for layer in self.layers] + [5])
         lines = [f"{'layer':{width}}   points  stable  radius  always   reach    gain"]
         for layer in self.layers:
@@ -104,11 +117,15 @@ class Certificate:
                 f"{layer.spectral_radius:7.4f} {'yes' if layer.always_stable else 'no':>7} "
                 f"{layer.reach:7.3f} {gain:>7}"
             )
-        path = "not measured" if self.path_gain is None else f"{self.path_gain:.3f}"
+        product, response = (
+            "not measured" if value is None else f"{value:.3f}"
+            for value in (self.frozen_product, self.response)
+        )
         lines += [
             f"frozen points stable: {'all' if self.frozen_stable else 'not all'}",
             f"reach of all layers: {self.reach:.3f}",
-            f"gain along the path of real inputs: {path}",
+            f"norm of the product of the frozen matrices: {product}",
+            f"response of the network to a disturbance of its state: {response}",
         ]
         return "\n".join(lines)
 
@@ -136,7 +153,7 @@ def certify(
     with torch.no_grad():
         if inputs is None:
             layers = (_layer(name, m, _point(m), None) for m, name in modules.items())
-            return Certificate(tuple(layers), None)
+            return Certificate(tuple(layers), None, None)
         return _along_inputs(model, modules, inputs)
 
 
@@ -172,7 +189,73 @@ def _along_inputs(
         raise ValueError(f"the forward of these inputs did not run {', '.join(idle)}")
     path = product[0]
     norm = None if path is None else float(torch.linalg.matrix_norm(path, ord=2).max())
-    return Certificate(tuple(layers), norm)
+    return Certificate(tuple(layers), norm, _response(model, list(modules), inputs))
+
+
+def _response(
+    model: nn.Module, modules: Sequence[nn.Module], inputs: Mapping[str, Any] | Sequence[Any]
+) -> float:
+    """The largest singular value of the Jacobian between the first and the last dynamics module.
+
+    J x is computed as the derivative of Jᵀu with respect to u, so every operation is differentiated
+    twice: with the reference operations and the plain attention of PyTorch.
+    """
+    entry: list[Tensor] = []
+    last: list[Tensor] = []
+
+    def enter(module: Any, args: tuple[Any, ...], kwargs: dict) -> tuple[tuple, dict] | None:
+        if entry:
+            return None
+        given = dict(zip(("h", "v", "force"), args, strict=False)) | kwargs
+        h = given["h"].detach().clone()
+        v = given.get("v")
+        v = torch.zeros_like(h) if v is None else v.detach().clone()
+        entry.extend((h.requires_grad_(), v.requires_grad_()))
+        return (), given | {"h": h, "v": v}
+
+    def leave(module: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        last[:] = outputs
+
+    handles: list[Any] = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+    handles += [module.register_forward_hook(leave) for module in modules]
+    try:
+        with ops.use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
+            run_watched(model, inputs, gradients=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def transposed(values: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            last,
+            entry,
+            values,
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+
+    with torch.enable_grad():
+        dual = [torch.zeros_like(x, requires_grad=True) for x in last]
+        product = transposed(dual, create_graph=True)
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(e.shape, generator=generator, dtype=torch.float64).to(e) for e in entry]
+    norm = 0.0
+    for _ in range(_MOST_ITERATIONS):
+        size = _size(x)
+        if size == 0.0:
+            return 0.0
+        x = [e / size for e in x]
+        images = torch.autograd.grad(product, dual, x, retain_graph=True, materialize_grads=True)
+        before, norm = norm, _size(images)
+        if abs(norm - before) <= _TOLERANCE * norm:
+            break
+        x = list(transposed(images))
+    return norm
+
+
+def _size(values: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in values))
 
 
 def _point(module: Any, h: Tensor | None = None, v: Tensor | None = None) -> list[Tensor]:

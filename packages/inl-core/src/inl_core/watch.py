@@ -26,20 +26,22 @@ def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLit
     }
 
 
-@torch.no_grad()
-def run_watched(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Run one forward in evaluation mode, without gradients, that collects statistics.
+def run_watched(
+    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], gradients: bool = False
+) -> None:
+    """Run one forward in evaluation mode that collects statistics.
 
     Collecting also disables fused calls, which would bypass the hooks of the modules.
 
     Args:
         model: The bare model: a compiled forward collects nothing.
         inputs: Arguments of the forward: keywords as a mapping, positional ones as a sequence.
+        gradients: Whether autograd records the forward.
     """
     was_training = model.training
     model.eval()
     try:
-        with collect_dynamics_stats(model):
+        with torch.set_grad_enabled(gradients), collect_dynamics_stats(model):
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
