@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from complexity_lm import sources
 from complexity_lm.config import DataConfig
 from complexity_lm.data import load_corpus
+from complexity_lm.evaluate import _task_name
 from complexity_lm.generate import generate, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
@@ -220,3 +221,17 @@ def test_a_picture_that_a_row_names_is_not_opened(folder, tmp_path):
     (folder / "README.md").write_text(f"---\ndataset_info: {{features: {features}}}\n---\n")
     corpus = load_corpus(DataConfig(source=f"hub:{folder}", holdout=0))
     assert next(iter(corpus.train)) == {"text": "a"}
+
+
+def test_a_task_file_and_what_it_includes_name_no_code(tmp_path):
+    (tmp_path / "code.yaml").write_text("doc_to_text: !function code.run\n")
+    (tmp_path / "a.yaml").write_text("task: mine\ninclude: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: [a.yaml]\n")  # a circle ends
+    assert _task_name(tmp_path / "a.yaml") == "mine"
+    (tmp_path / "b.yaml").write_text("include: [code.yaml]\n")
+    for name in ("a.yaml", "code.yaml"):
+        with pytest.raises(UserError, match="tags such as '!function' are not read"):
+            _task_name(tmp_path / name)
+    (tmp_path / "none.yaml").write_text("group: x\n")
+    with pytest.raises(UserError, match="no key `task`"):
+        _task_name(tmp_path / "none.yaml")

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from complexity_lm.config import RUN_KIND, DataConfig, EvalConfig
 from complexity_lm.data import load_split
-from complexity_lm.hub import report_errors
 from complexity_lm.loading import Loaded, load, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file, read_text
+from inl_core.run.files import atomic_file
 from inl_core.run.folders import claim_folder, has_result
+from inl_core.run.settings import read_settings
 
 logger = logging.getLogger(__name__)
-
-_MAX_TASK_BYTES = 2**20
 
 ORDER = 3
 """Bytes of context of the byte model."""
@@ -253,7 +250,7 @@ def run_tasks(
     file is searched for what it includes. `limit` is the documents per task; None for all.
 
     Raises:
-        UserError: lm-eval is not installed, or does not know a task.
+        UserError: lm-eval is not installed, or does not know a task, or a file names code.
     """
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]
@@ -268,8 +265,8 @@ def run_tasks(
     for path in files:
         if not path.is_file():
             raise UserError(f"--tasks {path}: no such file")
-    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}))
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
+    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
@@ -302,8 +299,15 @@ def run_tasks(
 
 
 def _task_name(path: Path) -> str:
-    with report_errors(f"{path} is not a task file", kinds=(OSError, ValueError, yaml.YAMLError)):
-        content = yaml.safe_load(read_text(path, _MAX_TASK_BYTES, follow_links=True))
-        if not isinstance(content, dict) or "task" not in content:
-            raise ValueError("it has no key `task`")
-    return str(content["task"])
+    """The name in a task file, if neither it nor what it includes names code (`!function`)."""
+    name, seen, queue = read_settings(path).get("task"), set(), [path]
+    if not isinstance(name, str):
+        raise UserError(f"{path} is not a task file: it has no key `task`")
+    while queue:
+        file = queue.pop().resolve()
+        if file not in seen:
+            seen.add(file)
+            include = read_settings(file).get("include", [])
+            parts = include if isinstance(include, list) else [include]
+            queue += [file.parent / str(part) for part in parts]
+    return str(name)
