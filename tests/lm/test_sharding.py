@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from complexity_lm import DeepForCausalLM
+from inl_core import apply_bounds, defer_bounds
 from support.processes import torchrun
 
 STEPS, ROWS, WORLD = 20, 4, 2
-# Without bounds of μ: beyond a bound, `bounded_clamp` passes a gradient by its sign, which each
-# process computes on its part of the batch, so the parts need not add up.
-NO_BOUNDS = {"dynamics_mu_min": None, "dynamics_mu_max": None}
 SETTINGS = [
-    {"dynamics_placement": "branch", **NO_BOUNDS},
-    {"dynamics_placement": "force", "num_experts": 3, **NO_BOUNDS},
+    {"dynamics_placement": "branch"},
+    {"dynamics_placement": "force", "num_experts": 3},
 ]
 
 WORKER = """
@@ -60,11 +58,13 @@ def batches() -> list[torch.Tensor]:
 
 def train(model: DeepForCausalLM, data: list[torch.Tensor]) -> list[float]:
     model.train()
+    defer_bounds(model)  # a process has a part of the batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     losses = []
     for ids in data:
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
+        apply_bounds(model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

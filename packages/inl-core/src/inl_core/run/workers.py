@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from inl_core.run.errors import UserError
 
@@ -25,7 +25,9 @@ RESUME_HINT = "resume from the last checkpoint with --resume auto"
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "socket", "tcpstore", "broken pipe")
 
 
-_message_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+# The group itself belongs to torch, which ends its threads with `destroy_process_group`: one that
+# lived until the interpreter ends would abort the process.
+_message_groups: WeakKeyDictionary[ProcessGroup, ReferenceType[ProcessGroup]] = WeakKeyDictionary()
 
 
 def message_group() -> ProcessGroup | None:
@@ -40,11 +42,13 @@ def message_group() -> ProcessGroup | None:
         return None
     default = distributed.group.WORLD
     assert default is not None
-    if default not in _message_groups:
+    known = _message_groups.get(default)
+    group = known and known()
+    if group is None:
         group = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
         assert isinstance(group, distributed.ProcessGroup)  # this process is in it
-        _message_groups[default] = group
-    return _message_groups[default]
+        _message_groups[default] = ref(group)
+    return group
 
 
 def largest(number: int) -> int:
