@@ -21,8 +21,9 @@ BOUND = 400
 """Seconds: much more than a run of 8 steps needs, much less than the timeouts of torch."""
 
 RANK = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 from pathlib import Path
+import yaml
 from support.small_runs import dit_run, lm_run
 
 kind, out, texts, victim = sys.argv[1:]
@@ -35,7 +36,6 @@ def die():
 if kind == "dit":
     from complexity_dit.training.batches import StepBatches
     from complexity_dit import __main__ as cli
-    from complexity_dit.training.train import train
     real = StepBatches.__getitem__
     def item(self, step):
         if dies and step == 5:
@@ -44,7 +44,6 @@ if kind == "dit":
     StepBatches.__getitem__ = item
     config = dit_run(out)
 else:
-    from complexity_lm.train import train
     from complexity_lm.trainer import LMTrainer
     from complexity_lm import __main__ as cli
     real = LMTrainer.training_step
@@ -54,8 +53,9 @@ else:
         return real(self, *arguments, **named)
     LMTrainer.training_step = step
     config = lm_run(out, texts)
-cli.run = lambda arguments: train(config)
-sys.argv = ["test"]
+settings = Path(f"{out}.{os.environ['RANK']}.yaml")
+settings.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+sys.argv = ["test", "train", "--config", str(settings)]
 cli.main()
 """
 
