@@ -63,11 +63,9 @@ training.train(
         out=out, resume=resume, steps=int(steps), batch_size=4, log_every=4, checkpoint_every=10,
         keep_last=0, sample_every=10, dynamics_every=10,
         data=DataConfig(resolution=8, num_images=32),
-        # mu starts at its lower bound of 0. There a gradient passes only if it points inside, which
-        # every process decides for its own share of the batch: exact only within the bounds.
-        model=ModelConfig(overrides={
-            "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "dynamics_mu_min": -1.0,
-        }),
+        model=ModelConfig(
+            overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+        ),
         # A constant rate: a run of 10 steps is the first half of a run of 20.
         optim=OptimConfig(warmup_steps=2, schedule="constant_with_warmup"),
     )
