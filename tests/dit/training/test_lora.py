@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -232,6 +234,83 @@ def test_wrong_adapters_are_refused(pipe, run, tmp_path):
     field = {k.replace("style", "medium"): v for k, v in tensors.items()}
     with pytest.raises(UserError, match="of the field 'medium'; the network has style, genre"):
         pipe.load_lora_weights(field)
+
+
+def adapter_of(pipe, **changes):
+    """Tensors of a new adapter whose every matrix matters, and PEFT's settings with changes."""
+    network = ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, None, pipe.id2label)
+    network.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(3)
+    tensors = {
+        name: torch.randn_like(tensor)
+        for name, tensor in network.transformer.adapter_state_dict().items()
+    }
+    settings = network.transformer.adapter_settings() | changes
+    network.transformer.unload_lora()
+    return tensors, settings
+
+
+ENDLESS = "(.*.*.*.*.*.*.*.*.*.*)+x$"
+
+
+def test_settings_of_an_adapter_cannot_hang_import_or_allocate(pipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "antigravity", None)  # an import of it would raise
+    tensors, plain = adapter_of(pipe)
+    pipe.transformer.load_lora_adapter(tensors, prefix=None, metadata=plain)
+    expected = paint(pipe, style=0)
+    pipe.unload_lora_weights()
+    for changes in (
+        {"target_modules": ENDLESS}, {"exclude_modules": ENDLESS}, {"layers_pattern": [ENDLESS]},
+        {"layers_to_transform": [0]}, {"modules_to_save": ["adaln"]}, {"target_parameters": ["x"]},
+        {"megatron_config": {}, "megatron_core": "antigravity"}, {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 10**8]]}, {"loftq_config": {"x": 1}}, {"task_type": "CAUSAL_LM"},
+        {"trainable_token_indices": [10**9]}, {"eva_config": {"rho": 9}}, {"lora_alpha": 8.0},
+    ):  # fmt: skip
+        settings = plain | changes
+        pipe.transformer.load_lora_adapter(tensors, prefix=None, metadata=settings)
+        assert np.array_equal(paint(pipe, style=0), expected), changes
+        pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"r": 10**9}, "rank 1000000000 for .*its tensors have 2"),
+        ({"rank_pattern": {ENDLESS: 2}}, "names of layers, not regular expressions"),
+        ({"alpha_pattern": {ENDLESS: 2}}, "names of layers, not regular expressions"),
+        ({"alpha_pattern": [1]}, "not what PEFT writes"),
+        ({"lora_alpha": "8"}, "not what PEFT writes"),
+        ({"lora_alpha": float("nan")}, "not what PEFT writes"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_are_refused(pipe, changes, words):
+    tensors, settings = adapter_of(pipe, **changes)
+    with pytest.raises(UserError, match=words):
+        pipe.transformer.load_lora_adapter(tensors, prefix=None, metadata=settings)
+
+
+def test_tensors_of_no_layer_are_refused_by_name(pipe):
+    tensors, settings = adapter_of(pipe)
+    for name in (f"{ENDLESS}.lora_B.weight", "blocks.9.attn.to_q.lora_B.weight"):
+        for metadata in (None, settings):
+            with pytest.raises(UserError, match="which the network has not"):
+                pipe.transformer.load_lora_adapter(
+                    tensors | {name: torch.zeros(4, 3)}, prefix=None, metadata=metadata
+                )
+
+
+@pytest.mark.parametrize("of_pipeline", [True, False])
+def test_unfusing_undoes_the_scale(pipe, of_pipeline):
+    tensors, settings = adapter_of(pipe)
+    plain = paint(pipe, style=0)
+    pipe.transformer.load_lora_adapter(tensors, prefix=None, metadata=settings)
+    loaded = paint(pipe, style=0)
+    assert np.abs(loaded - plain).max() > 1e-3
+    one = pipe if of_pipeline else pipe.transformer
+    for _ in range(2):
+        one.fuse_lora(lora_scale=0.5)
+        one.unfuse_lora()
+    np.testing.assert_allclose(paint(pipe, style=0), loaded, atol=1e-5)
 
 
 @pytest.mark.parametrize(

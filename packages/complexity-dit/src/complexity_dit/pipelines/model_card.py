@@ -99,7 +99,7 @@ def write_card(
         return card
     if isinstance(result, Path):
         result = read_json_object(result)
-    place = final_path(folder.resolve())
+    place = final_path(folder)
     title = name or (place.parent if place.name in _IN_RUNS else place).name
     name = name or f"./{place.name}"  # never a Hub id: somebody may own one of that name
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)

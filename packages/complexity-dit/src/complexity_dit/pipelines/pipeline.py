@@ -711,12 +711,19 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             )  # fmt: skip
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Merge adapters into the weights (`lora_scale`, `safe_fusing`, `adapter_names`)."""
+        """Merge adapters into the weights (`lora_scale`, `safe_fusing`, `adapter_names`).
+
+        Raises:
+            UserError: For a scale of 0, which merges nothing and could not be undone.
+        """
+        if kwargs.get("lora_scale") == 0:
+            raise UserError("lora_scale 0 merges nothing: use disable_lora() to paint without")
         super().fuse_lora(components or self._lora_loadable_modules, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Undo `fuse_lora`, while the adapters are loaded."""
         super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+        self.transformer.undo_scale()
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Not supported, because it offloads layer by layer.

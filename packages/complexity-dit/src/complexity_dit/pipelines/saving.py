@@ -26,7 +26,6 @@ from complexity_dit.pipelines.model_card import CARD_FILE, GRID_FILE, write_card
 from inl_core.run.errors import UserError
 from inl_core.run.files import (
     finish_merge,
-    intended_name,
     merged_folder,
     refuse_strange_files,
 )
@@ -150,13 +149,12 @@ class FilesMixin:
             raise UserError("safe_serialization=False would write a pickle; only safetensors here")
         hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
         target = Path(save_directory)
-        name = hub.get("repo_id") or intended_name(target)
         with merged_folder(target) as folder:
             for read in (CARD_FILE, GRID_FILE, DATA_FILE):  # by `write_card`
                 if (target / read).is_file():
                     shutil.copy(target / read, folder)
             self._write(folder, **kwargs)
-            write_card(folder, result, grid, name)
+            write_card(folder, result, grid, hub.get("repo_id"))
         if push_to_hub:
             upload(target, f"Upload {type(self).__name__}", **hub)
 

@@ -201,20 +201,16 @@ def remove_partial_writes(folder: Path) -> None:
 
 def final_path(path: Path) -> Path:
     """The path that a file or folder will have when it, and what it is in, is complete."""
-    written = re.compile(rf"\.(.+)\.[^.]+{re.escape(_PARTIAL)}")
-    return Path(*(written.sub(r"\1", part) for part in path.parts))
+    aside, merged = (
+        re.compile(rf"\.(.+){mark}[0-9a-f]{{8}}{re.escape(_PARTIAL)}") for mark in (r"\.", r"-\d+-")
+    )
+    parts = (part for part in Path(os.path.abspath(path)).parts if not merged.fullmatch(part))
+    return Path(*(aside.sub(r"\1", part) for part in parts))
 
 
 def is_partial_write(path: Path) -> bool:
     """Whether a path has one of the temporary names of this module."""
     return path.name.startswith(".") and path.name.endswith((_PARTIAL, _OLD, _REMOVED))
-
-
-def intended_name(folder: Path) -> str:
-    """Name of a folder; for one of `atomic_folder`, the name that it will have."""
-    name = Path(os.path.abspath(folder)).name
-    match = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(_PARTIAL)}", name)
-    return match[1] if match else name
 
 
 def _aside(target: Path, ending: str) -> Path:
