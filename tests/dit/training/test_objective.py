@@ -1,11 +1,14 @@
 """Training targets against the schedulers that invert them, and the seeds that resume needs."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
 from complexity_dit.config import ObjectiveConfig
 from complexity_dit.models.transformer import MIN_NOISE, velocity_towards
-from complexity_dit.seeding import derive_seed, generator_for
+from complexity_dit.seeding import SEEDING, derive_seed, generator_for
 from complexity_dit.training.objective import (
     build_scheduler,
     drop_labels,
@@ -135,6 +138,38 @@ def test_seeds_depend_on_all_their_arguments_and_nothing_else():
     first = torch.rand(3, generator=generator_for(7, "x", 2))
     torch.rand(100)
     assert torch.equal(first, torch.rand(3, generator=generator_for(7, "x", 2)))
+
+
+def first_words(count, version):
+    """The first 64 bits that the generators of many positions draw."""
+    draws = [
+        torch.randint(2**63 - 1, (1,), generator=generator_for(0, "sample", i, version=version))
+        for i in range(count)
+    ]
+    return torch.cat(draws)
+
+
+def test_no_two_of_100_000_positions_share_their_numbers():
+    assert len(first_words(100_000, SEEDING).unique()) == 100_000
+
+
+def test_version_1_had_32_bits_and_keeps_its_numbers():
+    for version, equal in ((1, True), (2, False)):
+        pair = [generator_for(0, "sample", i, version=version) for i in (27560, 45449)]
+        assert torch.equal(*(torch.rand(4, generator=draw) for draw in pair)) == equal
+
+
+def test_the_numbers_of_a_position_never_change():
+    first = torch.randint(2**32, (3,), generator=generator_for(0, "sample", 0))
+    assert first.tolist() == [4132023990, 1272343490, 3314399097]
+    # The state is that of numpy's Mersenne Twister with the same words.
+    other = np.random.MT19937()
+    words = hashlib.shake_256(b"sample,0,0").digest(4 * 624)
+    other.state = {
+        "bit_generator": "MT19937",
+        "state": {"key": np.frombuffer(words, "<u4"), "pos": 624},
+    }
+    assert first.tolist() == other.random_raw(6)[1::2].tolist()
 
 
 def test_each_field_can_have_its_own_dropout():

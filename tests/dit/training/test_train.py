@@ -29,6 +29,29 @@ def test_resume_is_bit_identical(small_run, resumed_as_straight):
     resumed_as_straight(run)
 
 
+def test_a_run_of_an_older_version_goes_on_with_its_own_random_numbers(
+    small_run, tmp_path, monkeypatch
+):
+    new = train(dataclasses.replace(small_run, out=str(tmp_path / "new")))
+    with monkeypatch.context() as older:
+        older.setattr("complexity_dit.training.train.SEEDING", 1)
+        train(small_run)
+    straight = load_file(last_checkpoint(small_run.out) / "model.safetensors")
+    half = Path(small_run.out) / "checkpoints" / "step-00000004"
+    meta = json.loads((half / "state.json").read_text())
+    assert meta.pop("seeding") == 1
+    (half / "state.json").write_text(json.dumps(meta))  # as 0.1.0 wrote it
+    (half / "SHA256SUMS").unlink()
+    shutil.rmtree(half.with_name("step-00000008"))
+    train(dataclasses.replace(small_run, resume="auto"))
+    last = last_checkpoint(small_run.out)
+    assert json.loads((last / "state.json").read_text())["seeding"] == 1
+    resumed = load_file(last / "model.safetensors")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    latest = load_file(last_checkpoint(new.parent) / "model.safetensors")
+    assert any(not torch.equal(latest[name], straight[name]) for name in straight)
+
+
 def test_a_checkpoint_has_three_files_of_tensors_and_the_settings(small_run):
     train(small_run)
     checkpoint = last_checkpoint(small_run.out)

@@ -31,7 +31,7 @@ from complexity_dit.pipelines.sample_folders import (
     prepare_samples,
 )
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
-from complexity_dit.seeding import generator_for
+from complexity_dit.seeding import SEEDING, generator_for
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, finish_merge
@@ -179,6 +179,7 @@ def sample_settings(
         "pipeline_sha256": pipeline_hash(pipe),
         **guide,
         **scheduler_settings(pipe, config),
+        "seeding": SEEDING,
         "labels_sha256": array_hash(labels.numpy()),
         "num_images": len(labels),
         "device": pipe.device.type,

@@ -12,13 +12,15 @@ from complexity_dit.config import TrainConfig
 from complexity_dit.data.latents import TrainingData
 from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
-from complexity_dit.seeding import generator_for
+from complexity_dit.seeding import SEEDING, generator_for
 from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
 from inl_core.run.errors import UserError
 from inl_core.run.workers import allow_open_files
 
 
-def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> torch.Tensor:
+def random_batch_indices(
+    num_items: int, seed: int, start: int, count: int, seeding: int = SEEDING
+) -> torch.Tensor:
     """The items that samples `start` to `start + count - 1` of a run read: int64 (count,).
 
     Sample k is item `permutation(seed, k // num_items)[k % num_items]`: every epoch reads each
@@ -33,13 +35,15 @@ def random_batch_indices(num_items: int, seed: int, start: int, count: int) -> t
     while position < end:
         epoch, offset = divmod(position, num_items)
         take = min(num_items - offset, end - position)
-        parts.append(_permutation(num_items, seed, epoch)[offset : offset + take])
+        parts.append(_permutation(num_items, seed, epoch, seeding)[offset : offset + take])
         position += take
     return torch.cat(parts)
 
 
 @lru_cache(maxsize=2)
-def _permutation(num_items: int, seed: int, epoch: int) -> torch.Tensor:
+def _permutation(num_items: int, seed: int, epoch: int, seeding: int) -> torch.Tensor:
+    if seeding > 1:
+        return torch.randperm(num_items, generator=generator_for(seed, "order", epoch))
     # Hashed, so that (seed, epoch + 1) and (seed + 1, epoch) are unrelated.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -57,8 +61,8 @@ class BalancedOrder:
     field, (N,), -1 where missing.
     """
 
-    def __init__(self, ids: Tensor, seed: int) -> None:
-        self.seed, self.size = seed, len(ids)
+    def __init__(self, ids: Tensor, seed: int, seeding: int = SEEDING) -> None:
+        self.seed, self.size, self.seeding = seed, len(ids), seeding
         self.missing = (ids == MISSING).nonzero().flatten()
         names = ids[ids != MISSING].unique().tolist()
         if not names:
@@ -87,7 +91,8 @@ class BalancedOrder:
         return int(items[self._shuffled(f"items of {label}", len(items), epoch)[place]])
 
     def _shuffle(self, what: str, count: int, epoch: int) -> Tensor:
-        return torch.randperm(count, generator=generator_for(self.seed, f"order {what}", epoch))
+        draw = generator_for(self.seed, f"order {what}", epoch, version=self.seeding)
+        return torch.randperm(count, generator=draw)
 
 
 _BLOCK = 2**18
@@ -102,8 +107,16 @@ class StepBatches(Dataset):
     the same data, noise, times and dropped labels, and so does a resumed run.
     """
 
-    def __init__(self, data: TrainingData, config: TrainConfig, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        rank: int,
+        world: int,
+        seeding: int = SEEDING,
+    ) -> None:
         self.data, self.config, self.mine = data, config, slice(rank, None, world)
+        self.seeding = seeding
         self.order = self._balanced_order()
         self.dropouts = config.objective.label_dropouts(list(data.label_names))
 
@@ -116,18 +129,25 @@ class StepBatches(Dataset):
                 f"balanced_labels {field!r} is not a label field of the data, which has "
                 f"{', '.join(fields) or 'none'}; name one of them, or null"
             )
-        return BalancedOrder(self.data.labels[:, fields.index(field)], self.config.seed)
+        return BalancedOrder(
+            self.data.labels[:, fields.index(field)], self.config.seed, self.seeding
+        )
 
     def __len__(self) -> int:
         return self.config.steps
 
+    def _draw(self, purpose: str, step: int) -> torch.Generator:
+        return generator_for(self.config.seed, purpose, step, version=self.seeding)
+
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         config, count, mine = self.config, self.config.batch_size, self.mine
         if self.order is None:
-            indices = random_batch_indices(len(self.data), config.seed, step * count, count)
+            indices = random_batch_indices(
+                len(self.data), config.seed, step * count, count, self.seeding
+            )
         else:
             indices = self.order.indices(step * count, count)
-        draw = generator_for(config.seed, "train", step)
+        draw = self._draw("train", step)
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
         labels = drop_labels(self.data.labels[indices], self.dropouts, draw)
@@ -136,17 +156,17 @@ class StepBatches(Dataset):
         noise = torch.randn(shape, generator=draw)[mine].contiguous()
         posterior = None
         if self.data.samples_posterior:
-            draw = generator_for(config.seed, "posterior", step)
+            draw = self._draw("posterior", step)
             posterior = torch.randn(shape, generator=draw)[mine]
         shifts = None
         if config.data.crop == "random":  # from a generator of its own, as with dropped tokens
-            shifts = torch.rand(count, generator=generator_for(config.seed, "crop", step))[mine]
+            shifts = torch.rand(count, generator=self._draw("crop", step))[mine]
         batch = {"labels": labels[mine]}
         batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior, shifts)
         rate = config.model.token_drop_rate
         if rate and step < config.model.token_drop_until * config.steps:
             # From a generator of its own: noise and times are the same with and without dropping.
-            draw = generator_for(config.seed, "tokens", step)
+            draw = self._draw("tokens", step)
             tokens = (size // config.model.patch_size) ** 2
             batch["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
         return batch

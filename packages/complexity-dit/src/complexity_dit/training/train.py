@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from complexity_dit.config import RUN_KIND, TrainConfig
 from complexity_dit.data.latents import TrainingData, load_training_data, open_latent_space
 from complexity_dit.distributed import largest, main_first, on_main
+from complexity_dit.seeding import SEEDING
 from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
 from complexity_dit.training.network import adapt, build_model, start_from
@@ -157,7 +158,12 @@ def _train(
         if config.init_from is not None and checkpoint is None:
             start_from(network, config.init_from, data.label_names)
     state, model = prepared_state(network, config, accelerator)
-    record = {"config": settings, "changes": changes, "data": _identity(data)}
+    seeding = SEEDING if checkpoint is None else meta.get("seeding", 1)
+    if seeding not in range(1, SEEDING + 1):
+        raise UserError(f"{checkpoint} has seeding {seeding!r}: resume it with a newer version")
+    record = {
+        "config": settings, "changes": changes, "data": _identity(data), "seeding": seeding,
+    }  # fmt: skip
     if checkpoint is not None:
         state.load(checkpoint, saved, data.label_names)
         check_data(
@@ -171,7 +177,8 @@ def _train(
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
-    batches = StepBatches(data, config, accelerator.process_index, accelerator.num_processes)
+    place = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(data, config, *place, seeding)
     log = TrainLog(out, state.step, accelerator, state.skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
     callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step)
