@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from complexity_dit.app.gallery import CHUNK, Gallery, Settings
-from complexity_dit.app.server import MAX_BODY, Guard, page_files
+from complexity_dit.app.server import MAX_BODY, Guard, build_server, page_files
 from complexity_dit.config import AppConfig
+from inl_core.run.errors import UserError
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -127,8 +128,6 @@ def test_the_server_serves_its_page_and_no_file(pipe):
 async def request_addresses(gallery: Gallery) -> None:
     import httpx
 
-    from complexity_dit.app.server import build_server
-
     # Built inside a running loop: gradio would create loops of its own, and not close them.
     transport = httpx.ASGITransport(app=build_server(gallery, AppConfig()))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
@@ -141,6 +140,35 @@ async def request_addresses(gallery: Gallery) -> None:
         for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/info", "/openapi.json", "/docs"):
             assert (await client.get(path)).status_code == 404, path
         assert (await client.get("/", headers={"host": "evil.example"})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("root_path", "host", "status"),
+    [
+        ("", "127.0.0.1:7860", 200), ("", "localhost", 200), ("", "[::1]:7860", 200),
+        ("", "example.org", 400),
+        ("https://example.org/gallery", "example.org", 200),
+        ("https://example.org/gallery", "other.org", 400),
+    ],
+)  # fmt: skip
+def test_the_names_under_which_the_gallery_answers(pipe, root_path, host, status):
+    httpx = pytest.importorskip("httpx")
+
+    async def ask():
+        app = build_server(Gallery(pipe), AppConfig(root_path=root_path))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/", headers={"host": host})
+
+    response = asyncio.run(ask())
+    assert response.status_code == status
+    if root_path and status == 200:
+        assert f'"root":"{root_path}"' in response.text.replace(" ", "")
+
+
+def test_an_address_behind_a_proxy_is_whole():
+    with pytest.raises(UserError, match="root_path '/gallery' must be the whole address"):
+        AppConfig(root_path="/gallery")
 
 
 @pytest.fixture

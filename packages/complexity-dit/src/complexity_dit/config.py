@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits
@@ -710,6 +711,10 @@ class AppConfig:
     port: int = 7860
     """Port to listen on."""
 
+    root_path: str = ""
+    """Address of the gallery behind a proxy that removes its path, such as
+    https://example.org/gallery; empty if there is none."""
+
     queue_size: int = 8
     """Requests that may wait while one is served; more are refused."""
 
@@ -728,6 +733,11 @@ class AppConfig:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise UserError(f"port {self.port} must be from 1 to 65535")
+        if self.root_path and not urlsplit(self.root_path).hostname:
+            raise UserError(
+                f"root_path {self.root_path!r} must be the whole address that visitors type, such "
+                "as https://example.org/gallery"
+            )
         _at_least(1, self, "queue_size")
 
     @property

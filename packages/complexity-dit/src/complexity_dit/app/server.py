@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from complexity_dit.app.gallery import MAX_SEED, Gallery, Settings
 from complexity_dit.app.page import CSS, empty_wall, masthead, refusal, wall
@@ -42,6 +43,9 @@ _GET = {
 _POST = {"/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
 _HEARTBEAT = re.compile(r"/gradio_api/heartbeat/\w{1,40}")
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+# As a browser writes ::1, and what older versions of starlette take from it. No name on a network
+# can be one of the two.
+_IPV6 = {"[::1]", "["}
 
 _ANY = "any"
 _GRID = "A grid of several seeds"
@@ -245,13 +249,16 @@ def build_server(gallery: Gallery, config: AppConfig) -> Guard:
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if config.host in _LOOPBACK:
         # Refuse DNS rebinding: another site's name that resolves to this machine.
-        server.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(_LOOPBACK))
+        public = urlsplit(config.root_path).hostname
+        hosts = sorted(_LOOPBACK | _IPV6 | ({public} if public else set()))
+        server.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     gr.mount_gradio_app(
         server,
         build_page(gallery, config.queue_size),
         path="/",
         server_name=config.host,
         server_port=config.port,
+        root_path=config.root_path.rstrip("/") or None,
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
@@ -277,7 +284,9 @@ def serve(pipeline: str, config: AppConfig) -> None:
     """
     pipe = load_pipeline(pipeline).to(pick_device(config.device))
     server = build_server(Gallery(pipe, config.limits), config)
-    print(f"the gallery is at http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = config.root_path or f"http://{host}:{config.port}"
+    print(f"the gallery is at {address} (Ctrl-C ends it)", flush=True)
     try:
         uvicorn.run(server, host=config.host, port=config.port, log_level="warning")
     except SystemExit as stop:  # uvicorn has logged the reason
