@@ -13,10 +13,12 @@ from PIL import Image
 from complexity_dit.config import SampleConfig
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
+from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline, sample
 from inl_core.run.errors import UserError
 from support.disk import failing
 from support.locks import locked_elsewhere
+from support.networks import small_network
 from support.processes import python, torchrun
 
 QUICK = SampleConfig(num_inference_steps=2, batch_size=8, chunk_size=4)
@@ -75,6 +77,7 @@ def test_a_grid_has_a_row_per_label(pipe, tmp_path):
     labels = grid_labels(pipe, columns=2)
     assert labels.tolist() == [[0, -1], [0, -1], [1, -1], [1, -1], [2, -1], [2, -1]]
     assert grid_labels(pipe, 1, "genre").tolist() == [[-1, 0], [-1, 1]]
+
     red = np.zeros((3, 8, 8, 3), np.uint8)
     red[1, ..., 0] = 255
     save_grid(red, 2, ["a", "b"], tmp_path / "grid.png", scale=1)
@@ -82,6 +85,15 @@ def test_a_grid_has_a_row_per_label(pipe, tmp_path):
         picture = np.asarray(grid)
     assert (picture == [255, 0, 0]).all(-1).sum() == 64
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_grid_of_many_classes_shows_some_in_equal_steps(pipe):
+    network = small_network(label_fields=["kind"], num_classes=[1000])
+    rows = grid_labels(ComplexityDiTPipeline(network, pipe.scheduler), 8)
+    assert rows.shape == (64 * 8, 1)
+    shown = rows[::8, 0]
+    assert (shown[0], shown[-1]) == (0, 984)
+    assert set(shown.diff().tolist()) == {15, 16}
 
 
 def test_the_command_writes_a_grid_a_folder_or_an_archive(pipe, tmp_path):

@@ -41,6 +41,8 @@ from inl_core.run.json_files import fits, one_line, read_json_object
 logger = logging.getLogger(__name__)
 
 _COLUMNS = 8
+MAX_GRID_ROWS = 64
+"""Most rows of a grid that names no labels: one of 1,000 classes has 90 megapixels."""
 _OTHER_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mp4", ".npy", ".npz", ".pdf", ".png",
     ".svg", ".tar", ".tif", ".tiff", ".webp", ".zip",
@@ -259,13 +261,18 @@ def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int
 
 
 def grid_labels(pipe: ComplexityDiTPipeline, columns: int, field: str | None = None) -> Tensor:
-    """Labels of a grid, (rows * columns, F), one row per name of a field (by default the first)."""
+    """Labels of a grid, (rows * columns, F), one row per name of a field (by default the first).
+
+    Of more than `MAX_GRID_ROWS` names so many are taken, in equal steps.
+    """
     names = pipe.label_names
     if not names:
         return torch.full((columns * columns, 0), -1, dtype=torch.long)
     position = list(names).index(field) if field else 0
-    labels = torch.full((len(list(names.values())[position]) * columns, len(names)), -1)
-    labels[:, position] = torch.arange(len(labels)) // columns
+    count = len(list(names.values())[position])
+    rows = min(count, MAX_GRID_ROWS)
+    labels = torch.full((rows * columns, len(names)), -1)
+    labels[:, position] = torch.arange(len(labels)) // columns * count // rows
     return labels
 
 
@@ -284,7 +291,8 @@ def sample(
         out: A path ending in .png writes one grid; in .npz an ADM-style `arr_0` (N, Y, X, 3);
             anything else is a folder for 000000.png, 000001.png, and so on; but no name that ends
             like another kind of picture or archive.
-        num_images: Number of images; by default a grid of all labels of the first field, else 64.
+        num_images: Number of images; by default a grid of the labels of the first field (of at most
+            64 of them, in equal steps), else 64.
         labels: Names or ids per label field, e.g. `--labels.style Cubism Fauvism`; several names
             alternate.
         sampling: Seed, sampler and batch.
