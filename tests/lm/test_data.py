@@ -249,6 +249,6 @@ def test_an_unreachable_hub_gives_one_line_at_once(monkeypatch):
     assert "\n" not in str(stop.value)
     # Online, but the Hub does not answer.
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot reach http://127.0.0.1:9.*HF_HUB_OFFLINE"):
         load_corpus(config)

@@ -1,17 +1,13 @@
 """The Hugging Face Hub: a quick check that it answers, and uploads of a folder."""
 
-import os
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from inl_core.run.errors import UserError
+from inl_core.run.hub import is_offline, unreachable
 
-_TIMEOUT_SECONDS = 4.0
 _SOURCE_HINT = "download it elsewhere and use source=imagefolder:PATH"
 _UPLOAD_HINT = "save_pretrained(FOLDER) works offline, and `hf upload REPO FOLDER` uploads it later"
 
@@ -26,21 +22,10 @@ def reach_hub(action: str, hint: str = _SOURCE_HINT) -> None:
     Raises:
         UserError: If the Hub does not answer, or answers with a server error.
     """
-    offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-    if constants.HF_HUB_OFFLINE or offline:
-        return
-    reason: Any = None
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        reason = error if error.code >= 500 else None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-    if reason is not None:
+    if not is_offline() and (problem := unreachable()) is not None:
         raise UserError(
-            f"{action}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set "
-            "HF_HUB_OFFLINE=1 if this machine has already cached it"
+            f"{action}: {problem}; {hint}, or set HF_HUB_OFFLINE=1 if this machine has already "
+            "cached it"
         )
 
 

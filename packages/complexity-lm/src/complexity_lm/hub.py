@@ -1,17 +1,12 @@
 """Access to the Hub and to files, with errors that are one line for the user."""
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from inl_core.run.errors import UserError
-
-_TIMEOUT_S = 4.0
+from inl_core.run.hub import is_offline, unreachable
 
 
 def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
@@ -28,26 +23,12 @@ def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
         return Path(name).expanduser()
     if is_offline():
         return None
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
-            return None
-    except urllib.error.HTTPError as error:
-        reason: object = error
-        if error.code < 500:
-            return None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
+    if (problem := unreachable()) is None:
+        return None
     raise UserError(
-        f"{wanted or name}: cannot reach {constants.ENDPOINT} ({reason}); {hint}, or set "
-        "HF_HUB_OFFLINE=1 if it is in the cache of this machine"
+        f"{wanted or name}: {problem}; {hint}, or set HF_HUB_OFFLINE=1 if it is in the cache of "
+        "this machine"
     )
-
-
-def is_offline() -> bool:
-    """Whether the user has switched the Hub off."""
-    datasets_offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper()
-    return bool(constants.HF_HUB_OFFLINE) or datasets_offline in {"1", "ON", "YES", "TRUE"}
 
 
 @contextmanager
