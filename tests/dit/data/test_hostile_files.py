@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
+from support.networks import small_vae
 from support.pictures import pictures, write_folder
 
 
@@ -172,6 +174,42 @@ def test_a_missing_tensor_is_not_drawn_at_random(saved):
     save_file({n: t for n, t in tensors.items() if n != lost}, path, {"format": "pt"})
     with pytest.raises(UserError, match=f"{lost} is missing"):
         load_pipeline(str(saved))
+
+
+VAES = {
+    "AutoencoderKL": small_vae,
+    "AutoencoderTiny": AutoencoderTiny,
+    "TinyAutoencoder": lambda: TinyAutoencoder(
+        block_out_channels=[8, 8], layers_per_block=[1, 1], decoder_layers_per_block=[1, 1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_every_tensor_of_a_vae_is_that_of_its_file(tmp_path, name):
+    VAES[name]().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    load_vae(str(tmp_path))
+    for key in sorted(tensors)[::5]:
+        save_file({k: v for k, v in tensors.items() if k != key}, path)
+        with pytest.raises(UserError, match="missing"):
+            load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_a_vae_with_more_layers_than_its_weights_is_not_built(pipe, tmp_path, name):
+    pipe.save_pretrained(tmp_path)
+    VAES[name]().save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for key in ("layers_per_block", "num_encoder_blocks"):
+        if key in config:
+            several = isinstance(config[key], list)
+            config[key] = [10**8] * len(config[key]) if several else 10**8
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    for load in (load_vae, ComplexityDiTPipeline.from_pretrained, load_pipeline):
+        with pytest.raises(UserError, match=r"describes|has layers_per_block|has num_enc"):
+            load(str(tmp_path / "vae" if load is load_vae else tmp_path))
 
 
 def test_an_adapter_that_names_itself_as_its_base_ends(saved):

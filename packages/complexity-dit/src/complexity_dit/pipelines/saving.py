@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 from torch import nn
@@ -29,7 +30,8 @@ from inl_core.run.files import (
     merged_folder,
     refuse_strange_files,
 )
-from inl_core.run.json_files import fits
+from inl_core.run.json_files import fits, read_json_object
+from inl_core.run.weights import weights_fit
 
 _PIPELINE_MODULE = "pipeline_complexity_dit"
 # Component: (module written next to its weights, class that the module imports).
@@ -62,6 +64,22 @@ def _check_components(config: dict[str, Any], passed: frozenset[str]) -> None:
                 f"package or a {kind} of diffusers. "
                 "It was not imported; if you trust it, import it before you load the folder"
             )
+
+
+def _check_vae(folder: Path) -> None:
+    """Refuse a VAE with more layers than its weights: diffusers would build it before it loads."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        name = read_json_object(path).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    cls = (
+        TinyAutoencoder if name == TinyAutoencoder.__name__ else getattr(diffusers, str(name), None)
+    )
+    if isinstance(cls, type) and issubclass(cls, ModelMixin):
+        weights_fit(folder, cls.from_config)  # pyright: ignore -- with ConfigMixin, as all have
 
 
 class FilesMixin:
@@ -102,6 +120,8 @@ class FilesMixin:
         refuse_strange_files(Path(pretrained_model_name_or_path))
         # Assigned below, to the objective of the folder's own scheduler.
         scheduler = kwargs.pop("scheduler", None)
+        if "vae" not in kwargs:
+            _check_vae(Path(pretrained_model_name_or_path) / "vae")
         token = _passed.set(frozenset(kwargs))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
