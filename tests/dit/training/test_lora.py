@@ -160,7 +160,7 @@ def test_commands_accept_an_adapter_folder_as_a_pipeline(run, tmp_path):
     assert "lora" in card.data.tags
     assert card.data.base_model is None  # a folder of this machine is none of the Hub's
     assert 'from_pretrained("./base")' in card.text
-    assert 'style="Hokusai v. 2"' in card.text
+    assert 'pipe(labels={"style": "Hokusai v. 2"})' in card.text
     weights = Path(run.init_from) / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"] += 1
