@@ -135,7 +135,7 @@ def test_wrong_input_exits_with_2_and_a_hint(command, tmp_path, paintings):
         ([*start, tmp_path / "b", empty], "no images"),
         ([*start, tmp_path / "c", "--model.patch_size=5"], "16 must be divisible by patch_size 5"),
         ([*start, out], "--resume auto"),
-        ([*start, out, *wider], "another model"),
+        ([*start, out, *wider], "was trained with other settings"),
         ([*start, tmp_path / "e", "--optim.lr=1e30", "--steps=8"], "training stopped"),
         ([*start, tmp_path / "f", "--data.source=wikiart"], "imagefolder:PATH"),
         ([*start, tmp_path / "g", "--optim.lrr=1"], "lrr"),
