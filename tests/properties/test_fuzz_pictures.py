@@ -3,13 +3,19 @@
 Each row is a parser. It runs for `COMPLEXITY_FUZZ_SECONDS` (10 by default, 300 for a full run).
 """
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
 from complexity_dit import pictures
+from complexity_dit.data.dataset import read_labels
+from complexity_dit.data.folders import read_folder
 from complexity_dit.evaluation import image_sets
 from support.fuzzing import MARKS, Parser, Rows, of_file
 from support.mangled import mangled_bytes, npz_bytes, picture_bytes, png_bytes
@@ -82,6 +88,46 @@ def image_folder(folder: Path) -> Parser:
 def training_picture(folder: Path) -> Parser:
     cases = mangled_bytes(PICTURES)
     return Parser(cases, lambda data: pictures.square_pixels(data, 4))
+
+
+TABLE = b'file_name,style,n\r\n0.png,a,1\r\n0.png,"b,c",2\r\n'
+LINES = b'{"file_name": "0.png", "style": "a", "n": [1]}\n{"file_name": "0.png", "n": null}\n'
+
+
+def parquet_bytes() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["0.png"] * 3, "style": ["a", None, "b"]}), file)
+    return file.getvalue()
+
+
+def zip_bytes() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/0.png", png_bytes())
+        archive.writestr("metadata.csv", TABLE.replace(b"0.png", b"a/0.png"))
+    return file.getvalue()
+
+
+@ROWS.row
+def picture_table(folder: Path) -> Parser:
+    (folder / "0.png").write_bytes(png_bytes())
+    good = {
+        "metadata.csv": TABLE, "labels.csv": TABLE, "metadata.jsonl": LINES,
+        "metadata.parquet": parquet_bytes(), "pictures.zip": zip_bytes(),
+    }  # fmt: skip
+
+    def parse(case: tuple[str, bytes]) -> None:
+        path = folder / case[0]
+        path.write_bytes(case[1])
+        try:
+            read_labels(read_folder(str(folder), None).columns, None)
+        finally:
+            path.unlink()
+
+    cases = [
+        mangled_bytes([data]).map(lambda x, name=name: (name, x)) for name, data in good.items()
+    ]
+    return Parser(st.one_of(cases), parse)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -109,6 +109,8 @@ def scan(folder: Path, left_out: Counter[str]) -> list[File]:
             left_out["link(s) to a folder that is read already or lies above"] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
+        if os.path.islink(path):
+            log.info("reading the linked folder %s", as_text(path))
         for entry in entries:
             inner, is_folder = (*place, entry.name), os.path.isdir(entry.path)
             if _is_hidden(inner[-1:], is_folder):
@@ -219,7 +221,7 @@ def _members(archive: File, left_out: Counter[str]) -> list[File]:
     try:
         with zipfile.ZipFile(archive.path) as file:
             found = [info for info in file.infolist() if not info.is_dir()]
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile raises almost any on broken bytes
         raise UserError(f"{as_text(archive.path)} cannot be read as a zip file: {error}") from error
     members = []
     for info in found:
@@ -408,9 +410,11 @@ def _joined(tables: list[dict[str, list[Any]]]) -> datasets.Dataset:
         values = [v for table in tables for v in table.get(name, [None] * _length(table))]
         values = [as_text(v) if isinstance(v, str) else v for v in values]
         try:
-            columns[as_text(name)] = pa.array(values)
-        except (pa.ArrowException, OverflowError):  # text and numbers in one column
-            columns[as_text(name)] = pa.array([None if v is None else str(v) for v in values])
+            column = pa.array(values)
+            datasets.Features.from_arrow_schema(pa.schema({"column": column.type}))
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):  # such as mixed types
+            column = pa.array([None if v is None else as_text(str(v)) for v in values])
+        columns[as_text(name).replace("\0", "\\0")] = column  # Arrow would end the name there
     return datasets.Dataset(pa.table(columns))
 
 
