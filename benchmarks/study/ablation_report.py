@@ -4,6 +4,11 @@ Networks of one seed share initial weights and batches, so differences are taken
 interval is Student's: mean ± t(0.975, n - 1) · s / sqrt(n) over the n common seeds, which assumes
 normal differences; one seed has no interval. There is no correction for multiple comparisons: of
 twenty variants without effect one is expected to have an interval that excludes 0.
+
+A comparison at equal time also depends on a measured ratio of step times, which all seeds share.
+Its error is taken from variants that differ in settings and not in operations (`SAME_WORK`): the
+standard deviation of the logarithms of their ratios. The difference is computed again at both ends
+of the 95 % interval of the ratio, and that half width is added to that of the seeds in quadrature.
 """
 
 import csv
@@ -22,6 +27,11 @@ from benchmarks.study.ablation_study import BASELINE, shape_of
 from scipy import stats
 
 LEVEL = 0.95
+SAME_WORK = (
+    "branch", "branch, no velocity clip", "branch, dt 1", "branch, zero spring",
+    "branch, critically damped",
+)  # fmt: skip
+"""Variants whose steps cost the same; what their measured times differ by is error."""
 HELDOUT = "held-out loss"
 PAINTED = ("fid", "fd_random", "kid_mean")
 # Tolerated relative difference in size between a variant and its plain network.
@@ -47,12 +57,14 @@ def interval(differences):
     return middle, quantile * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def shown(differences):
+def shown(differences, common=0.0):
+    """Mean and interval as text; `common` is the half width of an error that all values share."""
     if not differences:
         return ""
     middle, half = interval(differences)
     if half is None:
         return f"{middle:+.4f}"
+    half = math.hypot(half, common)
     return f"{middle:+.4f} [{middle - half:+.4f}, {middle + half:+.4f}]"
 
 
@@ -102,8 +114,11 @@ class Results:
         nearest = min(gaps, key=gaps.get, default=None)
         return nearest if nearest and gaps[nearest] <= NEAR[self.study.package] else None
 
-    def plain_of_equal_time(self, name, seed):
-        """Held-out loss of the plain network at the time of a variant; None beyond its runs."""
+    def plain_of_equal_time(self, name, seed, factor=1.0):
+        """Held-out loss of the plain network at the time of a variant; None beyond its runs.
+
+        With a `factor`, the ratio of the step times is another, but not beyond the runs.
+        """
         ratio = self.ratio.get(name)
         points = sorted(
             (network.longer, self.of(network.name, HELDOUT)[seed])
@@ -116,16 +131,34 @@ class Results:
             return None
         factors, losses = zip(*points, strict=True)
         # A variant that measures slightly faster than the plain network is compared at equal steps.
-        return float(np.interp(math.log(max(ratio, 1.0)), np.log(factors), losses))
+        return float(np.interp(math.log(max(ratio * factor, 1.0)), np.log(factors), losses))
 
     def differences(self, name, metric, other):
         """The value of the variant minus that of the other network, over common seeds."""
         own, base = self.of(name, metric), self.of(other, metric) if other else {}
         return [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
 
-    def differences_at_equal_time(self, name):
-        pairs = [(v, self.plain_of_equal_time(name, s)) for s, v in self.of(name, HELDOUT).items()]
+    def differences_at_equal_time(self, name, factor=1.0):
+        pairs = [
+            (v, self.plain_of_equal_time(name, s, factor))
+            for s, v in self.of(name, HELDOUT).items()
+        ]
         return [mine - plain for mine, plain in pairs if plain is not None]
+
+    def ratio_error(self):
+        """Half width of the interval of the logarithm of a step ratio; 0 if it is not known."""
+        logs = [math.log(self.ratio[name]) for name in SAME_WORK if name in self.ratio]
+        if len(logs) < 2:
+            return 0.0
+        return stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * statistics.stdev(logs)
+
+    def error_at_equal_time(self, name):
+        """Half width of the mean difference at equal time that the error of the ratio makes."""
+        middle, error = self.differences_at_equal_time(name), self.ratio_error()
+        if not middle:
+            return 0.0
+        ends = (self.differences_at_equal_time(name, math.exp(x)) for x in (-error, error))
+        return max(abs(statistics.fmean(end) - statistics.fmean(middle)) for end in ends)
 
 
 def spread(values):
@@ -159,7 +192,8 @@ def main_table(results):
         else:
             same = results.plain_of_equal_size(name)
             cells.append(shown(results.differences(name, HELDOUT, same)))
-            cells.append(shown(results.differences_at_equal_time(name)))
+            common = results.error_at_equal_time(name)
+            cells.append(shown(results.differences_at_equal_time(name), common))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -190,7 +224,8 @@ def text(results):
     corpus = results.rows[-1]["shape"].partition(",")[0]
     about = (
         f"{made_by(results.rows)} Trained on {corpus}. In brackets: {LEVEL:.0%} t-intervals of the "
-        "differences paired by seed."
+        "differences paired by seed; at equal time with the error of the step ratio, "
+        f"± {math.expm1(results.ratio_error()):.0%}."
     )
     return "\n".join([*main_table(results), "", *curve_table(results), "", about])
 
@@ -294,8 +329,9 @@ def write_differences(results, folder):
         if not network.plain and (differences := results.differences_at_equal_time(name))
     }
     figure, axis = plt.subplots(figsize=(7, 1 + 0.28 * len(found)), constrained_layout=True)
-    for place, differences in enumerate(found.values()):
+    for place, (name, differences) in enumerate(found.items()):
         middle, half = interval(differences)
+        half = half and math.hypot(half, results.error_at_equal_time(name))
         axis.plot(differences, [place] * len(differences), ".", color="0.6", markersize=4)
         axis.errorbar(middle, place, xerr=half, fmt="o", color="tab:blue", markersize=4)
     axis.axvline(0, color="0.7", linewidth=0.8)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -114,9 +114,22 @@ def expanded(value):
 def shape_of(config, network):
     """Identifies a cell in the result file, together with its name: data, seed and a config hash.
 
-    The hash leaves out folders of the machine and fields without effect on the numbers.
+    The hash leaves out folders of the machine and fields without effect on the numbers. Fields that
+    are younger than the committed rows enter it only with a value that changes the numbers, and
+    renamed ones by their first name, so that the rows stay those of the same settings.
     """
+    if hasattr(config, "objective"):
+        config = replace(config, objective=config.objective.resolved())
     settings = asdict(config) | {"swap": network.swap}
+    if config.__class__.__module__.startswith("complexity_lm"):
+        settings["tracker"] = settings.pop("report_to")
+    for group, name, usual in (
+        (settings["data"], "crop", "center"),
+        (settings, "heldout_every", 0),
+        (settings, "heldout_num_images", 256),
+    ):
+        if group.get(name) == usual:
+            del group[name]
     for key in ("out", "resume", "seed", "checkpoint_every", "keep_last", "log_every"):
         del settings[key]
     source = settings["data"].pop("source")

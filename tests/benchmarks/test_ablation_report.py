@@ -57,6 +57,23 @@ def test_comparisons_are_paired_and_fair():
     assert found.differences_at_equal_time("stream") == []  # beyond the longest plain run
 
 
+def test_the_error_of_the_step_ratio_is_carried_to_equal_time():
+    """Two variants of the same work measure 1.10 and 1.21: the ratio is known to that error."""
+    study = committed_study("lm")
+    ratios = {"branch": 1.1, "branch, zero spring": 1.21, "stream": 1.05}
+    found = Results(study, rows_of(study, LOSSES, ratios), {})
+    error = 12.7062 * math.log(1.1) / math.sqrt(2)  # t(0.975, 1) times the deviation
+    assert found.ratio_error() == pytest.approx(error, rel=1e-4)
+    # The plain losses fall by 0.2 per log 1.3 and 0.1 per log(1.7 / 1.3), and not beyond 1 and 1.7.
+    middle = 0.2 * math.log(1.1) / math.log(1.3)
+    assert found.error_at_equal_time("branch") == pytest.approx(max(middle, 0.3 - middle), rel=1e-6)
+    mean, half = interval(found.differences_at_equal_time("branch"))
+    wide = math.hypot(half, 0.1)
+    shown = ablation_report.shown(found.differences_at_equal_time("branch"), 0.1)
+    assert shown == f"{mean:+.4f} [{mean - wide:+.4f}, {mean + wide:+.4f}]"
+    assert Results(study, rows_of(study, LOSSES, {"branch": 1.1}), {}).ratio_error() == 0.0
+
+
 def test_the_report_prints_its_tables_and_writes_figures(tmp_path, capsys):
     study = committed_study("lm")
     rows = rows_of(study, LOSSES, {"branch": 1.1, "stream": 1.2})
