@@ -50,7 +50,11 @@ def test_what_a_module_imports_the_package_asks_for(package) -> None:
     project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
     asked = {plain(re.match(r"[\w.-]+", name)[0]) for name in project["dependencies"]}
     if package == "inl-core":
-        asked |= {"triton", "pyyaml"}  # torch's, on Linux; of the extra `settings`, for `run/`
+        asked |= {
+            "triton",
+            "pyyaml",
+            "jsonargparse",
+        }  # torch's, on Linux; of the extra `settings`, for `run/`
     asked |= {package}
     homes = packages_distributions()
     missing = set()
@@ -71,7 +75,7 @@ def test_what_a_module_imports_the_package_asks_for(package) -> None:
     [
         ("complexity_dit; complexity_dit.UserError; dir(complexity_dit)", HEAVY),
         ("complexity_dit.pipelines.pipeline", {"datasets", "pandas"}),
-        ("complexity_lm", {"datasets", "matplotlib", "tensorboard"}),
+        ("complexity_lm", {"datasets", "jsonargparse", "matplotlib", "tensorboard"}),
     ],
 )
 def test_an_import_loads_no_training_stack(imports, unwanted) -> None:

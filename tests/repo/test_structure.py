@@ -67,8 +67,8 @@ def test_processes_wait_for_each_other_in_one_module() -> None:
 
 
 def test_the_shared_room_needs_torch_inside_functions_only() -> None:
-    """And YAML for the command lines, which is the extra `settings`."""
-    allowed = set(sys.stdlib_module_names) | {"inl_core", "yaml"}
+    """And the parser of the command lines, which is the extra `settings`."""
+    allowed = set(sys.stdlib_module_names) | {"inl_core", "yaml", "jsonargparse"}
     folder = ROOT / "packages" / "inl-core" / "src" / "inl_core" / "run"
     for path in folder.glob("*.py"):
         heads = {

@@ -115,7 +115,7 @@ def test_inl_core_needs_torch_only() -> None:
     assert needs == ["torch"]
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "inl_core"}
     # `inl_core.run`: the command lines of the other packages, and the Hub.
-    allowed |= {"yaml", "shtab", "huggingface_hub"}
+    allowed |= {"yaml", "jsonargparse", "huggingface_hub"}
     for path in source("inl-core").rglob("*.py"):
         assert set(imported(path, "inl_core")) <= allowed, path
 

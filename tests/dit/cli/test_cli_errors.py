@@ -14,12 +14,12 @@ CASES = [
     (["train", "--batch_size=many"], "batch_size is 'many'; expected int"),
     (["train", "--compile=fast"], "compile is 'fast'; expected one of 'no', 'regional' or bool"),
     (["train", "--config=/nowhere.yaml"], "/nowhere.yaml"),
-    (["train", "extra"], "there is no argument for 'extra'"),
+    (["train", "extra"], "train takes no 'extra'"),
     (["sample", "p", "--out=x", "--num_imges=3"], "did you mean num_images?"),
     (["sample", "p", "--out=x", "--labels.style", "A", "--sed=1"], "did you mean seed?"),
     (["plan", "--model.overrides.hiden_size=8"], "no field 'hiden_size': did you mean hidden_size"),
     (["plan", "--model.overrides={class_path: a.B}"], "model.overrides has no field 'class_path'"),
-    (["sample"], "missing: pipeline and --out"),
+    (["sample"], "pipeline, sample.out"),
     (["evaluate", "p", "--reference=art", "--data.sorce=art"], "did you mean data.source?"),
     (["evaluate", "p", "--reference=art", "--sample.sede=1"], "did you mean sample.seed?"),
     (["trian"], "unknown command 'trian': did you mean train?"),
@@ -30,7 +30,7 @@ IN_YAML = [
     ({"stepz": 1}, "did you mean steps?"),
     ({"modle": {"size": "S"}}, "did you mean model.size?"),
     ({"model": {"dynamics_placement": "brunch"}}, "is 'brunch'; expected one of 'stream'"),
-    ({"data": {"label_fields": 3}}, "data.label_fields is '3'; expected list of text or null"),
+    ({"data": {"label_fields": 3}}, "data.label_fields is '3'; expected list or null"),
 ]
 
 

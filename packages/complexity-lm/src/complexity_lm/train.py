@@ -50,7 +50,7 @@ from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.json_files import read_json_object
 from inl_core.run.launcher import check_compiler, check_launcher
 from inl_core.run.ownership import check_data, history_comment, table_of_owners, take_settings
-from inl_core.run.settings import built, nearest, read_settings, store
+from inl_core.run.settings import nearest, read_settings
 from inl_core.run.workers import report_dead_workers
 
 STATE_FILE = "trainer_state.json"
@@ -209,11 +209,13 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         config = checkpoint.resolve().parents[1] / "config.yaml"
         if not config.exists():
             return {"settings": {}}
-        values: dict[str, Any] = {}
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        written = {name: one for name, one in read_settings(config).items() if name in known}
-        store(values, {"run": TrainConfig}, "run", written)
-        return {"settings": dataclasses.asdict(built(TrainConfig, values["run"]))}
+        settings, written = dataclasses.asdict(TrainConfig()), read_settings(config)
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                value.update(written.get(name) or {})
+            else:
+                settings[name] = written.get(name, value)
+        return {"settings": settings}
 
 
 def _identity(corpus: Corpus) -> dict[str, Any]:

@@ -1,36 +1,27 @@
-"""A program as a table of commands: words become typed settings, errors become one line.
+"""A program as a table of commands: jsonargparse reads their options, errors become one line.
 
 Options and their help come from dataclasses, which load nothing heavy. A command imports the code
 that does its work when it runs, so that help pages stay fast.
 """
 
-import argparse
 import dataclasses
+import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.json_files import printable
-from inl_core.run.settings import (
-    UnknownField,
-    Word,
-    all_names,
-    alternatives,
-    built,
-    field_help,
-    group_class,
-    mapping_values,
-    nearest,
-    read_settings,
-    store,
-)
+from inl_core.run.settings import check_yaml, nearest, parse_yaml, settings_text
 
 _NO_BARS = (
     "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS",
@@ -43,7 +34,7 @@ REQUIRED = ...
 
 @dataclass(frozen=True)
 class Option:
-    """An option that is no field of a dataclass, or a word without a name.
+    """An option that is not a field of a dataclass, or a word without a name.
 
     Attributes:
         help: Its line in the help.
@@ -54,19 +45,6 @@ class Option:
     help: str
     default: Any = REQUIRED
     kind: Any = str
-
-
-def options_of(cls: type, with_help: bool = False) -> dict[str, Option]:
-    """The fields of a dataclass as options; their help is read from its source."""
-    texts, kinds = field_help(cls) if with_help else {}, get_type_hints(cls)
-    return {
-        one.name: Option(
-            texts.get(one.name, ""),
-            one.default if one.default_factory is MISSING else one.default_factory(),
-            kinds[one.name],
-        )
-        for one in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    }
 
 
 @dataclass(frozen=True)
@@ -97,123 +75,151 @@ class Command:
     has_config: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
 
-    def fields(self, with_help: bool = False) -> dict[str, Option]:
-        """All options, by name."""
-        found = dict(self.options)
+    def kinds(self) -> dict[str, Any]:
+        """The types of all options, by name."""
+        found = {name: one.kind for name, one in self.options.items()} | dict(self.groups)
         for config in self.configs:
-            options = options_of(config, with_help)
-            found |= {name: one for name, one in options.items() if name not in self.skip}
-        for name, value in self.defaults.items():
-            found[name] = dataclasses.replace(found[name], default=value)
-        return found | {name: Option("", cls(), cls) for name, cls in self.groups.items()}
+            hints = get_type_hints(config)
+            found |= {name: kind for name, kind in hints.items() if name not in self.skip}
+        return found | {former: found[new] | None for former, new in self.renamed.items()}
 
-    def parse(self, words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-        """Instances of `configs`, and the other options by name, from the words of a command line.
+    def parser(self) -> ArgumentParser:
+        """Build a parser of the options."""
+        parser = ArgumentParser(description=self.about)
+        for name, option in self.arguments.items():
+            parser.add_argument(name, type=option.kind, help=_escaped(option.help))
+        if self.has_config:
+            parser.add_argument("--config", action="config", help="a YAML file with any options")
+        for name, option in self.options.items():
+            needed = option.default is REQUIRED
+            default = {"required": True} if needed else {"default": option.default}
+            parser.add_argument(
+                f"--{name}", type=option.kind, help=_escaped(option.help), **default
+            )
+        kinds = self.kinds()
+        for former, present in self.renamed.items():
+            help_line = f"former name of --{present}"
+            parser.add_argument(f"--{former}", type=kinds[former], help=help_line)
+        for config in self.configs:
+            parser.add_class_arguments(config, None, skip=set(self.skip))
+        for name, config in self.groups.items():
+            parser.add_class_arguments(config, name)
+        parser.set_defaults(dict(self.defaults))
+        return parser
 
-        Raises:
-            UserError: Naming what is wrong, what was expected and the nearest names.
+    def prepared(self, words: Sequence[str]) -> Iterator[str]:
+        """The words for the parser: files of settings as their text, several words as a list.
+
+        The parser would open whatever is named, also for a group such as `data`, where only fields
+        are accepted here.
         """
-        options = {**self.arguments, **self.fields()}
-        kinds = {name: option.kind for name, option in options.items()}
-        values: dict[str, Any] = {}
-        free, rest = list(self.arguments), list(words)
-        try:
-            while rest:
-                word = rest.pop(0)
-                if word.startswith("--"):
-                    for name, value in self._option(word[2:], rest, kinds):
-                        store(values, kinds, self.renamed.get(name, name), value)
-                elif free:
-                    store(values, kinds, free.pop(0), Word(word))
-                else:
-                    raise UserError(f"there is no argument for {word!r}")
-        except UnknownField as error:
-            near = nearest(str(error), all_names(kinds))
-            raise UserError(f"unknown field {str(error)!r}{near}") from None
-        missing = [
-            name if name in self.arguments else f"--{name}"
-            for name, option in options.items()
-            if name not in values and option.default is REQUIRED
-        ]
-        if missing:
-            raise UserError(f"missing: {' and '.join(missing)}")
-        chosen = {
-            name: built(option.kind, values[name]) if name in values else option.default
-            for name, option in options.items()
-        }
+        kinds, rest = self.kinds(), list(words)
+        while rest:
+            word = rest.pop(0)
+            name, equals, text = word.removeprefix("--").partition("=")
+            if not word.startswith("--"):
+                yield word
+            elif self.has_config and name == "config" and (equals or rest):
+                text = settings_text(Path(text if equals else rest.pop(0)))
+                _check_values(parse_yaml(text), kinds)
+                yield f"--config={text}"
+            elif _takes_several(name, kinds):
+                values = [text] if equals else []
+                while not equals and rest and not rest[0].startswith("--"):
+                    values.append(rest.pop(0))
+                yield f"--{name}={json.dumps(values)}"
+            elif is_text(kind := kind_of(name, kinds)) or not (equals or rest):
+                yield word
+            else:
+                text = text if equals else rest.pop(0)
+                try:
+                    values = parse_yaml(text)
+                except ValueError as error:
+                    raise UserError(f"{name} is {text[:60]!r}: {error}") from None
+                _check_values(values, kind, name)
+                yield f"--{name}={text}"
+
+    def __call__(self, options: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Instances of `configs`, and the other options by name."""
+        options = {name: value for name, value in options.items() if name != "config"}
+        for former, present in self.renamed.items():
+            if (value := options.pop(former)) is not None:
+                options[present] = value
         configs = []
         for config in self.configs:
             names = [one.name for one in dataclasses.fields(config)]
-            configs.append(config(**{name: chosen.pop(name) for name in names if name in chosen}))
-        return configs, chosen
+            configs.append(config(**{name: options.pop(name) for name in names if name in options}))
+        return configs, options
 
-    def _option(
-        self, word: str, rest: list[str], kinds: Mapping[str, Any]
-    ) -> Iterable[tuple[str, Any]]:
-        """Names and values that an option sets; a value of its own is taken from `rest`."""
-        name, equals, text = word.partition("=")
-        from_file = self.has_config and name == "config"
-        head, _, key = name.partition(".")
-        if not from_file and self.renamed.get(head, head) not in kinds:
-            raise UnknownField(name)
-        # --labels.style A B: a mapping of lists takes words up to the next option.
-        several = key and any(get_origin(one) is list for one in mapping_values(kinds.get(head)))
-        given = [text] if equals else []
-        while not equals and rest and not rest[0].startswith("--") and (several or not given):
-            given.append(rest.pop(0))
-        if not given:
-            raise UserError(f"--{name} has no value")
-        if from_file:
-            return read_settings(Path(given[0])).items()
-        return [(name, [Word(one) for one in given] if several else Word(given[0]))]
 
-    def describe(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options to a parser of argparse, for the help page and for completion."""
-        for name, option in self.arguments.items():
-            parser.add_argument(name, help=_escaped(option.help))
-        if self.has_config:
-            parser.add_argument("--config", metavar="FILE", help="YAML with any of these options")
-            parser.add_argument(
-                "--print_config", action="store_true", help="print all settings as YAML, and exit"
+def group_class(kind: Any) -> type | None:
+    """The dataclass of a field that is a group, or may be one; None for other fields."""
+    found = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)]
+    return found[0] if found else None  # pyright: ignore[reportReturnType]
+
+
+def kind_of(name: str, kinds: Mapping[str, Any]) -> Any:
+    """The type of the field, or key of a mapping, of a dotted name; None if there is none."""
+    head, _, rest = name.partition(".")
+    kind = kinds.get(head)
+    if not rest:
+        return kind
+    if cls := group_class(kind):
+        return kind_of(rest, get_type_hints(cls))
+    mappings = [one for one in (kind, *get_args(kind)) if get_origin(one) is dict]
+    return get_args(mappings[0])[1] if mappings else None
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a field takes any text as it stands."""
+    return kind is str or set(get_args(kind)) == {str, NoneType}
+
+
+def field_names(kinds: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields, groups left out."""
+    for name, kind in kinds.items():
+        cls = group_class(kind)
+        if cls is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from field_names(get_type_hints(cls), f"{prefix}{name}.")
+
+
+def _check_values(values: Any, kinds: Any, name: str = "") -> None:
+    """Refuse null, and what is not fields, where the parser would take it."""
+    if not isinstance(kinds, Mapping):
+        cls = group_class(kinds)
+        if kinds is None or NoneType in get_args(kinds) or (cls is None and values is not None):
+            return
+        if cls is None:
+            raise UserError(f"{name} is null; expected a value")
+        kinds = get_type_hints(cls)
+        if not isinstance(values, dict):
+            example = next(iter(kinds))
+            raise UserError(
+                f"{name} is {str(values)[:60]!r}; expected fields, such as {{{example}: ...}}"
             )
-        _describe(parser, self.fields(with_help=True))
+    for key, value in values.items():
+        _check_values(value, kinds.get(key), f"{name}.{key}" if name else str(key))
 
 
-def _describe(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
-    """Add options, and each group of options under a heading of its own."""
-
-    def add(target: Any, options: Mapping[str, Option], prefix: str) -> None:
-        groups = {name: cls for name, one in options.items() if (cls := group_class(one.kind))}
-        for name, option in options.items():
-            if name in groups:
-                continue
-            default = "(required)" if option.default is REQUIRED else _default(option.default)
-            literal = get_origin(option.kind) is Literal
-            target.add_argument(
-                f"--{prefix}{name}",
-                choices=get_args(option.kind) if literal else None,
-                metavar=None if literal else _METAVARS.get(alternatives(option.kind)[0], "VALUE"),
-                help=_escaped(f"{option.help} {default}"),
-            )
-        for name, cls in groups.items():
-            words = options[name].help or (cls.__doc__ or "").partition("\n")[0]
-            group = parser.add_argument_group(f"{prefix}{name}", _escaped(words))
-            add(group, options_of(cls, with_help=True), f"{prefix}{name}.")
-
-    add(parser, options, "")
-
-
-_METAVARS = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}
-
-
-def _default(value: Any) -> str:
-    """The default in the help, as it would be written on the command line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
-    return f"(default: {text.removesuffix('...' + chr(10)).strip()})"
+def _takes_several(name: str, kinds: Mapping[str, Any]) -> bool:
+    """Whether a word is a key of a mapping of lists, as in `--labels.style A B`."""
+    head, _, key = name.partition(".")
+    mappings = [one for one in get_args(kinds.get(head)) if get_origin(one) is dict]
+    return bool(key) and any(get_origin(get_args(one)[1]) is list for one in mappings)
 
 
 def _escaped(text: str) -> str:
     return text.replace("%", "%%")
+
+
+_load = get_loader("yaml")
+
+
+def _load_data(text: str) -> Any:
+    check_yaml(text)
+    return _load(text)
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,34 @@ class Program:
     about: str
     version: str
     commands: Mapping[str, Command]
+    _parsers: dict[str, ArgumentParser] = field(default_factory=dict, repr=False, compare=False)
+
+    def parser(self, with_options: Container[str]) -> ArgumentParser:
+        """Build the parser of all commands, with the options of those in `with_options`."""
+        set_parsing_settings(
+            docstring_parse_attribute_docstrings=True,
+            add_print_completion_argument=True,
+            # No value may name code. The parser looks the class of an optional group up by name.
+            import_path_denylist=["*"],
+            import_path_allowlist=[
+                f"{cls.__module__}.{cls.__qualname__}"
+                for command in self.commands.values()
+                for kind in command.kinds().values()
+                if (cls := group_class(kind)) is not None
+            ],
+            instantiate_subclass_spec_in_any=False,
+        )
+        set_loader("yaml", _load_data, exceptions=(yaml.YAMLError, ValueError))
+        parser = ArgumentParser(prog=self.name, description=self.about, version=self.version)
+        commands = parser.add_subcommands()
+        for name, command in self.commands.items():
+            empty = ArgumentParser(description=command.about)
+            commands.add_subcommand(
+                name, command.parser() if name in with_options else empty, help=command.about
+            )
+        for each in (parser, *commands.choices.values()):
+            each.exit_on_error = False  # it raises, and `parse` words the message
+        return parser
 
     def parse(self, words: Sequence[str]) -> tuple[str, list[Any], dict[str, Any]]:
         """Parse a command line without running it.
@@ -241,73 +275,34 @@ class Program:
         Raises:
             UserError: Naming what is wrong, what was expected and the nearest names.
         """
-        name, command = self._command(words)
+        name = next((word for word in words if not word.startswith("-")), "")
+        # A completion script lists every option; anything else concerns the named command only.
+        complete = any(word.startswith("--print_completion") for word in words)
+        key = "--print_completion" if complete else name
+        if key not in self._parsers:
+            self._parsers[key] = self.parser(self.commands if complete else [name])
+        command = self.commands.get(name)
         try:
-            return name, *command.parse(words[1:])
+            first = words.index(name) + 1 if command else 0
+            prepared = [*words[:first], *command.prepared(words[first:])] if command else words
+            parser = self._parsers[key]
+            parsed = parser.instantiate(parser.parse_args(list(prepared)))
+            assert command is not None  # the parser demands one
+            return name, *command(parsed[name].as_dict())
         except UserError as error:
             raise UserError(f"{error}; see {self.name} {name} --help") from None
-
-    def _command(self, words: Sequence[str]) -> tuple[str, Command]:
-        known = ", ".join(self.commands)
-        if not words or words[0].startswith("-"):
-            raise UserError(f"no command: choose one of {known}")
-        if words[0] not in self.commands:
-            near = nearest(words[0], self.commands)
-            raise UserError(f"unknown command {words[0]!r}{near}; the commands are {known}")
-        return words[0], self.commands[words[0]]
+        except ArgumentError as error:
+            raise UserError(self._explain(str(error), name)) from None
+        except Exception as error:  # values can make the parser raise exceptions of any type
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the options cannot be read ({type(error).__name__}: {text})"
+            ) from None
 
     def run(self, words: Sequence[str]) -> None:
-        """Parse and run one command, or print what `--help` and the like ask for."""
-        first, _, value = words[0].partition("=") if words else ("", "", "")
-        if first in ("-h", "--help", "--version", "--print_completion"):
-            self._print(first, value or " ".join(words[1:]))
-            raise SystemExit(0)
-        name, command = self._command(words)
-        if {"-h", "--help"} & set(words):
-            self._parser([name]).parse_args([name, "--help"])
-        asked = command.has_config and "--print_config" in words
-        _, configs, options = self.parse([word for word in words if word != "--print_config"])
-        if asked:
-            settings = [item for one in configs for item in dataclasses.asdict(one).items()]
-            print(yaml.safe_dump(dict(settings) | options, sort_keys=False), end="")
-            raise SystemExit(0)
-        command.run(*configs, **options)
-
-    def _print(self, what: str, value: str) -> None:
-        if what == "--version":
-            print(f"{self.name} {self.version}")
-        elif what == "--print_completion":
-            try:
-                import shtab
-            except ImportError:
-                raise UserError("completion needs the package shtab: pip install shtab") from None
-            shell = value.removeprefix("shtab-")
-            if shell not in shtab.SUPPORTED_SHELLS:
-                known = " or ".join(f"shtab-{one}" for one in shtab.SUPPORTED_SHELLS)
-                raise UserError(f"--print_completion is {value!r}; expected {known}")
-            print(shtab.complete(self._parser(self.commands), shell=shell))
-        else:
-            self._parser([]).print_help()
-
-    def _parser(self, with_options: Iterable[str]) -> argparse.ArgumentParser:
-        """A parser of argparse, for help pages and completion only."""
-        parser = argparse.ArgumentParser(prog=self.name, description=_escaped(self.about))
-        parser.add_argument("--version", action="store_true", help="print the version, and exit")
-        parser.add_argument(
-            "--print_completion", metavar="shtab-SHELL", help="print a script for the shell"
-        )
-        commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-        for name, command in self.commands.items():
-            words = " ".join(one.upper() for one in command.arguments)
-            page = commands.add_parser(
-                name,
-                help=_escaped(command.about),
-                description=_escaped(command.about),
-                usage=f"{self.name} {name} {words} [--OPTION VALUE ...]",
-            )
-            if name in with_options:
-                command.describe(page)
-        return parser
+        """Parse and run one command."""
+        name, configs, options = self.parse(words)
+        self.commands[name].run(*configs, **options)
 
     def main(self, quiet: Sequence[str] = ()) -> None:
         """Run the command of `sys.argv`; report errors in one line and set the exit status.
@@ -336,3 +331,52 @@ class Program:
             return
         print(printable(f"{self.name}: {message}"), file=sys.stderr)
         sys.exit(status)
+
+    def _explain(self, message: str, command: str) -> str:
+        """One line that names the value, what was expected and the nearest names."""
+        known = ", ".join(self.commands)
+        if not command:
+            return f"no command: choose one of {known}"
+        if command not in self.commands:
+            near = nearest(command, self.commands)
+            return f"unknown command {command!r}{near}; the commands are {known}"
+        help_line = f"see {self.name} {command} --help"
+        unknown = [name for match in _UNKNOWN.findall(message) for name in match if name]
+        group = re.match(r'Parser key "([^"]+)"', message)
+        if unknown and group:
+            unknown = [f"{group[1]}.{name}" for name in unknown]
+        if message.startswith("unrecognized arguments:"):
+            words = message.partition(":")[2].split()
+            unknown = [w.lstrip("-").partition("=")[0] for w in words if w.startswith("--")]
+            if not unknown:
+                return f"{command} takes no {' '.join(words)!r}; {help_line}"
+        if unknown:
+            names = list(field_names(self.commands[command].kinds()))
+            parts = [f"unknown field {name!r}{nearest(name, names)}" for name in unknown]
+            return f"{'; '.join(parts)}; {help_line}"
+        return f"{_wrong_value(message)}; {help_line}"
+
+
+_UNKNOWN = re.compile(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted")
+"""How the parser reports an unknown field of a YAML, and one inside an optional group."""
+
+
+def _wrong_value(message: str) -> str:
+    """A message about a value of the wrong type, from the longer one of the parser."""
+    key = re.match(r'Parser key "([^"]+)":\s*', message)
+    given = re.search(r"(?:Given|Got) value: (.*)", message)
+    kinds = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", message)
+    if key and given and kinds:
+        expected = " or ".join(dict.fromkeys(_plain_type(kind) for kind in kinds))
+        value = repr(given[1].strip())
+        value = value if len(value) <= 60 else f"{value[:57]}..."
+        return f"{key[1]} is {value}; expected {expected}"
+    text = message[key.end() :] if key else message
+    return (f"{key[1]}: " if key else "") + "; ".join(
+        line.strip(" -:") for line in text.splitlines() if line.strip()
+    )
+
+
+def _plain_type(kind: str) -> str:
+    kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
+    return re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
