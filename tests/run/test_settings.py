@@ -1,16 +1,19 @@
 """Settings are data: whatever a file or a command line holds, no code runs and nothing hangs."""
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
 from complexity_dit import __main__ as dit
+from complexity_dit import config as dit_config
 from complexity_lm import __main__ as lm
+from complexity_lm import config as lm_config
 from inl_core.run.commands import REQUIRED, field_names, group_class
 from inl_core.run.errors import UserError
 from inl_core.run.settings import MAX_SETTINGS_BYTES, parse_yaml, read_settings
@@ -210,3 +213,25 @@ def test_printed_settings_are_read_as_the_same(tmp_path, capsys):
 def test_field_names_and_plain_yaml():
     assert "optim.lr" in set(field_names(dit.PROGRAM.commands["train"].kinds()))
     assert parse_yaml("a: 'b'") == {"a": "b"}
+
+
+CONFIGS = [
+    cls
+    for module in (dit_config, lm_config)
+    for cls in vars(module).values()
+    if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
+]
+MAY_BE_NEGATIVE = {"seed", "guidance_scale", "logit_mean"}
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: f"{cls.__module__[:13]}.{cls.__name__}")
+def test_a_number_out_of_range_is_refused_where_it_is_set(cls):
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kinds = {hints[field.name], *get_args(hints[field.name])}
+        wrong = [] if field.name in MAY_BE_NEGATIVE else [-1]
+        wrong += [math.nan, math.inf] * (float in kinds)
+        for value in wrong if {int, float} & kinds else ():
+            given = {field.name: (value, 1.0) if tuple in map(get_origin, kinds) else value}
+            with pytest.raises(UserError, match=field.name):
+                cls(**given)

@@ -162,12 +162,12 @@ def test_the_guard_stops_a_run_that_does_not_recover(small_run, poisoned):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"muon_lr": 0.0}, "muon_lr 0.0"),
-        ({"muon_momentum": 1.0}, "must be in"),
+        ({"muon_lr": 0.0}, "muon_lr is 0.0; expected more than 0"),
+        ({"muon_momentum": 1.0}, "expected a number in"),
         ({"spike_factor": 0.5}, "spike_factor 0.5 must be 0"),
         ({"spike_factor": math.nan}, "spike_factor nan"),
-        ({"spike_factor": 5.0, "spike_window": 1}, "spike_window 1 must be at least 2"),
-        ({"spike_factor": 5.0, "spike_limit": -1}, "spike_limit -1 must be at least 0"),
+        ({"spike_factor": 5.0, "spike_window": 1}, "spike_window is 1; expected at least 2"),
+        ({"spike_factor": 5.0, "spike_limit": -1}, "spike_limit is -1; expected at least 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):

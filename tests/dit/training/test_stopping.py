@@ -144,5 +144,5 @@ def test_a_half_written_row_is_dropped(tmp_path):
 def test_numbers_out_of_range_are_refused(small_run):
     wrong = (("steps", 0), ("checkpoint_every", 0), ("keep_every", -1), ("evaluate_num_images", 1))
     for name, value in wrong:
-        with pytest.raises(UserError, match=f"{name} {value} must be at least"):
+        with pytest.raises(UserError, match=f"{name} is {value}; expected at least"):
             train(dataclasses.replace(small_run, **{name: value}))

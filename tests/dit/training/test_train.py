@@ -120,6 +120,13 @@ def test_accumulation_gives_nearly_the_same_losses(small_run, tmp_path):
     assert losses_of(tmp_path / "a") == pytest.approx(losses_of(tmp_path / "b"), rel=1e-4)
 
 
+def test_a_clip_of_zero_does_not_clip(small_run, tmp_path):
+    for name, clip in (("a", 0.0), ("b", 1e9)):
+        optim = dataclasses.replace(small_run.optim, grad_clip=clip)
+        train(dataclasses.replace(small_run, out=str(tmp_path / name), optim=optim))
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
 def test_the_loss_falls(small_run):
     data = dataclasses.replace(small_run.data, num_images=16, holdout=0.0, flip=False)
     train(dataclasses.replace(small_run, steps=60, checkpoint_every=60, batch_size=16, data=data))

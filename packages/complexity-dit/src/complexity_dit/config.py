@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits
-from inl_core.run.settings import Setting
+from inl_core.run.settings import Setting, check_range
 
 DATA_FILE = "data.json"
 """In a pipeline or adapter folder: the `DataConfig` that it was trained with."""
@@ -22,13 +22,6 @@ RUN_KIND = "complexity-dit-run"
 Dtype = Literal["float32", "bfloat16"]
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
 Measure = Literal["fid", "kid", "prdc", "is"]
-
-
-def _at_least(minimum: int, config: object, *names: str) -> None:
-    """Raise a `UserError` for a field below a minimum."""
-    for name in names:
-        if (value := getattr(config, name)) < minimum:
-            raise UserError(f"{name} {value} must be at least {minimum}")
 
 
 @dataclass
@@ -83,10 +76,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
-        _at_least(1, self, "resolution", "num_images")
+        check_range(self, "[1, inf)", "resolution", "num_images")
         if self.crop not in ("center", "random"):
             raise UserError(f"crop {self.crop!r} must be center or random")
-        _at_least(0, self, "num_workers")
+        check_range(self, "[0, inf)", "num_workers")
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout {self.holdout} must be at least 0 and below 1")
 
@@ -146,6 +139,8 @@ class ModelConfig:
             raise UserError(
                 f"token_drop_rate {self.token_drop_rate} must be at least 0 (off) and below 1"
             )
+        check_range(self, "[1, inf)", "patch_size", "num_experts")
+        check_range(self, "[0, inf)", "token_drop_start", "token_drop_end")
 
 
 @dataclass
@@ -197,6 +192,8 @@ class ObjectiveConfig:
             UserError: Also if the network should predict the clean image, or the direction term is
                 on, without an objective that has the velocity it needs.
         """
+        check_range(self, "(-inf, inf)", "logit_mean")
+        check_range(self, "(0, inf)", "logit_std", "shift", "sampling_shift")
         if self.network_output == "sample" and self.prediction_type != "flow":
             raise UserError(
                 f"network_output sample needs prediction_type flow, not {self.prediction_type}: "
@@ -289,7 +286,7 @@ class OptimConfig:
     """Learning rate after the warm-up."""
 
     grad_clip: float = 1.0
-    """Global norm to which gradients are clipped."""
+    """Global norm to which gradients are clipped; 0 does not clip."""
 
     spike_factor: float = 0.0
     """Skip a step whose gradient norm, before clipping, is not finite or exceeds this factor times
@@ -305,10 +302,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
-        if self.muon_lr is not None and not self.muon_lr > 0:
-            raise UserError(f"muon_lr {self.muon_lr} must be positive, or null for the same as lr")
-        if not 0 <= self.muon_momentum < 1:
-            raise UserError(f"muon_momentum {self.muon_momentum} must be in [0, 1)")
+        check_range(self, "(0, inf)", "muon_lr")
+        check_range(self, "[0, inf)", "lr", "weight_decay", "warmup_steps", "grad_clip")
+        check_range(self, "[0, 1)", "beta1", "beta2", "muon_momentum")
+        check_range(self, "[2, inf)", "spike_window")
+        check_range(self, "[0, inf)", "spike_limit")
         if not self.spike_factor:
             return
         if not (math.isfinite(self.spike_factor) and self.spike_factor >= 1):
@@ -316,8 +314,6 @@ class OptimConfig:
                 f"spike_factor {self.spike_factor} must be 0 (off) or a number of at least 1: a "
                 "multiple of the usual gradient norm"
             )
-        _at_least(2, self, "spike_window")
-        _at_least(0, self, "spike_limit")
 
 
 @dataclass
@@ -329,6 +325,11 @@ class EMAConfig:
 
     power: float = 0.75
     """Warm-up: the decay at step s is 1 - (1 + s)^-power until it reaches `decay`."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for a value out of range."""
+        check_range(self, "[0, 1)", "decay")
+        check_range(self, "(0, inf)", "power")
 
 
 @dataclass
@@ -358,6 +359,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_range(self, "(0, inf)", "alpha")
         if self.rank < 0:
             raise UserError(f"lora.rank {self.rank} must be at least 0 (0 is no adapter)")
         if not 0 <= self.dropout < 1:
@@ -472,15 +474,15 @@ class TrainConfig:
         """Read the switch that `compile` once was; raise a `UserError` for a value out of range."""
         if isinstance(self.compile, bool):
             self.compile = "regional" if self.compile else "no"
-        _at_least(
-            1, self, "steps", "batch_size", "gradient_accumulation_steps", "log_every",
+        check_range(
+            self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "log_every",
             "checkpoint_every", "heldout_num_images",
         )  # fmt: skip
-        _at_least(
-            0, self, "loader_workers", "keep_last", "keep_every", "noise_bins", "dynamics_every",
-            "heldout_every", "sample_every", "evaluate_every",
+        check_range(
+            self, "[0, inf)", "loader_workers", "keep_last", "keep_every", "noise_bins",
+            "dynamics_every", "heldout_every", "sample_every", "evaluate_every",
         )  # fmt: skip
-        _at_least(2, self, "evaluate_num_images")
+        check_range(self, "[2, inf)", "evaluate_num_images")
         if self.optim.spike_factor and self.mixed_precision == "fp16":
             raise UserError(
                 f"spike_factor {self.optim.spike_factor} does not work with mixed_precision fp16, "
@@ -521,7 +523,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
-        _at_least(1, self, "processes")
+        check_range(self, "[1, inf)", "processes", "train_images", "channels", "cells")
+        check_range(self, "[1, inf)", "num_classes")
+        check_range(self, "(0, inf)", "images_per_second", "peak_tflops")
+        check_range(self, "(0, 1]", "mfu")
 
 
 @dataclass
@@ -565,7 +570,12 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
-        _at_least(1, self, "batch_size", "chunk_size")
+        check_range(
+            self, "[1, inf)", "num_inference_steps", "height", "width", "batch_size", "chunk_size"
+        )
+        check_range(self, "(0, inf)", "shift")
+        check_range(self, "(-inf, inf)", "guidance_scale")
+        check_range(self, "[0, 1]", "guidance_interval")
 
 
 @dataclass
@@ -661,9 +671,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
-        for name in ("num_images", "label_min", "memorisation_images"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise UserError(f"{name} is {value}; expected at least 2")
+        check_range(
+            self, "[2, inf)", "num_images", "label_min", "memorisation_images", "kid_subset_size"
+        )
+        check_range(self, "[1, inf)", "kid_subsets")
         if self.bootstrap < 0 or self.bootstrap == 1:
             raise UserError(f"bootstrap is {self.bootstrap}; expected 0 for none, or at least 2")
         if not self.measures or set(self.measures) - set(get_args(Measure)):
@@ -697,7 +708,7 @@ class Limits:
     """Guidance scale."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_images", "max_steps", "max_side", "max_guidance")
+        check_range(self, "[1, inf)", "max_images", "max_steps", "max_side", "max_guidance")
 
 
 @dataclass
@@ -738,7 +749,7 @@ class AppConfig:
                 f"root_path {self.root_path!r} must be the whole address that visitors type, such "
                 "as https://example.org/gallery"
             )
-        _at_least(1, self, "queue_size")
+        check_range(self, "[1, inf)", "queue_size", "max_images", "max_steps", "max_side")
 
     @property
     def limits(self) -> Limits:

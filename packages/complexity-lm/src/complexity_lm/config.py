@@ -4,16 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from inl_core.run.errors import UserError
-from inl_core.run.settings import Scalar, Setting
+from inl_core.run.settings import Scalar, Setting, check_range
 
 Split = Literal["train", "heldout", "all"]
-
-
-def _check_minimum(settings: object, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{name} is {value}; expected at least {minimum}")
 
 
 RUN_KIND = "complexity-lm-run"
@@ -64,6 +57,8 @@ class DataConfig:
             raise UserError(f"data.holdout is {self.holdout}; expected a fraction in [0, 1)")
         if self.context < 2:
             raise UserError(f"data.context is {self.context}; a block needs at least 2 tokens")
+        check_range(self, "[0, inf)", "piece_bytes")
+        check_range(self, "[1, inf)", "heldout_documents", "sample_documents")
 
 
 @dataclass
@@ -75,6 +70,9 @@ class TokenizerConfig:
 
     vocab_size: int = 4096
     """Size of the vocabulary to train; a short text may give fewer ids."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "vocab_size")
 
 
 @dataclass
@@ -103,6 +101,9 @@ class ModelConfig:
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Data type of the weights; bf16 training usually keeps float32 weights with autocast."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "[0, inf)", "num_experts")
 
 
 @dataclass
@@ -133,7 +134,11 @@ class OptimConfig:
     """Options of the schedule, e.g. {min_lr_rate: 0.1} or {num_decay_steps: 2000}."""
 
     grad_clip: float = 1.0
-    """Maximum global gradient norm."""
+    """Maximum global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "[0, inf)", "lr", "weight_decay", "warmup_steps", "grad_clip")
+        check_range(self, "[0, 1)", "beta1", "beta2")
 
 
 @dataclass
@@ -202,11 +207,11 @@ class TrainConfig:
     """The optimizer."""
 
     def __post_init__(self) -> None:
-        _check_minimum(
-            self, 1, "steps", "batch_size", "gradient_accumulation_steps", "log_every",
+        check_range(
+            self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "log_every",
             "eval_blocks", "checkpoint_every",
         )  # fmt: skip
-        _check_minimum(self, 0, "eval_every", "keep_last", "dynamics_every")
+        check_range(self, "[0, inf)", "eval_every", "keep_last", "dynamics_every")
 
 
 @dataclass
@@ -226,7 +231,7 @@ class GenerateConfig:
     """Device of the model: auto, cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "batch_size")
+        check_range(self, "[1, inf)", "batch_size")
 
 
 @dataclass
@@ -273,4 +278,6 @@ class EvalConfig:
     """Print no table at the end."""
 
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "batch_size", "max_documents", "task_limit")
+        check_range(
+            self, "[1, inf)", "batch_size", "max_documents", "task_limit", "context", "stride"
+        )

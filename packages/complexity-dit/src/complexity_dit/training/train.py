@@ -7,6 +7,7 @@ Below them are the parts of the setup: accelerator and tracker.
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -261,7 +262,7 @@ def optimizer_step(
         noise.add(part["timestep"], prediction.detach(), part["target"])
         total += loss.detach()
     apply_bounds(state.model)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
     assert grad_norm is not None  # accelerate returns None on XLA only
     grad_norm = full_tensor(grad_norm)
     taken = state.guard is None or state.guard.admits(float(grad_norm))

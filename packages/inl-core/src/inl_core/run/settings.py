@@ -6,6 +6,7 @@ size.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,32 @@ def settings_text(path: Path) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings, {name: value}; errors as `settings_text`."""
     return parse_yaml(settings_text(path))
+
+
+def check_range(settings: object, interval: str, *names: str) -> None:
+    """Check that numbers are finite and within an interval, such as "[0, 1)" or "(0, inf)".
+
+    Fields that are None pass; of a tuple, a list or a mapping each number is checked.
+
+    Raises:
+        UserError: Naming the field, its value and what was expected.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for name in names:
+        value = getattr(settings, name)
+        inner = value.values() if isinstance(value, dict) else value
+        for number in inner if isinstance(inner, Iterable) else [inner]:
+            if number is None or (
+                math.isfinite(number)
+                and (number > low or (number == low and interval[0] == "["))
+                and (number < high or (number == high and interval[-1] == "]"))
+            ):
+                continue
+            expected = f"a number in {interval}"
+            if high == math.inf:
+                more = "at least" if interval[0] == "[" else "more than"
+                expected = "a finite number" if low == -math.inf else f"{more} {low:g}"
+            raise UserError(f"{name} is {value}; expected {expected}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
