@@ -76,6 +76,16 @@ def test_a_signal_at_the_last_step_finishes_the_run(small_run, signal_at):
     assert (Path(small_run.out) / "result.json").exists()
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_finished_by_resume_auto(small_run):
+    run = Path(small_run.out)
+    folder = train(small_run)
+    finished = outcome(run)
+    shutil.rmtree(folder)
+    assert train(dataclasses.replace(small_run, resume="auto")).is_dir()
+    assert outcome(run) == finished
+    assert [path.name for path in run.rglob(".*")] == [".complexity-lm-run"]
+
+
 STOPPED = """
 import os, signal, sys
 from complexity_lm import __main__ as cli

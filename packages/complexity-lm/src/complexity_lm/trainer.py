@@ -294,6 +294,8 @@ class LMTrainer(Trainer):
             self._complete(partial)
             _move(partial, target)
             shutil.rmtree(partial)
+            # Trainer makes this one at its start; with no step left to train, no save removed it.
+            shutil.rmtree(str(self.args.output_dir), ignore_errors=True)
 
     def _complete(self, folder: Path) -> None:
         """Remove the pickle that Trainer wrote into a model folder, and add the training file."""
