@@ -7,15 +7,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import dataclasses
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 
-from inl_core.run import checkpoints
-from support.small_runs import dit_run, lm_run, write_texts
+from support.small_runs import package_of, write_texts
 
 datasets.disable_progress_bars()
 
@@ -30,43 +28,8 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["dit", "lm"])
 def package(request, texts) -> SimpleNamespace:
-    """One of the two packages: `run(out, **fields)` makes a config, `train(config)` trains,
-    `use(checkpoint)` loads it for sampling, `load(folder)` its pipeline or model,
-    `STATE_FILE` is in every checkpoint, `outcome(out)` has
-    the bytes of a finished run by file name."""
-    name = f"complexity_{request.param}"
-    module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
-    train = module("training.train" if request.param == "dit" else "train").train
-    if request.param == "dit":
-        state_file, run = module("training.state").STATE_FILE, dit_run
-
-        def use(checkpoint):
-            return load(checkpoint / "pipeline")
-
-        def load(folder):
-            return module("pipelines.sampling").load_pipeline(str(folder))
-    else:
-        state_file = module("train").STATE_FILE
-
-        def run(out, **fields):
-            return lm_run(out, texts, **fields)
-
-        def use(checkpoint):
-            return module("loading").load(str(checkpoint))
-
-        def load(folder):
-            return use(folder).model
-
-    def outcome(out: Path) -> dict[str, bytes]:
-        last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
-        # Not optimizer.pt: a zip with times in it.
-        files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
-        return {path.name: path.read_bytes() for path in files}
-
-    return SimpleNamespace(
-        name=request.param, run=run, use=use, load=load, train=train, outcome=outcome,
-        STATE_FILE=state_file,
-    )  # fmt: skip
+    """One of the two packages, see `package_of`."""
+    return package_of(request.param, texts)
 
 
 @pytest.fixture(scope="session")

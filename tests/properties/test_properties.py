@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from complexity_dit.training.batches import random_batch_indices
 from inl_core import build_routing_table, make_routing_plan
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import parse_json
+from inl_core.run.settings import dump_settings
 
 NAMES = st.text(min_size=1, max_size=8)
 
@@ -41,7 +41,7 @@ def test_a_config_survives_a_round_trip_through_yaml(
     config.optim.lr, config.ema.decay, config.data.flip = lr, decay, flip
     config.data.source, config.data.label_fields, config.lora.labels = source, fields, labels
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(asdict(config)), encoding="utf-8")
+    path.write_text(dump_settings(asdict(config)), encoding="utf-8")
     _, (read,), _ = dit.PROGRAM.parse(["train", "--config", str(path)])
     assert asdict(read) == asdict(config)
 

@@ -1,12 +1,16 @@
 """Runs of seconds of both packages, for tests that damage, starve, kill and keep them."""
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 import complexity_dit.config as dit_config
 import complexity_dit.data.dataset as dit_data
 import complexity_lm.config as lm_config
+from inl_core.run import checkpoints
 
 STEPS, EVERY = 8, 4
 
@@ -51,3 +55,43 @@ def write_texts(folder: Path) -> None:
     for i in range(16):
         lines = [" ".join(draw.choice(words, 8)) + ".\n" for _ in range(15)]
         (folder / f"{i:02}.txt").write_text("".join(lines))
+
+
+def package_of(package: str, texts: Path) -> SimpleNamespace:
+    """One of the two packages: `run(out, **fields)` makes a config, `train(config)` trains,
+    `use(checkpoint)` loads it for sampling, `load(folder)` its pipeline or model,
+    `STATE_FILE` is in every checkpoint, `outcome(out)` has
+    the bytes of a finished run by file name."""
+    name = f"complexity_{package}"
+    module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
+    train = module("training.train" if package == "dit" else "train").train
+    if package == "dit":
+        state_file, run = module("training.state").STATE_FILE, dit_run
+
+        def use(checkpoint):
+            return load(checkpoint / "pipeline")
+
+        def load(folder):
+            return module("pipelines.sampling").load_pipeline(str(folder))
+    else:
+        state_file = module("train").STATE_FILE
+
+        def run(out, **fields):
+            return lm_run(out, texts, **fields)
+
+        def use(checkpoint):
+            return module("loading").load(str(checkpoint))
+
+        def load(folder):
+            return use(folder).model
+
+    def outcome(out: Path) -> dict[str, bytes]:
+        last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
+        # Not optimizer.pt: a zip with times in it.
+        files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
+        return {path.name: path.read_bytes() for path in files}
+
+    return SimpleNamespace(
+        name=package, run=run, use=use, load=load, train=train, outcome=outcome,
+        STATE_FILE=state_file,
+    )  # fmt: skip

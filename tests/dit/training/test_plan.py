@@ -11,6 +11,7 @@ import torch
 
 from complexity_dit.__main__ import run
 from complexity_dit.config import DataConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig
+from complexity_dit.data.latents import FORMAT
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.plan import (
     activation_bytes,
@@ -162,7 +163,13 @@ def test_missing_or_wrong_options_are_refused(tmp_path):
 
 
 def test_the_shape_of_a_cache_is_read(tmp_path):
-    info = {"shape": [32, 16, 16], "label_names": {"style": ["a", "b"], "genre": ["c"]}}
+    info = {
+        "format": FORMAT, "images": 8, "part_size": 8, "resolution": 128, "skipped": 0,
+        "shape": [32, 16, 16], "has_std": False, "mirrored": False, "source_fingerprint": "",
+        "source": {}, "label_names": {"style": ["a", "b"], "genre": ["c"]},
+        "vae": {"name": "v", "class": "V", "sha256": ""},
+        "statistics": {"mean": [0.0] * 32, "std": [1.0] * 32, "holdout": 0.1},
+    }  # fmt: skip
     (tmp_path / "cache.json").write_text(json.dumps(info))
     data = DataConfig(source=f"latents:{tmp_path}", resolution=128, label_fields=["style"])
     table = lines(replace(RUN, data=data), PlanConfig())

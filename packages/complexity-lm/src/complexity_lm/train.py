@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
@@ -50,7 +49,7 @@ from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.json_files import read_json_object
 from inl_core.run.launcher import check_compiler, check_launcher
 from inl_core.run.ownership import check_data, history_comment, table_of_owners, take_settings
-from inl_core.run.settings import nearest, read_settings
+from inl_core.run.settings import dump_settings, nearest, read_settings
 from inl_core.run.workers import report_dead_workers
 
 STATE_FILE = "trainer_state.json"
@@ -178,7 +177,7 @@ def _train(
     if processes.is_main_process:
         with atomic_file(out / "config.yaml") as partial:
             comment = history_comment(record["changes"])
-            partial.write_text(comment + yaml.safe_dump(record["settings"]))
+            partial.write_text(comment + dump_settings(record["settings"]))
     with trainer.stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step

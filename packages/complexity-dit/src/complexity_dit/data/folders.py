@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -24,7 +24,7 @@ from datasets.fingerprint import Hasher
 
 from complexity_dit.pictures import SUFFIXES
 from inl_core.run.errors import UserError
-from inl_core.run.files import read_bytes
+from inl_core.run.files import open_regular, read_bytes
 from inl_core.run.json_files import parse_json
 
 SPLIT_FOLDERS = frozenset(
@@ -217,9 +217,13 @@ def _stamp(path: str) -> tuple[int, ...]:
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
+def _open_archive(path: str) -> IO[bytes]:
+    return open_regular(Path(path), follow_links=True)
+
+
 def _members(archive: File, left_out: Counter[str]) -> list[File]:
     try:
-        with zipfile.ZipFile(archive.path) as file:
+        with _open_archive(archive.path) as handle, zipfile.ZipFile(handle) as file:
             found = [info for info in file.infolist() if not info.is_dir()]
     except Exception as error:  # zipfile raises almost any on broken bytes
         raise UserError(f"{as_text(archive.path)} cannot be read as a zip file: {error}") from error
@@ -314,7 +318,7 @@ def _table_bytes(file: File) -> bytes:
     member, joint, archive = file.path.removeprefix("zip://").rpartition("::")
     if not joint:
         return read_bytes(Path(file.path), MAX_TABLE_BYTES, follow_links=True)
-    with zipfile.ZipFile(archive) as opened:
+    with _open_archive(archive) as handle, zipfile.ZipFile(handle) as opened:
         if (size := opened.getinfo(member).file_size) > MAX_TABLE_BYTES:
             raise ValueError(f"it has {size} bytes; the limit is {MAX_TABLE_BYTES}")
         return opened.read(member)

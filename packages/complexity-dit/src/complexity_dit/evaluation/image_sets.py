@@ -297,8 +297,10 @@ def read_statistics(path: Path) -> KeptStatistics:
 def _array_names(path: Path) -> set[str]:
     """Names of the arrays of an .npz; none for a file that is not one, as its reader will say."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, follow_links=True) as file, zipfile.ZipFile(file) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
+    except UserError:
+        raise
     except Exception:  # zipfile raises almost any exception on broken bytes
         return set()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers import ModelMixin
@@ -52,6 +51,7 @@ from inl_core.run.ownership import (
     table_of_owners,
     take_settings,
 )
+from inl_core.run.settings import dump_settings
 from inl_core.run.stopping import StopRequest
 from inl_core.run.workers import report_dead_workers
 
@@ -173,7 +173,7 @@ def _train(
         )  # fmt: skip
     if accelerator.is_main_process:
         with atomic_file(out / "config.yaml") as partial_file:
-            partial_file.write_text(history_comment(changes) + yaml.safe_dump(settings))
+            partial_file.write_text(history_comment(changes) + dump_settings(settings))
     start_tracker(config.report_to, accelerator, out, settings, state.step)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()

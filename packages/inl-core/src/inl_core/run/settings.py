@@ -7,6 +7,7 @@ size.
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,20 @@ def settings_text(path: Path) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings, {name: value}; errors as `settings_text`."""
     return parse_yaml(settings_text(path))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 1e3, which the parser of the command lines reads as numbers."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def dump_settings(values: dict[str, Any]) -> str:
+    """Settings as the YAML of a config, from which the same values are read."""
+    return yaml.dump(values, Dumper=_Dumper)
 
 
 def check_range(settings: object, interval: str, *names: str) -> None:
