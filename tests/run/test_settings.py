@@ -170,7 +170,7 @@ def read(tmp_path, text: str) -> Any:
 
 def test_values_in_the_forms_people_write(tmp_path):
     text = (
-        "steps: 1000\noptim: {lr: 1e-3, beta1: 1}\ndata: {flip: no, vae: null}\n"
+        "steps: 1000\noptim: {lr: 1e-3, weight_decay: 0}\ndata: {flip: no, vae: null}\n"
         "mixed_precision: 'no'\ncompile: no\nlora: {labels: {a: 'off'}}\n"
         "model: {overrides: {a: 4, b: 4.0, c: true, d: null, e: silu, f: [1, x]}}"
     )

@@ -182,7 +182,7 @@ def test_the_server_enforces_its_limits(pipe):
     for wrong in ({"port": 0}, {"queue_size": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             AppConfig(**wrong)
-    with pytest.raises(UserError, match="max_steps 0"):
+    with pytest.raises(UserError, match="max_steps is 0"):
         Limits(max_steps=0)
 
 

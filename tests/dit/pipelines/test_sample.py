@@ -131,7 +131,7 @@ def test_wrong_input_is_refused(pipe, tmp_path):
         assert not (tmp_path / name).exists()
     with pytest.raises(UserError, match="num_images 0"):
         sample(source, str(tmp_path / "x"), 0, sampling=QUICK)
-    with pytest.raises(UserError, match="chunk_size 0"):
+    with pytest.raises(UserError, match="chunk_size is 0"):
         next(iter_samples(pipe, labels_for(pipe, 1), replace(QUICK, chunk_size=0)))
     with pytest.raises(UserError, match="not a pipeline folder"):
         load_pipeline(str(tmp_path / "nothing" / "here"))

@@ -248,8 +248,6 @@ def _time_lines(options: PlanConfig, flops: int, images: int) -> list[tuple[str,
         raise UserError("an estimate of the time needs --mfu and --peak_tflops together")
     else:
         return [("time", "give --images_per_second, or --mfu and --peak_tflops, for an estimate")]
-    if not speed > 0:
-        raise UserError(f"an estimate of the time needs a speed above 0, got {speed:g} images/s")
     hours = images / speed / 3600
     took = f"{hours:,.3g} h" if hours < 48 else f"{hours / 24:,.3g} days"
     return [("time, an estimate", f"{took} at {speed:,.4g} images/s, {source}")]
