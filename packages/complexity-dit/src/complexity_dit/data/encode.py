@@ -227,6 +227,8 @@ def _write_parts(
             ):
                 file.write_table(table)
                 file.finalize()
+            if bar.disable:  # where standard error is a file, and in the other processes
+                logger.info("part %d of %d is encoded", part + 1, number_of_parts(plan))
 
 
 @torch.inference_mode()
