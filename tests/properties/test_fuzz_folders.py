@@ -259,7 +259,7 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
     sum(p.sum() for p in pipe.transformer.parameters()).backward()
     run.optimizer.step()
     parts = SavedPipeline(pipe.scheduler, pipe.id2label, asdict(config.data))
-    checkpoint = run.save(folder / "checkpoints", parts, asdict(config))
+    checkpoint = run.save(folder / "checkpoints", parts, {"config": asdict(config)})
     for sums in checkpoint.glob("SHA256SUMS*"):
         sums.unlink()  # a hostile folder has matching ones, or none
 
@@ -272,6 +272,7 @@ def saved_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
 @ROWS.row
 def data_json(folder: Path) -> Parser:
     good = asdict(DataConfig())
+    (folder / "model_index.json").write_text("{}")  # the mark of a pipeline folder
     parse = of_file(folder / image_sets.DATA_FILE, lambda path: image_sets.trained_on(path.parent))
     return Parser(mangled_json([good]), parse)
 

@@ -200,9 +200,8 @@ def _train(
             if save or state.step % config.log_every == 0:
                 shown = log.flush(config)
                 bar.set_postfix(shown)
-                if (
-                    bar.disable and accelerator.is_main_process
-                ):  # a bar is one endless line in a file
+                # In a file, a bar is one endless line.
+                if bar.disable and accelerator.is_main_process:
                     words = ", ".join(f"{name} {value}" for name, value in shown.items())
                     logger.info("step %d of %d: %s", state.step, config.steps, words)
                 noise.flush(state.step)
