@@ -280,7 +280,7 @@ def serve(pipeline: str, config: AppConfig) -> None:
         config: Address, device and limits.
 
     Raises:
-        UserError: If there is no such pipeline or device, or the port is taken.
+        UserError: If the pipeline or device does not exist, or the port is taken.
     """
     pipe = load_pipeline(pipeline).to(pick_device(config.device))
     server = build_server(Gallery(pipe, config.limits), config)

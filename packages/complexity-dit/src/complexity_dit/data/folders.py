@@ -137,7 +137,7 @@ def read_folder(source: str, image_column: str | None) -> PictureTable:
             which of them (`image`, `mask`).
 
     Raises:
-        UserError: It is no folder, has no pictures, or a table cannot be read.
+        UserError: It is not a folder, has no pictures, or a table cannot be read.
     """
     folder = Path(source).expanduser().resolve()
     if not folder.is_dir():

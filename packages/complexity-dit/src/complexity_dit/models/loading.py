@@ -90,7 +90,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; safetensors itself would wait for a pipe.
 
     Raises:
-        UserError: It is no regular file.
+        UserError: It is not a regular file.
         OSError, SafetensorError: It cannot be read.
     """
     open_regular(path, follow_links=True).close()

@@ -132,7 +132,7 @@ def _merged(labels: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     """Labels of a mapping and of keywords, one of which may be called `labels` as well."""
     merged = {}
     for one in (labels, named.get("labels"), {k: v for k, v in named.items() if k != "labels"}):
-        # A value that is no mapping is that of a field called "labels".
+        # A value that is not a mapping is that of a field called "labels".
         found = {} if one is None else dict(one) if isinstance(one, Mapping) else {"labels": one}
         if twice := merged.keys() & found:
             raise UserError(f"the label field {min(twice)!r} is given twice: give it once")

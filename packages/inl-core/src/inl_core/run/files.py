@@ -262,12 +262,12 @@ def open_regular(
     Args:
         path: The file.
         mode: Mode of `open`.
-        follow_links: Whether the file may be a symbolic link. The files of a run are none; those of
+        follow_links: Whether the file may be a symbolic link. Those of a run are not; those of
             a model from the Hub are links into its cache.
         **options: Further arguments of `open`.
 
     Raises:
-        UserError: It is no regular file, or a link that is not followed.
+        UserError: It is not a regular file, or a link that is not followed.
         OSError: As `open`.
     """
 

@@ -37,7 +37,7 @@ def check_torch_file(path: Path) -> None:
     """Refuse a file that claims more memory than it has bytes, or names other objects.
 
     Raises:
-        UserError: It is no regular file, not in the zip format that `torch.save` has written since
+        UserError: Not a regular file, not in the zip format that `torch.save` has written since
             version 1.6, compressed, damaged, or claims sizes or objects as above.
         OSError: It cannot be read.
     """
