@@ -46,12 +46,12 @@ def median_ms(function, device, seconds=0.2):
     return 1000 * statistics.median(times)
 
 
-def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
-    """Call all functions in turn, `rounds` times: {name: (median seconds, median ratio to first)}.
+def in_turn(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
+    """Call all functions in turn, `rounds` times: {name: seconds of each counted round}.
 
-    Ratios are taken within rounds, because a machine that slows down slows a whole round. Stops
-    early, after at least one counted round, when the deadline passes. With `rotate` the function
-    that starts a round changes: the one after a large model finds other memory than the rest.
+    Stops early, after at least one counted round, when the deadline passes. With `rotate` the
+    function that starts a round changes: the one after a large model finds other memory than the
+    rest.
     """
     times = {name: [] for name in functions}
     order = list(functions)
@@ -67,14 +67,19 @@ def paired(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
                 times[name].append(time.perf_counter() - start)
         if rotate:
             order = order[1:] + order[:1]
+    return times
+
+
+def ratio_of(times, base):
+    """Median of the ratios within rounds: a machine that slows down slows a whole round."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def paired(functions, rounds, device, **options):
+    """{name: (median seconds, median ratio to the first function)}, as measured by `in_turn`."""
+    times = in_turn(functions, rounds, device, **options)
     first = next(iter(times.values()))
-    return {
-        name: (
-            statistics.median(own),
-            statistics.median(a / b for a, b in zip(own, first, strict=True)),
-        )
-        for name, own in times.items()
-    }
+    return {name: (statistics.median(own), ratio_of(own, first)) for name, own in times.items()}
 
 
 def training_step(model, loss, lr=1e-4, clip=False):

@@ -1,26 +1,33 @@
-"""Training speed of the image model and of diffusers' DiT of equal width, depth and tokens.
+"""Speed of the image model and of diffusers' DiT of equal width, depth and tokens.
 
-One process holds all models; their steps are timed in turn, so that a busy machine slows all of
-them alike. Reports medians, and the median of the ratios to DiT within rounds. A step is forward,
-backward, clipping and AdamW. `none` has the named size; with equal parameters it has a wider MLP.
+One process holds all models, in every dtype and mode; their steps are timed in turn, so that a busy
+machine slows all of them alike. Reports medians, and medians of the ratios within rounds: to DiT in
+the same dtype and mode, to DiT in its fastest one, and to the same model in fp32. A step of
+training is forward, backward, clipping and AdamW, in bf16 under autocast. Sampling (`--task
+sample`) is 20 evaluations of the network with a step of the Euler scheduler after each, in bf16
+with weights of bf16. `none` has the named size; with equal parameters it has a wider MLP.
 diffusers' DiT has an embedding of time and label in every block, which runs once per image, a wider
 MLP runs once per token, so the FLOPs of a step are reported as well, as torch counts them. Dropping
 half of the tokens is compared with the same model on all tokens. Peak memory is the growth of a
 fresh process with one model, eager.
 
     python -m benchmarks.speed.bench_dit --rows benchmarks/results.csv
+    python -m benchmarks.speed.bench_dit --task sample --batch_size 8 --dtypes fp32 bf16
     python -m benchmarks.speed.bench_dit --profile dynamics
 """
 
 import argparse
 import bisect
+import itertools
 import multiprocessing
+import statistics
 
 import torch
 from benchmarks.common.diffusers_dit import DiffusersDiT
 from benchmarks.common.memory import of_process, parameters
 from benchmarks.common.results import append_rows, as_rows, format_values
-from benchmarks.common.timing import paired, training_step
+from benchmarks.common.timing import in_turn, ratio_of, training_step
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.models.tokens import draw_kept_tokens
@@ -77,7 +84,7 @@ def equal_ratio(shape, options):
     return min(ratios[max(above - 1, 0) : above + 1], key=lambda r: abs(count(r) - wanted))
 
 
-def stepper(case, options, compiled):
+def stepper(case, options, compiled, dtype="fp32"):
     """A function that trains for one step, and its model."""
     model = build(case, options)
     forward = torch.compile(model) if compiled else model
@@ -92,14 +99,38 @@ def stepper(case, options, compiled):
         kept = {}
         if CASES[case][1]:
             kept["kept_tokens"] = draw_kept_tokens(batch, tokens, 0.5, draw).to(device)
-        autocast = torch.autocast(
-            torch.device(device).type, torch.bfloat16, options.dtype == "bf16"
-        )
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, dtype == "bf16")
         with autocast:
             out = forward(x, t, labels, return_dict=False, **kept)[0]
         return torch.nn.functional.mse_loss(out.float(), x)
 
     return training_step(model, loss, clip=True), model
+
+
+def sampler(case, options, compiled, dtype="fp32"):
+    """A function that denoises one batch in 20 steps, and its model."""
+    model = build(case, options).eval()
+    if dtype == "bf16":
+        model = model.to(torch.bfloat16)
+    forward = torch.compile(model) if compiled else model
+    batch, device = options.batch_size, options.device
+    shape = (batch, options.channels, options.cells, options.cells)
+    noise = torch.randn(shape, device=device, dtype=model.dtype)
+    labels = torch.randint(8, (batch, 1), device=device)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    @torch.inference_mode()
+    def sample():
+        scheduler.set_timesteps(20, device=device)
+        x = noise
+        for t in scheduler.timesteps:
+            out = forward(x, t.expand(batch), labels, return_dict=False)[0]
+            x = scheduler.step(out, t, x, return_dict=False)[0]
+
+    return sample, model
+
+
+TASKS = {"train": stepper, "sample": sampler}
 
 
 def step_gflops(case, options):
@@ -126,9 +157,9 @@ def peak_memory(case, options):
     return of_process("VmHWM") - before
 
 
-def profiled(case, options, compiled):
+def profiled(case, options, compiled, dtype):
     """The operations of three steps by time, from torch's profiler."""
-    step, _ = stepper(case, options, compiled)
+    step, _ = TASKS[options.task](case, options, compiled, dtype)
     for _ in range(3):
         step()
     with torch.profiler.profile() as profile:
@@ -138,19 +169,33 @@ def profiled(case, options, compiled):
     return profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=25)
 
 
-def measure(options, compiled):
-    """{case: (seconds, ratio of speed to DiT, ratio to the same model on all tokens)}."""
-    torch.compiler.reset()  # all models together exceed the limit of recompilations
-    steps = {case: stepper(case, options, compiled)[0] for case in options.cases}
-    found = paired(steps, options.rounds, options.device, rotate=True)
-    itself = {}
-    for case, whole in ITSELF.items():
-        if case in steps and whole in steps:
-            pair = {whole: steps[whole], case: steps[case]}
-            itself[case] = 1 / paired(pair, options.rounds, options.device, rotate=True)[case][1]
-    return {
-        case: (seconds, 1 / ratio, itself.get(case)) for case, (seconds, ratio) in found.items()
-    }
+def measure(options):
+    """{(case, dtype, mode): {metric: (value, unit)}}, medians over rounds of all of them."""
+    # Each model is another compilation of the same code.
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64
+    make = TASKS[options.task]
+    candidates = itertools.product(options.cases, options.dtypes, options.modes)
+    steps = {key: make(key[0], options, key[2] == "compiled", key[1])[0] for key in candidates}
+    times = in_turn(steps, options.rounds, options.device, rotate=True)
+    theirs = [key for key in times if key[0] == "diffusers"]
+    best = min(theirs, key=lambda key: statistics.median(times[key]), default=None)
+    found = {}
+    for (case, dtype, mode), own in times.items():
+        values = {"speed": (options.batch_size / statistics.median(own), "images/s")}
+        bases = {
+            ("speed ratio", "x diffusers"): ("diffusers", dtype, mode),
+            ("over its fastest mode", "x diffusers"): best if len(theirs) > 1 else None,
+            ("over fp32", "x itself"): (case, "fp32", mode) if dtype != "fp32" else None,
+            ("over all tokens", "x itself"): (ITSELF.get(case), dtype, mode),
+        }
+        for (metric, unit), base in bases.items():
+            if base in times:
+                values[metric] = (1 / ratio_of(own, times[base]), unit)
+        found[case, dtype, mode] = values
+    if best:
+        print(f"diffusers' DiT is fastest in {best[1]}, {best[2]}")
+    return found
 
 
 def main():
@@ -162,7 +207,8 @@ def main():
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--task", choices=TASKS, default="train")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--profile", choices=CASES, help="print a profile of this case only")
@@ -171,39 +217,32 @@ def main():
     options = parser.parse_args()
     options.threads = torch.get_num_threads()
     if options.profile:
-        for mode in options.modes:
-            table = profiled(options.profile, options, compiled=mode == "compiled")
-            print(f"{options.profile}, {mode}\n{table}")
+        for dtype, mode in itertools.product(options.dtypes, options.modes):
+            table = profiled(options.profile, options, mode == "compiled", dtype)
+            print(f"{options.profile}, {dtype}, {mode}\n{table}")
         return
 
-    spawn = multiprocessing.get_context("spawn")
-    memory = {}
-    for case in options.cases:
-        with spawn.Pool(1) as one:
-            memory[case] = one.apply(peak_memory, (case, options))
     shape = (
         f"{options.size}/{options.patch} {options.batch_size}x{options.channels}x"
         f"{options.cells}x{options.cells}"
     )
-    counts = {case: parameters(build(case, options)) for case in options.cases}
-    gflops = {case: step_gflops(case, options) for case in options.cases}
-    for mode in options.modes:
-        rows = []
-        for case, (seconds, ratio, itself) in measure(options, mode == "compiled").items():
-            speed = options.batch_size / seconds
-            values = {
-                "speed": (speed, "images/s"),
-                "speed ratio": (ratio, "x diffusers"),
-                "parameters": (counts[case], ""),
-                "work of a step": (gflops[case], "GFLOP/image"),
-                "peak memory, eager": (memory[case], "MiB"),
-            }
-            if itself is not None:
-                values["over all tokens"] = (itself, "x itself")
-            print(f"{mode:9} {case:26} {format_values(values)}", flush=True)
-            rows += as_rows(values, f"{case}, {mode}", shape=shape, dtype=options.dtype)
-        if options.rows:
-            append_rows(options.rows, "bench_dit", rows, options.device)
+    about = {}
+    spawn = multiprocessing.get_context("spawn")
+    for case in options.cases:
+        about[case] = {"parameters": (parameters(build(case, options)), "")}
+        if options.task == "train":
+            about[case]["work of a step"] = (step_gflops(case, options), "GFLOP/image")
+            with spawn.Pool(1) as one:
+                memory = one.apply(peak_memory, (case, options))
+            about[case]["peak memory, eager"] = (memory, "MiB")
+    rows = []
+    for (case, dtype, mode), values in measure(options).items():
+        values |= about[case]
+        name = f"{case}, {mode}" if options.task == "train" else f"{case}, sampling, {mode}"
+        print(f"{mode:9} {dtype} {case:26} {format_values(values)}", flush=True)
+        rows += as_rows(values, name, shape=shape, dtype=dtype)
+    if options.rows:
+        append_rows(options.rows, "bench_dit", rows, options.device)
 
 
 if __name__ == "__main__":

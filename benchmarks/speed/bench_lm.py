@@ -1,19 +1,24 @@
 """Speed of the language model and of Llama: training and greedy decoding, compiled and eager.
 
-One process holds all models; their steps are timed in turn, so that a busy machine slows all of
-them alike. Reports medians, and the median of the ratios to Llama within rounds. Llama has the
-layers, widths and heads of the plain model, and its active parameters except those of norms. Qwen3
-is Llama with QK norm, which our models have too: it shows the cost of QK norm alone.
+One process holds all models, in every dtype; their steps are timed in turn, so that a busy machine
+slows all of them alike. Reports medians, and medians of the ratios within rounds: to Llama in the
+same dtype, and to the same model in fp32. Training in bf16 is autocast, decoding has weights of
+bf16. Llama has the layers, widths and heads of the plain model, and its active parameters except
+those of norms. Qwen3 is Llama with QK norm, which our models have too: it shows the cost of QK norm
+alone.
 
     python -m benchmarks.speed.bench_lm --rows benchmarks/results.csv
 """
 
 import argparse
+import copy
+import itertools
+import statistics
 
 import torch
 from benchmarks.common.memory import parameters
-from benchmarks.common.results import append_rows, as_rows
-from benchmarks.common.timing import paired, training_step
+from benchmarks.common.results import append_rows, as_rows, format_values
+from benchmarks.common.timing import in_turn, ratio_of, training_step
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -51,19 +56,22 @@ def build_models(preset, overrides, device):
     return {case: model.to(device) for case, model in models.items()}
 
 
-def trainer(model, ids, compiled):
+def trainer(model, ids, compiled, dtype="fp32"):
     """A function that trains one step."""
     forward = torch.compile(model) if compiled else model
 
     def loss():
         model.train()
-        return forward(ids, labels=ids, use_cache=False).loss
+        with torch.autocast(ids.device.type, torch.bfloat16, dtype == "bf16"):
+            return forward(ids, labels=ids, use_cache=False).loss
 
     return training_step(model, loss)
 
 
-def decoder(model, prompt, new_tokens, compiled):
+def decoder(model, prompt, new_tokens, compiled, dtype="fp32"):
     """A function that reads a short prompt and decodes greedily into a static cache."""
+    if dtype == "bf16":
+        model = copy.deepcopy(model).to(torch.bfloat16)
     forward = torch.compile(model) if compiled else model
     length = prompt.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=length + new_tokens)
@@ -84,9 +92,18 @@ def decoder(model, prompt, new_tokens, compiled):
 
 
 def measure(works, tokens, rounds, device):
-    """{case: (tokens/s, ratio to Llama)}, medians over paired rounds."""
-    times = paired(works, rounds, device, rotate=True)
-    return {case: (tokens / seconds, 1 / ratio) for case, (seconds, ratio) in times.items()}
+    """{(case, dtype): {metric: (value, unit)}}, medians over rounds of all works."""
+    times = in_turn(works, rounds, device, rotate=True)
+    found = {}
+    for (case, dtype), own in times.items():
+        found[case, dtype] = {
+            "speed": (tokens / statistics.median(own), "tokens/s"),
+            "speed ratio": (1 / ratio_of(own, times["llama", dtype]), "llama"),
+        }
+        if dtype != "fp32" and (case, "fp32") in times:
+            ratio = 1 / ratio_of(own, times[case, "fp32"])
+            found[case, dtype]["over fp32"] = (ratio, "x itself")
+    return found
 
 
 def main():
@@ -100,6 +117,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tasks", nargs="+", default=["train", "decode"])
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"])
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
@@ -110,39 +128,30 @@ def main():
     shape = (options.batch_size, options.length)
     ids = torch.randint(0, vocabulary, shape, device=options.device)
 
-    for mode in options.modes:
+    candidates = list(itertools.product(models, options.dtypes))
+    prompt, new_tokens = ids[:1, :16], options.new_tokens
+    for mode, task in itertools.product(options.modes, options.tasks):
         compiled = mode == "compiled"
-        tasks = {
-            "train": (
-                {case: trainer(model, ids, compiled) for case, model in models.items()},
-                ids.numel(),
-            ),
-            "decode": (
-                {
-                    case: decoder(model, ids[:1, :16], options.new_tokens, compiled)
-                    for case, model in models.items()
-                },
-                options.new_tokens,
-            ),
-        }
-        for task in options.tasks:
-            works, tokens = tasks[task]
-            torch.compiler.reset()  # all models together exceed the limit of recompilations
-            rows = []
-            for case, (speed, ratio) in measure(
-                works, tokens, options.rounds, options.device
-            ).items():
-                millions = active_parameters(models[case]) / 1e6
-                name = f"{options.preset}/{case}/{task}/{mode}"
-                print(f"{name:44} {millions:7.1f}M active {speed:10.1f} tokens/s {ratio:6.3f}x")
-                values = {
-                    "speed": (speed, "tokens/s"),
-                    "speed ratio": (ratio, "llama"),
-                    "active": (millions, "M parameters"),
-                }
-                rows += as_rows(values, name, dtype="")
-            if options.rows:
-                append_rows(options.rows, "bench_lm", rows, options.device)
+        # Each model is another compilation of the same code.
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
+        if task == "train":
+            tokens = ids.numel()
+            works = {(m, d): trainer(models[m], ids, compiled, d) for m, d in candidates}
+        else:
+            tokens = new_tokens
+            works = {
+                (m, d): decoder(models[m], prompt, new_tokens, compiled, d) for m, d in candidates
+            }
+        rows = []
+        found = measure(works, tokens, options.rounds, options.device)
+        for (case, dtype), values in found.items():
+            values["active"] = (active_parameters(models[case]) / 1e6, "M parameters")
+            name = f"{options.preset}/{case}/{task}/{mode}"
+            print(f"{name:44} {dtype} {format_values(values)}", flush=True)
+            rows += as_rows(values, name, dtype=dtype)
+        if options.rows:
+            append_rows(options.rows, "bench_lm", rows, options.device)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import argparse
 
+import pytest
 import torch
 from benchmarks.speed import bench_dit as bench
 
+BOTH = ("fp32", "bf16")
 OPTIONS = argparse.Namespace(
-    size="nano", cells=8, channels=4, patch=2, batch_size=2, rounds=1, dtype="fp32", device="cpu",
-    threads=1, cases=["diffusers", "dynamics", "dynamics, half the tokens"],
+    size="nano", cells=8, channels=4, patch=2, batch_size=2, rounds=1, device="cpu", threads=1,
+    task="train", dtypes=["fp32", "bf16"], modes=["eager"],
+    cases=["diffusers", "dynamics", "dynamics, half the tokens"],
 )  # fmt: skip
 
 
@@ -34,9 +37,24 @@ def test_half_of_the_tokens_go_through_the_middle():
     assert sum(moved) > 0.8 * len(moved)
 
 
-def test_ratios_are_to_diffusers_and_to_all_tokens():
-    found = bench.measure(OPTIONS, compiled=False)
-    assert found["diffusers"][1:] == (1.0, None)
-    assert found["dynamics"][2] is None
-    assert found["dynamics, half the tokens"][2] > 0
-    assert "Self CPU" in bench.profiled("dynamics", OPTIONS, compiled=False)
+def test_ratios_are_to_diffusers_to_fp32_and_to_all_tokens():
+    found = bench.measure(OPTIONS)
+    assert len(found) == 6
+    first = found["diffusers", "fp32", "eager"]
+    assert first["speed ratio"][0] == 1.0
+    assert "over fp32" not in first
+    best = [found["diffusers", dtype, "eager"]["over its fastest mode"][0] for dtype in BOTH]
+    assert 1.0 in best
+    half = found["dynamics, half the tokens", "bf16", "eager"]
+    assert set(half) >= {"speed ratio", "over fp32", "over all tokens"}
+    assert "over all tokens" not in found["dynamics", "bf16", "eager"]
+    assert "Self CPU" in bench.profiled("dynamics", OPTIONS, False, "fp32")
+
+
+@pytest.mark.parametrize("case", ["diffusers", "dynamics"])
+def test_sampling_evaluates_the_network_twenty_times(case):
+    sample, model = bench.sampler(case, OPTIONS, compiled=False, dtype="bf16")
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output[0].dtype))
+    sample()
+    assert seen == [torch.bfloat16] * 20
