@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inl_core import integrators, ops, reference, stability
-    from inl_core.certificate import Certificate, certify
+    from inl_core.certificate import Certificate, LoopCertificate, certify, certify_loop
     from inl_core.dynamics import (
         DYNAMICS_STATS,
         INLDynamics,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         collect_dynamics_stats,
         defer_bounds,
     )
+    from inl_core.looped import LoopedDynamics, LoopState
     from inl_core.norms import ModulatedRMSNorm, RMSNorm
     from inl_core.reference import bounded_clamp
     from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
@@ -43,6 +44,8 @@ _MODULES = ("integrators", "ops", "reference", "stability")
 _HOMES = {
     "Certificate": "certificate",
     "certify": "certificate",
+    "LoopCertificate": "certificate",
+    "certify_loop": "certificate",
     "DYNAMICS_STATS": "dynamics",
     "INLDynamics": "dynamics",
     "INLDynamicsLite": "dynamics",
@@ -50,6 +53,8 @@ _HOMES = {
     "apply_bounds": "dynamics",
     "defer_bounds": "dynamics",
     "branch_epilogue": "dynamics",
+    "LoopState": "looped",
+    "LoopedDynamics": "looped",
     "ModulatedRMSNorm": "norms",
     "RMSNorm": "norms",
     "bounded_clamp": "reference",
@@ -76,6 +81,9 @@ __all__ = [
     "Certificate",
     "INLDynamics",
     "INLDynamicsLite",
+    "LoopCertificate",
+    "LoopState",
+    "LoopedDynamics",
     "ModulatedRMSNorm",
     "RMSNorm",
     "RoutingPlan",
@@ -87,6 +95,7 @@ __all__ = [
     "branch_epilogue",
     "build_routing_table",
     "certify",
+    "certify_loop",
     "collect_dynamics_stats",
     "defer_bounds",
     "dynamics_modules",

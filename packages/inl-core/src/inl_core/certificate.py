@@ -10,12 +10,16 @@
    `branch`, h is another branch in every layer, and no state follows that product.
 4. *Response* along given inputs: the largest growth of a small disturbance of the state (h, v) from
    the first dynamics module to the last, through everything that the model computes in between.
+
+`certify_loop` measures a block that is applied several times (`inl_core.LoopedDynamics`), as one
+map of the state (h, v) in which block and dynamics count together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +36,10 @@ from inl_core.watch import dynamics_modules, run_watched
 _MOST_ITERATIONS, _TOLERANCE = 200, 1e-5
 """Of the power iteration, whose estimate grows towards the singular value."""
 
-__all__ = ["Certificate", "LayerCertificate", "certify"]
+_KRYLOV = 60
+"""Dimensions in which the Arnoldi iteration looks for the largest eigenvalue."""
+
+__all__ = ["Certificate", "LayerCertificate", "LoopCertificate", "certify", "certify_loop"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,11 @@ def certify(
     Raises:
         ValueError: If the model has no dynamics, or the forward did not run one of them.
     """
-    modules = {module: name for name, module in dynamics_modules(model).items()}
+    modules = {
+        module: name
+        for name, module in dynamics_modules(model).items()
+        if isinstance(module, (INLDynamics, INLDynamicsLite))
+    }
     if not modules:
         raise ValueError(f"{type(model).__name__} has no INLDynamics or INLDynamicsLite to certify")
     with torch.no_grad():
@@ -197,8 +208,8 @@ def _response(
 ) -> float:
     """The largest singular value of the Jacobian between the first and the last dynamics module.
 
-    J x is computed as the derivative of Jᵀu with respect to u, so every operation is differentiated
-    twice: with the reference operations and the plain attention of PyTorch.
+    Every operation is differentiated twice: with the reference operations and the plain attention
+    of PyTorch.
     """
     entry: list[Tensor] = []
     last: list[Tensor] = []
@@ -225,10 +236,21 @@ def _response(
         for handle in handles:
             handle.remove()
 
+    return _largest_singular_value(*_linear_maps(entry, last), entry)
+
+
+def _linear_maps(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+    """Products with the Jacobian of `outputs` by `inputs`, and with its transpose.
+
+    J x is computed as the derivative of Jᵀu with respect to u.
+    """
+
     def transposed(values: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            last,
-            entry,
+            outputs,
+            inputs,
             values,
             retain_graph=True,
             create_graph=create_graph,
@@ -236,22 +258,152 @@ def _response(
         )
 
     with torch.enable_grad():
-        dual = [torch.zeros_like(x, requires_grad=True) for x in last]
+        dual = [torch.zeros_like(x, requires_grad=True) for x in outputs]
         product = transposed(dual, create_graph=True)
+
+    def applied(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(product, dual, values, retain_graph=True, materialize_grads=True)
+
+    return applied, transposed
+
+
+def _start(shaped_like: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(e.shape, generator=generator, dtype=torch.float64).to(e) for e in entry]
-    norm = 0.0
+    return [
+        torch.randn(e.shape, generator=generator, dtype=torch.float64).to(e) for e in shaped_like
+    ]
+
+
+def _largest_singular_value(
+    applied: Callable, transposed: Callable, shaped_like: Sequence[Tensor]
+) -> float:
+    """By power iteration, from below."""
+    x, norm = _start(shaped_like), 0.0
     for _ in range(_MOST_ITERATIONS):
         size = _size(x)
         if size == 0.0:
             return 0.0
         x = [e / size for e in x]
-        images = torch.autograd.grad(product, dual, x, retain_graph=True, materialize_grads=True)
+        images = applied(x)
         before, norm = norm, _size(images)
         if abs(norm - before) <= _TOLERANCE * norm:
             break
-        x = list(transposed(images))
+        x = transposed(images)
     return norm
+
+
+def _spectral_radius_of(applied: Callable, shaped_like: Sequence[Tensor]) -> float:
+    """Largest modulus of an eigenvalue, by Arnoldi iteration.
+
+    The Krylov space has `_KRYLOV` dimensions, or as many as there are numbers in the state, and
+    then the value is exact. The start has a share of every eigenvector, so that a pair of complex
+    eigenvalues, which a power iteration never settles on, is found like a real one.
+    """
+    most = min(_KRYLOV, sum(e.numel() for e in shaped_like))
+    x = _start(shaped_like)
+    basis = [_flat(x) / _size(x)]
+    hessenberg = torch.zeros(most, most, dtype=torch.float64)
+    for k in range(most):
+        image = _flat(applied(_unflat(basis[k], shaped_like)))
+        for _ in range(2):  # twice is enough for orthogonality to rounding
+            for i, vector in enumerate(basis):
+                share = float(vector @ image)
+                hessenberg[i, k] += share
+                image = image - share * vector
+        rest = float(image.norm())
+        if k + 1 == most or rest <= 1e-12 * float(hessenberg[: k + 1, k].norm()):
+            hessenberg = hessenberg[: k + 1, : k + 1]
+            break
+        hessenberg[k + 1, k] = rest
+        basis.append(image / rest)
+    return float(torch.linalg.eigvals(hessenberg).abs().max())
+
+
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.detach().double().flatten().cpu() for value in values])
+
+
+def _unflat(vector: Tensor, shaped_like: Sequence[Tensor]) -> list[Tensor]:
+    parts = vector.split([e.numel() for e in shaped_like])
+    return [part.view(e.shape).to(e) for part, e in zip(parts, shaped_like, strict=True)]
+
+
+@dataclass(frozen=True)
+class LoopCertificate:
+    """Measures of a loop along the states that it visited.
+
+    Attributes:
+        spectral_radius: For each repetition, the largest modulus of an eigenvalue of the Jacobian
+            of the whole map (h, v) to (h', v'), block and dynamics, at the state it started from.
+            Below 1 the frozen map contracts in the long run; for a map that varies from state to
+            state it certifies nothing. Found by Arnoldi iteration, from within the spectrum.
+        contraction: For each repetition but the first, |change of (h, v)| over that of the
+            repetition before. Below 1 from some repetition on, the loop converges.
+        response: The largest singular value of the Jacobian of all repetitions together, from the
+            first (h, v) to the last: the most that a small disturbance of the start has grown.
+    """
+
+    spectral_radius: tuple[float, ...]
+    contraction: tuple[float, ...]
+    response: float
+
+    @property
+    def frozen_stable(self) -> bool:
+        """Whether the frozen map is stable at every state that was visited."""
+        return all(radius < 1.0 for radius in self.spectral_radius)
+
+    def __str__(self) -> str:
+        """A table with one line per repetition, and the response below it."""
+        lines = ["repetition  radius  contraction"]
+        ratios = ("-", *(f"{ratio:.4f}" for ratio in self.contraction))
+        for i, (radius, ratio) in enumerate(zip(self.spectral_radius, ratios, strict=True), 1):
+            lines.append(f"{i:10d} {radius:7.4f} {ratio:>12}")
+        lines.append(f"response of the last state to the first: {self.response:.3f}")
+        return "\n".join(lines)
+
+
+def certify_loop(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    h: Tensor,
+    v: Tensor | None = None,
+    num_loops: int = 8,
+) -> LoopCertificate:
+    """Measure the stability of a loop along real inputs, block and dynamics together.
+
+    Args:
+        step: One repetition, (h, v) to (h', v'), shaped like its arguments: for a block `f` and
+            `dynamics` of class `LoopedDynamics`, ``lambda h, v: dynamics(h, v, f(h), mu)``. It must
+            be differentiable twice; attention and our operations are run in forms that are.
+        h: Start of the loop (..., D).
+        v: First velocity, shaped like `h`; None means zero.
+        num_loops: Repetitions to follow, at least 1.
+
+    Returns:
+        The measures; `print` shows them as a table.
+
+    Raises:
+        ValueError: If `num_loops` is below 1.
+    """
+    if num_loops < 1:
+        raise ValueError(f"num_loops must be at least 1, got {num_loops}")
+    state = [h.detach(), torch.zeros_like(h) if v is None else v.detach()]
+    radii, changes = [], []
+    with ops.use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
+        first = [x.clone().requires_grad_() for x in state]
+        with torch.enable_grad():
+            last: Sequence[Tensor] = first
+            for _ in range(num_loops):
+                last = step(*last)
+        response = _largest_singular_value(*_linear_maps(first, last), first)
+        for _ in range(num_loops):
+            point = [x.clone().requires_grad_() for x in state]
+            with torch.enable_grad():
+                reached = step(*point)
+            radii.append(_spectral_radius_of(_linear_maps(point, reached)[0], point))
+            changes.append(_size([a.detach() - b for a, b in zip(reached, state, strict=True)]))
+            state = [x.detach() for x in reached]
+    ratios = [after / before if before else 0.0 for before, after in itertools.pairwise(changes)]
+    return LoopCertificate(tuple(radii), tuple(ratios), response)
 
 
 def _size(values: Sequence[Tensor]) -> float:

@@ -40,17 +40,10 @@ def _inverse_softplus(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
-class _Dynamics(nn.Module):
-    """Base of both modules: the equilibrium, the bounds and the statistics."""
+class Dynamics(nn.Module):
+    """Base of all dynamics modules: checks, statistics and deferred bounds."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dt: float,
-        velocity_max: float | None,
-        mu_min: float | None,
-        mu_max: float | None,
-    ) -> None:
+    def __init__(self, hidden_size: int, dt: float, velocity_max: float | None) -> None:
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
@@ -60,68 +53,28 @@ class _Dynamics(nn.Module):
             raise ValueError(
                 f"velocity_max must be positive, or None for no bound, got {velocity_max}"
             )
-        if mu_min is not None and mu_max is not None and not mu_min <= mu_max:
-            raise ValueError(f"mu_min {mu_min} must not be above mu_max {mu_max}")
         self.hidden_size = hidden_size
         self.dt = dt
         self.velocity_max = velocity_max
-        self.mu_min = mu_min
-        self.mu_max = mu_max
-        self.mu = nn.Parameter(torch.empty(hidden_size))
         self._collecting = False
         self._defers_bounds = False
         self._last_seen: dict[str, Tensor] = {}
 
-    def reset_parameters(self) -> None:
-        """Set the equilibrium to 0."""
-        nn.init.zeros_(self.mu)
-
-    def _mu(self) -> Tensor:
-        """The equilibrium as the operations get it; see `defer_bounds`."""
+    def _inside(self, raw: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
+        """A bounded parameter as the operations get it; see `defer_bounds`."""
         if not self._defers_bounds:
-            return self.mu
-        wide = self.mu.to(torch.promote_types(self.mu.dtype, torch.float32))
-        return _passing(wide, torch.clamp(wide, self.mu_min, self.mu_max))
+            return raw
+        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return _passing(wide, torch.clamp(wide, minimum, maximum))
 
     def _apply_bounds(self) -> None:
-        if self.mu_min is not None:
-            _block(self.mu, self.mu < self.mu_min, 1)
-        if self.mu_max is not None:
-            _block(self.mu, self.mu > self.mu_max, -1)
+        """Block the gradients that lead away from a bound; see `apply_bounds`."""
+        raise NotImplementedError
 
     def get_dynamics_stats(self) -> dict[str, float]:
-        """Statistics of the parameters and of the last collected forward.
-
-        Returns:
-            Floats by name. Always ``mu_min`` and ``mu_max`` of the raw parameter and
-            ``mu_clip_fraction``, the share of its channels outside the bounds (the update uses the
-            clamped mu). After a forward inside `collect_dynamics_stats` also ``alpha_*``,
-            ``beta_*`` and ``gate_*`` (mean, min, max), ``beta_clip_fraction`` (share of softplus
-            outputs above beta_max), ``velocity_abs_mean``, ``velocity_abs_max``, ``velocity_rms``
-            and ``velocity_clip_fraction`` (share of the new velocity at its bound). On an
-            accelerator this call waits for the device; forward never does.
-        """
-        mu = self.mu.detach().float()
-        outside = torch.zeros_like(mu, dtype=torch.bool)
-        if self.mu_min is not None:
-            outside = outside | (mu < self.mu_min)
-        if self.mu_max is not None:
-            outside = outside | (mu > self.mu_max)
-        stats = {
-            "mu_min": mu.min(),
-            "mu_max": mu.max(),
-            "mu_clip_fraction": outside.float().mean(),
-            **self._last_seen,
-        }
-        values = torch.stack([value.to(mu.device) for value in stats.values()]).tolist()
-        return dict(zip(stats, values, strict=True))
-
-    def extra_repr(self) -> str:
-        """Settings shown by ``print(module)``."""
-        return (
-            f"{self.hidden_size}, dt={self.dt}, velocity_max={self.velocity_max}, "
-            f"mu_min={self.mu_min}, mu_max={self.mu_max}"
-        )
+        """Statistics of the last collected forward; see `INLDynamics.get_dynamics_stats`."""
+        values = [float(value) for value in self._last_seen.values()]
+        return dict(zip(self._last_seen, values, strict=True))
 
     def _check_inputs(self, h: Tensor, v: Tensor | None, force: Tensor | None) -> None:
         if h.shape[-1:] != (self.hidden_size,):
@@ -161,7 +114,70 @@ class _Dynamics(nn.Module):
         self._last_seen = {name: value.float() for name, value in seen.items()}
 
 
-class INLDynamics(_Dynamics):
+class _Settling(Dynamics):
+    """Dynamics with a learned equilibrium mu per channel."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        dt: float,
+        velocity_max: float | None,
+        mu_min: float | None,
+        mu_max: float | None,
+    ) -> None:
+        super().__init__(hidden_size, dt, velocity_max)
+        if mu_min is not None and mu_max is not None and not mu_min <= mu_max:
+            raise ValueError(f"mu_min {mu_min} must not be above mu_max {mu_max}")
+        self.mu_min = mu_min
+        self.mu_max = mu_max
+        self.mu = nn.Parameter(torch.empty(hidden_size))
+
+    def reset_parameters(self) -> None:
+        """Set the equilibrium to 0."""
+        nn.init.zeros_(self.mu)
+
+    def _mu(self) -> Tensor:
+        return self._inside(self.mu, self.mu_min, self.mu_max)
+
+    def _apply_bounds(self) -> None:
+        _block_outside(self.mu, self.mu_min, self.mu_max)
+
+    def get_dynamics_stats(self) -> dict[str, float]:
+        """Statistics of the parameters and of the last collected forward.
+
+        Returns:
+            Floats by name. Always ``mu_min`` and ``mu_max`` of the raw parameter and
+            ``mu_clip_fraction``, the share of its channels outside the bounds (the update uses the
+            clamped mu). After a forward inside `collect_dynamics_stats` also ``alpha_*``,
+            ``beta_*`` and ``gate_*`` (mean, min, max), ``beta_clip_fraction`` (share of softplus
+            outputs above beta_max), ``velocity_abs_mean``, ``velocity_abs_max``, ``velocity_rms``
+            and ``velocity_clip_fraction`` (share of the new velocity at its bound). On an
+            accelerator this call waits for the device; forward never does.
+        """
+        mu = self.mu.detach().float()
+        outside = torch.zeros_like(mu, dtype=torch.bool)
+        if self.mu_min is not None:
+            outside = outside | (mu < self.mu_min)
+        if self.mu_max is not None:
+            outside = outside | (mu > self.mu_max)
+        stats = {
+            "mu_min": mu.min(),
+            "mu_max": mu.max(),
+            "mu_clip_fraction": outside.float().mean(),
+            **self._last_seen,
+        }
+        values = torch.stack([value.to(mu.device) for value in stats.values()]).tolist()
+        return dict(zip(stats, values, strict=True))
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``print(module)``."""
+        return (
+            f"{self.hidden_size}, dt={self.dt}, velocity_max={self.velocity_max}, "
+            f"mu_min={self.mu_min}, mu_max={self.mu_max}"
+        )
+
+
+class INLDynamics(_Settling):
     """Second-order dynamics with learned, bounded coefficients.
 
     With ``adaptive="token"`` a small controller reads the state of each token,
@@ -347,7 +363,7 @@ class INLDynamics(_Dynamics):
         )
 
 
-class INLDynamicsLite(_Dynamics):
+class INLDynamicsLite(_Settling):
     """Second-order dynamics with fixed coefficients and a learned equilibrium mu (paper §8.1).
 
     With alpha = beta = 0, gate = dt = 1 and no bounds, ``force=f`` gives exactly h + f: the plain
@@ -416,7 +432,7 @@ def defer_bounds(model: nn.Module, deferred: bool = True) -> None:
     but for the rounding of a clipped beta.
     """
     for module in model.modules():
-        if isinstance(module, _Dynamics):
+        if isinstance(module, Dynamics):
             module._defers_bounds = deferred
 
 
@@ -427,13 +443,21 @@ def apply_bounds(model: nn.Module) -> None:
     To be called when the gradients are complete (accumulated and reduced), before they are clipped.
     """
     for module in model.modules():
-        if isinstance(module, _Dynamics) and module._defers_bounds:
+        if isinstance(module, Dynamics) and module._defers_bounds:
             module._apply_bounds()
 
 
 def _passing(raw: Tensor, inside: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     """The value of `inside`, exactly, with the gradient `slope` with respect to `raw`."""
     return inside.detach() + (raw - raw.detach()) * slope
+
+
+def _block_outside(parameter: nn.Parameter, minimum: float | None, maximum: float | None) -> None:
+    """Apply the gradient rule of `bounded_clamp` to the gradient of a parameter."""
+    if minimum is not None:
+        _block(parameter, parameter < minimum, 1)
+    if maximum is not None:
+        _block(parameter, parameter > maximum, -1)
 
 
 def _block(parameter: nn.Parameter, outside: Tensor, sign: int) -> None:
@@ -451,7 +475,7 @@ def collect_dynamics_stats(model: nn.Module) -> Iterator[None]:
     waiting for it; `get_dynamics_stats` converts them to floats, also after the block. A compiled
     forward collects nothing, and a forward under a ``torch.func`` transform must not run inside.
     """
-    modules = [module for module in model.modules() if isinstance(module, _Dynamics)]
+    modules = [module for module in model.modules() if isinstance(module, Dynamics)]
     before = [module._collecting for module in modules]
     for module in modules:
         module._collecting = True

@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 
 from inl_core import reference, segments
-from inl_core.reference import bounded_clamp, inl_coefficients, inl_update, rotate
+from inl_core.reference import (
+    bounded_clamp,
+    inl_coefficients,
+    inl_update,
+    looped_step,
+    rotate,
+)
 
 __all__ = [
     "Backend",
@@ -47,6 +53,7 @@ __all__ = [
     "inl_controlled_step",
     "inl_step",
     "inl_update",
+    "looped_step",
     "modulated_rms_norm",
     "qk_norm_rope",
     "rms_norm",

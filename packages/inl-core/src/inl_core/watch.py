@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inl_core.dynamics import DYNAMICS_STATS, INLDynamics, INLDynamicsLite, collect_dynamics_stats
+from inl_core.dynamics import DYNAMICS_STATS, Dynamics, collect_dynamics_stats
 from inl_core.stability import spectral_radius
 
 __all__ = ["DYNAMICS_COLUMNS", "dynamics_modules", "read_dynamics", "run_watched"]
@@ -17,13 +17,9 @@ DYNAMICS_COLUMNS = (*DYNAMICS_STATS, "spectral_radius")
 """Names in the result of `read_dynamics`, in order for the columns of a log."""
 
 
-def dynamics_modules(model: nn.Module) -> dict[str, INLDynamics | INLDynamicsLite]:
+def dynamics_modules(model: nn.Module) -> dict[str, Dynamics]:
     """Dynamics modules of a model by name, in order of registration."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (INLDynamics, INLDynamicsLite))
-    }
+    return {n: module for n, module in model.named_modules() if isinstance(module, Dynamics)}
 
 
 def run_watched(

@@ -17,6 +17,7 @@ from inl_core.reference.dynamics import (
     inl_controlled_step,
     inl_step,
     inl_update,
+    looped_step,
 )
 from inl_core.reference.layers import (
     add_rms_norm,
@@ -41,6 +42,7 @@ __all__ = [
     "inl_controlled_step",
     "inl_step",
     "inl_update",
+    "looped_step",
     "modulated_rms_norm",
     "qk_norm_rope",
     "rms_norm",

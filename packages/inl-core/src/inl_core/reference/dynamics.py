@@ -84,6 +84,39 @@ def inl_step(
     return inl_update(h, v, alpha, beta, gate, mu, force, dt=dt, **bounds)
 
 
+def looped_step(
+    h: Tensor, v: Tensor | None, alpha: Tensor, beta: Tensor, gate: Tensor, equilibrium: Tensor,
+    force: Tensor | None = None, *, dt: float, beta_max: float | None, velocity_max: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`inl_update` with an equilibrium per token, and coefficients that are bounded by clamping.
+
+    In a loop the block is the force, and the equilibrium is the input that the loop began with. A
+    sigmoid or a softplus never reaches 0 or 1, a clamp does: alpha = beta = 0 with gate = dt = 1 is
+    exactly the plain loop h + f.
+
+    Args:
+        h: Position (..., D).
+        v: Velocity, shaped like `h`; None means zero.
+        alpha: Inertia (D,) or (1,), clamped to [0, 1] by `bounded_clamp`.
+        beta: Correction strength, likewise to [0, beta_max].
+        gate: Share of the velocity that moves the position, likewise to [0, 1].
+        equilibrium: Shaped like `h`; not clamped.
+        force: External force, shaped like `h`; None means zero.
+        dt: Time step.
+        beta_max: Upper bound of beta, or None for none.
+        velocity_max: Bound of |v'|, or None for none.
+
+    Returns:
+        (h', v') as from `inl_update`.
+    """
+    dtype = compute_dtype(alpha, beta, gate)
+    return inl_update(
+        h, v, bounded_clamp(alpha.to(dtype), 0.0, 1.0),
+        bounded_clamp(beta.to(dtype), 0.0, beta_max), bounded_clamp(gate.to(dtype), 0.0, 1.0),
+        equilibrium, force, dt=dt, velocity_max=velocity_max, mu_min=None, mu_max=None,
+    )  # fmt: skip
+
+
 def inl_controlled_step(
     h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
     force: Tensor | None = None, *,

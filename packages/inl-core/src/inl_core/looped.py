@@ -1,0 +1,213 @@
+"""Second-order dynamics for a block that is applied several times with the same weights.
+
+A loop repeats one block. Its output is the force f of equation (2), and the velocity is carried
+from one repetition to the next:
+
+    v_k = clip(alpha * v_{k-1} - beta * (h_{k-1} - mu) + f(h_{k-1}), -velocity_max, velocity_max)
+    h_k = h_{k-1} + dt * gate * v_k
+
+With beta = 0 this is Polyak's heavy ball around the plain loop h + f(h), which is alpha = 0: on a
+quadratic problem of condition number kappa it needs of the order of sqrt(kappa) repetitions where
+the plain loop needs kappa (Polyak, USSR Comput. Math. Math. Phys. 4(5), 1964). The equilibrium mu
+is the input of the loop, so that a spring, where one is learned, pulls towards what every
+repetition starts from, and not towards a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inl_core import ops
+from inl_core.dynamics import Dynamics, _block_outside
+
+
+class LoopState(NamedTuple):
+    """What a loop returns.
+
+    Attributes:
+        h: Position after the last repetition (..., D).
+        v: Velocity, shaped like `h`; None after zero repetitions that began without one.
+        num_loops: Repetitions that were computed.
+    """
+
+    h: Tensor
+    v: Tensor | None
+    num_loops: int
+
+
+class LoopedDynamics(Dynamics):
+    """Coefficients per channel for a block that is applied several times; see the module.
+
+    The coefficients are learned directly and clamped to their bounds, so that they start, and may
+    stay, at exactly 0 or 1. Beyond a bound a gradient passes if it leads back inside.
+
+    Args:
+        hidden_size: Channels D.
+        init_alpha: Initial inertia, in [0, 1]. 0 starts as the plain loop; the best constant value
+            for condition number kappa is ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))².
+        init_beta: Initial strength of the spring, in [0, beta_max].
+        init_gate: Initial gate, in [0, 1].
+        dt: Time step.
+        beta_max: Upper bound of beta; None for none.
+        velocity_max: Bound of each velocity; None for none. The position uses the clipped one.
+        learn_equilibrium: Whether the equilibrium is a learned projection of the input, which
+            starts as the identity; False takes the input itself.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        init_alpha: float = 0.5,
+        init_beta: float = 0.0,
+        init_gate: float = 1.0,
+        dt: float = 1.0,
+        beta_max: float | None = 2.0,
+        velocity_max: float | None = 10.0,
+        learn_equilibrium: bool = True,
+    ) -> None:
+        super().__init__(hidden_size, dt, velocity_max)
+        if beta_max is not None and not beta_max > 0.0:
+            raise ValueError(f"beta_max must be positive, or None for no bound, got {beta_max}")
+        ceiling = math.inf if beta_max is None else beta_max
+        for name, value, top in (
+            ("init_alpha", init_alpha, 1.0), ("init_beta", init_beta, ceiling),
+            ("init_gate", init_gate, 1.0),
+        ):  # fmt: skip
+            if not (0.0 <= value <= top and math.isfinite(value)):
+                raise ValueError(f"{name} must lie in [0, {top:g}], got {value}")
+        self.init_alpha = init_alpha
+        self.init_beta = init_beta
+        self.init_gate = init_gate
+        self.beta_max = beta_max
+        self.alpha = nn.Parameter(torch.empty(hidden_size))
+        self.beta = nn.Parameter(torch.empty(hidden_size))
+        self.gate = nn.Parameter(torch.empty(hidden_size))
+        self.weight_mu = (
+            nn.Parameter(torch.empty(hidden_size, hidden_size)) if learn_equilibrium else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset every parameter: exactly the initial coefficients, the input as equilibrium."""
+        nn.init.constant_(self.alpha, self.init_alpha)
+        nn.init.constant_(self.beta, self.init_beta)
+        nn.init.constant_(self.gate, self.init_gate)
+        if self.weight_mu is not None:
+            nn.init.eye_(self.weight_mu)
+
+    def equilibrium(self, x: Tensor) -> Tensor:
+        """The equilibrium (..., D) of a loop over the input `x` (..., D), computed once for all."""
+        return x if self.weight_mu is None else F.linear(x, self.weight_mu)
+
+    def forward(
+        self, h: Tensor, v: Tensor | None, force: Tensor | None, equilibrium: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advance the state by one repetition.
+
+        Args:
+            h: Position (..., D).
+            v: Velocity, shaped like `h`; None means zero.
+            force: Output of the block, shaped like `h`; None means zero.
+            equilibrium: From `equilibrium`, shaped like `h`.
+
+        Returns:
+            (h_next, v_next): h_next in the dtype of `h`, v_next in the dtype of `v` (of `h` if v is
+            None).
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        self._check_inputs(h, v, force)
+        if equilibrium.shape != h.shape:
+            raise ValueError(
+                f"equilibrium has shape {tuple(equilibrium.shape)}, expected that of h, "
+                f"{tuple(h.shape)}"
+            )
+        alpha, gate = self._inside(self.alpha, 0.0, 1.0), self._inside(self.gate, 0.0, 1.0)
+        beta = self._inside(self.beta, 0.0, self.beta_max)
+        h_next, v_next = ops.looped_step(
+            h, v, alpha, beta, gate, equilibrium, force,
+            dt=self.dt, beta_max=self.beta_max, velocity_max=self.velocity_max,
+        )  # fmt: skip
+        if not torch.compiler.is_compiling() and self._collecting:
+            with torch.no_grad():
+                coefficients = alpha.clamp(0.0, 1.0), beta.clamp(min=0.0), gate.clamp(0.0, 1.0)
+            self._record(*coefficients, self.beta_max, v_next)
+        return h_next, v_next
+
+    def loop(
+        self,
+        block: Callable[[Tensor], Tensor],
+        x: Tensor,
+        num_loops: int,
+        v: Tensor | None = None,
+        tolerance: float | None = None,
+    ) -> LoopState:
+        """Apply `block` repeatedly, starting at its input `x`.
+
+        Args:
+            block: Function of the position (B, ..., D) that returns the force, shaped like it.
+            x: Input of the loop (B, ..., D): first position, and the source of the equilibrium.
+            num_loops: Repetitions, at least 0. With a tolerance the most that are computed.
+            v: First velocity, shaped like `x`; None means zero.
+            tolerance: None computes `num_loops` repetitions. Else a sample keeps its state after
+                the first repetition whose velocity, and whose change of velocity, is at most this
+                share of the norm of the position, each over all elements of the sample; the loop
+                ends when all samples have stopped. The result of a sample does not depend on the
+                others. For inference: the check waits for the device, and the compiler breaks the
+                graph at it.
+
+        Returns:
+            Position, velocity and the number of repetitions.
+
+        Raises:
+            ValueError: If `num_loops` is negative, `tolerance` is not positive, or a shape does not
+                fit.
+        """
+        if num_loops < 0:
+            raise ValueError(f"num_loops must be at least 0, got {num_loops}")
+        if tolerance is not None and not tolerance > 0.0:
+            raise ValueError(f"tolerance must be positive, or None, got {tolerance}")
+        h, mu = x, self.equilibrium(x)
+        moving = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for done in range(num_loops):
+            h_next, v_next = self(h, v, block(h), mu)
+            if tolerance is None:
+                h, v = h_next, v_next
+                continue
+            before = torch.zeros_like(v_next) if v is None else v
+            keep = moving.view(-1, *[1] * (h.ndim - 1))
+            h_next, v_next = torch.where(keep, h_next, h), torch.where(keep, v_next, before)
+            # First and second difference of the positions, but for dt and the gate. The first
+            # alone is small where an oscillation turns, the second alone in a steady drift.
+            first, second, size = (
+                x.float().flatten(1).norm(dim=1) for x in (v_next, v_next - before, h_next)
+            )
+            settled = torch.maximum(first, second) <= tolerance * size
+            moving = moving & ~settled
+            h, v = h_next, v_next
+            if not bool(moving.any()):
+                return LoopState(h, v, done + 1)
+        return LoopState(h, v, num_loops)
+
+    def _apply_bounds(self) -> None:
+        _block_outside(self.alpha, 0.0, 1.0)
+        _block_outside(self.beta, 0.0, self.beta_max)
+        _block_outside(self.gate, 0.0, 1.0)
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``print(module)``."""
+        return (
+            f"{self.hidden_size}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, "
+            f"init_gate={self.init_gate}, dt={self.dt}, beta_max={self.beta_max}, "
+            f"velocity_max={self.velocity_max}, learn_equilibrium={self.weight_mu is not None}"
+        )

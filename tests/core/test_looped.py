@@ -1,0 +1,272 @@
+"""A loop with carried velocity: exact starts, bounds, exits, and its certificate."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from inl_core import (
+    LoopedDynamics,
+    apply_bounds,
+    certify_loop,
+    collect_dynamics_stats,
+    defer_bounds,
+    ops,
+    read_dynamics,
+    reference,
+)
+
+D = 6
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D)).double()
+    return net.requires_grad_(False)
+
+
+def test_one_repetition_from_rest_is_the_plain_block(block):
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    dynamics = LoopedDynamics(D).double()
+    h, v, loops = dynamics.loop(block, x, 1)
+    assert torch.equal(h, x + block(x))
+    assert torch.equal(v, block(x))
+    assert loops == 1
+
+
+def test_without_inertia_it_is_the_plain_loop(block):
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    expected = x
+    for _ in range(5):
+        expected = expected + block(expected)
+    assert torch.equal(LoopedDynamics(D, init_alpha=0.0).double().loop(block, x, 5).h, expected)
+
+
+def test_the_initial_coefficients_are_exact_and_the_equilibrium_is_the_input():
+    dynamics = LoopedDynamics(D, init_alpha=1.0, init_beta=0.0, init_gate=1.0)
+    assert dynamics.alpha.tolist() == [1.0] * D
+    assert dynamics.beta.tolist() == [0.0] * D
+    x = torch.randn(2, D)
+    assert torch.equal(dynamics.equilibrium(x), x)
+    assert torch.equal(LoopedDynamics(D, learn_equilibrium=False).equilibrium(x), x)
+    nn.init.normal_(dynamics.alpha)
+    dynamics.reset_parameters()
+    assert dynamics.alpha.tolist() == [1.0] * D
+
+
+def test_it_is_the_definition_with_an_equilibrium_per_token():
+    torch.manual_seed(1)
+    h, v, f, mu = (torch.randn(2, 3, D, dtype=torch.float64) for _ in range(4))
+    alpha, beta, gate = 0.3, 0.7, 0.9
+    dynamics = LoopedDynamics(D, alpha, beta, gate, dt=0.5, velocity_max=0.8).double()
+    h_next, v_next = dynamics(h, v, f, mu)
+    expected = (alpha * v - beta * (h - mu) + f).clamp(-0.8, 0.8)
+    torch.testing.assert_close(v_next, expected)
+    torch.testing.assert_close(h_next, h + 0.5 * gate * expected)
+
+
+def test_gradients_in_fp64():
+    torch.manual_seed(2)
+    h, v, f, mu = (torch.randn(2, D, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    raw = [torch.rand(D, dtype=torch.float64).mul(0.8).add(0.1).requires_grad_() for _ in range(3)]
+
+    def step(h, v, f, mu, *raw):
+        bounds = {"dt": 0.5, "beta_max": 2.0, "velocity_max": 10.0}
+        return ops.looped_step(h, v, *raw, mu, f, **bounds)
+
+    assert torch.autograd.gradcheck(step, (h, v, f, mu, *raw))
+
+
+def test_heavy_ball_needs_the_root_of_the_repetitions():
+    """Gradient descent on a quadratic of condition number 100 as the block of a loop."""
+    kappa = 100.0
+    curvature = torch.logspace(0, 2, D, dtype=torch.float64)
+    x = torch.ones(1, D, dtype=torch.float64)
+
+    def repetitions(alpha, rate):
+        dynamics = LoopedDynamics(D, init_alpha=alpha, velocity_max=None)
+        dynamics.double().requires_grad_(False)
+        h, v = x, None
+        for k in range(1, 2000):
+            h, v = dynamics(h, v, -rate * curvature * h, x)
+            if float(h.norm()) < 1e-3:
+                return k
+        raise AssertionError("no convergence")
+
+    root = kappa**0.5
+    plain = repetitions(0.0, 2 / (1 + kappa))
+    ball = repetitions(((root - 1) / (root + 1)) ** 2, (2 / (1 + root)) ** 2)
+    assert plain > 3 * ball
+
+
+def test_a_sample_stops_at_the_same_state_whatever_is_beside_it(block):
+    torch.manual_seed(3)
+    dynamics = LoopedDynamics(D, init_alpha=0.2).double()
+    target = torch.randn(D, dtype=torch.float64)
+    near, far = target[None] + 1e-6, 100 * torch.randn(1, D, dtype=torch.float64)
+
+    def pull(h):
+        return 0.5 * (target - h)
+
+    both = dynamics.loop(pull, torch.cat([near, far]), 60, tolerance=1e-4)
+    alone = [dynamics.loop(pull, x, 60, tolerance=1e-4) for x in (near, far)]
+    assert torch.equal(both.h, torch.cat([state.h for state in alone]))
+    assert torch.equal(both.v, torch.cat([state.v for state in alone]))
+    assert alone[0].num_loops < alone[1].num_loops == both.num_loops < 60
+    torch.testing.assert_close(both.h[1], target, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gate"])
+def test_a_coefficient_beyond_its_bound_comes_back(name):
+    dynamics = LoopedDynamics(D, init_alpha=0.5, init_beta=0.5, init_gate=0.5)
+    parameter = dynamics.get_parameter(name)
+    bound = 2.0 if name == "beta" else 1.0
+    h, v, f, mu = (torch.ones(4, D) * k for k in (0.0, 1.0, 0.0, 1.0))
+
+    def moved():
+        h_next, v_next = dynamics(h, v, f, mu)
+        return v_next.sum() if name != "gate" else h_next.sum()
+
+    for sign, start in ((1, bound + 0.5), (-1, -0.5)):
+        with torch.no_grad():
+            parameter.fill_(start)
+        (inward,) = torch.autograd.grad(sign * moved(), parameter)
+        (outward,) = torch.autograd.grad(-sign * moved(), parameter)
+        assert bool((sign * inward > 0).all())
+        assert bool((outward == 0).all())
+
+
+def test_deferred_bounds_give_the_same_gradients():
+    torch.manual_seed(4)
+    x, f = torch.randn(4, D), torch.randn(4, D)
+    found = []
+    for deferred in (False, True):
+        dynamics = LoopedDynamics(D)
+        with torch.no_grad():
+            dynamics.alpha.uniform_(-1.0, 2.0, generator=torch.Generator().manual_seed(5))
+            dynamics.beta.uniform_(-1.0, 3.0, generator=torch.Generator().manual_seed(6))
+        defer_bounds(dynamics, deferred)
+        h, v = dynamics(x, f, f, torch.zeros_like(x))
+        (h.square().sum() + v.sum()).backward()
+        apply_bounds(dynamics)
+        found.append([p.grad for p in (dynamics.alpha, dynamics.beta, dynamics.gate)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_per_sample_gradients_and_compilation():
+    torch.manual_seed(5)
+    dynamics = LoopedDynamics(D)
+    params = dict(dynamics.named_parameters())
+    x = torch.randn(3, D)
+
+    def loss(params, x):
+        mu = x @ params["weight_mu"].T
+        return functional_call(dynamics, params, (x, x, x, mu))[0].square().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    assert each["alpha"].shape == (3, D)
+
+    def run(x):
+        return dynamics.loop(torch.sin, x, 4).h
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))
+
+
+def test_statistics_are_collected():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dynamics = LoopedDynamics(D, init_alpha=0.25)
+
+        def forward(self, x):
+            return self.dynamics.loop(torch.sin, x, 3).h
+
+    net = Net()
+    with collect_dynamics_stats(net):
+        net(torch.randn(2, D))
+    stats = net.dynamics.get_dynamics_stats()
+    assert stats["alpha_mean"] == 0.25
+    assert stats["velocity_abs_max"] > 0
+    read = read_dynamics(net, (torch.randn(2, D),))["dynamics"]
+    assert read["spectral_radius"] == 1.0  # beta = 0: no pull, and marginal on its own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_alpha": 1.1}, r"init_alpha must lie in \[0, 1\], got 1.1"),
+        ({"init_beta": 3.0}, r"init_beta must lie in \[0, 2\], got 3.0"),
+        ({"init_gate": -0.1}, r"init_gate must lie in \[0, 1\], got -0.1"),
+        ({"beta_max": 0.0}, "beta_max must be positive"),
+        ({"dt": 0.0}, "dt must be positive"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        LoopedDynamics(D, **change)
+
+
+def test_wrong_calls_are_refused():
+    dynamics, x = LoopedDynamics(D), torch.randn(2, D)
+    with pytest.raises(ValueError, match="equilibrium has shape"):
+        dynamics(x, None, x, x[0])
+    with pytest.raises(ValueError, match="num_loops must be at least 0, got -1"):
+        dynamics.loop(torch.sin, x, -1)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        dynamics.loop(torch.sin, x, 2, tolerance=0.0)
+    with pytest.raises(ValueError, match="num_loops must be at least 1"):
+        certify_loop(lambda h, v: (h, v), x, num_loops=0)
+
+
+def brute_force(step, h, v):
+    """The whole Jacobian of a step, by rows."""
+
+    def flat(state):
+        parts = state.split(h.numel())
+        return torch.cat([x.flatten() for x in step(*(part.view(h.shape) for part in parts))])
+
+    return torch.autograd.functional.jacobian(flat, torch.cat([h.flatten(), v.flatten()]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.95])
+def test_the_certificate_of_a_loop_is_that_of_its_whole_jacobian(block, alpha):
+    torch.manual_seed(6)
+    dynamics = LoopedDynamics(D, init_alpha=alpha, init_beta=0.1).double().requires_grad_(False)
+    x = torch.randn(2, 2, D, dtype=torch.float64)
+
+    def step(h, v):
+        return dynamics(h, v, block(h) - 0.5 * h, x)
+
+    report = certify_loop(step, x, num_loops=4)
+    h, v = x, torch.zeros_like(x)
+    whole = torch.eye(2 * x.numel(), dtype=torch.float64)
+    changes = []
+    for radius in report.spectral_radius:
+        jacobian = brute_force(step, h, v)
+        expected = torch.linalg.eigvals(jacobian).abs().max()
+        torch.testing.assert_close(torch.tensor(radius).double(), expected, rtol=1e-6, atol=1e-9)
+        whole = jacobian @ whole
+        h_next, v_next = step(h, v)
+        changes.append(float(torch.cat([h_next - h, v_next - v]).norm()))
+        h, v = h_next, v_next
+    ratios = [b / a for a, b in itertools.pairwise(changes)]
+    assert report.contraction == pytest.approx(ratios)
+    assert report.response == pytest.approx(float(torch.linalg.matrix_norm(whole, ord=2)), rel=1e-3)
+    assert report.frozen_stable == (max(report.spectral_radius) < 1)
+    assert len(str(report).splitlines()) == 6
+
+
+def test_a_loop_that_cannot_settle_is_certified_as_unstable():
+    dynamics = LoopedDynamics(D, init_alpha=0.9).double().requires_grad_(False)
+    x = torch.randn(1, D, dtype=torch.float64)
+    report = certify_loop(lambda h, v: dynamics(h, v, 0.2 * h, x), x, num_loops=3)
+    assert not report.frozen_stable
+    assert min(report.contraction) > 1
+
+
+def test_the_definition_is_the_public_operation():
+    assert ops.looped_step is reference.looped_step
