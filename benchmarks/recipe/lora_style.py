@@ -34,6 +34,23 @@ from inl_core.run.files import atomic_file
 CONFIGS = Path(__file__).parents[2] / "configs" / "dit"
 
 
+def link_paintings(data, rows, folder):
+    """Make `folder` a data set of links to the paintings of some rows of `data`/metadata.csv."""
+    if (folder / "metadata.csv").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        link = folder / Path(row["file_name"]).name
+        if not link.exists():
+            link.symlink_to((data / row["file_name"]).resolve())
+    with atomic_file(folder / "metadata.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "style", "genre"])
+        writer.writeheader()
+        for row in rows:
+            values = {"file_name": Path(row["file_name"]).name}
+            writer.writerow(values | {k: row[k] for k in ("style", "genre")})
+
+
 def split(options):
     """Three folders of links: all other styles, some paintings of the style, the rest of it."""
     with (options.data / "metadata.csv").open(newline="") as file:
@@ -48,22 +65,9 @@ def split(options):
         "paintings": style[: options.paintings],
         "rest": style[options.paintings :],
     }
-    folders = {}
-    for name, chosen in parts.items():
-        folder = folders[name] = options.out / "data" / name
-        if (folder / "metadata.csv").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        for row in chosen:
-            link = folder / Path(row["file_name"]).name
-            if not link.exists():
-                link.symlink_to((options.data / row["file_name"]).resolve())
-        with atomic_file(folder / "metadata.csv") as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["file_name", "style", "genre"])
-            writer.writeheader()
-            for row in chosen:
-                values = {"file_name": Path(row["file_name"]).name}
-                writer.writerow(values | {k: row[k] for k in ("style", "genre")})
+    folders = {name: options.out / "data" / name for name in parts}
+    for name, folder in folders.items():
+        link_paintings(options.data, parts[name], folder)
     return folders
 
 

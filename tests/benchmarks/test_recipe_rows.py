@@ -13,7 +13,7 @@ import torch
 from benchmarks.common import diffusers_dit, results
 from benchmarks.common.diffusers_dit import DiffusersDiT, build_diffusers_dit
 from benchmarks.pages import recipe_page, tables
-from benchmarks.recipe import recipe, recipe_floor, sampler_table
+from benchmarks.recipe import precision_study, recipe, recipe_floor, sampler_table
 
 from complexity_dit.config import DataConfig, TrainConfig
 from complexity_dit.models.autoencoder import TinyAutoencoder
@@ -215,3 +215,21 @@ def test_the_floor_is_measured_with_and_without_the_autoencoder(tmp_path, monkey
     plain, coded = "training paintings", "training paintings through the autoencoder"
     assert found[plain, "n"] == found[coded, "n"] == 8
     assert 0 < found[plain, "fd_random"] < found[coded, "fd_random"]
+
+
+def test_the_arms_of_the_precision_study_differ_in_precision_only(tmp_path, monkeypatch):
+    """A finished arm is not trained again, and one of another length is refused."""
+    plain, mixed = (
+        precision_study.arm_config(arm, 3, tmp_path, 96) for arm in precision_study.ARMS
+    )
+    assert (plain.mixed_precision, mixed.mixed_precision) == ("no", "bf16")
+    assert (plain.seed, plain.steps, plain.resume) == (3, 3, "auto")
+    assert replace(plain, mixed_precision="bf16", out="") == replace(mixed, out="")
+
+    folder = tmp_path / "bf16-3"
+    folder.mkdir()
+    (folder / "result.json").write_text('{"images": 96, "loss": 1.5}')
+    monkeypatch.setattr(precision_study, "LABS", {"dit": None})
+    assert precision_study.held_out_loss("bf16", 3, tmp_path, 96) == 1.5
+    with pytest.raises(SystemExit, match="was trained on 96 images: choose another --out"):
+        precision_study.held_out_loss("bf16", 3, tmp_path, 128)
