@@ -49,6 +49,40 @@ for adaptive in ("token", "channel", "layer"):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=name)
 """
 
+FIRST_LAYER = """
+from inl_core import LoopedDynamics, branch_epilogue
+
+class Block(nn.Module):
+    def __init__(self, dynamics):
+        super().__init__()
+        self.dynamics = dynamics
+
+    def forward(self, x):
+        if isinstance(self.dynamics, LoopedDynamics):
+            return self.dynamics.loop(torch.tanh, x, 1)[0]
+        return self.dynamics(x)[0]
+
+class Fused(nn.Module):
+    def __init__(self, dynamics):
+        super().__init__()
+        self.dynamics = dynamics
+
+    def forward(self, x):
+        return branch_epilogue(self.dynamics, x, None, x)[0]
+
+def made():
+    for adaptive in ("token", "channel", "layer"):
+        yield Block(INLDynamics(6, adaptive=adaptive))
+        yield Fused(INLDynamics(6, adaptive=adaptive))
+    yield Block(LoopedDynamics(6))
+
+for block in made():
+    shared = DistributedDataParallel(block)
+    for _ in range(3):  # the second step finds what the first has not filled
+        shared(torch.randn(4, 3, 6)).square().mean().backward()
+        assert all(p.grad is not None for p in shared.parameters())
+"""
+
 ROUTED = """
 model = TokenRoutedMLP(12, 20, 4)
 ids = torch.tensor([[0, 0, 1, 0], [1, 3, 3, 3]])  # 3 in only one process, 2 in none
@@ -71,7 +105,9 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("body", [DYNAMICS, ROUTED], ids=["dynamics", "routed"])
+@pytest.mark.parametrize(
+    "body", [DYNAMICS, FIRST_LAYER, ROUTED], ids=["dynamics", "first-layer", "routed"]
+)
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path, body: str) -> None:
     workers = [
         subprocess.Popen(

@@ -72,7 +72,26 @@ def test_no_velocity_skips_the_velocity_product() -> None:
     assert h_next.isfinite().all()
     assert v_next.isfinite().all()
     h_next.sum().backward()
-    assert module.weight_in_v.grad is None
+    # Zero, but present: DistributedDataParallel waits for a gradient of every parameter.
+    assert module.weight_in_v.grad is not None
+    assert not module.weight_in_v.grad.any()
+
+
+@pytest.mark.parametrize("adaptive", ["token", "channel", "layer"])
+@pytest.mark.parametrize("v_dtype", [None, torch.bfloat16, torch.float32])
+def test_fp32_coefficients_take_states_of_another_dtype(adaptive, v_dtype) -> None:
+    """As when the rest of a model is loaded in bf16 and its dynamics are kept in fp32."""
+    module = INLDynamics(6, adaptive=adaptive)
+    scramble(module)
+    h = randn(2, 3, 6).bfloat16()
+    v = None if v_dtype is None else randn(2, 3, 6).to(v_dtype)
+    h_next, v_next = module(h, v)
+    assert (h_next.dtype, v_next.dtype) == (torch.bfloat16, v_dtype or torch.bfloat16)
+    for got, want in zip(
+        (h_next, v_next), module(h.float(), None if v is None else v.float()), strict=True
+    ):
+        torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2)
+    module.bfloat16()(h.float(), v)  # and a wider state into narrow coefficients
 
 
 def test_lite_with_neutral_coefficients_is_the_plain_residual() -> None:

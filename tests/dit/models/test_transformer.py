@@ -1,5 +1,9 @@
 """The network: shapes, placements, initialisation, labels, and the interface of diffusers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,6 +44,46 @@ def test_forward_and_gradients_of_every_placement(placement, adaptive):
             for n, p in model.named_parameters()
             if "dynamics" in n
         )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("adaptive", ADAPTIVES)
+def test_every_parameter_has_a_gradient(placement, adaptive):
+    """Including the first block, which has no velocity: plain DDP waits for every gradient."""
+    model = small_network(
+        dynamics_placement=placement, dynamics_adaptive=adaptive, routing="timestep",
+        value_residual=True,
+    )  # fmt: skip
+    model(*inputs()).sample.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+PLAIN_DDP = """
+import os
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from support.networks import small_network
+
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+model = DistributedDataParallel(small_network())
+for _ in range(3):
+    x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 300.0)
+    model(x, t, torch.tensor([[0, 1], [2, -1]])).sample.square().mean().backward()
+print("three steps", flush=True)
+os._exit(0)
+"""
+
+
+def test_plain_ddp_trains_it(tmp_path):
+    command = [sys.executable, "-c", PLAIN_DDP, str(tmp_path / "store")]
+    tests = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=tests, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.stdout == "three steps\n", done.stderr
 
 
 def test_a_new_model_predicts_zero_for_every_placement():

@@ -503,11 +503,7 @@ class DeepModel(DeepPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         h_BND = inputs_embeds
-        # `None` is a zero velocity that costs nothing. Training uses real zeros, which give the
-        # velocity parameters of the first layer a gradient (of zero): DistributedDataParallel
-        # waits for a gradient of every parameter.
-        has_velocity = self.config.dynamics_placement != "none"
-        v_BND = torch.zeros_like(h_BND) if self.training and has_velocity else None
+        v_BND = None  # a zero velocity that costs nothing
         assert self.config.layer_types is not None
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             h_BND, v_BND = layer(

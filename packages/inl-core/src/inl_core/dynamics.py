@@ -309,14 +309,15 @@ class INLDynamics(_Settling):
                 **bounds,
             )
         else:
-            h_next, v_next = ops.inl_step(h, v, *self._raw(), self._mu(), force, **bounds)
+            h_next, v_next = ops.inl_step(h, v, *self._raw(v), self._mu(), force, **bounds)
         # In this order the compiler stops at the constant and does not guard on the switch.
         if not torch.compiler.is_compiling() and self._collecting:
             self._collect(h, v, v_next)
         return h_next, v_next
 
-    def _raw(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _raw(self, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The learned coefficients as the operations get them; see `defer_bounds`."""
+        gate = self.gate_raw if v is not None else idle_too(self.gate_raw, self.alpha_raw)
         beta = self.beta_raw
         if self._defers_bounds and self.beta_max is not None:
             beta = beta.to(torch.promote_types(beta.dtype, torch.float32))
@@ -325,7 +326,7 @@ class INLDynamics(_Settling):
             inside = beta.clamp(max=_inverse_softplus(ceiling))
             # With the bound in place, the slope of softplus is taken at the parameter.
             beta = _passing(beta, inside, (beta.sigmoid() / inside.sigmoid()).detach())
-        return self.alpha_raw, beta, self.gate_raw
+        return self.alpha_raw, beta, gate
 
     def _apply_bounds(self) -> None:
         super()._apply_bounds()
@@ -335,15 +336,15 @@ class INLDynamics(_Settling):
 
     def _hidden(self, h: Tensor, v: Tensor | None) -> Tensor:
         """Hidden state of the controller (..., controller_hidden)."""
-        hidden = F.linear(h, self.weight_in_h, self.bias_in)
-        if v is not None:
-            hidden = hidden + F.linear(v.to(h.dtype), self.weight_in_v)
-        return F.silu(hidden)
+        if v is None:
+            return F.silu(_linear(h, self.weight_in_h, idle_too(self.bias_in, self.weight_in_v)))
+        hidden = _linear(h, self.weight_in_h, self.bias_in)
+        return F.silu(hidden + _linear(v.to(h.dtype), self.weight_in_v))
 
     def _coefficients(self, h: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Raw coefficients, as computed inside the step."""
         if self.adaptive != "token":
-            return self._raw()
+            return self._raw(v)
         raw = F.linear(self._hidden(h, v), self.weight_out, self.bias_out)
         alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
         return alpha_raw, beta_raw, gate_raw
@@ -447,6 +448,26 @@ def apply_bounds(model: nn.Module) -> None:
             module._apply_bounds()
 
 
+def idle_too(value: Tensor, idle: Tensor) -> Tensor:
+    """The vector `value`, with a gradient of zero for the parameter `idle`.
+
+    A step without velocity makes no use of the parameters that multiply it, and
+    DistributedDataParallel waits for a gradient of every parameter.
+    """
+    if not (torch.is_grad_enabled() and idle.requires_grad):
+        return value
+    return torch.cat([value, idle.flatten()[:0].to(value.dtype)])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of operands that may differ in dtype, in the wider one; autocast has its own."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return F.linear(x, weight, bias)
+
+
 def _passing(raw: Tensor, inside: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     """The value of `inside`, exactly, with the gradient `slope` with respect to `raw`."""
     return inside.detach() + (raw - raw.detach()) * slope
@@ -525,7 +546,7 @@ def branch_epilogue(
             return *ops.add_rms_norm(x, residual, weight, eps), v_next
         return *ops.gated_residual_norm(residual, x, *conditions, weight, eps), v_next
     if isinstance(dynamics, INLDynamics):
-        coefficients = ops.inl_coefficients(*dynamics._raw(), beta_max=dynamics.beta_max)
+        coefficients = ops.inl_coefficients(*dynamics._raw(v), beta_max=dynamics.beta_max)
     else:
         coefficients = dynamics.alpha, dynamics.beta, dynamics.gate
     dynamics._check_inputs(x, v, None)

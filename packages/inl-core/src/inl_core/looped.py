@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inl_core import ops
-from inl_core.dynamics import Dynamics, _block_outside
+from inl_core.dynamics import Dynamics, _block_outside, idle_too
 
 
 class LoopState(NamedTuple):
@@ -134,6 +134,8 @@ class LoopedDynamics(Dynamics):
             )
         alpha, gate = self._inside(self.alpha, 0.0, 1.0), self._inside(self.gate, 0.0, 1.0)
         beta = self._inside(self.beta, 0.0, self.beta_max)
+        if v is None:
+            gate = idle_too(gate, self.alpha)
         h_next, v_next = ops.looped_step(
             h, v, alpha, beta, gate, equilibrium, force,
             dt=self.dt, beta_max=self.beta_max, velocity_max=self.velocity_max,

@@ -112,7 +112,7 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             disk, a damaged checkpoint, or a process of the run that died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, foreign=build is not build_model)
     images_per_pass(config, accelerator.num_processes)
     try:
         with (
@@ -315,8 +315,11 @@ def _identity(data: TrainingData) -> dict[str, Any]:
 # Accelerator and tracker.
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An `Accelerator`: processes and devices from the launcher, the rest from the config."""
+def make_accelerator(config: TrainConfig, foreign: bool = False) -> Accelerator:
+    """An `Accelerator`: processes and devices from the launcher, the rest from the config.
+
+    A network of others, `foreign`, may have parameters that a step makes no use of; ours has none.
+    """
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(  # accelerate would ignore it silently
             f"report_to {config.report_to} needs the package {config.report_to}, which is not "
@@ -332,8 +335,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.out,
-        # The first layer has no incoming velocity: that part of its controller gets no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=foreign)],
         fsdp_plugin=sharding_plugin(),
     )
 
