@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from complexity_dit.models.transformer import PLACEMENTS
-from inl_core.run.errors import UserError
 from support.networks import randomised, small_network
 
 
@@ -72,24 +71,6 @@ def test_group_offload_by_blocks(pipe, blocks):
     expected = paint(pipe)
     pipe.enable_group_offload("cpu", num_blocks_per_group=blocks)
     assert np.array_equal(paint(pipe), expected)
-
-
-def test_offloading_by_layers_is_refused(pipe):
-    for what in (pipe, pipe.transformer):
-        with pytest.raises(UserError, match=r"leaf_level cannot work.*block_level"):
-            what.enable_group_offload("cpu", offload_type="leaf_level")
-    with pytest.raises(UserError, match=r"sequential .* cannot work.*enable_model_cpu_offload"):
-        pipe.enable_sequential_cpu_offload()
-    # The reason: layers with weights whose forward is never called.
-    called = set()
-    for name, module in pipe.transformer.named_modules():
-        module.register_forward_hook(lambda *_, name=name: called.add(name))
-    paint(pipe)
-    silent = {
-        name for name, module in pipe.transformer.named_modules()
-        if next(module.parameters(recurse=False), None) is not None and name not in called
-    }  # fmt: skip
-    assert "blocks.0.attn.norm_q" in silent
 
 
 def test_model_offload_requires_an_accelerator(pipe):

@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, ops
+from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, norm_and_rotate, ops
 from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
 from inl_core.run.files import merged_folder
 
@@ -159,10 +159,9 @@ class ComplexityAttention(nn.Module):
         q_BNHE = self.q_proj(x_BND).unflatten(-1, (-1, self.head_dim))
         k_BNKE = self.k_proj(x_BND).unflatten(-1, (-1, self.head_dim))
         v_BKNE = self.v_proj(x_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_BNHE, k_BNKE = ops.qk_norm_rope(
-            q_BNHE, k_BNKE, self.q_norm.weight, self.k_norm.weight, *position_embeddings,
-            eps=self.q_norm.eps,
-        )  # fmt: skip
+        q_BNHE, k_BNKE = norm_and_rotate(
+            q_BNHE, k_BNKE, self.q_norm, self.k_norm, *position_embeddings
+        )
         q_BHNE, k_BKNE = q_BNHE.transpose(1, 2), k_BNKE.transpose(1, 2)
         if past_key_values is not None:
             k_BKNE, v_BKNE = past_key_values.update(k_BKNE, v_BKNE, self.layer_idx)

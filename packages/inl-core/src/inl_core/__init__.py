@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         defer_bounds,
     )
     from inl_core.looped import LoopedDynamics, LoopState
-    from inl_core.norms import ModulatedRMSNorm, RMSNorm
+    from inl_core.norms import ModulatedRMSNorm, RMSNorm, is_plain, norm_and_rotate
     from inl_core.reference import bounded_clamp
     from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
     from inl_core.routing import (
@@ -57,6 +57,8 @@ _HOMES = {
     "LoopedDynamics": "looped",
     "ModulatedRMSNorm": "norms",
     "RMSNorm": "norms",
+    "is_plain": "norms",
+    "norm_and_rotate": "norms",
     "bounded_clamp": "reference",
     "apply_rotary": "rotary",
     "rotary_1d": "rotary",
@@ -100,9 +102,11 @@ __all__ = [
     "defer_bounds",
     "dynamics_modules",
     "integrators",
+    "is_plain",
     "is_stable",
     "lyapunov",
     "make_routing_plan",
+    "norm_and_rotate",
     "ops",
     "read_dynamics",
     "reference",

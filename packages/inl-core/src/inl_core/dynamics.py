@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inl_core import ops
+from inl_core.norms import is_plain
 
 Adaptive = Literal["token", "channel", "layer"]
 """What the coefficients depend on: the state of each token, the channel, or only the layer."""
@@ -520,7 +521,7 @@ def branch_epilogue(
 
     With coefficients per channel or layer, or fixed ones, this is `ops.inl_branch_epilogue`: one
     pass over the row. With a token controller it is `ops.inl_controlled_step` and another pass. A
-    subclass, whose step may differ, is called as a module.
+    subclass, whose step may differ, and a module with hooks (`is_plain`) are called.
 
     Args:
         dynamics: The module applied to `x`.
@@ -535,10 +536,9 @@ def branch_epilogue(
         (the normed sum in the dtype of `x`, the sum in the dtype of `residual`, the velocity).
     """
     collecting = not torch.compiler.is_compiling() and dynamics._collecting
-    own_class = type(dynamics) in (INLDynamics, INLDynamicsLite)
     if (
         collecting
-        or not own_class
+        or not is_plain(dynamics, INLDynamics, INLDynamicsLite)
         or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token")
     ):
         x, v_next = dynamics(x, v)

@@ -1,4 +1,9 @@
-"""RMS norm modules: `RMSNorm` with a weight, `ModulatedRMSNorm` with shift and scale per sample."""
+"""RMS norm modules: `RMSNorm` with a weight, `ModulatedRMSNorm` with shift and scale per sample.
+
+Fused operations take the weight of a norm as a tensor and so do not call the norm. Offloading,
+PEFT, parametrisations and the hooks of users act where a module is called: `is_plain` says whether
+there are any, and `norm_and_rotate` calls the norms then.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inl_core import ops
+from inl_core.reference.bounds import compute_dtype
 
 
 def _check(hidden_size: int, eps: float) -> None:
@@ -82,3 +88,48 @@ class ModulatedRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Settings shown by ``print(module)``."""
         return f"{self.hidden_size}, eps={self.eps}"
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether an operation may take the weights of `module` instead of calling it.
+
+    True for a module of exactly one of `classes` that has no hooks and whose forward is not
+    replaced. accelerate and diffusers replace it where they offload; parametrisations and sharding
+    replace the class.
+    """
+    return (
+        type(module) in classes
+        and "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+    )
+
+
+def norm_and_rotate(
+    q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normalise every query and key head and rotate both, as `ops.qk_norm_rope`.
+
+    One operation if both norms are plain `RMSNorm` of the same eps. Else they are called, in fp32
+    (fp64 for fp64), with the same bits in fp32, and in other dtypes on the backend "reference".
+
+    Args:
+        q: Queries (B, N, H, Dh).
+        k: Keys (B, N, Hk, Dh); Hk may differ from H.
+        q_norm: Norm of the queries over Dh: an `RMSNorm`, or what wraps or replaces it.
+        k_norm: Norm of the keys, likewise.
+        cos: Cosines (N, Dh/2), or (B, N, Dh/2).
+        sin: Sines, shaped like `cos`.
+
+    Returns:
+        (q, k), shapes and dtypes kept.
+    """
+    if is_plain(q_norm, RMSNorm) and is_plain(k_norm, RMSNorm) and q_norm.eps == k_norm.eps:
+        return ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
+    dtype = compute_dtype(q, k, cos, sin)
+    q_out, k_out = (
+        ops.rotate(norm(x.to(dtype)), cos, sin) for norm, x in ((q_norm, q), (k_norm, k))
+    )
+    return q_out.to(q.dtype), k_out.to(k.dtype)

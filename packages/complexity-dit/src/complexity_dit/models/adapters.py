@@ -40,14 +40,6 @@ FETCH_OPTIONS = (
 """Keywords of `read_adapter`, as diffusers names them."""
 
 
-# Offloading layer by layer moves a weight to the device when the forward of its own layer is
-# called. Fused operations take the weights of norms and dynamics as tensors and never call these.
-OFFLOAD_REASON = (
-    "the fused operations read the weights of norms and dynamics without calling these layers, so "
-    "their weights would not be moved to the device"
-)
-
-
 class LabelTables(nn.ModuleDict):
     """Label tables by field, whatever the field is called.
 
@@ -94,7 +86,7 @@ class LabelTable(nn.Module):
     def __init__(self, own: nn.Embedding) -> None:
         super().__init__()
         self.own = own
-        self.added = nn.ParameterDict()
+        self.added = AddedRows()
         self.names: dict[str, list[str]] = {}
 
     @property
@@ -108,7 +100,24 @@ class LabelTable(nn.Module):
         return self.own.num_embeddings + sum(len(names) for names in self.names.values())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        # The own table and the added rows are called, because offloading moves the weights of a
+        # module when it is called.
+        null, last_own = self.num_embeddings - 1, self.own.num_embeddings - 1
+        own = self.own(torch.where(ids == null, last_own, ids.clamp(max=last_own)))
+        if not self.names:
+            return own
+        is_added = (ids >= last_own) & (ids < null)
+        added = self.added(torch.where(is_added, ids - last_own, 0))
+        return torch.where(is_added[..., None], added, own)
+
+
+class AddedRows(nn.ParameterDict):
+    """Rows by adapter, numbered through all of them."""
+
+    __call__ = nn.Module.__call__  # torch's dictionary refuses to be called
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, torch.cat([*self.values()]))
 
 
 def read_adapter(source: Any, **fetching: Any) -> tuple[dict, dict | None]:
@@ -408,24 +417,6 @@ class LabelAdapterMixin(PeftAdapterMixin):
             }
             for file in sorted(folder.glob("*.safetensors")):
                 add_metadata(file, about)
-
-    def enable_group_offload(
-        self, onload_device: Any, offload_device: Any = "cpu", offload_type: str = "block_level",
-        **kwargs: Any,
-    ) -> None:  # fmt: skip
-        """As in diffusers, by blocks.
-
-        Raises:
-            UserError: For `leaf_level`, naming what works.
-        """
-        if str(getattr(offload_type, "value", offload_type)) == "leaf_level":
-            raise UserError(
-                f"group offloading by leaf_level cannot work here: {OFFLOAD_REASON}. Use "
-                'offload_type="block_level", num_blocks_per_group=1'
-            )
-        super().enable_group_offload(  # pyright: ignore
-            torch.device(onload_device), torch.device(offload_device), offload_type, **kwargs
-        )
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from inl_core import (
     RoutingPlan,
     TokenRoutedMLP,
     branch_epilogue,
+    norm_and_rotate,
     ops,
     rotary_2d,
 )
@@ -119,9 +120,7 @@ class ComplexityDiTAttnProcessor:
         v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
         if attn.value_mix is not None and first_BNHE is not None:
             v_BNHE = v_BNHE + attn.value_mix.to(v_BNHE.dtype) * (first_BNHE - v_BNHE)
-        q_BNHE, k_BNHE = ops.qk_norm_rope(
-            q_BNHE, k_BNHE, attn.norm_q.weight, attn.norm_k.weight, cos_NE, sin_NE, attn.norm_q.eps
-        )
+        q_BNHE, k_BNHE = norm_and_rotate(q_BNHE, k_BNHE, attn.norm_q, attn.norm_k, cos_NE, sin_NE)
         out_BNHE = dispatch_attention_fn(
             q_BNHE,
             k_BNHE,
@@ -569,7 +568,12 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         """
         batch, device = len(class_labels), class_labels.device
         zeros = torch.zeros(batch, self.config.hidden_size, device=device, dtype=self.dtype)
-        return zeros + self._embed_labels(class_labels, batch, device)
+        # Outside of the forward nothing has moved the tables to the device of the labels, unless
+        # a hook does when a table is called; its weights are then on meta in between.
+        tables = next(self.label_embed.parameters(), zeros).device
+        if tables.type != "meta":
+            class_labels = class_labels.to(tables)
+        return zeros + self._embed_labels(class_labels, batch, class_labels.device).to(device)
 
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device

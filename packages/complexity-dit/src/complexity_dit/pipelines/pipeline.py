@@ -18,7 +18,6 @@ from torch import Tensor
 from complexity_dit.labels import resolve_label
 from complexity_dit.models.adapters import (
     FETCH_OPTIONS,
-    OFFLOAD_REASON,
     label_rows,
     read_adapter,
     without_prefix,
@@ -302,8 +301,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             labels: As for `get_label_ids`.
             **named: The same as keywords.
         """
-        device = self.transformer.device
-        return self.transformer.embed_labels(self.get_label_ids(labels, **named).to(device))
+        ids = self.get_label_ids(labels, **named).to(self._execution_device)
+        return self.transformer.embed_labels(ids)
 
     def _condition(
         self, class_labels: Any, label_embeds: Tensor | None, labels: Mapping[str, Any]
@@ -610,8 +609,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         if not condition.is_floating_point():
             return torch.full_like(condition, -1)
         fields = len(self.transformer.config.label_fields)
-        # On the transformer's device: with offloading, its first forward moves it to `condition`'s.
-        missing = torch.full((len(condition), fields), -1, device=self.transformer.device)
+        missing = torch.full((len(condition), fields), -1, device=condition.device)
         return self.transformer.embed_labels(missing).to(condition)
 
     # The VAE; without one these are the identity.
@@ -724,18 +722,6 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         """Undo `fuse_lora`, while the adapters are loaded."""
         super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
         self.transformer.undo_scale()
-
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported, because it offloads layer by layer.
-
-        Raises:
-            UserError: Always, naming what works.
-        """
-        raise UserError(
-            f"sequential offloading cannot work here: {OFFLOAD_REASON}. Use "
-            "enable_model_cpu_offload(), or "
-            'enable_group_offload(..., offload_type="block_level", num_blocks_per_group=1)'
-        )
 
 
 def _run(
