@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.initialization import no_init_weights
 
-from complexity_lm import DeepForCausalLM
+from complexity_lm import DeepForCausalLM, DeepModel
 from inl_core.routing import build_routing_table
 
 
@@ -134,6 +135,20 @@ def test_embeddings_need_routing_ids(lively, ids) -> None:
         routed(inputs_embeds=embeddings, routing_ids=ids).logits, routed(ids).logits
     )
     assert dense(inputs_embeds=embeddings).logits.isfinite().all()
+
+
+def test_a_table_that_no_weights_fill_is_no_arbitrary_memory(tiny) -> None:
+    with no_init_weights():
+        assert DeepModel(tiny(num_experts=3)).routing_table.tolist() == [i % 3 for i in range(64)]
+
+
+def test_virtual_tokens_before_the_ids_are_routed(lively, ids) -> None:
+    routed = lively(num_experts=3)
+    embeddings = routed.get_input_embeddings()(torch.nn.functional.pad(ids, (4, 0)))
+    expected = routed(torch.nn.functional.pad(ids, (4, 0))).logits
+    assert torch.equal(routed(inputs_embeds=embeddings, routing_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match=r"routing_ids of shape \(3, 15\) must be \(3, 11\)"):
+        routed(inputs_embeds=embeddings[:, 4:], routing_ids=torch.nn.functional.pad(ids, (4, 0)))
 
 
 def test_routing_ids_of_another_shape_or_vocabulary(lively, ids) -> None:

@@ -1,7 +1,9 @@
 """The complexity language model: a decoder-only transformer with INL dynamics in its layers.
 
-`DeepForCausalLM` is a transformers model. The velocity of the dynamics is zero for each token at
-the first layer and is carried through depth only, never from one token to the next.
+`DeepForCausalLM` is a transformers model, and so are three heads that classify texts or tokens or
+answer questions. Importing this file registers them with transformers. The velocity of the dynamics
+is zero for each token at the first layer and is carried through depth only, never from one token to
+the next.
 
 Shape suffixes: B batch · N new tokens · M all tokens seen · D hidden · H query heads · K key and
 value heads · E head width · V vocabulary; `h_BND` has shape (B, N, D).
@@ -19,14 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.auto import modeling_auto
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -291,7 +307,7 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
 
 
 class DeepPreTrainedModel(PreTrainedModel):
-    """Base of `DeepModel` and `DeepForCausalLM`: initial weights, loading, the routing table."""
+    """Base of all models of this file: initial weights, saving, loading, the routing table."""
 
     config: DeepConfig
     config_class = DeepConfig
@@ -312,13 +328,27 @@ class DeepPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers; the files replace those of a folder together, see `merged_folder`."""
+        """As in transformers; the files replace those of a folder together, see `merged_folder`.
+
+        The config of the folder names every model of this file, so that each Auto class loads it,
+        and has `use_cache` on: Trainer switches it off in the model that it trains.
+        """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         all_write = not is_main_process or kwargs.get("distributed_checkpoint")
         target = Path(save_directory)
-        with nullcontext(target) if all_write else merged_folder(target) as folder:
-            super().save_pretrained(folder, is_main_process, *args, **kwargs)
+        if type(self).__module__ == __name__:
+            file = __name__.rpartition(".")[2]
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = known | {
+                auto.__name__: f"{file}.{model.__name__}" for auto, model, _ in _AUTO_CLASSES
+            }
+        use_cache, self.config.use_cache = self.config.use_cache, True
+        try:
+            with nullcontext(target) if all_write else merged_folder(target) as folder:
+                super().save_pretrained(folder, is_main_process, *args, **kwargs)
+        finally:
+            self.config.use_cache = use_cache
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the weights of `module` that no checkpoint filled.
@@ -361,11 +391,16 @@ class DeepPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(
-        model: "DeepPreTrainedModel", state_dict: Any, files: Any, load_config: Any, *args: Any
+        model: "DeepPreTrainedModel",
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Load weights as transformers does, with an error that names tensors of another shape."""
         info, offloaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, files, load_config, *args
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         if info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             name, saved, expected = min(info.mismatched_keys)
@@ -424,13 +459,19 @@ class DeepModel(DeepPreTrainedModel):
 
     def __init__(self, config: DeepConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Where texts are padded with the token that separates them, that token has to learn: a
+        # padding index of `nn.Embedding` stays zero and gets no gradient.
+        padding, ends = config.pad_token_id, config.eos_token_id
+        if padding in (config.bos_token_id, *(ends if isinstance(ends, list) else [ends])):
+            padding = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(
             [DeepDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepRotaryEmbedding(config)
-        table = torch.empty(config.vocab_size, dtype=torch.long) if config.num_experts else None
+        experts = config.num_experts
+        table = build_routing_table(config.vocab_size, experts) if experts else None
         self.register_buffer("routing_table", table)
         self.gradient_checkpointing = False
         self.post_init()
@@ -454,11 +495,15 @@ class DeepModel(DeepPreTrainedModel):
             input_ids: Token ids (B, N).
             attention_mask: (B, M), 1 at tokens and 0 at padding; `None` means no padding. Also the
                 masks by layer type that `generate` prepares.
-            position_ids: Positions (B, N); `None` continues from the cache.
+            position_ids: Positions (B, N); `None` continues from the cache. Without an attention
+                mask and a cache, a position that does not follow the one before it begins a new
+                document, and attention does not look across: the form of
+                `DataCollatorWithFlattening` and TRL's packing.
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Embeddings (B, N, D) instead of `input_ids`.
-            routing_ids: Token ids (B, N) that select the experts; `None` means `input_ids`. Unused
-                by a dense model.
+            routing_ids: Token ids (B, N) that select the experts; `None` means `input_ids`. Fewer
+                ids than embeddings belong to the last ones, and those before are virtual tokens, as
+                PEFT's prompt tuning puts them there. Unused by a dense model.
             use_cache: Whether to return the cache; `None` means `config.use_cache`.
             **kwargs: `output_hidden_states`, `output_attentions`, and settings of the attention
                 backend.
@@ -480,6 +525,9 @@ class DeepModel(DeepPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         plan = self._plan(input_ids, routing_ids, inputs_embeds)
+        # An empty cache of our own is unknown to the mask: beside a cache, transformers takes all
+        # of a row for one document.
+        masked_cache = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -494,7 +542,7 @@ class DeepModel(DeepPreTrainedModel):
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
+                    past_key_values=masked_cache,
                     position_ids=position_ids,
                 )
                 for kind in set(self.config.layer_types or [])
@@ -528,6 +576,8 @@ class DeepModel(DeepPreTrainedModel):
                 "this model routes each token by its id: give routing_ids (B, N) in addition to "
                 f"inputs_embeds of shape {tuple(inputs_embeds.shape)}"
             )
+        if input_ids is None and ids.ndim == 2:  # virtual tokens are routed as id 0
+            ids = F.pad(ids, (max(0, inputs_embeds.shape[1] - ids.shape[1]), 0))
         if ids.shape != inputs_embeds.shape[:2]:
             raise ValueError(
                 f"routing_ids of shape {tuple(ids.shape)} must be {tuple(inputs_embeds.shape[:2])},"
@@ -647,7 +697,8 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         """Prepare one step of `generate` as transformers does, with the ids to route by.
 
         `input_ids` are the ids so far, without those of a prompt that was given as embeddings.
-        `routing_ids` (B, N) route the prompt; generated tokens are routed by their own ids.
+        `routing_ids` (B, N) route the prompt; generated tokens are routed by their own ids. A
+        routed model gets them in any case: PEFT replaces the `input_ids` of a prompt by embeddings.
         """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
@@ -659,13 +710,56 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
             fed = inputs["inputs_embeds"] if fed is None else fed
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             inputs["routing_ids"] = all_ids[:, start : start + fed.shape[1]]
+        elif self.config.num_experts and inputs["input_ids"] is not None:
+            inputs["routing_ids"] = inputs["input_ids"]
         return inputs
+
+
+class DeepForSequenceClassification(GenericForSequenceClassification, DeepPreTrainedModel):
+    """The decoder with a label for each text, read at its last token that is not padding."""
+
+
+class DeepForTokenClassification(GenericForTokenClassification, DeepPreTrainedModel):
+    """The decoder with a label for each token."""
+
+
+class DeepForQuestionAnswering(GenericForQuestionAnswering, DeepPreTrainedModel):
+    """The decoder with the first and last token of an answer within the text."""
+
+
+# The tables of names are what Trainer (which labels to shift), lm-eval and pipelines ask.
+_AUTO_CLASSES: tuple[tuple[Any, type[DeepPreTrainedModel], dict[str, str]], ...] = (
+    (AutoModel, DeepModel, modeling_auto.MODEL_MAPPING_NAMES),
+    (AutoModelForCausalLM, DeepForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        DeepForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForTokenClassification,
+        DeepForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForQuestionAnswering,
+        DeepForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+)
+for _auto, _model, _names in _AUTO_CLASSES:
+    _auto.register(DeepConfig, _model, exist_ok=True)
+    _model.register_for_auto_class(_auto.__name__)
+    _names[DeepConfig.model_type] = _model.__name__
 
 
 __all__ = [
     "ComplexityAttention",
     "DeepDecoderLayer",
     "DeepForCausalLM",
+    "DeepForQuestionAnswering",
+    "DeepForSequenceClassification",
+    "DeepForTokenClassification",
     "DeepMLP",
     "DeepModel",
     "DeepPreTrainedModel",
