@@ -35,6 +35,8 @@ from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, step_of
 # The settings of all rows: 64 tokens of 2x2 latents, 4.2M parameters, one label.
 BASE = {
     "batch_size": 32,
+    "mixed_precision": "no",  # as all committed rows
+    "compile": "no",
     "checkpoint_every": 500,
     "data.resolution": 128,
     "data.label_fields": ["style"],

@@ -111,7 +111,7 @@ def main():
             config = TrainConfig(
                 out=f"{folder}/run", seed=options.seed, steps=count,
                 batch_size=options.batch_size, eval_every=0, checkpoint_every=10**9,
-                dynamics_every=0, report_to="none", data=data,
+                dynamics_every=0, report_to="none", mixed_precision="no", compile=False, data=data,
                 tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
                 model=ModelConfig(
                     dynamics_placement=placement, dynamics_adaptive="token", overrides=shape(extra)

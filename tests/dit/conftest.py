@@ -88,6 +88,7 @@ def small_run(tmp_path) -> TrainConfig:
         batch_size=4,
         log_every=3,
         checkpoint_every=4,
+        mixed_precision="no",  # the same numbers on every kind of CPU
         data=DataConfig(resolution=16, num_images=64),
         model=ModelConfig(
             size="nano",

@@ -128,6 +128,7 @@ def texts(tmp_path_factory) -> Path:
 
 def run_config(out: Path, texts: Path, **fields) -> TrainConfig:
     return TrainConfig(
+        mixed_precision="no",
         out=str(out),
         report_to="none",
         data=DataConfig(source=f"text:{texts}", context=24),

@@ -20,7 +20,7 @@ def dit_run(out: Path, **fields) -> dit_config.TrainConfig:
     return dit_config.TrainConfig(
         **{
             "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
-            "checkpoint_every": EVERY, "report_to": "none",
+            "checkpoint_every": EVERY, "report_to": "none", "mixed_precision": "no",
             "data": dit_data.DataConfig(resolution=8, num_images=32),
             "model": dit_config.ModelConfig(
                 overrides={"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
@@ -40,7 +40,8 @@ def lm_run(out: Path, texts: str | Path, **fields) -> lm_config.TrainConfig:
         **{
             "out": str(out), "steps": STEPS, "batch_size": 4, "log_every": 1,
             "eval_every": 4, "eval_blocks": 4, "checkpoint_every": EVERY, "dynamics_every": 4,
-            "report_to": "none", "data": lm_config.DataConfig(source=f"text:{texts}", context=16),
+            "report_to": "none", "mixed_precision": "no",
+            "data": lm_config.DataConfig(source=f"text:{texts}", context=16),
             "tokenizer": lm_config.TokenizerConfig(vocab_size=280),
             "model": lm_config.ModelConfig(overrides=sizes),
             "optim": lm_config.OptimConfig(warmup_steps=2, lr=1e-2),

@@ -12,7 +12,10 @@ CASES = [
     (["train", "--optimm.lr=3"], "did you mean optim.lr?"),
     (["train", "--qqqq=1"], "unknown field 'qqqq'; see complexity-dit train --help"),
     (["train", "--batch_size=many"], "batch_size is 'many'; expected int"),
-    (["train", "--compile=fast"], "compile is 'fast'; expected one of 'no', 'regional' or bool"),
+    (
+        ["train", "--compile=fast"],
+        "compile is 'fast'; expected one of 'auto', 'no', 'regional' or bool",
+    ),
     (["train", "--config=/nowhere.yaml"], "/nowhere.yaml"),
     (["train", "extra"], "train takes no 'extra'"),
     (["sample", "p", "--out=x", "--num_imges=3"], "did you mean num_images?"),

@@ -105,7 +105,9 @@ def as_latents(cache: Path) -> DataConfig:
 
 
 def short_run(data: DataConfig, out: Path) -> TrainConfig:
-    config = TrainConfig(out=str(out), steps=4, batch_size=4, log_every=2, checkpoint_every=4)
+    config = TrainConfig(
+        out=str(out), steps=4, mixed_precision="no", batch_size=4, log_every=2, checkpoint_every=4
+    )
     shape = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
     model = dataclasses.replace(config.model, patch_size=2, overrides=shape)
     return dataclasses.replace(config, data=data, model=model)

@@ -26,6 +26,7 @@ chance = random.Random(world)
 
 def start(name, resume):
     config = TrainConfig(
+        mixed_precision="no",
         out=str(place / name), resume=resume, steps=STEPS, batch_size=4, log_every=1,
         checkpoint_every=EVERY, keep_last=2, keep_every=40,
         data=DataConfig(resolution=16, num_images=32),

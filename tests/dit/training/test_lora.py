@@ -46,6 +46,7 @@ def paintings(tmp_path) -> Path:
 def run(pipe, paintings, tmp_path) -> TrainConfig:
     pipe.save_pretrained(tmp_path / "base")
     return TrainConfig(
+        mixed_precision="no",
         out=str(tmp_path / "run"),
         init_from=str(tmp_path / "base"),
         steps=6,
@@ -375,6 +376,7 @@ def test_latents_are_scaled_as_for_the_base(pipe, paintings, tmp_path):
     )  # fmt: skip
     encode(pictures, str(tmp_path / "latents"))
     config = TrainConfig(
+        mixed_precision="no",
         init_from=str(tmp_path / "base"),
         out=str(tmp_path / "run"), steps=2, batch_size=2,
         data=dataclasses.replace(pictures, source=f"latents:{tmp_path / 'latents'}"),

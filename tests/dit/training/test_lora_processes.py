@@ -23,6 +23,7 @@ out, base, pictures = sys.argv[1:]
 torch.set_default_dtype(torch.float64)
 train(
     TrainConfig(
+        mixed_precision="no",
         out=out, init_from=base, resume="auto", steps=12, batch_size=4, checkpoint_every=6,
         # Each picture has a style of its own or none: a process may meet no new name in its share.
         data=DataConfig(source="imagefolder:" + pictures, resolution=8, holdout=0.0),

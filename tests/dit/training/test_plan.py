@@ -192,3 +192,23 @@ def test_the_page_shows_what_the_command_prints(capsys):
     for command, output in shown:
         run(shlex.split(command.replace("\\\n", " "))[1:])
         assert capsys.readouterr().out == output
+
+
+def test_what_auto_is_on_this_machine_is_shown_and_counted(monkeypatch):
+    options = PlanConfig(channels=4, cells=32, num_classes={"style": 27})
+    for units, precision, words in (
+        ({"avx512_bf16": True}, "bf16", "bf16 on this machine: the CPU has avx512_bf16"),
+        ({}, "no", "no on this machine: this cpu has no bf16 units"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        table = lines(RUN, options)
+        assert table["mixed_precision"].strip() == words
+        assert (
+            table["activations"]
+            == lines(replace(RUN, mixed_precision=precision), options)["activations"]
+        )
+    assert table["compile"].strip().startswith("no on this machine: it saves about")
+    assert (
+        not {"mixed_precision", "compile"}
+        & lines(replace(RUN, mixed_precision="bf16", compile="regional"), options).keys()
+    )

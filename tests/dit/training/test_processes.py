@@ -60,6 +60,7 @@ if kind == "fsdp":
     step, training.optimizer_step = training.optimizer_step, checked
 training.train(
     TrainConfig(
+        mixed_precision="no",
         out=out, resume=resume, steps=int(steps), batch_size=4, log_every=4, checkpoint_every=10,
         keep_last=0, sample_every=10, dynamics_every=10,
         data=DataConfig(resolution=8, num_images=32),

@@ -395,12 +395,15 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Parts that the batch of a step is split into, to save memory."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass; weights and optimizer stay in fp32."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast of the forward pass; weights and optimizer stay in fp32. auto is bf16 where the
+    device has units for it (a GPU, a CPU with amx_bf16 or avx512_bf16), else no; a resumed run
+    keeps what it started with."""
 
-    compile: Literal["no", "regional"] | bool = "no"
+    compile: Literal["auto", "no", "regional"] | bool = "auto"
     """regional compiles the repeated blocks (torch.compile, fullgraph), once for all of them, which
-    takes about a minute at the start. true and false are read as regional and no."""
+    takes about a minute at the start; auto does so in runs that are long enough to save more. true
+    and false are read as regional and no; a resumed run keeps what auto was."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""

@@ -53,6 +53,12 @@ def process_state() -> "PartialState | None":
     return state if state.num_processes > 1 else None
 
 
+def process_count() -> int:
+    """Number of processes."""
+    state = process_state()
+    return state.num_processes if state else 1
+
+
 def is_main() -> bool:
     """Whether this process prints and writes."""
     state = process_state()

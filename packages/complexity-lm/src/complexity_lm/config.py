@@ -163,11 +163,14 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Number of parts that the batch of a step is split into, to save memory."""
 
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the forward pass; weights and optimizer state keep their type."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Autocast of the forward pass; weights and optimizer state keep their type. auto is bf16 where
+    the device has units for it (a GPU, a CPU with amx_bf16 or avx512_bf16), else no; a resumed run
+    keeps what it started with."""
 
-    compile: bool = False
-    """Compile the model with torch.compile; takes a minute or more at the start."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model with torch.compile, which takes a minute or more at the start; auto does so
+    in runs that are long enough to save more. A resumed run keeps what auto was."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""

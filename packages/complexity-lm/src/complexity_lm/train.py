@@ -40,8 +40,23 @@ from complexity_lm.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from complexity_lm.trainer import RECORD_FILE, DynamicsMonitor, LMTrainer, training_arguments
+from complexity_lm.trainer import (
+    RECORD_FILE,
+    DynamicsMonitor,
+    LMTrainer,
+    check_batch,
+    training_arguments,
+)
 from inl_core.run import workers
+from inl_core.run.automatic import (
+    AUTO,
+    choose_compile,
+    choose_precision,
+    kept,
+    kept_settings,
+    settled,
+    warn_without_units,
+)
 from inl_core.run.checkpoints import folder_of_step, open_run_folder, step_of
 from inl_core.run.csv_log import read_columns
 from inl_core.run.errors import RunStopped, UserError
@@ -57,12 +72,12 @@ STATE_FILE = "trainer_state.json"
 
 OWNERS = table_of_owners(
     taken="""
-        steps gradient_accumulation_steps mixed_precision compile gradient_checkpointing
+        steps gradient_accumulation_steps compile gradient_checkpointing
         optim.lr optim.beta1 optim.beta2 optim.weight_decay optim.warmup_steps optim.schedule
         optim.schedule_options optim.grad_clip
     """,
     fixed="""
-        seed batch_size
+        seed batch_size mixed_precision
         data.holdout data.context data.piece_bytes data.files data.text_column data.hub_subset
         data.hub_split data.heldout_documents data.sample_documents
         tokenizer.vocab_size
@@ -78,6 +93,9 @@ OWNERS = table_of_owners(
 
 Paths of text and tokenizer are free, because folders move: what they hold is compared.
 """
+
+FORMER = {"mixed_precision": "no", "compile": False}
+"""What may be `auto`, with the defaults of versions that had no `auto`."""
 
 _PROBE_BLOCKS = 4
 
@@ -103,8 +121,8 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
             damaged, a loss is not finite, the disk is full, or a process of the run died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
-    check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
-    if config.compile:
+    check_launcher(config.mixed_precision, config.gradient_accumulation_steps, ["bf16"])
+    if config.compile is True:
         check_compiler()
     processes = PartialState(cpu=not torch.accelerator.is_available())
 
@@ -119,7 +137,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
                 Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
             ) as checkpoint,
         ):
-            return _train(config, build or build_model, processes, checkpoint)
+            return _train(config, build or build_model, processes, checkpoint, on_main)
     finally:
         processes.destroy_process_group()  # nothing may wait after it
 
@@ -129,19 +147,22 @@ def _train(
     build: Callable[..., PreTrainedModel],
     processes: PartialState,
     checkpoint: Path | None,
+    on_main: Callable[[Callable[[], Any]], Any],
 ) -> Path:
     out, context = Path(config.out), config.data.context
     start_step = step_of(checkpoint) if checkpoint else 0
     has_heldout = bool(config.data.heldout_source or config.data.holdout)
-    args = training_arguments(config, processes.num_processes, has_heldout)
-    assert args.world_size == processes.num_processes  # or the batch size would be another
+    check_batch(config, processes.num_processes)
     record: dict[str, Any] = {"settings": dataclasses.asdict(config), "changes": []}
     earlier = _read_record(checkpoint) if checkpoint else {}
+    saved: dict[str, Any] = {}
     if checkpoint is not None:
         now = record["settings"]
         if config.tokenizer.path is None:  # the run keeps the tokenizer that it started with
             now["tokenizer"]["path"] = earlier["settings"].get("tokenizer", {}).get("path")
-        changes = take_settings(OWNERS, earlier["settings"], now, checkpoint, start_step)
+        saved = kept(earlier["settings"], earlier.get("resolved", {}), FORMER)
+        now = kept_settings(now, saved)
+        changes = take_settings(OWNERS, saved, now, checkpoint, start_step)
         record["changes"] = [*earlier.get("changes", []), *changes]
     corpus = load_corpus(config.data)
     record["data"] = _identity(corpus)
@@ -153,6 +174,10 @@ def _train(
     tokens = tokenize(corpus.sample, tokenizer)
     heldout = tokenize(corpus.heldout, tokenizer) if corpus.heldout is not None else None
     model = build(config, tokenizer, tokens)
+    record["resolved"] = _resolved(config, saved, model, processes, on_main)
+    config = dataclasses.replace(config, **record["resolved"])
+    args = training_arguments(config, processes.num_processes, has_heldout)
+    assert args.world_size == processes.num_processes  # or the batch size would be another
     if corpus.streamed:
         blocks = BlockStream(pack(tokenize(corpus.train, tokenizer), context), config.batch_size)
     else:
@@ -195,6 +220,33 @@ def _train(
         _write_result(config, folder, corpus, record)
     processes.wait_for_everyone()
     return folder
+
+
+def _resolved(
+    config: TrainConfig,
+    saved: dict[str, Any],
+    model: PreTrainedModel,
+    processes: PartialState,
+    on_main: Callable[[Callable[[], Any]], Any],
+) -> dict[str, Any]:
+    """Precision and compilation: as set, as in the run that is resumed, or what suits the run."""
+    device: torch.device = processes.device  # pyright: ignore[reportAssignmentType]
+    precision, compiled = config.mixed_precision, config.compile
+    if precision == AUTO:
+        precision = saved.get("mixed_precision") or on_main(
+            lambda: settled("mixed_precision", choose_precision(device))
+        )
+        check_launcher(precision, config.gradient_accumulation_steps)
+    if compiled == AUTO:
+        tokens = config.steps * config.batch_size * config.data.context / processes.num_processes
+        flops = 6 * tokens * sum(p.numel() for p in model.parameters())
+        if not saved:
+            compiled = on_main(lambda: settled("compile", choose_compile(flops, device)))
+        elif compiled := saved["compile"]:
+            check_compiler()
+    if processes.is_main_process:
+        warn_without_units(precision, device)
+    return {"mixed_precision": precision, "compile": compiled}
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
@@ -306,6 +358,7 @@ def _write_result(
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "tokens_trained": config.steps * config.batch_size * config.data.context,
         "settings": record["settings"],
+        "resolved": record["resolved"],
         "changed_settings": record["changes"],
         "versions": versions(),
         "weights_sha256": weights_hash(loaded.model),

@@ -60,18 +60,22 @@ RECORD_FILE = "run.json"
 """In a checkpoint: the settings of the run, their changes on the way, and what it is trained on."""
 
 
-def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
-    """Translate the settings of a run for Trainer; `evaluate` if there is held-out text.
-
-    Raises:
-        UserError: The batch cannot be split evenly.
-    """
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raise a `UserError` for a batch that cannot be split evenly."""
     parts = processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
             f"{processes} x {config.gradient_accumulation_steps}"
         )
+
+
+def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
+    """Translate the settings of a run for Trainer; `evaluate` if there is held-out text.
+
+    `mixed_precision` and `compile` must be chosen, and not `auto`.
+    """
+    parts = processes * config.gradient_accumulation_steps
     optim = config.optim
     return TrainingArguments(
         # Trainer writes here; complete checkpoints are moved out of it.
@@ -86,7 +90,7 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),
         bf16=config.mixed_precision == "bf16",
-        torch_compile=config.compile,
+        torch_compile=config.compile is True,
         activation_checkpointing=config.gradient_checkpointing,
         # The model gives every parameter a gradient, so there is no need to search for unused ones.
         ddp_find_unused_parameters=False,

@@ -20,11 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
 from complexity_dit.data.latents import read_cache
+from complexity_dit.distributed import pick_device
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.batches import images_per_pass
 from complexity_dit.training.network import build_model
 from complexity_dit.training.optimizer import build_optimizer
+from inl_core.run.automatic import AUTO, choose_compile, choose_precision
 from inl_core.run.errors import UserError
 
 Config = Mapping[str, Any]
@@ -170,6 +172,7 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     forward, flops = count_flops(network)
     flops = flops if kept is None else count_flops(network, kept)[1]
     images = config.steps * config.batch_size
+    config, automatic = _automatic(config, options, images * flops)
     lines = [
         ("tokens an image", f"{tokens:,}" + (f", {kept:,} of them in the middle" if kept else "")),
         ("labels", labels or "none counted; give --num_classes"),
@@ -178,6 +181,7 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
         ("training", f"{flops / 1e9:,.4g} GFLOP an image (forward and backward)"),
         ("steps", f"{config.steps:,} of {config.batch_size:,} images: {images:,} images"),
         ("whole run", f"{images * flops:.3g} FLOP"),
+        *automatic,
     ]
     if options.train_images is not None:
         epochs = images / options.train_images
@@ -186,6 +190,22 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     lines += _time_lines(options, flops, images)
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _automatic(
+    config: TrainConfig, options: PlanConfig, flops: int
+) -> tuple[TrainConfig, list[tuple[str, str]]]:
+    """The config with what `auto` would be on this machine, and a line for each of these."""
+    device, lines = pick_device("auto"), []
+    if config.mixed_precision == AUTO:
+        choice = choose_precision(device)
+        config = replace(config, mixed_precision=choice.value)
+        lines.append(("mixed_precision", f"{choice.value} on this machine: {choice.reason}"))
+    if config.compile == AUTO:
+        choice = choose_compile(flops / options.processes, device)
+        config = replace(config, compile="regional" if choice.value else "no")
+        lines.append(("compile", f"{config.compile} on this machine: {choice.reason}"))
+    return config, lines
 
 
 def _data_shape(config: TrainConfig, options: PlanConfig) -> Any:

@@ -9,23 +9,31 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from complexity_dit.config import RUN_KIND, TrainConfig
 from complexity_dit.data.latents import TrainingData, load_training_data, open_latent_space
-from complexity_dit.distributed import largest, main_first, on_main
+from complexity_dit.distributed import (
+    is_main,
+    largest,
+    main_first,
+    on_main,
+    pick_device,
+    process_count,
+)
 from complexity_dit.seeding import SEEDING
 from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
@@ -41,6 +49,16 @@ from complexity_dit.training.state import (
     trainable,
 )
 from inl_core import apply_bounds
+from inl_core.run.automatic import (
+    AUTO,
+    Choice,
+    choose_compile,
+    choose_precision,
+    kept,
+    kept_settings,
+    settled,
+    warn_without_units,
+)
 from inl_core.run.checkpoints import drop_old_checkpoints, open_run_folder
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
@@ -59,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 OWNERS = table_of_owners(
     taken="""
-        steps gradient_accumulation_steps mixed_precision compile gradient_checkpointing
+        steps gradient_accumulation_steps compile gradient_checkpointing
         data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
         objective.sampling_shift objective.label_dropout objective.direction_weight
@@ -70,7 +88,7 @@ OWNERS = table_of_owners(
         ema.decay ema.power lora.dropout
     """,
     fixed="""
-        seed batch_size
+        seed batch_size mixed_precision
         data.resolution data.holdout data.num_images data.balanced_labels data.image_column
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
         model.token_drop_start model.token_drop_end model.value_residual model.routing
@@ -90,6 +108,10 @@ OWNERS = table_of_owners(
 Fixed is what the weights mean and which data a step reads. Paths of data and VAE are free, because
 folders move: what they hold, and the labels, are compared.
 """
+
+
+FORMER = {"mixed_precision": "no", "compile": "no"}
+"""What may be `auto`, with the defaults of versions that had no `auto`."""
 
 
 def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -> Path:
@@ -112,18 +134,31 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             disk, a damaged checkpoint, or a process of the run that died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
-    accelerator = make_accelerator(config, foreign=build is not build_model)
-    images_per_pass(config, accelerator.num_processes)
+    check_start(config)
+    accelerator = None
     try:
+        images_per_pass(config, process_count())
         with (
+            own_accelerator_state(),
             report_dead_workers(),
             open_run_folder(
                 Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
             ) as checkpoint,
         ):
-            return _train(config, build, accelerator, checkpoint)
-    finally:
-        accelerator.end_training()  # destroys the process group: no message is possible after it
+            meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
+            if checkpoint is not None:
+                meta["kept"] = kept(meta["config"], meta.get("resolved", {}), FORMER)
+            precision = _precision(config, meta.get("kept", {}))
+            accelerator = make_accelerator(
+                dataclasses.replace(config, mixed_precision=precision),
+                foreign=build is not build_model,
+            )
+            return _train(config, build, accelerator, checkpoint, meta)
+    finally:  # destroys the process group: no message is possible after it
+        if accelerator is not None:
+            accelerator.end_training()
+        elif distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _train(
@@ -131,12 +166,13 @@ def _train(
     build: Callable[..., ModelMixin],
     accelerator: Accelerator,
     checkpoint: Path | None,
+    meta: dict[str, Any],
 ) -> Path:
-    meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
     recorded = meta["config"].get("objective")
     objective = config.objective.resolved(recorded if isinstance(recorded, dict) else None)
     config = dataclasses.replace(config, objective=objective)
-    out, settings = Path(config.out), dataclasses.asdict(config)
+    out, settings = Path(config.out), dataclasses.asdict(config)  # with what the user wrote
+    config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
     checkpoints = out / "checkpoints"
     changes: list[dict[str, Any]] = []
     if checkpoint is not None:
@@ -158,12 +194,16 @@ def _train(
         network = build(config, data)
         if config.init_from is not None and checkpoint is None:
             start_from(network, config.init_from, data.label_names)
+    config = dataclasses.replace(
+        config, compile=_compile(config, meta.get("kept", {}), network, data)
+    )
     state, model = prepared_state(network, config, accelerator)
     seeding = SEEDING if checkpoint is None else meta.get("seeding", 1)
     if seeding not in range(1, SEEDING + 1):
         raise UserError(f"{checkpoint} has seeding {seeding!r}: resume it with a newer version")
     record = {
         "config": settings, "changes": changes, "data": _identity(data), "seeding": seeding,
+        "resolved": {name: getattr(config, name) for name in FORMER},
     }  # fmt: skip
     if checkpoint is not None:
         state.load(checkpoint, saved, data.label_names)
@@ -297,7 +337,8 @@ def _resumed_settings(
     """Log where the run resumes, refuse settings that it cannot change, and return its history."""
     if not settings["lora"]["rank"]:
         settings["init_from"] = meta["config"].get("init_from")  # it was used then, not now
-    changes = take_settings(OWNERS, meta["config"], settings, checkpoint, meta["step"])
+    now = kept_settings(settings, meta["kept"])
+    changes = take_settings(OWNERS, meta["kept"], now, checkpoint, meta["step"])
     logger.info("resumed from %s at step %d", checkpoint, meta["step"])
     if meta.get("processes", processes) != processes:
         logger.info(
@@ -305,6 +346,38 @@ def _resumed_settings(
             "batches are the same, sums may be rounded differently", meta["processes"], processes,
         )  # fmt: skip
     return [*meta.get("changes", []), *changes]
+
+
+def _precision(config: TrainConfig, saved: dict[str, Any]) -> Any:
+    """The precision: as set, that of the checkpoint that is resumed, or what suits the device."""
+    device = pick_device("auto")
+    precision = config.mixed_precision
+    if precision == AUTO:
+        precision = saved.get("mixed_precision") or on_main(
+            lambda: settled("mixed_precision", choose_precision(device))
+        )
+        check_launcher(precision, config.gradient_accumulation_steps)
+    if is_main():
+        warn_without_units(precision, device)
+    return precision
+
+
+def _compile(
+    config: TrainConfig, saved: dict[str, Any], network: nn.Module, data: TrainingData
+) -> Any:
+    """What is compiled: as set, as in the run that is resumed, or the blocks if it pays."""
+    if config.compile != AUTO:
+        return config.compile
+    if not saved:
+        tokens = config.steps * config.batch_size / process_count()
+        tokens *= (data.sample_size // config.model.patch_size) ** 2
+        flops = 6 * tokens * sum(p.numel() for p in network.parameters())
+        choice = choose_compile(flops, pick_device("auto"))
+        words = Choice("regional" if choice.value else "no", choice.reason)
+        return on_main(lambda: settled("compile", words))
+    if saved["compile"] != "no":
+        check_compiler()
+    return saved["compile"]
 
 
 def _identity(data: TrainingData) -> dict[str, Any]:
@@ -315,19 +388,36 @@ def _identity(data: TrainingData) -> dict[str, Any]:
 # Accelerator and tracker.
 
 
-def make_accelerator(config: TrainConfig, foreign: bool = False) -> Accelerator:
-    """An `Accelerator`: processes and devices from the launcher, the rest from the config.
-
-    A network of others, `foreign`, may have parameters that a step makes no use of; ours has none.
-    """
+def check_start(config: TrainConfig) -> None:
+    """Refuse what can be known to fail before anything is read or written."""
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(  # accelerate would ignore it silently
             f"report_to {config.report_to} needs the package {config.report_to}, which is not "
             f"installed: pip install {config.report_to}, or choose tensorboard or none"
         )
     check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
-    if config.compile != "no":
+    if config.compile not in ("no", AUTO):
         check_compiler()
+
+
+@contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """Leave accelerate's state as it was found: it holds one precision for the whole process."""
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(before)
+
+
+def make_accelerator(config: TrainConfig, foreign: bool = False) -> Accelerator:
+    """An `Accelerator`: processes and devices from the launcher, the rest from the config.
+
+    Its `mixed_precision` must be chosen, and not `auto`. A network of others, `foreign`, may have
+    parameters that a step makes no use of; ours has none.
+    """
     return Accelerator(
         mixed_precision=config.mixed_precision,
         # `optimizer_step` divides the loss by the parts itself; accelerate would do it again if the

@@ -2,25 +2,37 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 
 from inl_core.run.errors import UserError
 
 
-def check_launcher(mixed_precision: str, gradient_accumulation_steps: int) -> None:
+def check_launcher(
+    mixed_precision: str,
+    gradient_accumulation_steps: int,
+    accepted: Sequence[str] = ("bf16", "fp16"),
+) -> None:
     """Refuse what `accelerate launch`, or its config file, asks for against the run's settings.
 
     The settings of the run are recorded and decide. accelerate would follow the environment in
     some of these and ignore it in others: autocast, division of the gradients, compilation.
 
     Args:
-        mixed_precision: Of the run. The launcher's "no" is also what it says if nobody asked.
+        mixed_precision: Of the run; `auto` leaves it to the launcher. The launcher's "no" is also
+            what it says if nobody asked.
         gradient_accumulation_steps: Of the run.
+        accepted: What `auto` may be told to be.
 
     Raises:
         UserError: They differ; the message has the options to give.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked not in ("no", mixed_precision):
+    if mixed_precision == "auto" and asked not in ("no", *accepted):
+        raise UserError(
+            f"accelerate's launcher asks for mixed_precision {asked}; this run can have no or "
+            f"{' or '.join(accepted)}: give the launcher one of them"
+        )
+    if mixed_precision != "auto" and asked not in ("no", mixed_precision):
         raise UserError(
             f"accelerate's launcher asks for mixed_precision {asked} and this run for "
             f"{mixed_precision}: give the run --mixed_precision {asked} (or mixed_precision in its "
