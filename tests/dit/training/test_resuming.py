@@ -137,8 +137,8 @@ def scaled(monkeypatch):
     def patch(scale):
         make = train_module.make_accelerator
 
-        def with_scaler(config):
-            accelerator = make(config)
+        def with_scaler(config, **options):
+            accelerator = make(config, **options)
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
             accelerator.unscale_gradients = lambda: [
                 accelerator.scaler.unscale_(optimizer.optimizer)

@@ -136,29 +136,29 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
     """
     check_start(config)
     accelerator = None
-    try:
-        images_per_pass(config, process_count())
-        with (
-            own_accelerator_state(),
-            report_dead_workers(),
-            open_run_folder(
-                Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
-            ) as checkpoint,
-        ):
-            meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
-            if checkpoint is not None:
-                meta["kept"] = kept(meta["config"], meta.get("resolved", {}), FORMER)
-            precision = _precision(config, meta.get("kept", {}))
-            accelerator = make_accelerator(
-                dataclasses.replace(config, mixed_precision=precision),
-                foreign=build is not build_model,
-            )
-            return _train(config, build, accelerator, checkpoint, meta)
-    finally:  # destroys the process group: no message is possible after it
-        if accelerator is not None:
-            accelerator.end_training()
-        elif distributed.is_initialized():
-            distributed.destroy_process_group()
+    with own_accelerator_state():
+        try:
+            images_per_pass(config, process_count())
+            with (
+                report_dead_workers(),
+                open_run_folder(
+                    Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
+                ) as checkpoint,
+            ):
+                meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
+                if checkpoint is not None:
+                    meta["kept"] = kept(meta["config"], meta.get("resolved", {}), FORMER)
+                precision = _precision(config, meta.get("kept", {}))
+                accelerator = make_accelerator(
+                    dataclasses.replace(config, mixed_precision=precision),
+                    foreign=build is not build_model,
+                )
+                return _train(config, build, accelerator, checkpoint, meta)
+        finally:  # destroys the process group: no message is possible after it
+            if accelerator is not None:
+                accelerator.end_training()
+            elif distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 def _train(
