@@ -218,8 +218,8 @@ def test_wrong_adapters_are_refused(pipe, run, tmp_path):
         pipe.load_lora_weights(tmp_path / "pickle")
     with pytest.raises(UserError, match="only safetensors"):
         pipe.load_lora_weights(adapter, use_safetensors=False)
-    with pytest.raises(UserError, match="begins with 'unet'"):
-        pipe.transformer.load_lora_adapter(str(adapter), prefix="unet")
+    with pytest.raises(UserError, match="begins with 'transformer'"):
+        pipe.load_lora_weights({"unet.to_q.lora_A.weight": torch.zeros(2, 32)})
     tensors = load_file(adapter / WEIGHTS)
     names, parameters = pipe.label_names, pipe.transformer.state_dict().keys()
     for key, words in (

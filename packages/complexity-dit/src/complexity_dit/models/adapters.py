@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complexity_dit import __version__
-from complexity_dit.models.loading import add_metadata
+from complexity_dit.models.loading import add_metadata, warn_of_pickles
 from inl_core.run.errors import UserError
 from inl_core.run.files import merged_folder
 
@@ -38,6 +38,10 @@ FETCH_OPTIONS = (
     "token", "revision", "subfolder",
 )  # fmt: skip
 """Keywords of `read_adapter`, as diffusers names them."""
+
+
+SHIM = "modeling_complexity_dit"
+"""The module in a folder that imports the network's class, for loaders of diffusers."""
 
 
 class LabelTables(nn.ModuleDict):
@@ -303,7 +307,9 @@ class LabelAdapterMixin(PeftAdapterMixin):
         """As in diffusers; new labels of the adapter get rows after those of the network.
 
         Raises:
-            UserError: If there is no such adapter, or it was trained on another network.
+            UserError: If there is no such adapter, or it was trained on another network. Other
+                errors of PEFT and diffusers are raised as they are, and a prefix that no tensor
+                has is logged.
         """
         fetching = {name: kwargs.pop(name) for name in FETCH_OPTIONS if name in kwargs}
         tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, **fetching)
@@ -313,11 +319,8 @@ class LabelAdapterMixin(PeftAdapterMixin):
         metadata = kwargs.pop("metadata", None) or metadata
         rows = label_rows(tensors)
         matrices = {k: v for k, v in tensors.items() if not k.startswith(_ROWS)}
-        if not matrices:
-            raise UserError(
-                f"no tensor of the adapter begins with {prefix!r}: pass the prefix it was saved "
-                "with, or None"
-            )
+        if not matrices:  # diffusers logs that no tensor has the prefix
+            return super().load_lora_adapter({}, prefix=prefix, **kwargs)
         metadata = checked_settings(metadata, matrices, self)
         if hotswap and rows:
             raise UserError("an adapter with labels cannot be hot-swapped: unload the other first")
@@ -327,8 +330,10 @@ class LabelAdapterMixin(PeftAdapterMixin):
                 matrices, prefix=None, hotswap=hotswap, adapter_name=name, metadata=metadata,
                 **kwargs,
             )  # fmt: skip
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # of any type: nothing of the adapter may stay
             self._drop_empty_layers()
+            if "size mismatch" not in str(error):
+                raise
             raise UserError(
                 f"the adapter does not fit this network: {str(error).strip().splitlines()[-1]}"
             ) from error
@@ -344,8 +349,8 @@ class LabelAdapterMixin(PeftAdapterMixin):
         """As in diffusers, with the adapter's labels; to load it, pass `prefix=None`."""
         if adapter_name not in getattr(self, "peft_config", {}):
             raise UserError(f"there is no adapter {adapter_name!r} in the network")
-        if kwargs.pop("safe_serialization", True) is not True:
-            raise UserError("safe_serialization=False would write a pickle; only safetensors here")
+        if not kwargs.pop("safe_serialization", True):
+            warn_of_pickles()
         with merged_folder(Path(save_directory)) as folder:
             LoraBaseMixin.write_lora_layers(
                 self.adapter_state_dict(adapter_name), str(folder), True,
@@ -376,6 +381,12 @@ class LabelAdapterMixin(PeftAdapterMixin):
         super().delete_adapters(adapter_names)
         self._drop_empty_layers()
         self._drop_rows([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers, without `auto_map`, which is for the loader alone."""
+        config_dict = {k: v for k, v in config_dict.items() if k != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore
 
     def save_pretrained(
         self,
@@ -417,6 +428,14 @@ class LabelAdapterMixin(PeftAdapterMixin):
             }
             for file in sorted(folder.glob("*.safetensors")):
                 add_metadata(file, about)
+            # For `diffusers.AutoModel` with trust_remote_code.
+            name = type(self).__name__
+            path = folder / "config.json"
+            saved = json.loads(path.read_text())
+            saved["auto_map"] = {"AutoModel": f"{SHIM}.{name}"}
+            path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+            shim = f"from complexity_dit import {name}  # noqa: F401\n"
+            (folder / f"{SHIM}.py").write_text(shim)
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:

@@ -1,8 +1,10 @@
 """Weights that anyone may have written: safetensors only, and complete for their config."""
 
 import functools
+import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,23 @@ class SafeModel(ModelMixin):
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines read the signature
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; the files replace those of a folder together, see `merged_folder`."""
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, "", *args, **kwargs)
+        if not given.arguments.get("safe_serialization", True):
+            warn_of_pickles()
+            given.arguments["safe_serialization"] = True
+        args, kwargs = given.args[2:], given.kwargs
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with merged_folder(Path(save_directory)) as folder:
             super().save_pretrained(str(folder), *args, **kwargs)
+
+
+def warn_of_pickles() -> None:
+    """Say that ``safe_serialization=False`` writes safetensors all the same."""
+    warnings.warn(
+        "safe_serialization=False would write a pickle; safetensors are written instead",
+        stacklevel=3,
+    )
 
 
 def load_weights(

@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — looked up here by diffusers
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from complexity_dit.models.adapters import LabelAdapterMixin, LabelTables
@@ -458,10 +459,11 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        class_labels: Tensor | None = None,
+        class_labels: Tensor | Sequence[Any] | None = None,
         kept_tokens: Tensor | None = None,
         label_embeds: Tensor | None = None,
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
 
@@ -469,13 +471,14 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             hidden_states: Noisy images or latents, (B, C, Y, X); Y and X divisible by the patch.
             timestep: Noise level in [0, 1000], (B,) or a scalar tensor, as in diffusers'
                 schedulers (flow matching: 1000 times sigma).
-            class_labels: Label ids, (B, F) in the order of `label_fields` ((B,) for one field);
-                -1 means missing. None means that all are missing.
+            class_labels: Label ids, (B, F) in the order of `label_fields` ((B,) for one field), as
+                a tensor or a list; -1 means missing. None means that all are missing.
             kept_tokens: For training: indices of the tokens, (B, K) int64 and ascending, that go
                 through the middle blocks; the others bypass them. None keeps all.
             label_embeds: Label embeddings, (B, D), as `embed_labels` returns them, or a blend of
                 several; in place of ids.
             return_dict: False returns a plain tuple.
+            attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
 
         Returns:
             `Transformer2DModelOutput` with `sample` of shape (B, out_channels, Y, X).
@@ -484,8 +487,21 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
                 wrong shape, or tokens are dropped in a network without middle blocks.
         """
+        if attention_kwargs is not None:
+            if unknown := attention_kwargs.keys() - {"scale"}:
+                raise ValueError(f"attention_kwargs has {min(unknown)!r}: only scale is known")
+            scale = attention_kwargs.get("scale", 1.0)
+            scale_lora_layers(self, scale)
+            try:
+                return self.forward(
+                    hidden_states, timestep, class_labels, kept_tokens, label_embeds, return_dict
+                )
+            finally:
+                unscale_lora_layers(self, scale)
         if class_labels is not None and label_embeds is not None:
             raise ValueError("give class_labels or label_embeds, not both")
+        if isinstance(class_labels, list | tuple):
+            class_labels = torch.tensor(class_labels, device=hidden_states.device)
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
         if height % patch or width % patch:

@@ -140,6 +140,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Add noise to an image and denoise it under other labels.
@@ -147,7 +148,8 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         Arguments not listed here are those of `ComplexityDiTPipeline`.
 
         Args:
-            image: One image for all labels, or one each: PIL, arrays or tensors in [0, 1].
+            image: One image for all labels, or one each: PIL, arrays or tensors in [0, 1]; or
+                latents (B, C, Y, X) as `output_type="latent"` returns them, if C is not 3.
             strength: Share of the steps to run. 0 returns the image (as the VAE decodes it); 1
                 keeps nothing of it and gives the result of `ComplexityDiTPipeline` for that noise.
             num_images_per_prompt: Images per label or input image.
@@ -163,7 +165,13 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
             UserError: For a strength outside [0, 1], images that cannot be read or whose size or
                 number does not fit, or as `ComplexityDiTPipeline` does.
         """
-        pixels = read_pictures(image, height, width)
+        channels = self.transformer.config.in_channels
+        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels != 3:
+            if height is not None or width is not None:
+                raise UserError("latents as image have a size: leave height and width out")
+            pixels = image
+        else:
+            pixels = read_pictures(image, height, width)
         return self._sample(SimpleNamespace(**locals()), pixels, strength=strength)
 
 
@@ -200,6 +208,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.

@@ -22,6 +22,7 @@ from complexity_dit.models.adapters import (
     read_adapter,
     without_prefix,
 )
+from complexity_dit.models.loading import warn_of_pickles
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.models.vae import Vae, posterior, scale_factor
 from complexity_dit.pipelines.saving import FilesMixin
@@ -387,6 +388,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
@@ -422,6 +424,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 may return replaced tensors, and may set `pipeline._interrupt`.
             callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents".
             labels: Labels by field: a name, an id, None, or a list of these.
+            attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
             **named: The same as keywords, `style="Cubism"`; a field with the name of an argument,
                 such as `height`, can be asked for by `labels={"height": ...}` only.
 
@@ -447,6 +450,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         or B, 1, Y, X).
         """
         self._check_names(call)
+        self._attention_kwargs = call.attention_kwargs
         steps = call.num_inference_steps
         if steps < 1:
             raise UserError(f"num_inference_steps {steps} must be at least 1")
@@ -464,7 +468,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         if image is None:
             height, width = (side or self.sample_size for side in (call.height, call.width))
         else:
-            height, width = image.shape[-2:]
+            height, width = (side * self._cell(image) for side in image.shape[-2:])
         multiple = self.transformer.config.patch_size * self.vae_scale_factor
         if height < 1 or width < 1 or height % multiple or width % multiple:
             raise UserError(
@@ -494,7 +498,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         after_step: Callable[[int, Tensor], Tensor] | None = None
         if image is not None:
             image = repeat_rows(image, count, repeats, "images", "labels").to(noise)
-            clean = self._encode(image, batches).to(noise.dtype)
+            clean = self._encode(image, batches) if image.shape[1] == 3 else image
+            clean = clean.to(noise.dtype)
             first = begin_at(self.scheduler, steps, strength)
             if first > 0:
                 x = noised(self.scheduler, clean, noise, first)
@@ -523,6 +528,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(pixels, output_type=call.output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if call.return_dict else (images,)
+
+    def _cell(self, image: Tensor) -> int:
+        """Pixels along one side of an element of `image`: those of the VAE if it is latents."""
+        return 1 if image.shape[1] == 3 else self.vae_scale_factor
 
     def _noise(
         self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
@@ -593,13 +602,15 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
 
         def predict(x: Tensor, condition: Tensor) -> Tensor:
             if guidance is None:
-                return _run(self.transformer, x, t, condition)
+                return _run(self.transformer, x, t, condition, self._attention_kwargs)
             if (guide := guidance.guide) is not None:
-                strong = _run(self.transformer, x, t, condition)
+                strong = _run(self.transformer, x, t, condition, self._attention_kwargs)
                 weak = _run(guide, x.to(guide.dtype), t, condition).to(strong)
             else:
                 both = torch.cat([condition, self._null(condition)])
-                strong, weak = _run(self.transformer, torch.cat([x, x]), t, both).chunk(2)
+                strong, weak = _run(
+                    self.transformer, torch.cat([x, x]), t, both, self._attention_kwargs
+                ).chunk(2)
             return weak + guidance.scale * (strong - weak)
 
         return batches.run(predict, x, condition)
@@ -673,6 +684,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         fetching = {k: kwargs.pop(k) for k in FETCH_OPTIONS if k in kwargs}
         tensors, metadata = read_adapter(source, **fetching)
         prefix = self.transformer_name
+        if not without_prefix(tensors, prefix):
+            raise UserError(
+                f"no tensor of the adapter begins with {prefix!r}: it is of another kind of network"
+            )
         for field, rows in label_rows(without_prefix(tensors, prefix)).items():
             for name in rows:
                 if name in self.label_names.get(field, ()):
@@ -700,7 +715,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     ) -> None:
         """Write an adapter folder; the layers are `transformer.adapter_state_dict()`."""
         if not safe_serialization:
-            raise UserError("safe_serialization=False would write a pickle; only safetensors here")
+            warn_of_pickles()
         with merged_folder(Path(save_directory)) as folder:
             cls._save_lora_weights(
                 folder, {cls.transformer_name: transformer_lora_layers},
@@ -725,8 +740,14 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
 
 
 def _run(
-    network: ComplexityDiTTransformer2DModel, x: Tensor, t: Tensor, condition: Tensor
+    network: ComplexityDiTTransformer2DModel,
+    x: Tensor,
+    t: Tensor,
+    condition: Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
+    # A denoiser of another class, as `train` takes one, need not know them.
+    options = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
     if condition.is_floating_point():
-        return network(x, t, label_embeds=condition, return_dict=False)[0]
-    return network(x, t, condition, return_dict=False)[0]
+        return network(x, t, label_embeds=condition, return_dict=False, **options)[0]
+    return network(x, t, condition, return_dict=False, **options)[0]

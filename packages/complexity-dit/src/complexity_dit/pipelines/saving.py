@@ -20,8 +20,9 @@ from torch import nn
 
 from complexity_dit.config import DATA_FILE
 from complexity_dit.hub import check_reachable, upload
+from complexity_dit.models.adapters import SHIM
 from complexity_dit.models.autoencoder import TinyAutoencoder
-from complexity_dit.models.loading import only_safetensors
+from complexity_dit.models.loading import only_safetensors, warn_of_pickles
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import CARD_FILE, GRID_FILE, write_card
 from inl_core.run.errors import UserError
@@ -36,7 +37,7 @@ from inl_core.run.weights import weights_fit
 _PIPELINE_MODULE = "pipeline_complexity_dit"
 # Component: (module written next to its weights, class that the module imports).
 _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
-    "transformer": ("modeling_complexity_dit", ComplexityDiTTransformer2DModel),
+    "transformer": (SHIM, ComplexityDiTTransformer2DModel),
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
 _BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
@@ -154,7 +155,7 @@ class FilesMixin:
 
         Args:
             save_directory: The folder.
-            safe_serialization: Must be True; weights are safetensors only.
+            safe_serialization: False warns; weights are safetensors only.
             push_to_hub: Also upload the folder (`repo_id`, `private`, `token`, `commit_message`,
                 `create_pr`).
             result: For the card: a result of `complexity-dit evaluate`, or its result.json.
@@ -162,11 +163,11 @@ class FilesMixin:
             **kwargs: Further arguments of `DiffusionPipeline.save_pretrained`, e.g. `variant`.
 
         Raises:
-            UserError: If a pickle is requested, an adapter is loaded and not merged, or the Hub
-                refuses the upload or cannot be reached.
+            UserError: If an adapter is loaded and not merged, or the Hub refuses the upload or
+                cannot be reached.
         """
         if not safe_serialization:
-            raise UserError("safe_serialization=False would write a pickle; only safetensors here")
+            warn_of_pickles()
         hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
         target = Path(save_directory)
         with merged_folder(target) as folder:
