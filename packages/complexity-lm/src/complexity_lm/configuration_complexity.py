@@ -184,6 +184,22 @@ class DeepConfig(PreTrainedConfig):
         del sizes["millions"]
         return cls(**(sizes | overrides))
 
+    @property
+    def attention_is_named(self) -> bool | None:
+        """Whether the user of a model named its `attn_implementation`; None before there is one.
+
+        Not saved, like the implementation itself.
+        """
+        return self.__dict__.get("_attention_is_named")
+
+    @attention_is_named.setter
+    def attention_is_named(self, value: bool | None) -> None:
+        self.__dict__["_attention_is_named"] = value
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        d.pop("_attention_is_named", None)
+        super()._remove_keys_not_serialized(d)
+
     def __post_init__(self, **kwargs: Any) -> None:
         """Replace `None` by defaults and reject misspelt dynamics keys.
 

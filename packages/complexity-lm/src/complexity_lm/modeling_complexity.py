@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -130,6 +131,42 @@ def eager_attention(
     return (weights_BHNM @ v_BHME).transpose(1, 2).contiguous(), weights_BHNM
 
 
+def default_attention(
+    module: nn.Module,
+    q_BHNE: Tensor,
+    k_BKME: Tensor,
+    v_BKME: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`ops.attention` where it is not torch's own, else the function of transformers.
+
+    Used where the user named no `attn_implementation`. The output is (B, N, H, E).
+    """
+    causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
+    plain = not any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+    # transformers aligns a causal mask of unequal lengths at the first key, `ops.attention` at the
+    # last one.
+    aligned = not causal or q_BHNE.shape[2] == k_BKME.shape[2]
+    if plain and aligned and ops.takes_cpu_attention(q_BHNE, k_BKME, v_BKME, attention_mask):
+        out_BHNE = ops.attention(
+            q_BHNE, k_BKME, v_BKME, attention_mask, causal=bool(causal), scale=scaling
+        )
+        return out_BHNE.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(
+        module,
+        q_BHNE,
+        k_BKME,
+        v_BKME,
+        attention_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+
+
 class ComplexityAttention(nn.Module):
     """Causal grouped-query attention; each query and key head is RMS-normalised, then rotated."""
 
@@ -186,6 +223,8 @@ class ComplexityAttention(nn.Module):
             self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
             eager_attention,
         )
+        if attend is sdpa_attention_forward and not self.config.attention_is_named:
+            attend = default_attention
         out_BNHE, weights_BHNM = attend(
             self, q_BHNE, k_BKNE, v_BKNE, attention_mask,
             dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
@@ -324,6 +363,26 @@ class DeepPreTrainedModel(PreTrainedModel):
         "hidden_states": DeepDecoderLayer,
         "attentions": ComplexityAttention,
     }
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """As in transformers; notes in the config whether the user named the implementation.
+
+        The base model inside another one is built with a config that is resolved already.
+        """
+        named = self.config.attention_is_named
+        if requested_attention is None:
+            named = False
+        elif named is None or not is_init_check:
+            named = True
+        self.config.attention_is_named = named
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, also for the implementation that is in use."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.config.attention_is_named = True
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -31,8 +31,9 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from inl_core import reference, segments
+from inl_core import cpu_attention, reference, segments
 from inl_core.reference import (
     bounded_clamp,
     inl_coefficients,
@@ -44,6 +45,7 @@ from inl_core.reference import (
 __all__ = [
     "Backend",
     "add_rms_norm",
+    "attention",
     "bounded_clamp",
     "current_backend",
     "gated_residual",
@@ -60,6 +62,7 @@ __all__ = [
     "rotate",
     "routed_mlp",
     "swiglu",
+    "takes_cpu_attention",
     "use_backend",
 ]
 
@@ -70,6 +73,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _MAX_WIDTH = 16384
+
+MOST_KEYS_OF_CPU_ATTENTION = 512
+"""Most keys for which bf16 attention on a CPU is computed by `inl_core.cpu_attention`, which keeps
+the weights of every query. In the committed rows of `benchmarks.speed.bench_ops` it is faster than
+torch's fused attention up to 512 keys; at 1024 they are level, and torch's keeps nothing."""
 
 COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
     {
@@ -246,3 +254,65 @@ def routed_mlp(
 
 
 _SWITCHED.append("routed_mlp")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention; arguments and result as of `inl_core.reference.attention`.
+
+    torch's `scaled_dot_product_attention`, except where `takes_cpu_attention`. The backend
+    "reference" uses the definition, as does everything under a ``torch.func`` transform; "triton"
+    changes nothing: there is no kernel. Under autocast arguments are cast as by torch's function.
+    """
+    if _backend == "reference" or _transformed():
+        return reference.attention(q, k, v, mask, causal=causal, scale=scale)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
+    products = takes_cpu_attention(q, k, v, mask)
+    if causal and (products or mask is not None or q.shape[2] != k.shape[2]):
+        allowed = reference.causal_mask(q, k)
+        if mask is None:
+            mask = allowed[None, None]
+        elif mask.dtype == torch.bool:
+            mask = mask & allowed
+        else:
+            mask = mask.masked_fill(~allowed, -torch.inf)
+        causal = False
+    if products:
+        q, k, v = segments.as_linear_casts(q, k, v)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return cpu_attention.attention(q, k, v, mask, factor)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
+    )
+
+
+def takes_cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether `attention` computes these arguments with `inl_core.cpu_attention`.
+
+    bf16, by dtype or by autocast, on a CPU, with a boolean mask or none, several queries and at
+    most `MOST_KEYS_OF_CPU_ATTENTION` keys. Not in an exported program, which others run.
+    """
+    if q.device.type != "cpu" or _backend == "reference" or _transformed():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16 and q.dtype != torch.float64
+    else:
+        bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return (
+        bf16
+        and q.shape[2] > 1
+        and 1 <= k.shape[2] <= MOST_KEYS_OF_CPU_ATTENTION
+        and q.shape[-1] == v.shape[-1]
+        and q.numel() > 0
+        and (mask is None or mask.dtype == torch.bool)
+        and not torch.compiler.is_exporting()
+    )

@@ -6,13 +6,18 @@ network the K kept ones, if some are dropped) · D hidden · H heads · E head w
 """
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — looked up here by diffusers
@@ -41,6 +46,8 @@ velocity is divided by the level, which amplifies its errors."""
 
 MAX_LAYERS = 1000
 """Most blocks of a network: a bound for configs that anyone may have written."""
+
+_BACKEND_OF_ENVIRONMENT = "DIFFUSERS_ATTN_BACKEND" in os.environ
 
 PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 ADAPTIVES = ("token", "channel", "layer", "lite")
@@ -122,15 +129,31 @@ class ComplexityDiTAttnProcessor:
         if attn.value_mix is not None and first_BNHE is not None:
             v_BNHE = v_BNHE + attn.value_mix.to(v_BNHE.dtype) * (first_BNHE - v_BNHE)
         q_BNHE, k_BNHE = norm_and_rotate(q_BNHE, k_BNHE, attn.norm_q, attn.norm_k, cos_NE, sin_NE)
-        out_BNHE = dispatch_attention_fn(
-            q_BNHE,
-            k_BNHE,
-            v_BNHE,
-            enable_gqa=attn.kv_heads != attn.heads,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        if self._backend_is_named():
+            out_BNHE = dispatch_attention_fn(
+                q_BNHE,
+                k_BNHE,
+                v_BNHE,
+                enable_gqa=attn.kv_heads != attn.heads,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        else:
+            out_BHNE = ops.attention(
+                q_BNHE.transpose(1, 2), k_BNHE.transpose(1, 2), v_BNHE.transpose(1, 2)
+            )
+            out_BNHE = out_BHNE.transpose(1, 2)
         return attn.to_out[0](out_BNHE.flatten(-2)), v_BNHE
+
+    def _backend_is_named(self) -> bool:
+        """Whether the user chose a backend of diffusers: per model, in a context, or by variable.
+
+        diffusers' own default, torch's attention, is the one that `ops.attention` stands in for.
+        """
+        if self._attention_backend is not None or self._parallel_config is not None:
+            return True
+        active, _ = _AttentionBackendRegistry.get_active_backend()
+        return _BACKEND_OF_ENVIRONMENT or active != AttentionBackendName.NATIVE
 
 
 class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):

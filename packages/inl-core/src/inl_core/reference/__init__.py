@@ -21,6 +21,8 @@ from inl_core.reference.dynamics import (
 )
 from inl_core.reference.layers import (
     add_rms_norm,
+    attention,
+    causal_mask,
     gated_residual,
     gated_residual_norm,
     modulated_rms_norm,
@@ -34,7 +36,9 @@ from inl_core.segments import routed_mlp
 __all__ = [
     "BoundedClamp",
     "add_rms_norm",
+    "attention",
     "bounded_clamp",
+    "causal_mask",
     "gated_residual",
     "gated_residual_norm",
     "inl_branch_epilogue",

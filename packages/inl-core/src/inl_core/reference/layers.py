@@ -197,3 +197,57 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     dtype = compute_dtype(gate, up)
     return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention, softmax(scale · q kᵀ + mask) v (Vaswani et al., 2017).
+
+    Args:
+        q: Queries (B, H, N, Dh).
+        k: Keys (B, Hk, M, Dh); H is a multiple of Hk (grouped-query attention), and query head h
+            uses key head h // (H / Hk).
+        v: Values (B, Hk, M, Dv).
+        mask: Boolean, True where a query may attend, or a tensor added to the scores; it must
+            broadcast to (B, H, N, M). None for none.
+        causal: Whether query i may attend to the keys up to M - N + i only: the last query sees all
+            keys, as in decoding with a cache.
+        scale: Factor of the scores; None means 1 / sqrt(Dh).
+
+    Returns:
+        (B, H, N, Dv) in the dtype of `q`; zeros for a query that may attend to no key.
+
+    Raises:
+        ValueError: If the heads do not fit.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
+    dtype = compute_dtype(q, k, v)
+    groups = heads // kv_heads
+    k_wide = k.to(dtype).repeat_interleave(groups, dim=1)
+    v_wide = v.to(dtype).repeat_interleave(groups, dim=1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * (q.to(dtype) @ k_wide.mT)
+    if causal:
+        scores = scores.masked_fill(~causal_mask(q, k), -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.to(dtype)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    return (weights @ v_wide).to(q.dtype)
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """The boolean mask (N, M) of `attention` with ``causal=True``."""
+    queries, keys = q.shape[2], k.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
