@@ -5,6 +5,11 @@ folder also carries the code of the model, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without this import.
 """
 
+# ruff: noqa: E402
+from inl_core.run.threads import set_threads_of
+
+set_threads_of("complexity-lm", "complexity_lm")  # before the imports below load torch
+
 from transformers import AutoConfig
 
 from complexity_lm.configuration_complexity import PRESETS, DeepConfig

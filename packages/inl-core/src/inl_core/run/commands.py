@@ -22,6 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, 
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.json_files import printable
 from inl_core.run.settings import check_yaml, nearest, parse_yaml, settings_text
+from inl_core.run.threads import set_threads
 
 _NO_BARS = (
     "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS",
@@ -313,6 +314,7 @@ class Program:
         Args:
             quiet: Loggers of which only warnings are shown.
         """
+        set_threads()
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
         for verbose in ("httpx", "datasets", *quiet):
             logging.getLogger(verbose).setLevel(logging.WARNING)
