@@ -208,5 +208,5 @@ def test_demo_samples_thirty_lines(trained, monkeypatch):
 def test_help_lists_the_commands(command):
     status, out, _ = command("--help")
     assert status == 0
-    for name in ("demo", "train", "generate", "evaluate", "tokenizer", "inspect"):
+    for name in ("demo", "train", "generate", "chat", "evaluate", "tokenizer", "inspect"):
         assert name in out

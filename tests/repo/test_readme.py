@@ -8,7 +8,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no waiting for a hub
 
+import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,18 +78,27 @@ def desk(tmp_path_factory) -> Path:
     art = {"style": ["Op_Art", "Orphism"], "genre": ["ocean", "dawn"]}
     save_pipeline(desk / "runs/demo/pipeline", art)
     save_pipeline(desk / "runs/mine/pipeline", {"label": ["Cubism", "Fauvism"]})
-    for model in ("runs/demo-lm/model", "runs/fineweb-edu-150m/model"):
+    for model in ("runs/demo-lm/model", "runs/fineweb-edu-150m/model", "runs/old/model"):
         save_language_model(desk / model)
     gallery = Gallery(load_pipeline(str(desk / "runs/demo/pipeline")))
     settings = gallery.check(Settings(labels={"style": "Op_Art"}, seed=5, num_inference_steps=2))
     *_, last = gallery.paint(settings)
     kept = picture_png(gallery, settings, last.images[0], 0)
     (desk / "gallery-Op-Art-seed-5-1.png").write_bytes(kept)
+    talk = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "The reason why."},
+    ]
+    (desk / "talks.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
     return desk
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
 def test_python_blocks_run(page, desk, monkeypatch, capsys):
+    if "from trl import" in "".join(python_blocks(page)):
+        pytest.importorskip("trl", reason="needs pip install trl")
+        # Of TRL's own settings.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     monkeypatch.chdir(desk)
     names = {"__name__": "example"}
     for number, code in enumerate(python_blocks(page), 1):

@@ -237,7 +237,7 @@ SUBCOMMANDS = {
     "complexity-dit": (
         "demo train encode sample evaluate compare inspect plan convert app".split()  # noqa: SIM905
     ),
-    "complexity-lm": ["demo", "train", "generate", "evaluate", "tokenizer", "inspect"],
+    "complexity-lm": ["demo", "train", "generate", "chat", "evaluate", "tokenizer", "inspect"],
 }
 
 

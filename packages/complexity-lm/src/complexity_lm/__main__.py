@@ -1,4 +1,4 @@
-"""The command line: `complexity-lm demo | train | generate | evaluate | tokenizer | inspect`."""
+"""The command line of complexity-lm: train, generate, chat, evaluate and the others."""
 
 import inspect as python_inspect
 import os
@@ -85,6 +85,20 @@ def _generate(
     print_generated(loaded, prompts, settings, config, helper)
 
 
+def _chat(
+    config: GenerateConfig,
+    model: str,
+    system: str | None,
+    tokenizer: str | None,
+    **settings: Any,
+) -> None:
+    from complexity_lm.chat import chat, typed_lines
+    from complexity_lm.loading import load
+
+    loaded = load(model, tokenizer, config.device)
+    chat(loaded, typed_lines(), sys.stdout, settings, system, config.seed)
+
+
 def _evaluate(config: EvalConfig, model: str, **options: Any) -> None:
     from complexity_lm.evaluate import evaluate
 
@@ -137,6 +151,18 @@ COMMANDS = {
         }
         | {name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()},
         [GenerateConfig],
+    ),
+    "chat": Command(
+        "Talk to a model that has a chat template; accepts transformers' options.",
+        _chat,
+        _MODEL,
+        {
+            "system": Option("What the model is told before the first turn.", None, str | None),
+            "tokenizer": Option("Another tokenizer: folder or Hub id.", None, str | None),
+        }
+        | {name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()},
+        [GenerateConfig],
+        skip=frozenset({"batch_size", "only_new"}),
     ),
     "evaluate": Command(
         "Measure loss, perplexity, bits per byte, lm-eval tasks.",

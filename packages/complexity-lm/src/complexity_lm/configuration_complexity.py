@@ -6,8 +6,9 @@ A saved model folder contains a copy of this file, so it imports nothing from th
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -323,3 +324,11 @@ class DeepConfig(PreTrainedConfig):
 
 
 __all__ = ["PRESETS", "DeepConfig", "Preset"]
+
+
+# `transformers serve` looks the name in `architectures` up among the names of transformers. It has
+# read this file by then, the copy in a model folder included, but not yet the file of the model.
+# Transformers imports itself a second time for processors, and the server has the first copy: the
+# class of both has the name.
+if not hasattr(transformers, "DeepForCausalLM"):
+    setattr(type(transformers), "DeepForCausalLM", AutoModelForCausalLM)  # noqa: B010

@@ -27,6 +27,32 @@ PADDING = "<|padding|>"
 SMALLEST_VOCAB = 256 + 2
 """All bytes and the two tokens above."""
 
+CHAT_TEMPLATE = """\
+{{- bos_token if bos_token is defined and bos_token else '' -}}
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('role ' ~ message['role'] ~ ' is not system, user or assistant') -}}
+{%- endif -%}
+{{- message['role'].capitalize() + ':\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{- message['content'] | trim + eos_token -}}
+{%- endgeneration -%}
+{{- '\n\n' -}}
+{%- else -%}
+{{- message['content'] | trim + '\n\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'Assistant:\n' -}}
+{%- endif -%}
+"""
+"""A chat template for any tokenizer with an end-of-text token, in the form of transformers.
+
+It writes roles as words. An answer ends with the end-of-text token, and the marks around it
+(``{% generation %}``) tell a trainer which tokens to learn.
+"""
+
 _HINT = "use the tokenizer in the model's folder"
 
 
