@@ -73,6 +73,16 @@ def test_it_is_the_definition(shape, kind):
         assert (a - b).norm() <= 0.02 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 6, 64, 64, 32), (2, 8, 2, 128, 128, 64)])
+def test_its_error_is_at_most_twice_that_of_torch_for_normalised_heads(shape):
+    q, k, v = tensors(shape, BF16, grad=False)
+    q, k = (F.rms_norm(x.float(), x.shape[-1:]).to(BF16) for x in (q, k))
+    exact = reference.attention(q.double(), k.double(), v.double())
+    grouped = shape[1] != shape[2]
+    theirs = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).double() - exact
+    assert (ops.attention(q, k, v).double() - exact).norm() <= 2 * theirs.norm()
+
+
 def test_bf16_on_a_cpu_takes_products_up_to_a_number_of_keys(monkeypatch):
     seen = []
     own = cpu_attention.attention

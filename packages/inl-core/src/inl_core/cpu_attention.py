@@ -3,6 +3,10 @@
 torch's fused attention for CPUs leaves the bf16 units of the CPU idle in its backward pass. Here
 the products use them; the softmax is computed in fp32 and rounded once. The matrices of scores are
 made in chunks that stay in the cache, and are kept for the backward pass.
+
+A product of torch on a CPU returns bf16, so scores are rounded before the softmax, which torch's
+fused attention does not do: for normalised queries and keys the error of the output is about twice
+that of torch's, and it grows with the size of the scores.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ _MAX_WIDTH = 16384
 
 MOST_KEYS_OF_CPU_ATTENTION = 512
 """Most keys for which bf16 attention on a CPU is computed by `inl_core.cpu_attention`, which keeps
-the weights of every query. In the committed rows of `benchmarks.speed.bench_ops` it is faster than
+the weights of every query. In the rows of `benchmarks.speed.bench_attention` it trains faster than
 torch's fused attention up to 512 keys; at 1024 they are level, and torch's keeps nothing."""
 
 COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
