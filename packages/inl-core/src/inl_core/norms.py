@@ -7,6 +7,8 @@ there are any, and `norm_and_rotate` calls the norms then.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -126,8 +128,10 @@ def norm_and_rotate(
     Returns:
         (q, k), shapes and dtypes kept.
     """
-    if is_plain(q_norm, RMSNorm) and is_plain(k_norm, RMSNorm) and q_norm.eps == k_norm.eps:
-        return ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
+    plain = is_plain(q_norm, RMSNorm) and is_plain(k_norm, RMSNorm) and q_norm.eps == k_norm.eps
+    if plain:
+        q_weight, k_weight = cast(RMSNorm, q_norm).weight, cast(RMSNorm, k_norm).weight
+        return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, cast(RMSNorm, q_norm).eps)
     dtype = compute_dtype(q, k, cos, sin)
     q_out, k_out = (
         ops.rotate(norm(x.to(dtype)), cos, sin) for norm, x in ((q_norm, q), (k_norm, k))
