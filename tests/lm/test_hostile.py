@@ -15,6 +15,7 @@ from complexity_lm.evaluate import _task_name
 from complexity_lm.generate import generate, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
+from support.hub import put_in_hub_cache
 
 
 class Trap:
@@ -93,6 +94,23 @@ def test_a_config_of_any_architecture_is_bounded_by_its_weights(model, kind, key
     (model / "config.json").write_text(json.dumps({"model_type": kind} | count))
     with pytest.raises(UserError, match="cannot load a model"):
         load(str(model))
+
+
+def test_a_model_of_the_hub_is_looked_at_as_a_folder(model, tmp_path, monkeypatch):
+    snapshot = put_in_hub_cache(model, "some/model", tmp_path / "cache", monkeypatch)
+    loaded = load("some/model")
+    assert (loaded.name, loaded.data) == ("some/model", load(str(model)).data)
+    before = (snapshot / "config.json").read_text()
+    for change in ({"num_hidden_layers": 10**9}, {"vocab_size": 10**10}):
+        edit(snapshot / "config.json", **change)
+        with pytest.raises(UserError, match=r"cannot load a model from some/model: .*config\.json"):
+            load("some/model")
+        (snapshot / "config.json").write_text(before)
+    (snapshot / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it into the model"):
+        load("some/model")
+    with pytest.raises(UserError, match=r"cannot load a model from some/other: .+"):
+        load("some/other")
 
 
 def test_a_folder_with_an_adapter_is_refused(model):

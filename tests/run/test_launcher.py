@@ -9,7 +9,7 @@ from torch._inductor import config as inductor
 from complexity_dit.training.train import train
 from complexity_lm.train import train as train_lm
 from inl_core.run.errors import UserError
-from inl_core.run.launcher import check_compiler, check_launcher
+from inl_core.run.launcher import check_compiler, check_launcher, check_whole_checkpoints
 from support.small_runs import dit_run, lm_run
 
 ASKED = {
@@ -44,6 +44,15 @@ def test_a_training_refuses_before_it_writes(name, tmp_path, monkeypatch):
     for start in (partial(train, dit_run(tmp_path / "dit")), partial(train_lm, lm)):
         with pytest.raises(UserError, match="accelerate's launcher asks for"):
             start()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_run_whose_checkpoints_would_be_pickles_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    check_whole_checkpoints()  # without FSDP, nothing reads it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="set it to FULL_STATE_DICT"):
+        train_lm(lm_run(tmp_path / "lm", tmp_path))
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from inl_core.run.errors import UserError
 from inl_core.run.torch_files import check_torch_file, check_torch_files
@@ -122,4 +123,25 @@ def test_a_memo_of_any_index_takes_no_memory(tmp_path: Path) -> None:
 def test_bombs_pipes_and_damaged_files_are_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt is"):
+        check_torch_files(tmp_path)
+
+
+def test_a_distributed_checkpoint_is_refused_and_not_opened(tmp_path: Path) -> None:
+    """torch opens its `.metadata` with pickle.load, and objects in `.distcp` too."""
+    folder = tmp_path / "optimizer_0"
+    with pytest.warns(UserWarning, match="single process"):
+        torch.distributed.checkpoint.save({"a": torch.ones(2)}, checkpoint_id=folder)
+    parts = sorted(path.name for path in folder.iterdir())
+    assert parts == [".metadata", "__0_0.distcp"]
+    for name in parts:
+        with pytest.raises(UserError, match=f"{name} is a pickle, .*FULL_STATE_DICT"):
+            check_torch_files(tmp_path)
+        (folder / name).unlink()
+    check_torch_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "a.PICKLE", "last.ckpt", "a.PT"])
+def test_other_pickles_of_a_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps(Call(os.system, "true")))
+    with pytest.raises(UserError, match=f"{name} is "):
         check_torch_files(tmp_path)

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from complexity_dit.evaluation.networks import load_extractor
 from complexity_dit.models.autoencoder import TinyAutoencoder
+from complexity_dit.models.loading import load_weights
 from complexity_dit.models.vae import load_vae
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
+from support.hub import put_in_hub_cache
 from support.networks import small_vae
 
 VAES = {
@@ -49,6 +51,68 @@ def test_a_vae_with_a_missing_tensor_or_a_giant_config_is_refused(tmp_path, name
     lost = lose_a_tensor(tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=f"{lost} is missing"):
         load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_vae_of_the_hub_is_looked_at_as_one_of_a_folder(tmp_path, monkeypatch, name, subfolder):
+    VAES[name]().save_pretrained(tmp_path / "model" / subfolder)
+    cache = tmp_path / "cache"
+    snapshot = put_in_hub_cache(tmp_path / "model", "some/vae", cache, monkeypatch) / subfolder
+    (snapshot / "notes.bin").write_text("not opened")
+    load_vae("some/vae")
+    change_config(snapshot / "config.json", latent_channels=10**8)
+    with pytest.raises(UserError, match=r"cannot load the VAE some/vae: .*describes a network"):
+        load_vae("some/vae")
+    (snapshot / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="is a pickle, which can run code and is not opened"):
+        load_vae("some/vae")
+
+
+def test_a_pipeline_of_the_hub_is_looked_at_as_a_folder(pipe, tmp_path, monkeypatch):
+    whole = ComplexityDiTPipeline(pipe.transformer, pipe.scheduler, small_vae())
+    whole.save_pretrained(tmp_path / "model")
+    snapshot = put_in_hub_cache(tmp_path / "model", "some/dit", tmp_path / "cache", monkeypatch)
+    load_pipeline("some/dit")
+    for part in ("vae", "transformer"):
+        text = (snapshot / part / "config.json").read_text()
+        change_config(
+            snapshot / part / "config.json", block_out_channels=[10**6], hidden_size=10**9
+        )
+        with pytest.raises(UserError, match=f"some/dit: .*{part}.*config.json"):
+            load_pipeline("some/dit")
+        (snapshot / part / "config.json").write_text(text)
+
+
+def test_a_vision_model_of_the_hub_is_looked_at_as_one_of_a_folder(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "model")
+    cache = tmp_path / "cache"
+    snapshot = put_in_hub_cache(tmp_path / "model", "some/dino", cache, monkeypatch)
+
+    def load():
+        return load_weights(
+            transformers.AutoModel.from_pretrained,
+            lambda values: transformers.Dinov2Model(transformers.Dinov2Config(**values)),
+            "some/dino", cache_dir=cache,
+        )  # fmt: skip
+
+    assert load().config.hidden_size == 32
+    change_config(snapshot / "config.json", hidden_size=10**6)
+    with pytest.raises(UserError, match=r"config\.json describes a network"):
+        load()
+
+
+def test_a_repository_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    small_vae().save_pretrained(tmp_path / "model")
+    put_in_hub_cache(tmp_path / "model", "some/vae", tmp_path / "cache", monkeypatch)
+    with pytest.raises(
+        UserError, match=r"^cannot load some/other, no folder here, from the Hub: .+"
+    ):
+        TinyAutoencoder.from_pretrained("some/other")
 
 
 def test_a_pipeline_whose_vae_lacks_a_tensor_is_refused(pipe, tmp_path):

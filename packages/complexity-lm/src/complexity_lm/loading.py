@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from complexity_lm.config import DataConfig
-from complexity_lm.hub import locate, report_errors
+from complexity_lm.hub import download_model, locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
@@ -77,20 +77,21 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
         check_damage(folder)
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
-        if folder is not None:
-            refuse_strange_files(folder)
-            _check_folder(folder)
+        if folder is None:
+            folder = download_model(name)
+        refuse_strange_files(folder)
+        _check_folder(folder)
         # trust_remote_code is given because the default asks on the terminal.
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder or name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         # transformers initialises missing weights at random and only logs a warning.
         differences = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         differences += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
         if differences:
             raise UserError(f"the weights do not match config.json: {'; '.join(differences[:3])}")
-    data, trained_with = read_training_file(folder or Path(name))
-    own = load_tokenizer(tokenizer or folder or name)
+    data, trained_with = read_training_file(folder)
+    own = load_tokenizer(tokenizer or folder)
     check_tokenizer(own, model.config, trained_with)
     model.to(target)  # pyright: ignore[reportArgumentType] — transformers wraps nn.Module.to
     return Loaded(model.eval(), own, data, name)

@@ -62,7 +62,7 @@ from inl_core.run.csv_log import read_columns
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.json_files import read_json_object
-from inl_core.run.launcher import check_compiler, check_launcher
+from inl_core.run.launcher import check_compiler, check_launcher, check_whole_checkpoints
 from inl_core.run.ownership import check_data, history_comment, table_of_owners, take_settings
 from inl_core.run.settings import dump_settings, nearest, read_settings
 from inl_core.run.workers import report_dead_workers
@@ -122,6 +122,7 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
     check_launcher(config.mixed_precision, config.gradient_accumulation_steps, ["bf16"])
+    check_whole_checkpoints()
     if config.compile is True:
         check_compiler()
     processes = PartialState(cpu=not torch.accelerator.is_available())

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
+from complexity_dit.hub import download_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import (
     atomic_file,
@@ -70,13 +71,15 @@ def load_weights(
 
     Args:
         load: `from_pretrained` of the model class.
-        build: Builds the network from the contents of `config.json`; for a local folder it is
-            called on the meta device, to compare sizes before memory is allocated.
+        build: Builds the network from the contents of `config.json`; it is called on the meta
+            device, to compare sizes before memory is allocated.
         source: A folder or Hub id.
         allow_unused: Whether the files may have more tensors than the network, e.g. a head.
         **kwargs: Further arguments of `load`.
     """
     only_safetensors(kwargs)
+    if not Path(source).is_dir():
+        source = download_weights(str(source), kwargs)  # what is looked at is what is loaded
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
         finish_merge(folder)

@@ -107,6 +107,15 @@ class FilesMixin:
         return loaded
 
     @classmethod
+    def download(cls, *args: Any, **kwargs: Any) -> str:
+        """As in diffusers, which calls this for a Hub id; then looks at the files of it."""
+        folder = super().download(*args, **kwargs)  # pyright: ignore
+        refuse_strange_files(Path(folder))
+        if "vae" not in _passed.get():
+            _check_vae(Path(folder) / "vae")
+        return folder
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in diffusers, from safetensors only, with all tensors, and of known classes only.
 

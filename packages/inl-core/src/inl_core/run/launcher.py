@@ -53,6 +53,24 @@ def check_launcher(
         )
 
 
+def check_whole_checkpoints() -> None:
+    """Refuse FSDP with checkpoints in parts, for a trainer that leaves their form to accelerate.
+
+    torch reads them with the whole pickle, which `check_torch_files` refuses: such a run could not
+    be resumed.
+
+    Raises:
+        UserError: `fsdp_state_dict_type` is another one than FULL_STATE_DICT.
+    """
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if kind != "FULL_STATE_DICT" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UserError(
+            f"accelerate's launcher asks for fsdp_state_dict_type {kind}, whose checkpoints are "
+            "pickles and are not resumed: set it to FULL_STATE_DICT, as in "
+            "configs/accelerate/fsdp2.yaml"
+        )
+
+
 def check_compiler() -> None:
     """Refuse `--compile` where nothing can compile.
 

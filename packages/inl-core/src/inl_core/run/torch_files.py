@@ -17,6 +17,9 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import open_regular
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin"})
+PICKLES = frozenset({".metadata", ".distcp", ".pkl", ".pickle", ".ckpt"})
+"""Names or suffixes of files that a library opens with the whole pickle: `.metadata` and `.distcp`
+of a distributed checkpoint, `custom_checkpoint_0.pkl` of accelerate."""
 _MAX_PICKLE_BYTES = 64 * 2**20
 _BYTES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
@@ -52,7 +55,7 @@ def check_torch_file(path: Path) -> None:
 
 
 def check_torch_files(folder: Path) -> None:
-    """Apply `check_torch_file` to all such files of a folder, and refuse pipes and devices in it.
+    """Apply `check_torch_file` to all such files of a folder; refuse pickles, pipes and devices.
 
     Raises:
         UserError: Names the file.
@@ -60,7 +63,14 @@ def check_torch_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise UserError(f"{path} is a pipe or a device; expected a file")
-        if path.suffix in SUFFIXES:
+        suffix = path.suffix.lower() or path.name.lower()  # ".metadata" has no suffix
+        if suffix in PICKLES:
+            raise UserError(
+                f"{path} is a pickle, which can run code and is not opened; a checkpoint in parts "
+                "(fsdp_state_dict_type SHARDED_STATE_DICT) is not resumed: save it with "
+                "FULL_STATE_DICT"
+            )
+        if suffix in SUFFIXES:
             check_torch_file(path)
 
 
