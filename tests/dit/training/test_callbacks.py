@@ -14,6 +14,7 @@ from PIL import Image
 from complexity_dit.config import EvalConfig
 from complexity_dit.data.latents import load_training_data
 from complexity_dit.evaluation.distances import Statistics
+from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.evaluation.image_sets import KeptStatistics, write_statistics
 from complexity_dit.training import callbacks
 from complexity_dit.training.callbacks import HeldoutLoss, NoiseLevels
@@ -73,6 +74,27 @@ def test_callbacks_write_their_files_and_change_no_bit(watched, small_run, tmp_p
     train(dataclasses.replace(watched, resume="auto"))
     assert rows_of(run / "metrics.csv") == metrics
     assert (run / "samples" / names[2]).exists()
+
+
+def test_the_feature_network_of_a_training_runs_in_bf16_where_there_are_units(
+    watched, tmp_path, monkeypatch
+):
+    def recorded(name, **changes):
+        run = dataclasses.replace(watched, out=str(tmp_path / name), steps=4, **changes)
+        train(run)
+        result = tmp_path / name / "evaluations" / "step-00000004" / "result.json"
+        return json.loads(result.read_text())["settings"]["extractor"]["dtype"]
+
+    monkeypatch.setattr(callbacks, "bf16_units", lambda device: "the CPU has some")
+    assert recorded("auto") == "bfloat16"
+    assert recorded("named", evaluate_dtype="float32") == "float32"
+    real, other = (write_folder(tmp_path / name, pictures(6, 1)) for name in ("real", "other"))
+    saving = EvalConfig.brief(num_images=6, measures=["fid"], save_statistics=True)
+    evaluate(real, other, tmp_path / "kept", saving)
+    statistics = str(tmp_path / "kept" / "reference.npz")
+    assert recorded("statistics", evaluate_reference=statistics) == "float32"
+    monkeypatch.setattr(callbacks, "bf16_units", lambda device: None)
+    assert recorded("plain") == "float32"
 
 
 def test_an_evaluated_step_is_a_checkpoint(small_run):

@@ -446,6 +446,11 @@ class TrainConfig:
     """Reference of such an evaluation: a data source (its held-out pictures), a folder of pictures
     or a statistics .npz; by default the source of the training."""
 
+    evaluate_dtype: Literal["auto"] | Dtype = "auto"
+    """Arithmetic in the feature network of such an evaluation: auto is bfloat16 where the device
+    computes in it, but float32 for a statistics .npz, which was made in it. `complexity-dit
+    evaluate` uses float32, and so do quoted numbers."""
+
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always saves one."""
 

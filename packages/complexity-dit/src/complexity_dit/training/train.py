@@ -99,7 +99,7 @@ OWNERS = table_of_owners(
     free="""
         out resume init_from log_every report_to noise_bins dynamics_every heldout_every
         heldout_num_images sample_every evaluate_every evaluate_num_images evaluate_reference
-        checkpoint_every keep_last keep_every loader_workers
+        evaluate_dtype checkpoint_every keep_last keep_every loader_workers
         data.source data.vae data.label_fields data.strict data.num_workers
     """,
 )
