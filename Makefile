@@ -13,8 +13,8 @@ OUT_LM = runs/demo-lm
 # parallel test processes: make test JOBS=4
 JOBS = 2
 
-# parts of `make gpu`: make gpu PART=tests, ops or models; all three by default
-PART = tests ops models
+# parts of `make gpu`: make gpu PART=tests, ops, models or train; all four by default
+PART = tests ops models train
 
 # Offline tests and one OpenMP thread a process: more threads than idle cores make torch slower.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -67,7 +67,7 @@ bench: venv ## measure this machine: rows to benchmarks/results.csv, tables to d
 	$(BIN)/python -m benchmarks.pages.tables
 
 # No venv: the machine with the GPU may have a bare python3 with torch and triton, and no network.
-gpu: export PYTHONPATH := packages/inl-core/src:$(PYTHONPATH)
+gpu: export PYTHONPATH := packages/inl-core/src:packages/complexity-dit/src:$(PYTHONPATH)
 gpu: ## on a GPU: test kernels against the definition, measure them and compiled training steps
 	@for part in $(PART); do $(PYTHON) -m benchmarks.speed.gpu $$part || exit $$?; done
 

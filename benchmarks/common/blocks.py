@@ -41,29 +41,18 @@ class Mlp(nn.Module):
         return self.down(ops.swiglu(self.gate(x), self.up(x)))
 
 
-class Block(nn.Module):
-    def __init__(self, width, heads, kind):
+class Attention(nn.Module):
+    """Self-attention with QK norm and rotary embedding."""
+
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.adaln = nn.Linear(width, 6 * width)
-        self.norm1, self.norm2 = ModulatedRMSNorm(width), ModulatedRMSNorm(width)
         self.to_q, self.to_k, self.to_v, self.to_out = (
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
         self.norm_q, self.norm_k = RMSNorm(width // heads), RMSNorm(width // heads)
-        # 8/3 of the width: three matrices with the FLOPs of the two of a plain MLP of ratio 4.
-        self.mlp = Mlp(width, -(-8 * width // 3 // 64) * 64)
-        self.dynamics = build_dynamics(kind, width)
 
-    def forward(self, h, v, c, cos, sin):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=-1)
-        branch = self.attention(self.norm1(h, shift1, scale1), cos, sin)
-        if self.dynamics is not None:
-            branch, v = self.dynamics(branch, v)
-        h = ops.gated_residual(h, branch, gate1)
-        return ops.gated_residual(h, self.mlp(self.norm2(h, shift2, scale2)), gate2), v
-
-    def attention(self, x, cos, sin):
+    def forward(self, x, cos, sin):
         q, k, v = (
             to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v)
         )
@@ -72,6 +61,27 @@ class Block(nn.Module):
         )
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v.to(q.dtype))))
         return self.to_out(out.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Its matrices are named as those of the image model, by which Muon is given them."""
+
+    def __init__(self, width, heads, kind):
+        super().__init__()
+        self.adaln = nn.Linear(width, 6 * width)
+        self.norm1, self.norm2 = ModulatedRMSNorm(width), ModulatedRMSNorm(width)
+        self.attn = Attention(width, heads)
+        # 8/3 of the width: three matrices with the FLOPs of the two of a plain MLP of ratio 4.
+        self.mlp = Mlp(width, -(-8 * width // 3 // 64) * 64)
+        self.dynamics = build_dynamics(kind, width)
+
+    def forward(self, h, v, c, cos, sin):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=-1)
+        branch = self.attn(self.norm1(h, shift1, scale1), cos, sin)
+        if self.dynamics is not None:
+            branch, v = self.dynamics(branch, v)
+        h = ops.gated_residual(h, branch, gate1)
+        return ops.gated_residual(h, self.mlp(self.norm2(h, shift2, scale2)), gate2), v
 
 
 class Stack(nn.Module):

@@ -82,16 +82,18 @@ def paired(functions, rounds, device, **options):
     return {name: (statistics.median(own), ratio_of(own, first)) for name, own in times.items()}
 
 
-def training_step(model, loss, lr=1e-4, clip=False):
-    """A function that runs one training step: `loss()`, backward and AdamW.
+def training_step(model, loss, lr=1e-4, clip=False, optimizer=None):
+    """A function that runs one training step: `loss()`, backward and the optimizer.
 
     Args:
         model: The network whose parameters are trained.
         loss: Function that returns the loss of one batch.
-        lr: Learning rate.
+        lr: Learning rate of AdamW.
         clip: Whether gradient norms are clipped at 1.
+        optimizer: The optimizer; default: AdamW.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
     def step():
         loss().backward()

@@ -1,12 +1,15 @@
-"""Everything that needs a GPU, in three parts that take at most 13 minutes together.
+"""Everything that needs a GPU, in four parts that take at most 21 minutes together.
 
     python3 -m benchmarks.speed.gpu tests     # the kernels against the definition in fp64,
                                               # then their test modules
     python3 -m benchmarks.speed.gpu ops       # bench_ops: GB/s and TFLOP/s of every operation
     python3 -m benchmarks.speed.gpu models    # bench_tax: training steps of compiled stacks of
                                               # blocks, B/2 and XL/2, with each kind of dynamics
+    python3 -m benchmarks.speed.gpu train     # bench_train: whole steps of S/2 and B/2, AdamW and
+                                              # Muon: images/s, share of the peak, tax, memory
 
-Needs torch and triton; the packages need not be installed. Rows are written to the folder $OUT
+Needs torch and triton; the packages need not be installed. `train` measures the image model where
+diffusers is installed, and else the stack of blocks. Rows are written to the folder $OUT
 (runs/gpu) as they are measured. The exit status is 2 without a GPU, 1 after a failure and 3 if the
 time ended during a measurement. `--device cpu --quick` tests the script with interpreted kernels.
 """
@@ -20,7 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MINUTES = {"tests": 5.0, "ops": 2.5, "models": 4.0}
+MINUTES = {"tests": 5.0, "ops": 2.5, "models": 4.0, "train": 7.0}
 """Minutes after which a part starts nothing new."""
 MORE = 0.5
 """Minutes after that, when running work is stopped."""
@@ -112,7 +115,20 @@ def device_models(options, rows, deadline):
     return 0
 
 
-PARTS = {"tests": device_tests, "ops": device_ops, "models": device_models}
+def device_train(options, rows, deadline):
+    from benchmarks.speed import bench_train
+
+    small = ["--sizes", "S/2", "--depth", "1", "--batch_size", "2", "--side", "4", "--rounds", "1",
+             "--eager", "--quick"]  # fmt: skip
+    chosen = small if options.quick else ["--rounds", str(options.rounds)]
+    parsed = bench_train.parse([*chosen, "--device", options.device, "--out", str(rows)])
+    bench_train.run(parsed, deadline)
+    return 0
+
+
+PARTS = {
+    "tests": device_tests, "ops": device_ops, "models": device_models, "train": device_train,
+}  # fmt: skip
 
 
 def main():
@@ -124,7 +140,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest sizes")
     parser.add_argument("--minutes", type=float, help="no new work starts after this; see MINUTES")
     parser.add_argument("--seconds", type=float, default=0.2, help="ops: of calls per measurement")
-    parser.add_argument("--rounds", type=int, default=30, help="models: steps of each network")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="models and train: steps of each network"
+    )
     options = parser.parse_args()
     minutes = options.minutes or MINUTES[options.part]
     if options.device == "cpu":
@@ -138,7 +156,7 @@ def main():
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no GPU; nothing was measured")
         return 2
-    sys.path.insert(0, str(ROOT / "packages/inl-core/src"))
+    sys.path[:0] = [str(ROOT / f"packages/{name}/src") for name in ("inl-core", "complexity-dit")]
     from benchmarks.common.results import hardware, triton_version
     from benchmarks.common.timing import Deadline
 

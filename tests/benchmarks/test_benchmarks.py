@@ -9,9 +9,10 @@ import torch
 from benchmarks.common import blocks, memory, results, timing
 from benchmarks.common.results import current_command
 from benchmarks.pages import ops_table, tables
-from benchmarks.speed import bench_placements, bench_tax, device_checks, op_cases
+from benchmarks.speed import bench_placements, bench_tax, bench_train, device_checks, op_cases
 
-from complexity_dit.config import ModelConfig
+from complexity_dit.config import ModelConfig, OptimConfig
+from complexity_dit.training.optimizer import build_optimizer
 from complexity_lm import DeepConfig
 from inl_core import make_routing_plan, ops, reference
 from support.benchmark_rows import ROOT
@@ -187,6 +188,57 @@ def test_every_part_of_make_gpu_runs_on_a_cpu(part, tmp_path):
     done = run("speed.gpu", part, "--device", "cpu", "--quick", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.read_rows(tmp_path / f"{part}.csv")
+
+
+@pytest.mark.parametrize("library", ["with diffusers", "without diffusers"])
+def test_the_training_part_of_make_gpu_runs_on_a_cpu(library, tmp_path):
+    """Both optimizers, with dynamics and without; without diffusers it names what it measures."""
+    if library == "without diffusers":
+        # What Python does with a missing package, in the process of the part only.
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\nfrom importlib import util\nfind = util.find_spec\n"
+            "util.find_spec = lambda name, *a: None if name == 'diffusers' else find(name, *a)\n"
+            "sys.modules['diffusers'] = sys.modules['accelerate'] = None\n"
+        )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    quick = ("--device", "cpu", "--quick")
+    done = run("speed.gpu", "train", *quick, OUT=str(tmp_path), PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results.read_rows(tmp_path / "train.csv")
+    name = "model" if library == "with diffusers" else "stack"
+    assert ("diffusers is not installed" in done.stdout) == (name == "stack")
+    got = {(row["case"], row["metric"]): row for row in rows}
+    assert len(got) == len(rows)
+    for optimizer in ("adamw", "muon"):
+        plain, dynamics = (f"{name} {optimizer} {k} eager" for k in ("none", "channel"))
+        assert float(got[plain, "ratio"]["value"]) == 1
+        for case in (plain, dynamics):
+            values = {metric: float(row["value"]) for (c, metric), row in got.items() if c == case}
+            assert values["speed"] == pytest.approx(2 / values["step"], rel=1e-4)
+            assert values["utilisation"] == pytest.approx(
+                values["model FLOPs"] / values["peak"], rel=1e-4
+            )
+            assert values["peak memory"] > 0
+            assert got[case, "utilisation"]["unit"] == "of a measured product"
+
+
+def test_flops_and_optimizers_of_the_training_part():
+    """FLOPs are those of the matrices: six for each weight and token; Muon is given matrices."""
+    model = blocks.Stack(64, 2, 2, "channel", 2, compiled=False)
+    optimizer = build_optimizer(model, OptimConfig(name="muon"))
+    hidden = {id(p) for p in optimizer.param_groups[-1]["params"]}
+    named = {name for name, p in model.named_parameters() if id(p) in hidden}
+    assert named == {
+        f"blocks.{i}.{part}.weight"
+        for i in range(2)
+        for part in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out",
+                     "mlp.gate", "mlp.up", "mlp.down")
+    }  # fmt: skip
+    options = bench_train.parse(["--device", "cpu", "--side", "4", "--depth", "1"])
+    options.size, options.batch_size = "S/2", 3
+    width, tokens = 384, 16
+    blocks_flops = 6 * 3 * tokens * (4 * width**2 + 3 * width * 1024)
+    assert 1 < bench_train.step_flops("none", options) / blocks_flops < 1.4
 
 
 def test_a_wrong_kernel_is_detected(monkeypatch):
