@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from complexity_lm.data import fingerprint
 from complexity_lm.tokenizer import separator_id
 from inl_core.run.errors import UserError
+from inl_core.run.progress import ProgressLog
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,13 @@ def score_texts(
     # Windows of similar length share a batch: only short documents are padded, and little.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     nats = torch.zeros((), dtype=torch.float64)
-    for first in tqdm(range(0, len(jobs), batch_size), desc="scoring", unit="batch", disable=None):
-        nats += _batch_nats(model, jobs[first : first + batch_size])
+    with tqdm(total=len(jobs), desc="scoring", unit="window", disable=None) as bar:
+        log = ProgressLog("scoring", len(jobs), "window", shown=bool(bar.disable))
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            nats += _batch_nats(model, batch)
+            bar.update(len(batch))
+            log.update(len(batch))
     return Score(
         nats=float(nats),
         tokens=sum(len(document) - 1 for document in documents),

@@ -18,6 +18,7 @@ from complexity_dit.evaluation.networks import FeatureExtractor, cache_dir
 from complexity_dit.hashing import array_hash
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, open_regular
+from inl_core.run.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def extract_features(
     """
     features: list[NDArray[np.float32]] = []
     with tqdm(total=total, desc=desc, unit="image", disable=None if is_main() else True) as bar:
+        log = ProgressLog(desc, total or 0, "image", shown=bool(bar.disable) and is_main())
         for images in _rebatch(batches, FEATURE_CHUNK):
             n = len(images)
             # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.
@@ -52,6 +54,7 @@ def extract_features(
             tensor = torch.from_numpy(padded).permute(0, 3, 1, 2).contiguous()
             features.append(extractor(tensor)[:n].numpy())
             bar.update(n)
+            log.update(n)
     if not features:
         raise UserError("there are no images to compute features of")
     return np.concatenate(features)

@@ -37,6 +37,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, finish_merge
 from inl_core.run.folders import writing
 from inl_core.run.json_files import fits, one_line, read_json_object
+from inl_core.run.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,7 @@ def iter_samples(
     with tqdm(
         total=len(indices), desc="sampling", unit="image", disable=None if progress else True
     ) as bar:
+        log = ProgressLog("sampling", len(indices), "image", shown=bool(bar.disable) and progress)
         for batch in _consecutive_batches(indices, config.batch_size):
             images = pipe(
                 class_labels=labels[batch],
@@ -246,6 +248,7 @@ def iter_samples(
                 )
             yield batch, to_uint8(images)
             bar.update(len(batch))
+            log.update(len(batch))
 
 
 def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
