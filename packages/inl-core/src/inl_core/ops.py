@@ -41,6 +41,7 @@ from inl_core.reference import (
     looped_step,
     rotate,
 )
+from inl_core.reference.layers import causal_mask
 
 __all__ = [
     "Backend",
@@ -62,7 +63,6 @@ __all__ = [
     "rotate",
     "routed_mlp",
     "swiglu",
-    "takes_cpu_attention",
     "use_backend",
 ]
 
@@ -278,7 +278,7 @@ def attention(
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
     products = takes_cpu_attention(q, k, v, mask)
     if causal and (products or mask is not None or q.shape[2] != k.shape[2]):
-        allowed = reference.causal_mask(q, k)
+        allowed = causal_mask(q, k)
         if mask is None:
             mask = allowed[None, None]
         elif mask.dtype == torch.bool:

@@ -22,7 +22,6 @@ from inl_core.reference.dynamics import (
 from inl_core.reference.layers import (
     add_rms_norm,
     attention,
-    causal_mask,
     gated_residual,
     gated_residual_norm,
     modulated_rms_norm,
@@ -38,7 +37,6 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bounded_clamp",
-    "causal_mask",
     "gated_residual",
     "gated_residual_norm",
     "inl_branch_epilogue",

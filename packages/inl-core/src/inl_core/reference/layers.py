@@ -234,8 +234,8 @@ def attention(
     groups = heads // kv_heads
     k_wide = k.to(dtype).repeat_interleave(groups, dim=1)
     v_wide = v.to(dtype).repeat_interleave(groups, dim=1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * (q.to(dtype) @ k_wide.mT)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.to(dtype) @ k_wide.mT) * factor
     if causal:
         scores = scores.masked_fill(~causal_mask(q, k), -torch.inf)
     if mask is not None and mask.dtype == torch.bool:
