@@ -44,7 +44,7 @@ def rows(tmp_path) -> Path:
 
 
 def test_stdlib_excludes_tests_tables_and_packages():
-    documents = read_documents("stdlib", "*", None)
+    documents = list(read_documents("stdlib", "*", None))
     names = [document.name for document in documents]
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
@@ -70,7 +70,65 @@ def test_a_single_file_is_cut_at_line_ends_without_loss(tmp_path):
     assert len(pieces) > 3
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(8192 <= len(piece.encode()) < 8192 + 30 for piece in pieces[:-1])
-    assert len(read_documents(f"text:{path}", "*", 0)) == 1
+    assert len(list(read_documents(f"text:{path}", "*", 0))) == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\u2028"])
+def test_lines_end_where_python_ends_them(tmp_path, end):
+    text = "".join(f"{'x' * (i % 37)} ü{end}" for i in range(400)) + "no end"
+    path = tmp_path / "book.txt"
+    path.write_bytes(text.encode())
+    pieces = [d.text for d in read_documents(f"text:{path}", "*", 40)]
+    assert [line for piece in pieces for line in piece.splitlines(keepends=True)] == (
+        text.splitlines(keepends=True)
+    )
+
+
+@pytest.mark.parametrize("unit", ["word ", "中"], ids=["spaces", "no spaces"])
+def test_a_file_of_one_long_line_is_cut_without_loss(tmp_path, unit):
+    path = tmp_path / "line.txt"
+    path.write_text(unit * 60_000)
+    pieces = [d.text for d in read_documents(f"text:{path}", "*", None)]
+    assert "".join(pieces) == unit * 60_000
+    assert len(pieces) > 3
+    assert max(len(piece.encode()) for piece in pieces) <= 5 * 8192
+    assert all(piece.endswith(unit) for piece in pieces)
+    path.write_bytes(b"word " * 60_000 + b"\xff")
+    with pytest.raises(UserError, match="byte 0xff at offset 300000"):
+        list(read_documents(f"text:{path}", "*", None))
+
+
+def test_rows_without_text_are_left_out(tmp_path, tokenizer):
+    rows = [{"text": None if i % 3 == 0 else f"ka lo {i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [row["text"] for row in rows if row["text"]]
+    for holdout in (0.0, 0.3):
+        corpus = load_corpus(DataConfig(source=f"hub:{tmp_path}", holdout=holdout))
+        held_out = list(corpus.heldout["text"]) if corpus.heldout else []
+        assert sorted([*corpus.sample["text"], *held_out]) == sorted(texts)
+        ids = [row["input_ids"] for row in tokenize(corpus.train, tokenizer)]
+        assert [tokenizer.decode(each[1:]) for each in ids] == list(corpus.sample["text"])
+    assert sorted(load_split(DataConfig(source=f"hub:{tmp_path}"), "all")["text"]) == sorted(texts)
+
+
+def test_special_tokens_written_in_a_document_are_text(tokenizer, tmp_path):
+    text = "ka <|endoftext|> lo <|padding|>\n"
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(text * 20)
+    corpus = load_corpus(DataConfig(source=f"text:{tmp_path}", holdout=0))
+    for ids in tokenize(corpus.train, tokenizer)["input_ids"]:
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.pad_token_id not in ids
+        assert tokenizer.decode(ids[1:]) == text * 20
+    # In a prompt they are tokens, as in transformers.
+    assert tokenizer("<|padding|>")["input_ids"][-1] == tokenizer.pad_token_id
+
+
+def test_positions_begin_again_at_each_document():
+    rows = [{"input_ids": ids} for ids in ([5, 6, 0, 7, 8, 0], [0, 1, 2, 3, 0, 0])]
+    assert "position_ids" not in collate(rows)
+    positions = collate(rows, separator=0)["position_ids"].tolist()
+    assert positions == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0]]
 
 
 def test_the_split_depends_on_content_only(texts):

@@ -30,9 +30,13 @@ class DataConfig:
     context: int = 256
     """Tokens per training block."""
 
+    separate_documents: bool = False
+    """Keep attention within each document of a block, with positions from its beginning."""
+
     piece_bytes: int | None = None
-    """text: cut files into documents of about this many bytes, at line ends; 0 keeps files whole;
-    null cuts a single file (8192) and keeps the files of a folder whole."""
+    """text: cut files into documents of about this many bytes, at line ends, and lines of more than
+    four times as many at spaces; 0 keeps files whole; null cuts a single file (8192) and keeps the
+    files of a folder whole."""
 
     files: str = "*"
     """text: glob pattern of the files to read in a folder, such as *.txt."""

@@ -6,7 +6,7 @@ copies of a document are on the same side, and adding documents moves none of th
 In the token stream a separator precedes every document: it marks that nothing before it matters,
 and the first token of a document is predicted from it. Packing cuts the stream into blocks of equal
 length without padding and drops the incomplete last block. Attention may look across a separator
-inside a block.
+inside a block, unless `DataConfig.separate_documents` is set.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from complexity_lm.config import DataConfig, Split
 from complexity_lm.hub import first_line, report_errors
 from complexity_lm.sources import is_streamed, read_documents, stream_documents
-from complexity_lm.tokenizer import separator_id, train_tokenizer
+from complexity_lm.tokenizer import check_lossless, encode_text, separator_id, train_tokenizer
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.folders import new_folder
@@ -40,6 +40,10 @@ POSITION_FILE = "data_position.json"
 """Position in the data stream, in the checkpoint of a streamed run."""
 
 _KEPT_POSITIONS = 64
+
+# Data in memory are Arrow in parts of about this many bytes: Python's own strings and numbers take
+# tens of bytes for each byte of text.
+_PART_BYTES = 2**20
 
 
 # Documents and their split ----------------------------------------------------------------------
@@ -129,10 +133,37 @@ def make_tokenizer(
     return f"a tokenizer of {len(tokenizer)} ids, from {len(texts)} documents, is in {folder}"
 
 
-def _dataset(texts: Iterable[str]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"text": list(texts)}, features=datasets.Features({"text": datasets.Value("large_string")})
-    )
+class _Rows:
+    """Documents in memory; those without text (null) are left out."""
+
+    def __init__(self) -> None:
+        self.parts: list[datasets.Dataset] = []
+        self.waiting: list[str] = []
+        self.size = 0
+
+    def add(self, text: str | None) -> None:
+        if text is not None:
+            self.waiting.append(text)
+            self.size += len(text)
+        if self.size > _PART_BYTES:
+            self._finish_part()
+
+    def _finish_part(self) -> None:
+        features = datasets.Features({"text": datasets.Value("large_string")})
+        self.parts.append(datasets.Dataset.from_dict({"text": self.waiting}, features=features))
+        self.waiting, self.size = [], 0
+
+    def dataset(self) -> datasets.Dataset:
+        if self.waiting or not self.parts:
+            self._finish_part()
+        return datasets.concatenate_datasets(self.parts)
+
+
+def _dataset(texts: Iterable[str | None]) -> datasets.Dataset:
+    rows = _Rows()
+    for text in texts:
+        rows.add(text)
+    return rows.dataset()
 
 
 def _stream(source: str, config: DataConfig) -> datasets.IterableDataset:
@@ -149,17 +180,17 @@ def _read_all(source: str, config: DataConfig) -> datasets.Dataset:
 def _split_documents(
     config: DataConfig, fraction: float
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    train: list[str] = []
-    heldout: list[str] = []
+    sides = {False: _Rows(), True: _Rows()}
     for document in read_documents(config.source, config.files, config.piece_bytes):
-        (heldout if is_held_out(document.text, fraction) else train).append(document.text)
+        sides[is_held_out(document.text, fraction)].add(document.text)
+    train, heldout = sides[False].dataset(), sides[True].dataset()
     if fraction and not (train and heldout):
         raise UserError(
             f"{config.source}: data.holdout {fraction:g} holds out {len(heldout)} of "
             f"{len(train) + len(heldout)} documents, and both sides need one; cut files into "
             "smaller documents (--data.piece_bytes=2048), or set --data.heldout_source"
         )
-    return _dataset(train), _dataset(heldout) if fraction else None
+    return train, heldout if fraction else None
 
 
 def _split_stream(
@@ -182,7 +213,7 @@ def _split_stream(
 
 
 def _is_on_side(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
-    return is_held_out(row["text"], fraction) == held_out
+    return row["text"] is not None and is_held_out(row["text"], fraction) == held_out
 
 
 # Token ids and blocks ---------------------------------------------------------------------------
@@ -191,25 +222,42 @@ def _is_on_side(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
 def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Encode the column ``text`` of a dataset, in memory or streamed, as ``input_ids``.
 
-    Each document is preceded by the separator, the tokenizer's end-of-text token.
+    Each document is preceded by the separator, the tokenizer's end-of-text token, which occurs
+    nowhere else.
+
+    Raises:
+        UserError: The tokenizer loses some of the text; of a stream only that in memory is checked.
     """
+    in_memory = isinstance(documents, datasets.Dataset)
+    settings: dict[str, Any] = {}
+    if in_memory:
+        number = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
+        features = datasets.Features({"input_ids": datasets.List(number)})
+        # Encodings of a batch take a hundred bytes for each token.
+        settings = {"features": features, "batch_size": 64, "desc": "tokenizing"}
     return documents.map(
         _token_ids,
         batched=True,
         remove_columns=["text"],
-        fn_kwargs={"tokenizer": tokenizer, "separator": separator_id(tokenizer)},
-        **_progress_title(documents, "tokenizing"),
-    )
+        fn_kwargs={
+            "tokenizer": tokenizer, "separator": separator_id(tokenizer), "check": in_memory,
+        },
+        **settings,
+    )  # fmt: skip
 
 
 def _token_ids(
-    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, separator: int
+    rows: dict[str, list[str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    separator: int,
+    check: bool,
 ) -> dict[str, list[list[int]]]:
-    # verbose=False: documents longer than the context of the model need no warning here.
-    encoded = tokenizer(
-        rows["text"], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    return {"input_ids": [[separator, *ids] for ids in encoded["input_ids"]]}
+    texts = [text for text in rows["text"] if text is not None]
+    encoded: Any = encode_text(tokenizer, texts, return_attention_mask=False) if texts else {}
+    documents = encoded.get("input_ids", [])
+    for text, ids in zip(texts if check else [], documents if check else [], strict=True):
+        check_lossless(tokenizer, text, ids)
+    return {"input_ids": [[separator, *ids] for ids in documents]}
 
 
 def token_bytes(
@@ -224,9 +272,8 @@ def token_bytes(
     for text in documents["text"]:
         if missing <= 0:
             break
-        offsets = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
+        encoded: Any = encode_text(tokenizer, text, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
         codes = np.fromiter(map(ord, text), np.int64, len(text))
         # Length of the text in bytes up to each character.
         length = np.cumsum([0, *(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))])
@@ -247,33 +294,42 @@ def pack(tokens: Any, context: int, side: str = "training") -> Any:
     Raises:
         UserError: Text in memory (`side` names it) does not fill one block.
     """
-    in_memory = isinstance(tokens, datasets.Dataset)
-    if in_memory and (total := sum(map(len, tokens["input_ids"]))) < context:
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), context)})
+    if not isinstance(tokens, datasets.Dataset):
+        return tokens.map(_blocks, batched=True, fn_kwargs={"context": context}, features=features)
+    number = tokens.features["input_ids"].feature
+    features = datasets.Features({"input_ids": datasets.List(number, context)})
+    parts, rest = [], np.zeros(0, np.dtype(number.dtype))
+    for ids in _flat_parts(tokens):
+        rest = np.concatenate([rest, ids])
+        if len(rest) >= context:
+            blocks = rest[: len(rest) // context * context].reshape(-1, context)
+            parts.append(datasets.Dataset.from_dict({"input_ids": blocks}, features=features))
+            rest = rest[blocks.size :]
+    if not parts:
         raise UserError(
-            f"the {side} text has {total} tokens in {len(tokens)} documents, fewer than a block of "
-            f"{context}: use more text, or a smaller --data.context"
+            f"the {side} text has {len(rest)} tokens in {len(tokens)} documents, fewer than a "
+            f"block of {context}: use more text, or a smaller --data.context"
         )
-    return tokens.map(
-        _blocks,
-        batched=True,
-        batch_size=len(tokens) if in_memory else 1000,
-        fn_kwargs={"context": context},
-        **_progress_title(tokens, "packing"),  # pyright: ignore[reportArgumentType]
-        features=datasets.Features(
-            {"input_ids": datasets.List(datasets.Value("int32"), length=context)}
-        ),
-    )
+    return datasets.concatenate_datasets(parts)
+
+
+def _flat_parts(tokens: datasets.Dataset) -> Iterator[NDArray[Any]]:
+    """The stream of ids in parts of about `_PART_BYTES`."""
+    waiting: list[NDArray[Any]] = []
+    for table in tokens.with_format("arrow").iter(batch_size=64):
+        waiting.append(cast(Any, table)["input_ids"].combine_chunks().flatten().to_numpy())
+        if sum(ids.nbytes for ids in waiting) > _PART_BYTES:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _blocks(rows: dict[str, list[list[int]]], context: int) -> dict[str, NDArray[np.int32]]:
     stream = np.concatenate([np.asarray(ids, np.int32) for ids in rows["input_ids"]])
     count = len(stream) // context
     return {"input_ids": stream[: count * context].reshape(count, context)}
-
-
-def _progress_title(rows: Any, title: str) -> dict[str, str]:
-    """The argument of `map` for the title of its progress bar; a stream has no bar."""
-    return {"desc": title} if isinstance(rows, datasets.Dataset) else {}
 
 
 def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
@@ -285,10 +341,19 @@ def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
     return counts
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Join blocks to a batch: ``input_ids`` and ``labels``, both (B, context) int64."""
+def collate(rows: list[dict[str, Any]], separator: int | None = None) -> dict[str, Tensor]:
+    """Join blocks to a batch: ``input_ids`` and ``labels``, both (B, context) int64.
+
+    With the id of the separator, ``position_ids`` begin again at each one: transformers' form of
+    documents in a row that attention does not look across.
+    """
     ids = torch.tensor(np.asarray([row["input_ids"] for row in rows]), dtype=torch.int64)
-    return {"input_ids": ids, "labels": ids}
+    batch = {"input_ids": ids, "labels": ids}
+    if separator is not None:
+        places = torch.arange(ids.shape[1]).expand_as(ids)
+        begins = torch.where(ids == separator, places, 0).cummax(dim=1).values
+        batch["position_ids"] = places - begins
+    return batch
 
 
 # The order of blocks ----------------------------------------------------------------------------

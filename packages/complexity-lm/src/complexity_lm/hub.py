@@ -1,9 +1,11 @@
 """Access to the Hub and to files, with errors that are one line for the user."""
 
+import codecs
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 
@@ -75,12 +77,34 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: The file cannot be read or is not UTF-8.
     """
+    with open_text(path) as file:
+        return decode_text(path, file.read())
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for its bytes.
+
+    Raises:
+        UserError: The file cannot be opened, or read inside the `with` statement.
+    """
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            "convert it with iconv -t UTF-8 (or exclude it from a folder with --data.files)"
-        ) from error
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def decode_text(path: Path, data: bytes, begin: int = 0, final: bool = True) -> str:
+    """Decode the bytes of a UTF-8 file from `begin` on; half a character may end all but the last.
+
+    Raises:
+        UserError: They are not UTF-8; names the byte and its place in the file.
+    """
+    try:
+        return codecs.utf_8_decode(data, "strict", final)[0]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {begin + error.start}; "
+            "convert it with iconv -t UTF-8 (or exclude it from a folder with --data.files)"
+        ) from error

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.data import fingerprint
-from complexity_lm.tokenizer import separator_id
+from complexity_lm.tokenizer import check_lossless, encode_text, separator_id
 from inl_core.run.errors import UserError
 from inl_core.run.progress import ProgressLog
 
@@ -134,12 +134,8 @@ def score_report(score: Score, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
-        raise UserError(
-            f"the tokenizer loses some of the text that begins with {text[:40]!r} (its ids decode "
-            "to another text), so bits per byte would be wrong; use a byte-level tokenizer"
-        )
+    ids: Any = encode_text(tokenizer, text)["input_ids"]
+    check_lossless(tokenizer, text, ids)
     return torch.tensor([separator_id(tokenizer), *ids])
 
 

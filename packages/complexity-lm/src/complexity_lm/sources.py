@@ -11,7 +11,8 @@
   can read (parquet, JSON lines, CSV, text); files outside of it, which its card may name, are not
   read.
 
-Text is not stripped or normalised, so that the bytes of a document can be counted.
+Text is not stripped or normalised, so that the bytes of a document can be counted. Rows of a
+dataset without text (null) are left out.
 """
 
 import logging
@@ -25,7 +26,7 @@ from typing import cast
 import datasets
 from datasets.exceptions import DatasetsError
 
-from complexity_lm.hub import locate, read_text, report_errors
+from complexity_lm.hub import decode_text, locate, open_text, read_text, report_errors
 from inl_core.run.dataset_files import check_card, check_data_files, check_inside
 from inl_core.run.errors import UserError
 
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 8192
 """Length of the pieces that a single file is cut into."""
+
+_LONGEST_LINE = 4
+"""A line longer than this many pieces is cut inside, after a space if it has one."""
 
 _DATA_FOLDERS = ("encodings", "pydoc_data")
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -54,11 +58,11 @@ def is_streamed(source: str) -> bool:
     return source.startswith("hub:")
 
 
-def read_documents(source: str, files: str, piece_bytes: int | None) -> list[Document]:
-    """Read ``stdlib`` or ``text:PATH`` into memory, in a fixed order.
+def read_documents(source: str, files: str, piece_bytes: int | None) -> Iterator[Document]:
+    """Read ``stdlib`` or ``text:PATH`` one document after the other, in a fixed order.
 
     `files` and `piece_bytes` are those of `DataConfig`. Hidden files and empty documents are left
-    out.
+    out. A file that is cut is never in memory as a whole.
 
     Raises:
         UserError: The source has another form, does not exist, is empty or is not UTF-8.
@@ -71,16 +75,18 @@ def read_documents(source: str, files: str, piece_bytes: int | None) -> list[Doc
         root, paths = _text_files(name, files)
     else:
         raise UserError(f"source is {source!r}; expected {_FORMS}")
-    documents = [Document(str(path.relative_to(root)), read_text(path)) for path in paths]
-    documents = [document for document in documents if document.text]
-    if not documents:
+    filled = [path for path in paths if path.stat().st_size]
+    if not filled:
         raise UserError(f"{source}: the {len(paths)} file(s) contain no text")
-    if piece_bytes is None and len(documents) == 1 and source != "stdlib":
+    if piece_bytes is None and len(filled) == 1 and source != "stdlib":
         piece_bytes = PIECE_BYTES
         logger.info("%s: a single file, cut into documents of about %d bytes", source, piece_bytes)
-    if piece_bytes:
-        documents = [piece for document in documents for piece in _pieces(document, piece_bytes)]
-    return documents
+    for path in filled:
+        name = str(path.relative_to(root))
+        if piece_bytes:
+            yield from _pieces(name, path, piece_bytes)
+        else:
+            yield Document(name, read_text(path))
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -118,17 +124,42 @@ def _text_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
     return target, [paths[name] for name in names]
 
 
-def _pieces(document: Document, size: int) -> Iterator[Document]:
+def _pieces(name: str, path: Path, size: int) -> Iterator[Document]:
     piece: list[str] = []
     length = count = 0
-    for line in document.text.splitlines(keepends=True):
+    for line in _lines(path, _LONGEST_LINE * size):
         piece.append(line)
         length += len(line.encode())
         if length >= size:
-            yield Document(f"{document.name}[{count}]", "".join(piece))
+            yield Document(f"{name}[{count}]", "".join(piece))
             piece, length, count = [], 0, count + 1
     if piece:
-        yield Document(f"{document.name}[{count}]", "".join(piece))
+        yield Document(f"{name}[{count}]", "".join(piece))
+
+
+def _lines(path: Path, longest: int) -> Iterator[str]:
+    """The lines of a file as `str.splitlines` cuts them, those above `longest` bytes cut again."""
+    longest = max(longest, 8)  # a whole character and the end of its line
+    begin, data = 0, b""  # what is not yet a line, and where it begins in the file
+    with open_text(path) as file:
+        while chunk := file.readline(longest - len(data)):
+            data += chunk
+            is_whole = data.endswith(b"\n") or len(data) < longest
+            text = decode_text(path, data, begin, is_whole)
+            if is_whole:
+                lines = text.splitlines(keepends=True)
+            else:
+                # The end may be half a line end.
+                lines = text.removesuffix("\r").splitlines(keepends=True)
+                if len(lines) > 1:
+                    lines.pop()
+                elif end := lines[0].rfind(" ") + 1:
+                    lines[0] = lines[0][:end]
+            yield from lines
+            taken = len("".join(lines).encode())
+            begin, data = begin + taken, data[taken:]
+        if data:
+            yield from decode_text(path, data, begin, True).splitlines(keepends=True)
 
 
 def stream_documents(
@@ -160,6 +191,8 @@ def stream_documents(
         rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
         rows = rows.decode(False)
         first = next(iter(rows), None)
+        if first is not None and first.get(text_column, "") is None:
+            first = next((row for row in rows if row[text_column] is not None), first)
     if first is None:
         raise UserError(f"{source}: split {split} has no rows")
     if not isinstance(first.get(text_column), str):

@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -117,6 +118,34 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         tokenizer.pad_token = tokenizer.eos_token  # the attention mask covers padding
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any
+) -> BatchEncoding:
+    """Encode the text of documents as it stands there, with no token added.
+
+    The name of a special token is text in a document, so that `<|endoftext|>` written in one does
+    not end it. In a prompt it is the token, as everywhere in transformers. `options` are those of
+    the tokenizer.
+    """
+    # verbose=False: documents longer than the context of the model need no warning here.
+    return tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options
+    )
+
+
+def check_lossless(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> None:
+    """Check that the ids of a text decode to it.
+
+    Raises:
+        UserError: They decode to another text.
+    """
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+        raise UserError(
+            f"the tokenizer loses some of the text that begins with {text[:40]!r} (its ids decode "
+            "to another text), so bits per byte would be wrong; use a byte-level tokenizer"
+        )
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:

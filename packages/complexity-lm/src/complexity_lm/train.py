@@ -78,8 +78,8 @@ OWNERS = table_of_owners(
     """,
     fixed="""
         seed batch_size mixed_precision
-        data.holdout data.context data.piece_bytes data.files data.text_column data.hub_subset
-        data.hub_split data.heldout_documents data.sample_documents
+        data.holdout data.context data.separate_documents data.piece_bytes data.files
+        data.text_column data.hub_subset data.hub_split data.heldout_documents data.sample_documents
         tokenizer.vocab_size
         model.preset model.dynamics_placement model.dynamics_adaptive model.num_experts
         model.routing_scheme model.overrides model.dtype
@@ -179,6 +179,7 @@ def _train(
     config = dataclasses.replace(config, **record["resolved"])
     args = training_arguments(config, processes.num_processes, has_heldout)
     assert args.world_size == processes.num_processes  # or the batch size would be another
+    tokenizer.model_max_length = model.config.max_position_embeddings
     if corpus.streamed:
         blocks = BlockStream(pack(tokenize(corpus.train, tokenizer), context), config.batch_size)
     else:

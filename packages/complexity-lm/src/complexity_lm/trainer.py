@@ -15,6 +15,7 @@ import logging
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from complexity_lm.hub import report_errors
 from complexity_lm.loading import check_checkpoint, write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.sources import is_streamed
+from complexity_lm.tokenizer import separator_id
 from inl_core import DYNAMICS_COLUMNS, apply_bounds, defer_bounds, read_dynamics
 from inl_core.run.checkpoints import (
     drop_old_checkpoints,
@@ -146,7 +148,10 @@ class LMTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=collate,
+            data_collator=partial(
+                collate,
+                separator=separator_id(tokenizer) if config.data.separate_documents else None,
+            ),
             train_dataset=train,  # pyright: ignore[reportArgumentType] (datasets' own type)
             eval_dataset=heldout,  # pyright: ignore[reportArgumentType]
             processing_class=tokenizer,
