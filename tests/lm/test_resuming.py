@@ -17,7 +17,7 @@ from complexity_lm.data import load_split, pack, token_bytes, tokenize
 from complexity_lm.loading import load
 from complexity_lm.train import train
 from complexity_lm.trainer import LMTrainer
-from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint
+from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, write_sums
 from inl_core.run.errors import RunStopped, UserError
 from support.outcomes import rows_of
 from support.processes import python, torchrun
@@ -264,3 +264,41 @@ def test_progress_in_a_file_is_a_line_per_interval(small_run, tmp_path):
     assert not [line for line in lines if "%|" in line]
     shown = [line.split("INFO ")[1] for line in lines if "tokens/s" in line]
     assert [line.split(":")[0] for line in shown] == [f"step {i} of 8" for i in (3, 4, 6, 8)]
+
+
+def edit_record(checkpoint: Path, packing: int | None) -> None:
+    record = json.loads((checkpoint / "run.json").read_text())
+    record.pop("packing", None)
+    if packing is not None:
+        record["packing"] = packing
+    (checkpoint / "run.json").write_text(json.dumps(record))
+    write_sums(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["ka <|endoftext|> lo ni.\n", "ka lo ni. "])
+def test_an_old_run_keeps_its_packing(small_run, tmp_path, monkeypatch, content):
+    """Special tokens written in documents, and a long line, are other blocks since version 2."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} {content}" for i in range(400)))
+    data = dataclasses.replace(
+        small_run.data, source=f"text:{text}", piece_bytes=64, holdout=0, context=16
+    )
+    now, old, resumed = (
+        dataclasses.replace(small_run, out=str(tmp_path / name), data=data)
+        for name in ("now", "old", "resumed")
+    )
+    train(now)
+    monkeypatch.setattr("complexity_lm.train.PACKING", 1)
+    train(old)
+    monkeypatch.undo()
+    assert outcome(now.out) != outcome(old.out)
+
+    shutil.copytree(old.out, resumed.out)
+    first, last = all_checkpoints(Path(resumed.out) / "checkpoints")
+    shutil.rmtree(last)
+    edit_record(first, 9)
+    with pytest.raises(UserError, match="has packing 9: resume it with a newer version"):
+        train(dataclasses.replace(resumed, resume="auto"))
+    edit_record(first, None)
+    train(dataclasses.replace(resumed, resume="auto"))
+    assert outcome(resumed.out) == outcome(old.out)

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from complexity_lm import DeepForCausalLM, decay_parameter_names
 from complexity_lm import trainer as trainer_module
@@ -326,3 +328,59 @@ def test_invalid_model_settings(small_run, overrides, words):
     tokenizer = train_tokenizer(texts["text"], 300)
     with pytest.raises(UserError, match=words):
         build_model(config, tokenizer, tokenize(texts, tokenizer))
+
+
+def test_a_lossy_tokenizer_is_refused_before_training(small_run, texts, tmp_path):
+    (tmp_path / "text").mkdir()
+    for path in texts.iterdir():
+        (tmp_path / "text" / path.name).write_text(path.read_text().upper())
+    tokenizer = train_tokenizer([path.read_text() for path in texts.iterdir()], 300)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "lossy")
+    config = dataclasses.replace(
+        small_run,
+        data=dataclasses.replace(small_run.data, source=f"text:{tmp_path / 'text'}"),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "lossy")),
+    )
+    with pytest.raises(UserError, match=r"loses some of the text that begins with .*byte-level"):
+        train(config)
+    assert not (Path(config.out) / "checkpoints").exists()
+
+
+def test_a_saved_tokenizer_knows_the_context(trained):
+    checkpoint = latest_checkpoint(trained / "checkpoints")
+    for folder in (trained / "model", checkpoint):
+        assert AutoTokenizer.from_pretrained(folder).model_max_length == 24
+
+
+def test_separate_documents_train_as_alone(small_run, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} ka lo {i * i}.\n" for i in range(400)))
+    data = dataclasses.replace(
+        small_run.data, source=f"text:{text}", piece_bytes=16, context=48,
+        separate_documents=True,
+    )  # fmt: skip
+    config = dataclasses.replace(small_run, data=data)
+    real, checked = LMTrainer.training_step, []
+
+    def training_step(self, model, inputs, *arguments):
+        ids = inputs["input_ids"]
+        separator = self.tokenizer.eos_token_id
+        alone, across = [], []
+        with torch.no_grad():
+            for row in ids:
+                begins = sorted({0, *(row == separator).nonzero()[:, 0].tolist(), len(row)})
+                parts = [row[a:b] for a, b in pairwise(begins)]
+                assert len(parts) > 2
+                logits = torch.cat([model(part[None]).logits[0] for part in parts])
+                alone.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:]))
+                across.append(model(row[None], labels=row[None]).loss)
+        loss = real(self, model, inputs, *arguments)
+        assert loss.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-5)
+        checked.append(abs(loss - torch.stack(across).mean()).item())
+        return loss
+
+    monkeypatch.setattr(LMTrainer, "training_step", training_step)
+    train(config)
+    assert len(checked) == config.steps
+    assert max(checked) > 1e-4  # attention across documents is another loss

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from complexity_lm.config import DataConfig, Split
 from complexity_lm.hub import first_line, report_errors
-from complexity_lm.sources import is_streamed, read_documents, stream_documents
+from complexity_lm.sources import PACKING, is_streamed, read_documents, stream_documents
 from complexity_lm.tokenizer import check_lossless, encode_text, separator_id, train_tokenizer
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
@@ -80,8 +80,8 @@ def fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """Read both sides of a source.
+def load_corpus(config: DataConfig, packing: int = PACKING) -> Corpus:
+    """Read both sides of a source; `packing` is the version of a resumed run.
 
     Raises:
         UserError: The source cannot be read, or one side of it is empty.
@@ -92,10 +92,10 @@ def load_corpus(config: DataConfig) -> Corpus:
         train, heldout = _split_stream(config, fraction)
         sample = _dataset(row["text"] for row in islice(train, config.sample_documents))
     else:
-        train, heldout = _split_documents(config, fraction)
+        train, heldout = _split_documents(config, fraction, packing)
         sample = train
     if config.heldout_source:
-        heldout = _read_all(config.heldout_source, config)
+        heldout = _read_all(config.heldout_source, config, packing)
     return Corpus(train, heldout, sample)
 
 
@@ -170,18 +170,19 @@ def _stream(source: str, config: DataConfig) -> datasets.IterableDataset:
     return stream_documents(source, config.hub_subset, config.hub_split, config.text_column)
 
 
-def _read_all(source: str, config: DataConfig) -> datasets.Dataset:
+def _read_all(source: str, config: DataConfig, packing: int = PACKING) -> datasets.Dataset:
     if is_streamed(source):
         rows = islice(_stream(source, config), config.heldout_documents)
         return _dataset(row["text"] for row in rows)
-    return _dataset(d.text for d in read_documents(source, config.files, config.piece_bytes))
+    documents = read_documents(source, config.files, config.piece_bytes, packing)
+    return _dataset(document.text for document in documents)
 
 
 def _split_documents(
-    config: DataConfig, fraction: float
+    config: DataConfig, fraction: float, packing: int
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     sides = {False: _Rows(), True: _Rows()}
-    for document in read_documents(config.source, config.files, config.piece_bytes):
+    for document in read_documents(config.source, config.files, config.piece_bytes, packing):
         sides[is_held_out(document.text, fraction)].add(document.text)
     train, heldout = sides[False].dataset(), sides[True].dataset()
     if fraction and not (train and heldout):
@@ -219,11 +220,11 @@ def _is_on_side(row: dict[str, Any], fraction: float, held_out: bool) -> bool:
 # Token ids and blocks ---------------------------------------------------------------------------
 
 
-def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase, packing: int = PACKING) -> Any:
     """Encode the column ``text`` of a dataset, in memory or streamed, as ``input_ids``.
 
     Each document is preceded by the separator, the tokenizer's end-of-text token, which occurs
-    nowhere else.
+    nowhere else (in `packing` 1 also where its name is written).
 
     Raises:
         UserError: The tokenizer loses some of the text; of a stream only that in memory is checked.
@@ -241,6 +242,7 @@ def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         remove_columns=["text"],
         fn_kwargs={
             "tokenizer": tokenizer, "separator": separator_id(tokenizer), "check": in_memory,
+            "packing": packing,
         },
         **settings,
     )  # fmt: skip
@@ -251,9 +253,13 @@ def _token_ids(
     tokenizer: PreTrainedTokenizerBase,
     separator: int,
     check: bool,
+    packing: int,
 ) -> dict[str, list[list[int]]]:
     texts = [text for text in rows["text"] if text is not None]
-    encoded: Any = encode_text(tokenizer, texts, return_attention_mask=False) if texts else {}
+    split = packing > 1
+    encoded: Any = (
+        encode_text(tokenizer, texts, split, return_attention_mask=False) if texts else {}
+    )
     documents = encoded.get("input_ids", [])
     for text, ids in zip(texts if check else [], documents if check else [], strict=True):
         check_lossless(tokenizer, text, ids)
@@ -261,7 +267,10 @@ def _token_ids(
 
 
 def token_bytes(
-    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, count: int
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    packing: int = PACKING,
 ) -> NDArray[np.int64]:
     """UTF-8 bytes of the first `count` tokens of the stream that `tokenize` and `pack` make.
 
@@ -272,7 +281,7 @@ def token_bytes(
     for text in documents["text"]:
         if missing <= 0:
             break
-        encoded: Any = encode_text(tokenizer, text, return_offsets_mapping=True)
+        encoded: Any = encode_text(tokenizer, text, packing > 1, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         codes = np.fromiter(map(ord, text), np.int64, len(text))
         # Length of the text in bytes up to each character.

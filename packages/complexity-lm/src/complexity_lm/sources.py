@@ -16,6 +16,7 @@ dataset without text (null) are left out.
 """
 
 import logging
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ from inl_core.run.dataset_files import check_card, check_data_files, check_insid
 from inl_core.run.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+PACKING = 2
+"""Version of the way from text to blocks. A checkpoint names it, and a run that is resumed goes on
+with its own. Version 1, of checkpoints that name none, keeps lines of any length whole and reads
+the name of a special token in a document as the token."""
 
 PIECE_BYTES = 8192
 """Length of the pieces that a single file is cut into."""
@@ -58,11 +64,13 @@ def is_streamed(source: str) -> bool:
     return source.startswith("hub:")
 
 
-def read_documents(source: str, files: str, piece_bytes: int | None) -> Iterator[Document]:
+def read_documents(
+    source: str, files: str, piece_bytes: int | None, packing: int = PACKING
+) -> Iterator[Document]:
     """Read ``stdlib`` or ``text:PATH`` one document after the other, in a fixed order.
 
-    `files` and `piece_bytes` are those of `DataConfig`. Hidden files and empty documents are left
-    out. A file that is cut is never in memory as a whole.
+    `files` and `piece_bytes` are those of `DataConfig`, `packing` is the version (`PACKING`).
+    Hidden files and empty documents are left out. A file that is cut is never in memory as a whole.
 
     Raises:
         UserError: The source has another form, does not exist, is empty or is not UTF-8.
@@ -84,7 +92,8 @@ def read_documents(source: str, files: str, piece_bytes: int | None) -> Iterator
     for path in filled:
         name = str(path.relative_to(root))
         if piece_bytes:
-            yield from _pieces(name, path, piece_bytes)
+            longest = sys.maxsize if packing == 1 else _LONGEST_LINE * piece_bytes
+            yield from _pieces(name, path, piece_bytes, longest)
         else:
             yield Document(name, read_text(path))
 
@@ -124,10 +133,10 @@ def _text_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
     return target, [paths[name] for name in names]
 
 
-def _pieces(name: str, path: Path, size: int) -> Iterator[Document]:
+def _pieces(name: str, path: Path, size: int, longest: int) -> Iterator[Document]:
     piece: list[str] = []
     length = count = 0
-    for line in _lines(path, _LONGEST_LINE * size):
+    for line in _lines(path, longest):
         piece.append(line)
         length += len(line.encode())
         if length >= size:

@@ -121,17 +121,25 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | list[str],
+    split_special_tokens: bool = True,
+    **options: Any,
 ) -> BatchEncoding:
     """Encode the text of documents as it stands there, with no token added.
 
     The name of a special token is text in a document, so that `<|endoftext|>` written in one does
     not end it. In a prompt it is the token, as everywhere in transformers. `options` are those of
-    the tokenizer.
+    the tokenizer. Without `split_special_tokens` the name is the token in documents too, as in
+    runs of old versions.
     """
     # verbose=False: documents longer than the context of the model need no warning here.
     return tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options
+        text,
+        add_special_tokens=False,
+        split_special_tokens=split_special_tokens,
+        verbose=False,
+        **options,
     )
 
 

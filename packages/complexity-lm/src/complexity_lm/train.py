@@ -33,6 +33,7 @@ from complexity_lm.hub import report_errors
 from complexity_lm.loading import load, versions, weights_hash
 from complexity_lm.modeling_complexity import DeepForCausalLM
 from complexity_lm.scoring import score_report, score_texts
+from complexity_lm.sources import PACKING
 from complexity_lm.tokenizer import (
     check_tokenizer,
     load_tokenizer,
@@ -157,6 +158,10 @@ def _train(
     record: dict[str, Any] = {"settings": dataclasses.asdict(config), "changes": []}
     earlier = _read_record(checkpoint) if checkpoint else {}
     saved: dict[str, Any] = {}
+    packing = earlier.get("packing", 1) if checkpoint else PACKING
+    if packing not in range(1, PACKING + 1):
+        raise UserError(f"{checkpoint} has packing {packing!r}: resume it with a newer version")
+    record["packing"] = packing
     if checkpoint is not None:
         now = record["settings"]
         if config.tokenizer.path is None:  # the run keeps the tokenizer that it started with
@@ -165,15 +170,15 @@ def _train(
         now = kept_settings(now, saved)
         changes = take_settings(OWNERS, saved, now, checkpoint, start_step)
         record["changes"] = [*earlier.get("changes", []), *changes]
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, packing)
     record["data"] = _identity(corpus)
     if checkpoint is not None:
         otherwise = "start a new run in another --out"
         check_data(earlier.get("data"), record["data"], checkpoint, otherwise)
     with processes.main_process_first():  # it trains the tokenizer, the others read it
         tokenizer = _tokenizer(config, corpus, out)
-    tokens = tokenize(corpus.sample, tokenizer)
-    heldout = tokenize(corpus.heldout, tokenizer) if corpus.heldout is not None else None
+    tokens = tokenize(corpus.sample, tokenizer, packing)
+    heldout = None if corpus.heldout is None else tokenize(corpus.heldout, tokenizer, packing)
     model = build(config, tokenizer, tokens)
     record["resolved"] = _resolved(config, saved, model, processes, on_main)
     config = dataclasses.replace(config, **record["resolved"])
@@ -181,7 +186,8 @@ def _train(
     assert args.world_size == processes.num_processes  # or the batch size would be another
     tokenizer.model_max_length = model.config.max_position_embeddings
     if corpus.streamed:
-        blocks = BlockStream(pack(tokenize(corpus.train, tokenizer), context), config.batch_size)
+        train_tokens = tokenize(corpus.train, tokenizer, packing)
+        blocks = BlockStream(pack(train_tokens, context), config.batch_size)
     else:
         blocks = pack(tokens, context)
     heldout_blocks, bytes_per_token = None, math.nan
@@ -189,7 +195,7 @@ def _train(
         heldout_blocks = pack(heldout, context, "held-out")
         heldout_blocks = heldout_blocks.take(min(config.eval_blocks, len(heldout_blocks)))
         # The first token of a block is not predicted.
-        sizes = token_bytes(corpus.heldout, tokenizer, len(heldout_blocks) * context)
+        sizes = token_bytes(corpus.heldout, tokenizer, len(heldout_blocks) * context, packing)
         bytes_per_token = sizes.reshape(-1, context)[:, 1:].mean().item()
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")

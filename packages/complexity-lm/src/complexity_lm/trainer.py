@@ -6,8 +6,9 @@ the tokenizer (it loads with `from_pretrained`), and, to resume, `trainer_state.
 reads with `weights_only=True`: that unpickler builds tensors, numbers and containers and runs no
 code (for the generator states it may build numpy arrays too). `check_torch_files` refuses those
 that claim more memory than their bytes fill. `training_args.bin`, a full pickle that nothing reads,
-is removed. `run.json` has the settings of the run, their changes on the way and the fingerprint of
-its text. `SHA256SUMS` lists all files and is verified before a run resumes.
+is removed. `run.json` has the settings of the run, their changes on the way, the fingerprint of
+its text and the version of its packing. `SHA256SUMS` lists all files and is verified before a run
+resumes.
 """
 
 import json
