@@ -127,6 +127,8 @@ def shape_of(config, network):
         (settings["data"], "crop", "center"),
         (settings, "heldout_every", 0),
         (settings, "heldout_num_images", 256),
+        (settings, "evaluate_dtype", "auto"),
+        (settings["data"], "separate_documents", False),
     ):
         if group.get(name) == usual:
             del group[name]
