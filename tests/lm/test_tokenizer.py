@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from complexity_lm import DeepConfig
 from complexity_lm.config import DataConfig
@@ -16,6 +17,7 @@ from complexity_lm.tokenizer import (
     separator_id,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 from inl_core.run.errors import UserError
 from support.disk import small_files
@@ -80,13 +82,24 @@ def test_a_tokenizer_without_end_token_is_rejected(words):
         separator_id(words("<unk>", "ka", unk_token="<unk>"))
 
 
+def test_the_largest_id_counts_where_ids_are_missing(words):
+    inner = json.loads(words("<eos>", "ka", "lu", eos_token="<eos>").backend_tokenizer.to_str())
+    inner["model"]["vocab"]["lu"] = 70_000
+    holes = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(inner)), eos_token="<eos>"
+    )
+    assert vocabulary_size(holes) == 70_001 > len(holes)
+    with pytest.raises(UserError, match="has ids up to 70000, the model 10"):
+        check_tokenizer(holes, DeepConfig(vocab_size=10), None)
+
+
 def test_a_tokenizer_of_another_model_is_rejected(tokenizer):
     def config(**changes):
         return DeepConfig(**({"vocab_size": 300, "eos_token_id": 0} | changes))
 
     check_tokenizer(tokenizer, config(), tokenizer_hash(tokenizer))
     check_tokenizer(tokenizer, config(vocab_size=512, eos_token_id=[3, 0]), None)
-    with pytest.raises(UserError, match=r"has 300 ids, the model 256"):
+    with pytest.raises(UserError, match=r"has ids up to 299, the model 256"):
         check_tokenizer(tokenizer, config(vocab_size=256), None)
     with pytest.raises(UserError, match=r"id of the tokenizer is 0, that of the model 2"):
         check_tokenizer(tokenizer, config(eos_token_id=2), None)

@@ -314,7 +314,7 @@ def test_settings_out_of_range(small_run, changes, words):
     [
         ({"num_attention_heads": 5}, "hidden_size 32 must be divisible by num_attention_heads 5"),
         ({"dynamics_alhpa": 0.5}, "no field .dynamics_alhpa.: did you mean dynamics_alpha"),
-        ({"vocab_size": 200}, "the tokenizer has 300 ids, the model 200"),
+        ({"vocab_size": 200}, "the tokenizer has ids up to 299, the model 200"),
         ({"max_position_embeddings": 16}, "data.context is 24.*16 tokens"),
         ({"hidden_size": "wide"}, "cannot build this model"),
         ({"preset": "2m"}, r"unknown preset '2m', choose from: 15m"),

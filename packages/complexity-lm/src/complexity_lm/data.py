@@ -30,7 +30,13 @@ from transformers import PreTrainedTokenizerBase
 from complexity_lm.config import DataConfig, Split
 from complexity_lm.hub import first_line, report_errors
 from complexity_lm.sources import PACKING, is_streamed, read_documents, stream_documents
-from complexity_lm.tokenizer import check_lossless, encode_text, separator_id, train_tokenizer
+from complexity_lm.tokenizer import (
+    check_lossless,
+    encode_text,
+    separator_id,
+    train_tokenizer,
+    vocabulary_size,
+)
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.folders import new_folder
@@ -232,7 +238,7 @@ def tokenize(documents: Any, tokenizer: PreTrainedTokenizerBase, packing: int = 
     in_memory = isinstance(documents, datasets.Dataset)
     settings: dict[str, Any] = {}
     if in_memory:
-        number = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
+        number = datasets.Value("uint16" if vocabulary_size(tokenizer) <= 2**16 else "int32")
         features = datasets.Features({"input_ids": datasets.List(number)})
         # Encodings of a batch take a hundred bytes for each token.
         settings = {"features": features, "batch_size": 64, "desc": "tokenizing"}

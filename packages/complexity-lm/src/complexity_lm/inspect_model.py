@@ -6,6 +6,7 @@ from typing import Any
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.parameters import count_parameters
+from complexity_lm.tokenizer import vocabulary_size
 from inl_core import certify, dynamics_modules
 
 _SIZES = (
@@ -53,7 +54,7 @@ def inspect(name: str) -> dict[str, Any]:
         **({"certificate": certify(model).summary()} if dynamics else {}),
         "tokenizer": {
             "class": type(tokenizer).__name__,
-            "ids": len(tokenizer),
+            "ids": vocabulary_size(tokenizer),
             "eos": tokenizer.eos_token,
             "pad": tokenizer.pad_token,
         },

@@ -178,17 +178,26 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: the largest id plus 1.
+
+    More than `len(tokenizer)` where ids are missing between others.
+    """
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, trained_with: str | None
 ) -> None:
     """Check that a tokenizer belongs to a model; `trained_with` is the hash of its own, if known.
 
     Raises:
-        UserError: It has more ids than the model, another end-of-text id, or another hash.
+        UserError: It has larger ids than the model, another end-of-text id, or another hash.
     """
-    if len(tokenizer) > config.vocab_size:
+    size = vocabulary_size(tokenizer)
+    if size > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} (vocab_size): "
+            f"the tokenizer has ids up to {size - 1}, the model {config.vocab_size} (vocab_size): "
             f"they do not belong together; {_HINT}"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -40,6 +40,7 @@ from complexity_lm.tokenizer import (
     separator_id,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 from complexity_lm.trainer import (
     RECORD_FILE,
@@ -302,7 +303,7 @@ def build_model(
             tokenizer.
     """
     settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "max_position_embeddings": config.data.context,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": separator_id(tokenizer),
