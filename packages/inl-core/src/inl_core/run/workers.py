@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,6 +147,9 @@ def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
     Raises:
         UserError: Naming what died, as far as torch reports it.
     """
+    # The loader of an earlier run that died in this process may wait in a cycle of its traceback:
+    # torch's handler would raise for its worker again, at the end of any child process.
+    gc.collect()
     try:
         yield
     except RuntimeError as error:
