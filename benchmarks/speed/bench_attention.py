@@ -14,7 +14,8 @@ from benchmarks.common.results import append_rows, as_rows, format_values
 from benchmarks.common.timing import DEVICE, in_turn, ratio_of
 from torch.nn import functional as F
 
-from inl_core import ops
+from inl_core import cpu_attention
+from inl_core.reference.layers import causal_mask
 
 # name: (samples, tokens, heads, heads of keys and values, head width, causal)
 SHAPES = {
@@ -32,11 +33,9 @@ def torch_attention(q, k, v, causal):
 
 
 def products(q, k, v, causal):
-    before, ops.MOST_KEYS_OF_CPU_ATTENTION = ops.MOST_KEYS_OF_CPU_ATTENTION, 2**30
-    try:
-        return ops.attention(q, k, v, causal=causal)
-    finally:
-        ops.MOST_KEYS_OF_CPU_ATTENTION = before
+    """As `ops.attention`, for any number of keys."""
+    mask = causal_mask(q, k)[None, None] if causal else None
+    return cpu_attention.attention(q, k, v, mask, q.shape[-1] ** -0.5)
 
 
 CANDIDATES = {

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from complexity_lm import DeepConfig, DeepForCausalLM
-from inl_core import cpu_attention
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -16,57 +15,47 @@ SIZES = {
 IDS = torch.arange(2 * 12).reshape(2, 12) % 50
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Shapes of the queries that the products in bf16 were called with."""
-    seen, own = [], cpu_attention.attention
-    monkeypatch.setattr(
-        cpu_attention, "attention", lambda q, *a, **k: seen.append(q.shape) or own(q, *a, **k)
-    )
-    return seen
-
-
 def model_of(**changes):
     torch.manual_seed(0)
     return DeepForCausalLM(DeepConfig(**SIZES | changes)).to(torch.bfloat16).eval()
 
 
-def test_bf16_on_a_cpu_uses_products_unless_an_implementation_is_named(calls, tmp_path):
+def test_bf16_on_a_cpu_uses_products_unless_an_implementation_is_named(product_calls, tmp_path):
     model = model_of()
     assert model.config._attn_implementation == "sdpa"
     model(IDS)
-    assert len(calls) == 2  # one per layer
+    assert len(product_calls) == 2  # one per layer
     named = model_of(attn_implementation="sdpa")
     named(IDS)
     model.set_attn_implementation("sdpa")  # the one it has
     model(IDS)
     model.set_attn_implementation("eager")
     model(IDS)
-    assert len(calls) == 2
+    assert len(product_calls) == 2
 
     named.save_pretrained(tmp_path)
     assert "attention" not in (tmp_path / "config.json").read_text().replace(
         "num_attention_heads", ""
     ).replace("full_attention", "")
     for options, count in (({}, 2), ({"attn_implementation": "sdpa"}, 0)):
-        calls.clear()
+        product_calls.clear()
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
         loaded(IDS)
         copy.deepcopy(loaded)(IDS)
-        assert len(calls) == 2 * count
+        assert len(product_calls) == 2 * count
 
 
-def test_fp32_keeps_the_function_of_transformers(calls):
+def test_fp32_keeps_the_function_of_transformers(product_calls):
     model = model_of().float()
     found = model(IDS).logits
     model.set_attn_implementation("sdpa")
     assert torch.equal(found, model(IDS).logits)
-    assert not calls
+    assert not product_calls
 
 
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
-def test_products_agree_with_the_other_implementations(calls, padding, window):
+def test_products_agree_with_the_other_implementations(product_calls, padding, window):
     model = model_of(sliding_window=window)
     mask = torch.ones_like(IDS)
     if padding:
@@ -79,11 +68,11 @@ def test_products_agree_with_the_other_implementations(calls, padding, window):
             model.set_attn_implementation(name)
         logits = model(IDS, attention_mask=mask).logits[mask.bool()]
         errors[name] = ((logits.double() - expected).norm() / expected.norm()).item()
-    assert len(calls) == 2
+    assert len(product_calls) == 2
     assert errors["own"] < 2 * max(errors["sdpa"], errors["eager"]) < 0.1
 
 
-def test_cached_decoding_equals_the_whole_forward_in_bf16(calls):
+def test_cached_decoding_equals_the_whole_forward_in_bf16(product_calls):
     model = model_of()
     whole = model(IDS).logits.float()
     cache, parts = None, []
@@ -93,22 +82,22 @@ def test_cached_decoding_equals_the_whole_forward_in_bf16(calls):
         parts.append(out.logits.float())
     found = torch.cat(parts, dim=1)
     assert (found - whole).norm() < 0.03 * whole.norm()
-    assert {shape[2] for shape in calls} == {12, 7, 3}
+    assert {shape[2] for shape in product_calls} == {12, 7, 3}
 
 
-def test_training_in_bf16_has_the_gradients_of_fp64(calls):
+def test_training_in_bf16_has_the_gradients_of_fp64(product_calls):
     model = model_of().float().train()
     exact = copy.deepcopy(model).double()
     with torch.autocast("cpu", torch.bfloat16):
         model(IDS, labels=IDS).loss.backward()
     exact(IDS, labels=IDS).loss.backward()
-    assert len(calls) == 2
+    assert len(product_calls) == 2
     for (name, a), b in zip(model.named_parameters(), exact.parameters(), strict=True):
         if b.grad is not None and b.grad.norm() > 1e-6:
             assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm(), name
 
 
-def test_it_compiles_as_one_graph_and_checkpoints(calls):
+def test_it_compiles_as_one_graph_and_checkpoints(product_calls):
     model = model_of()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(

@@ -6,18 +6,8 @@ from diffusers import attention_backend
 
 from complexity_dit.models import transformer
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from inl_core import cpu_attention
 
 T = torch.full((3,), 500.0)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    seen, own = [], cpu_attention.attention
-    monkeypatch.setattr(
-        cpu_attention, "attention", lambda q, *a, **k: seen.append(q.shape) or own(q, *a, **k)
-    )
-    return seen
 
 
 def model_of(**changes):
@@ -31,11 +21,11 @@ def model_of(**changes):
     return model
 
 
-def test_bf16_on_a_cpu_uses_products_unless_a_backend_is_named(calls, monkeypatch):
+def test_bf16_on_a_cpu_uses_products_unless_a_backend_is_named(product_calls, monkeypatch):
     model, x = model_of().to(torch.bfloat16), torch.randn(3, 3, 16, 16, dtype=torch.bfloat16)
     with torch.no_grad():
         own = model(x, T, return_dict=False)[0]
-        assert len(calls) == 2
+        assert len(product_calls) == 2
         with attention_backend("_native_math"):
             other = model(x, T, return_dict=False)[0]
         monkeypatch.setattr(transformer, "_BACKEND_OF_ENVIRONMENT", True)
@@ -43,12 +33,12 @@ def test_bf16_on_a_cpu_uses_products_unless_a_backend_is_named(calls, monkeypatc
         monkeypatch.undo()
         model.set_attention_backend("native")
         model(x, T)
-    assert len(calls) == 2
+    assert len(product_calls) == 2
     torch.testing.assert_close(own, other, rtol=0.1, atol=0.02)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_an_image_has_the_same_bits_in_any_batch_in_bf16(calls, kv_heads):
+def test_an_image_has_the_same_bits_in_any_batch_in_bf16(product_calls, kv_heads):
     x = torch.randn(3, 3, 16, 16)
     model = model_of(num_key_value_heads=kv_heads)
     for network, images in ((model, x), (model_of().to(torch.bfloat16), x.to(torch.bfloat16))):
@@ -57,23 +47,23 @@ def test_an_image_has_the_same_bits_in_any_batch_in_bf16(calls, kv_heads):
             whole = network(images, T, return_dict=False)[0]
             turned = network(images.roll(1, 0), T, return_dict=False)[0].roll(-1, 0)
         assert torch.equal(whole, turned)
-    assert len(calls) == 8
+    assert len(product_calls) == 8
 
 
-def test_gradients_under_autocast_are_those_of_fp64(calls):
+def test_gradients_under_autocast_are_those_of_fp64(product_calls):
     model, x = model_of(), torch.randn(3, 3, 16, 16)
     exact = model_of().double()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, T, return_dict=False)[0]
     out.float().square().mean().backward()
     exact(x.double(), T.double(), return_dict=False)[0].square().mean().backward()
-    assert len(calls) == 2
+    assert len(product_calls) == 2
     for (name, a), b in zip(model.named_parameters(), exact.parameters(), strict=True):
         if b.grad is not None and b.grad.norm() > 1e-6:
             assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm(), name
 
 
-def test_it_compiles_as_one_graph(calls):
+def test_it_compiles_as_one_graph(product_calls):
     model, x = model_of(), torch.randn(3, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):

@@ -20,6 +20,7 @@ from complexity_dit.training import callbacks
 from complexity_dit.training.callbacks import HeldoutLoss, NoiseLevels
 from complexity_dit.training.network import build_model
 from complexity_dit.training.train import is_checkpoint_step, train
+from inl_core.run import automatic
 from inl_core.run.errors import UserError
 from support.outcomes import outcome, rows_of
 from support.pictures import pictures, write_folder
@@ -85,7 +86,7 @@ def test_the_feature_network_of_a_training_runs_in_bf16_where_there_are_units(
         result = tmp_path / name / "evaluations" / "step-00000004" / "result.json"
         return json.loads(result.read_text())["settings"]["extractor"]["dtype"]
 
-    monkeypatch.setattr(callbacks, "bf16_units", lambda device: "the CPU has some")
+    monkeypatch.setattr(automatic, "bf16_units", lambda device: "the CPU has some")
     assert recorded("auto") == "bfloat16"
     assert recorded("named", evaluate_dtype="float32") == "float32"
     real, other = (write_folder(tmp_path / name, pictures(6, 1)) for name in ("real", "other"))
@@ -93,7 +94,7 @@ def test_the_feature_network_of_a_training_runs_in_bf16_where_there_are_units(
     evaluate(real, other, tmp_path / "kept", saving)
     statistics = str(tmp_path / "kept" / "reference.npz")
     assert recorded("statistics", evaluate_reference=statistics) == "float32"
-    monkeypatch.setattr(callbacks, "bf16_units", lambda device: None)
+    monkeypatch.setattr(automatic, "bf16_units", lambda device: None)
     assert recorded("plain") == "float32"
 
 

@@ -42,7 +42,7 @@ def download_weights(repo_id: str, options: dict[str, Any]) -> Path:
         The folder of this version in the cache, without the `subfolder`.
 
     Raises:
-        UserError: If there is no such repository or it cannot be read.
+        UserError: If the repository does not exist or cannot be read.
     """
     subfolder, variant = (options.get(name) for name in ("subfolder", "variant"))
     start = f"{subfolder}/" if subfolder else ""

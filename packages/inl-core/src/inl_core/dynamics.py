@@ -41,6 +41,13 @@ def _inverse_softplus(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
+def _ceiling(beta_max: float | None) -> float:
+    """`beta_max` as a number; ValueError if it is not positive."""
+    if beta_max is not None and not beta_max > 0.0:
+        raise ValueError(f"beta_max must be positive, or None for no bound, got {beta_max}")
+    return math.inf if beta_max is None else beta_max
+
+
 class Dynamics(nn.Module):
     """Base of all dynamics modules: checks, statistics and deferred bounds."""
 
@@ -222,12 +229,10 @@ class INLDynamics(_Settling):
         controller_hidden: int = 64,
     ) -> None:
         super().__init__(hidden_size, dt, velocity_max, mu_min, mu_max)
-        if beta_max is not None and not beta_max > 0.0:
-            raise ValueError(f"beta_max must be positive, or None for no bound, got {beta_max}")
+        ceiling = _ceiling(beta_max)
         for name, value in (("init_alpha", init_alpha), ("init_gate", init_gate)):
             if not 0.0 < value < 1.0:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
-        ceiling = math.inf if beta_max is None else beta_max
         if not (0.0 < init_beta <= ceiling and math.isfinite(init_beta)):
             raise ValueError(f"init_beta must lie in (0, beta_max = {beta_max}], got {init_beta}")
         if adaptive not in get_args(Adaptive):

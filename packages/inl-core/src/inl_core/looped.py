@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inl_core import ops
-from inl_core.dynamics import Dynamics, _block_outside, idle_too
+from inl_core.dynamics import Dynamics, _block_outside, _ceiling, idle_too
 
 
 class LoopState(NamedTuple):
@@ -75,11 +75,8 @@ class LoopedDynamics(Dynamics):
         learn_equilibrium: bool = True,
     ) -> None:
         super().__init__(hidden_size, dt, velocity_max)
-        if beta_max is not None and not beta_max > 0.0:
-            raise ValueError(f"beta_max must be positive, or None for no bound, got {beta_max}")
-        ceiling = math.inf if beta_max is None else beta_max
         for name, value, top in (
-            ("init_alpha", init_alpha, 1.0), ("init_beta", init_beta, ceiling),
+            ("init_alpha", init_alpha, 1.0), ("init_beta", init_beta, _ceiling(beta_max)),
             ("init_gate", init_gate, 1.0),
         ):  # fmt: skip
             if not (0.0 <= value <= top and math.isfinite(value)):

@@ -41,7 +41,7 @@ from inl_core.reference import (
     looped_step,
     rotate,
 )
-from inl_core.reference.layers import causal_mask
+from inl_core.reference.layers import causal_mask, query_groups
 
 __all__ = [
     "Backend",
@@ -268,14 +268,12 @@ def attention(
     """Scaled dot-product attention; arguments and result as of `inl_core.reference.attention`.
 
     torch's `scaled_dot_product_attention`, except where `takes_cpu_attention`. The backend
-    "reference" uses the definition, as does everything under a ``torch.func`` transform; "triton"
-    changes nothing: there is no kernel. Under autocast arguments are cast as by torch's function.
+    "reference" uses the definition, as does everything under a ``torch.func`` transform. "triton"
+    has no effect, because there is no kernel. Autocast applies as it does to torch's function.
     """
     if _backend == "reference" or _transformed():
         return reference.attention(q, k, v, mask, causal=causal, scale=scale)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
+    groups = query_groups(q, k)
     products = takes_cpu_attention(q, k, v, mask)
     if causal and (products or mask is not None or q.shape[2] != k.shape[2]):
         allowed = causal_mask(q, k)
@@ -291,7 +289,7 @@ def attention(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         return cpu_attention.attention(q, k, v, mask, factor)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
     )
 
 

@@ -307,9 +307,9 @@ class LabelAdapterMixin(PeftAdapterMixin):
         """As in diffusers; new labels of the adapter get rows after those of the network.
 
         Raises:
-            UserError: If there is no such adapter, or it was trained on another network. Other
-                errors of PEFT and diffusers are raised as they are, and a prefix that no tensor
-                has is logged.
+            UserError: If the adapter does not exist or was trained on another network. Other
+                errors of PEFT and diffusers are raised unchanged, and a prefix that no tensor has
+                is logged.
         """
         fetching = {name: kwargs.pop(name) for name in FETCH_OPTIONS if name in kwargs}
         tensors, metadata = read_adapter(pretrained_model_name_or_path_or_dict, **fetching)

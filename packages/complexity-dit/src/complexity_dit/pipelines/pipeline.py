@@ -678,7 +678,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             **kwargs: As for `load_lora_adapter` of the transformer.
 
         Raises:
-            UserError: If there is no such adapter, it was trained on another network, or it brings
+            UserError: If the adapter does not exist, was trained on another network, or brings
                 a label that the pipeline has already.
         """
         fetching = {k: kwargs.pop(k) for k in FETCH_OPTIONS if k in kwargs}

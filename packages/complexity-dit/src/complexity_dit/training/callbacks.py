@@ -32,7 +32,7 @@ from complexity_dit.training.batches import StepBatches, images_per_pass
 from complexity_dit.training.objective import training_loss
 from complexity_dit.training.state import SavedPipeline, TrainState
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
-from inl_core.run.automatic import AUTO, Choice, bf16_units, settled
+from inl_core.run.automatic import AUTO, Choice, choose_by_units, settled
 from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
@@ -238,11 +238,11 @@ class Evaluation(Callback):
         self.reference = config.evaluate_reference or self.data.source
         dtype = config.evaluate_dtype
         if dtype == AUTO:
-            units = bf16_units(accelerator.device)
-            reason = units or f"this {accelerator.device.type} has no bf16 units"
+            choice = choose_by_units(accelerator.device)
             if self.reference.endswith(".npz"):
-                units, reason = None, "statistics are made in it"
-            dtype = settled("evaluate_dtype", Choice("bfloat16" if units else "float32", reason))
+                choice = Choice("no", "statistics are made in it")
+            names = {"bf16": "bfloat16", "no": "float32"}
+            dtype = settled("evaluate_dtype", choice._replace(value=names[choice.value]))
         self.settings = EvalConfig.brief(
             num_images=config.evaluate_num_images, device=str(accelerator.device), dtype=dtype,
             keep_images=False, overwrite=True, quiet=True,

@@ -227,11 +227,7 @@ def attention(
     Raises:
         ValueError: If the heads do not fit.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
-    dtype = compute_dtype(q, k, v)
-    groups = heads // kv_heads
+    groups, dtype = query_groups(q, k), compute_dtype(q, k, v)
     k_wide = k.to(dtype).repeat_interleave(groups, dim=1)
     v_wide = v.to(dtype).repeat_interleave(groups, dim=1)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -245,6 +241,14 @@ def attention(
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     return (weights @ v_wide).to(q.dtype)
+
+
+def query_groups(q: Tensor, k: Tensor) -> int:
+    """How many query heads of `attention` share a key head; ValueError if that is no number."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads")
+    return heads // kv_heads
 
 
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ def choose_precision(device: torch.device) -> Choice:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no":  # also what the launcher says if nobody asked
         return Choice(asked, "accelerate's launcher asks for it")
+    return choose_by_units(device)
+
+
+def choose_by_units(device: torch.device) -> Choice:
+    """bf16 where the device has units for it, else fp32."""
     units = bf16_units(device)
     return Choice("bf16", units) if units else Choice("no", f"this {device.type} has no bf16 units")
 
