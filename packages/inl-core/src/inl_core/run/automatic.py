@@ -44,9 +44,8 @@ class Choice(NamedTuple):
 def bf16_units(device: torch.device) -> str | None:
     """What of this device computes bf16 products, in words; None if it would emulate them.
 
-    A CPU has them with `amx_bf16` or `avx512_bf16`. Both pay: with the latter alone a product of
-    the shapes of tiny/2 takes 0.43 of the time of fp32, and a whole training step less than in fp32
-    (`benchmarks.recipe.precision_study`, `benchmarks.speed.bench_dit`).
+    A CPU has them with `amx_bf16` or `avx512_bf16`. Both pay: with the latter alone a compiled step
+    of tiny/2 is 1.6 times as fast as in fp32 (rows of `benchmarks.speed.bench_dit`).
     """
     import torch
 
