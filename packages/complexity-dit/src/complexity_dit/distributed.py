@@ -4,7 +4,8 @@ In a single process every function here returns at once, and accelerate is not i
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -51,6 +52,20 @@ def process_state() -> "PartialState | None":
     # Without cpu=True accelerate silently treats a machine without a GPU as a single process.
     state = PartialState(cpu=not torch.cuda.is_available())
     return state if state.num_processes > 1 else None
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """End the group of the processes, if this block began it.
+
+    A gloo group that lives until the interpreter ends may abort the process there.
+    """
+    joined = distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if not joined and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def process_count() -> int:

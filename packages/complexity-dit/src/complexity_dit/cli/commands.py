@@ -40,15 +40,19 @@ def _encode(config: DataConfig, **options: Any) -> None:
 
 
 def _sample(config: SampleConfig, **options: Any) -> None:
+    from complexity_dit.distributed import own_process_group
     from complexity_dit.pipelines.sampling import sample
 
-    sample(**options, sampling=config)
+    with own_process_group():
+        sample(**options, sampling=config)
 
 
 def _evaluate(config: EvalConfig, **options: Any) -> None:
+    from complexity_dit.distributed import own_process_group
     from complexity_dit.evaluation.evaluate import evaluate
 
-    evaluate(**options, config=config)
+    with own_process_group():
+        evaluate(**options, config=config)
 
 
 def _compare(first: str, second: str, allow: list[str]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
-from torch import distributed
 from tqdm.auto import tqdm
 
 from complexity_dit.config import DataConfig
@@ -36,6 +35,7 @@ from complexity_dit.distributed import (
     main_first,
     on_main,
     own_blocks,
+    own_process_group,
     pick_device,
 )
 from complexity_dit.hashing import weights_sha256
@@ -81,13 +81,12 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         raise UserError(
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
         )
-    joined = distributed.is_initialized()
-    try:
-        with report_dead_workers("start the same command again"), ExitStack() as claims:
-            _encode(data, folder, batch_size, part_size, claims)
-    finally:
-        if not joined and distributed.is_initialized():
-            distributed.destroy_process_group()
+    with (
+        own_process_group(),
+        report_dead_workers("start the same command again"),
+        ExitStack() as claims,
+    ):
+        _encode(data, folder, batch_size, part_size, claims)
     return folder
 
 

@@ -1,0 +1,39 @@
+"""The process group of a command ends with it, and that of a caller does not."""
+
+import pytest
+from torch import distributed
+
+import complexity_dit.evaluation.evaluate
+import complexity_dit.pipelines.sampling
+from complexity_dit.cli import commands
+from complexity_dit.config import EvalConfig, SampleConfig
+from complexity_dit.distributed import own_process_group
+
+
+def begin(*args: object, **kwargs: object) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+
+def test_a_group_that_began_inside_ends_also_after_an_error():
+    with pytest.raises(KeyError), own_process_group():
+        begin()
+        raise KeyError
+    assert not distributed.is_initialized()
+
+
+def test_a_group_of_the_caller_is_kept():
+    begin()
+    try:
+        with own_process_group():
+            pass
+        assert distributed.is_initialized()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_sample_and_evaluate_end_their_group(monkeypatch):
+    monkeypatch.setattr(complexity_dit.pipelines.sampling, "sample", begin)
+    monkeypatch.setattr(complexity_dit.evaluation.evaluate, "evaluate", begin)
+    for command, config in ((commands._sample, SampleConfig()), (commands._evaluate, EvalConfig())):
+        command(config)
+        assert not distributed.is_initialized()
