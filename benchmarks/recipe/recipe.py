@@ -5,10 +5,9 @@
 
 A row changes some fields of one run (`BASE`): `diffusers-dit` is diffusers' DiT in the same loop
 with epsilon prediction; `flow-none` is our model with plain flow matching and without dynamics; the
-rows after it change one thing each; `full` has the knobs of `SEVEN` and dynamics, `five` those of
-`FIVE`, `three` those of `THREE`. A row is trained, samples without guidance under the labels of
-held-out paintings, and FID and KID compare both. The pipeline stays in `--out/run/pipeline`. The
-same command resumes a stopped row.
+rows after it change one thing each; `three` has the knobs of `THREE` and dynamics. A row is
+trained, samples without guidance under the labels of held-out paintings, and FID and KID compare
+both. The pipeline stays in `--out/run/pipeline`. The same command resumes a stopped row.
 """
 
 import argparse
@@ -66,27 +65,10 @@ KNOBS = {
     "time-shift": {"objective.shift": 2.0, "objective.sampling_shift": 2.0},
     "writes-sample": {"objective.network_output": "sample"},
     "label-dropout": {"objective.label_dropout": 0.1},
-    "direction-loss": {
-        "objective.direction_weight": 0.5,
-        "objective.direction_over": "channels",
-    },
     "token-dropping": {"model.token_drop_rate": 0.5},
-    "value-residual": {"model.value_residual": True},
-    "balanced-labels": {"data.balanced_labels": "style"},
-    "timestep-routing": {"model.routing": "timestep", "model.num_experts": 4},
     "muon": {"optim.name": "muon"},
     "dynamics": DYNAMICS,
 }
-
-# The full recipe of the rows `full` and `full-none`, chosen before any row was measured: without
-# Muon, which takes seven times as long as the rest of a step on a CPU without bf16 units.
-SEVEN = (
-    "flip", "logit-normal", "writes-sample", "label-dropout", "direction-loss", "token-dropping",
-    "value-residual",
-)  # fmt: skip
-
-# Without the two whose own rows were worse than `flow-none` when this was chosen.
-FIVE = tuple(knob for knob in SEVEN if knob not in ("writes-sample", "direction-loss"))
 
 # Those whose own row beats `flow-none` by more than the difference of two seeds.
 THREE = ("logit-normal", "time-shift", "muon")
@@ -100,11 +82,6 @@ ROWS = {
     "diffusers-dit": {"objective.prediction_type": "epsilon"},
     "flow-none": {},
     **KNOBS,
-    "full-none": _together(*SEVEN),
-    "full": _together(*SEVEN, "dynamics"),
-    "five-none": _together(*FIVE),
-    "five": _together(*FIVE, "dynamics"),
-    "five-muon": _together(*FIVE, "muon", "dynamics"),
     "three-none": _together(*THREE),
     "three": _together(*THREE, "dynamics"),
 }

@@ -201,7 +201,7 @@ def heldout_loss(network, batches, config):
     for step in range(len(batches)):
         batch = send_to_device(batches[step], DEVICE)
         prediction = network(batch["x"], batch["timestep"], batch["labels"], return_dict=False)[0]
-        losses.append(float(training_loss(prediction, batch["target"], config.objective)))
+        losses.append(float(training_loss(prediction, batch["target"])))
     return sum(losses) / len(losses)
 
 

@@ -115,12 +115,17 @@ def shape_of(config, network):
     """Identifies a cell in the result file, together with its name: data, seed and a config hash.
 
     The hash leaves out folders of the machine and fields without effect on the numbers. Fields that
-    are younger than the committed rows enter it only with a value that changes the numbers, and
-    renamed ones by their first name, so that the rows stay those of the same settings.
+    are younger than the committed rows enter it only with a value that changes the numbers, renamed
+    ones by their first name, and removed ones with the value that all rows had, so that the rows
+    stay those of the same settings.
     """
-    if hasattr(config, "objective"):
+    if is_dit := hasattr(config, "objective"):
         config = replace(config, objective=config.objective.resolved())
     settings = asdict(config) | {"swap": network.swap}
+    if is_dit:
+        settings["data"]["balanced_labels"] = None
+        settings["model"] |= {"value_residual": False, "routing": "none", "num_experts": 4}
+        settings["objective"] |= {"direction_weight": 0.0, "direction_over": "image"}
     if config.__class__.__module__.startswith("complexity_lm"):
         settings["tracker"] = settings.pop("report_to")
     for group, name, usual in (

@@ -23,9 +23,7 @@ from support.benchmark_rows import call, row
 
 ROWS = [
     "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
-    "label-dropout", "direction-loss", "token-dropping", "value-residual", "balanced-labels",
-    "timestep-routing", "muon", "dynamics", "full-none", "full", "five-none", "five",
-    "five-muon", "three-none", "three",
+    "label-dropout", "token-dropping", "muon", "dynamics", "three-none", "three",
 ]  # fmt: skip
 
 
@@ -140,7 +138,7 @@ def test_ratios_to_the_plain_row_and_missing_runs_are_listed():
     left = [name for name in recipe.ROWS if name not in ("flow-none", "full")]
     assert f"for row in {' '.join(left)}; do" in short
     assert "  recipe $row --images 100000 \\\n" in short
-    assert long.count("for row in flow-none full five three; do") == 1  # the second seed
+    assert long.count("for row in flow-none three; do") == 1  # the second seed
     everything = [
         number
         for images, (_, seeds, wanted) in recipe_page.PLAN.items()

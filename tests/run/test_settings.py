@@ -201,6 +201,21 @@ def test_later_options_win_and_keys_of_mappings_are_kept(tmp_path):
     assert (config.data.flip, config.data.holdout) == (False, 0.5)
 
 
+def test_what_earlier_versions_wrote_is_left_out_unless_it_did_something(tmp_path):
+    groups = (dit_config.DataConfig, dit_config.ModelConfig, dit_config.ObjectiveConfig)
+    off = {
+        name: {key: "any" if value is ... else value for key, value in cls.RETIRED.items()}
+        for name, cls in zip(("data", "model", "objective"), groups, strict=True)
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(off | {"steps": 7}))
+    _, (found,), _ = parse("dit", "train", "--config", str(config))
+    assert found == dit_config.TrainConfig(steps=7)
+    config.write_text("objective: {direction_weight: 0.5}")
+    with pytest.raises(UserError, match=r"config.yaml: direction_weight is 0.5: that was removed"):
+        parse("dit", "train", "--config", str(config))
+
+
 def test_printed_settings_are_read_as_the_same(tmp_path, capsys):
     with pytest.raises(SystemExit):
         dit.run(["plan", "--steps=4", "--model.overrides={a: 'no'}", "--print_config"])

@@ -15,7 +15,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import load_pipeline
 from inl_core.run.errors import UserError
 from support.hub import put_in_hub_cache
-from support.networks import small_vae
+from support.networks import small_network, small_vae
 
 VAES = {
     "kl": small_vae,
@@ -27,6 +27,18 @@ VAES = {
         block_out_channels=[8, 8], layers_per_block=[1, 1], decoder_layers_per_block=[1, 1]
     ),
 }  # fmt: skip
+
+
+def test_networks_of_earlier_versions_load_unless_they_used_what_was_removed(tmp_path):
+    network = small_network()
+    network.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    change_config(path, routing="none", num_experts=4, routing_edges=None, value_residual=False)
+    again = type(network).from_pretrained(tmp_path)
+    assert not {"routing", "routing_edges", "value_residual"} & again.config.keys()
+    change_config(path, value_residual=True)
+    with pytest.raises(ValueError, match="value_residual is True: that was removed"):
+        type(network).from_pretrained(tmp_path)
 
 
 def lose_a_tensor(path):

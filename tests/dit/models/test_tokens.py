@@ -5,14 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from complexity_dit.config import ObjectiveConfig
 from complexity_dit.data.dataset import load_data
-from complexity_dit.models.tokens import TokenSubset, draw_kept_tokens, expert_ids
+from complexity_dit.models.tokens import TokenSubset, draw_kept_tokens
 from complexity_dit.models.transformer import PLACEMENTS, ComplexityDiTTransformer2DModel
 from complexity_dit.seeding import generator_for
 from complexity_dit.training.batches import StepBatches
 from complexity_dit.training.network import build_model
-from complexity_dit.training.objective import sample_times, time_quantiles
 from complexity_dit.training.train import train
 from inl_core import ops
 from inl_core.run.errors import UserError
@@ -37,13 +35,9 @@ def kept(rate=0.5, batch=3):
     return draw_kept_tokens(batch, TOKENS, rate, generator_for(0, "test"))
 
 
-EVERYTHING = {"value_residual": True, "routing": "position", "num_experts": 4}
-
-
-@pytest.mark.parametrize("extra", [{}, EVERYTHING])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_keeping_all_tokens_equals_the_plain_forward(placement, extra):
-    model = build(dynamics_placement=placement, **extra)
+def test_keeping_all_tokens_equals_the_plain_forward(placement):
+    model = build(dynamics_placement=placement)
     everything = torch.arange(TOKENS).expand(3, TOKENS)
     with torch.no_grad():
         plain = model(*inputs()).sample
@@ -66,9 +60,9 @@ def test_dropped_tokens_keep_position_and_velocity_of_before_the_middle(
     assert [made[0].shape[1] for _, made in seen] == [TOKENS] * start + [8] * (3 - start) + [TOKENS]
     dropped = torch.ones(3, TOKENS, dtype=torch.bool).scatter(1, chosen, False)
     (h_end, v_end, *_), _ = seen[3]
-    (h_out, v_out, _) = seen[2][1]
+    h_out, v_out = seen[2][1]
     if start:
-        (h_whole, v_whole, _) = seen[0][1]
+        h_whole, v_whole = seen[0][1]
         assert torch.equal(h_end[dropped], h_whole[dropped])
     assert torch.equal(h_end[~dropped], h_out.flatten(0, 1))
     if placement == "none":
@@ -102,14 +96,13 @@ def test_gradients_with_dropped_tokens():
     x, part = (torch.randn(3, n, 2, dtype=torch.float64, requires_grad=True) for n in (TOKENS, 8))
     chosen = kept()
     subset = TokenSubset(chosen, 3, TOKENS)
-    taken = subset.take((x, None, None))
-    assert torch.equal(taken[0], torch.stack([x[i, row] for i, row in enumerate(chosen)]))
-    assert taken[1:] == (None, None)
-    assert torch.autograd.gradcheck(lambda x: subset.take((x, x * x, None))[:2], (x,))
+    taken, velocity = subset.take((x, None))
+    assert torch.equal(taken, torch.stack([x[i, row] for i, row in enumerate(chosen)]))
+    assert velocity is None
+    assert torch.autograd.gradcheck(lambda x: subset.take((x, x * x)), (x,))
 
     def back(part, x):
-        h, v, _ = subset.put_back((part, part * part, None), (x, None, None))
-        return h, v
+        return subset.put_back((part, part * part), (x, None))
 
     assert torch.autograd.gradcheck(back, (part, x))
 
@@ -118,7 +111,7 @@ def test_checkpointing_and_one_graph_with_dropped_tokens():
     x, t, labels = inputs()
     gradients, outputs = [], []
     for how in ("plain", "checkpointed", "compiled"):
-        model = build(num_layers=3, dynamics_adaptive="channel", **EVERYTHING).train()
+        model = build(num_layers=3, dynamics_adaptive="channel").train()
         run = model
         if how == "checkpointed":
             model.enable_gradient_checkpointing()
@@ -145,70 +138,6 @@ def test_all_tokens_are_kept_equally_often():
     assert draw_kept_tokens(2, TOKENS, 0.999, generator_for(0, "test")).shape == (2, 1)
 
 
-def test_value_residual_starts_at_one_half_and_learns():
-    model = build(value_residual=True)
-    plain = build(value_residual=False)
-    with torch.no_grad():
-        for block in model.blocks[1:]:
-            block.attn.value_mix.zero_()
-        missing = plain.load_state_dict(model.state_dict(), strict=False)
-        assert all("value_mix" in name for name in missing.unexpected_keys)
-        assert torch.equal(model(*inputs()).sample, plain(*inputs()).sample)  # 0: own values only
-        for block in model.blocks[1:]:
-            block.attn.value_mix.fill_(1.0)  # the first block's only: others' to_v are unused
-        ours = model(*inputs()).sample
-        for block in model.blocks[1:]:
-            block.attn.to_v.weight.normal_()
-        torch.testing.assert_close(model(*inputs()).sample, ours)
-    fresh = ComplexityDiTTransformer2DModel.from_config(model.config)
-    assert fresh.blocks[0].attn.value_mix is None
-    assert [block.attn.value_mix.item() for block in fresh.blocks[1:]] == [0.5] * 3
-    model = build(value_residual=True)
-    model(*inputs(), kept_tokens=kept()).sample.square().mean().backward()
-    assert all(block.attn.value_mix.grad.abs() > 0 for block in model.blocks[1:])
-
-
-@pytest.mark.parametrize("dropping", [False, True])
-@pytest.mark.parametrize("routing", ["timestep", "position"])
-def test_every_expert_learns_from_its_own_tokens(routing, dropping):
-    model = build(routing=routing, num_experts=3)
-    x, _, labels = inputs()
-    timestep = torch.tensor([100.0, 500.0, 900.0])  # one image in each bucket
-    model(x, timestep, labels, kept_tokens=kept() if dropping else None).sample.sum().backward()
-    for name, parameter in model.named_parameters():
-        if ".mlp." in name:
-            assert parameter.grad is not None, name
-            grads = parameter.grad.flatten(1) if parameter.ndim == 3 else parameter.grad[None]
-            assert all(grad.abs().sum() > 0 for grad in grads), name
-    model.zero_grad()
-    model(x, timestep.fill_(100.0), labels).sample.sum().backward()
-    used = [model.blocks[0].mlp.gate.grad[i].abs().sum() > 0 for i in range(3)]
-    assert used == ([True, False, False] if routing == "timestep" else [True] * 3)
-
-
-def test_experts_are_chosen_by_noise_level_or_position():
-    times = torch.tensor([0.0, 249.9, 250.0, 999.0, 1000.0])
-    assert expert_ids("timestep", 4, times, 2).tolist() == [[i, i] for i in (0, 0, 1, 3, 3)]
-    assert expert_ids("timestep", 2, times, 1, edges=[0.9]).flatten().tolist() == [0, 0, 0, 1, 1]
-    bands = expert_ids("position", 2, times[:1], 4)
-    assert bands.tolist() == [[0, 0, 1, 1]]
-    assert expert_ids("position", 3, times[:1], 64)[0].bincount().tolist() == [22, 21, 21]
-
-
-@pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
-def test_noise_buckets_are_equally_likely_in_training(sampling):
-    config = ObjectiveConfig(time_sampling=sampling, logit_mean=-0.3, logit_std=1.3, shift=3.0)
-    times = sample_times(40000, config, generator_for(0, "test"))
-    ids = expert_ids("timestep", 5, times * 1000, 1, time_quantiles(5, config))
-    assert (ids.flatten().bincount() / 40000).tolist() == pytest.approx([0.2] * 5, abs=0.01)
-
-
-def test_a_routed_mlp_uses_as_many_parameters_per_token_as_a_dense_one():
-    dense = build().blocks[0].mlp
-    routed = build(routing="position", num_experts=8).blocks[0].mlp
-    assert routed.active_parameters == sum(p.numel() for p in dense.parameters())
-
-
 def test_dropping_tokens_changes_no_other_random_draw(small_run):
     data = load_data(small_run.data, "train")
     plain = StepBatches(data, small_run, 0, 1)[3]
@@ -233,23 +162,15 @@ def test_no_tokens_are_dropped_at_the_end_of_training(small_run):
     assert ["kept_tokens" in batches[step] for step in range(8)] == [True] * 6 + [False] * 2
 
 
-def test_training_with_all_options(small_run):
+def test_training_with_dropped_tokens_and_accumulation(small_run):
     model = dataclasses.replace(
         small_run.model,
         token_drop_rate=0.5,
-        value_residual=True,
-        routing="timestep",
-        num_experts=2,
         overrides={"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2},
     )
-    objective = ObjectiveConfig(direction_weight=0.5)
-    run = dataclasses.replace(
-        small_run, model=model, objective=objective, gradient_accumulation_steps=2
-    )
-    folder = train(run)
+    folder = train(dataclasses.replace(small_run, model=model, gradient_accumulation_steps=2))
     again = ComplexityDiTTransformer2DModel.from_pretrained(folder / "transformer")
-    assert again.config.routing_edges == pytest.approx([2 / 3])  # shift 2 moves the median there
-    assert again.config.value_residual
+    assert again.config.num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -261,21 +182,6 @@ def test_training_with_all_options(small_run):
         ({"token_drop_rate": 0.5}, "2 blocks has no middle"),
         ({"token_drop_start": 2, "token_drop_end": 1}, "0 <= start < end <= num_layers 2"),
         ({"token_drop_end": 3}, "token_drop_end 3 must satisfy"),
-        (
-            {"value_residual": True, "token_drop_start": 0, "token_drop_end": 2},
-            "token_drop_start 0 must be at least 1 with value_residual",
-        ),
-        ({"routing": "timestep", "num_experts": 1}, "num_experts 1 must be at least 2"),
-        ({"routing": "position", "num_experts": 17}, "at most the 16 tokens"),
-        (
-            {"routing": "position", "overrides": {"routing_edges": [0.5]}},
-            "require routing timestep",
-        ),
-        (
-            {"routing": "timestep", "num_experts": 3, "overrides": {"routing_edges": [0.6, 0.5]}},
-            "must be 2 increasing noise levels",
-        ),
-        ({"routing": "timestep", "overrides": {"routing": "tokens"}}, "'tokens' must be one of"),
     ],
 )
 def test_contradictory_model_settings_are_refused(small_run, settings, words):

@@ -50,10 +50,7 @@ def test_forward_and_gradients_of_every_placement(placement, adaptive):
 @pytest.mark.parametrize("adaptive", ADAPTIVES)
 def test_every_parameter_has_a_gradient(placement, adaptive):
     """Including the first block, which has no velocity: plain DDP waits for every gradient."""
-    model = small_network(
-        dynamics_placement=placement, dynamics_adaptive=adaptive, routing="timestep",
-        value_residual=True,
-    )  # fmt: skip
+    model = small_network(dynamics_placement=placement, dynamics_adaptive=adaptive)
     model(*inputs()).sample.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 

@@ -22,20 +22,17 @@ MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2, warmup_steps=2)
 
 
 def test_muon_updates_the_hidden_matrices_only(small_run):
-    experts = dataclasses.replace(small_run.model, routing="position", num_experts=2)
-    for settings in (small_run.model, experts):
-        config = dataclasses.replace(small_run, model=settings, optim=MUON)
-        model = build_model(config, load_data(config.data, "train"))
-        optimizer = build_state(model, config).optimizer
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = [{names[id(p)] for p in g["params"]} for g in optimizer.param_groups]
-        assert sorted(n for g in groups for n in g) == sorted(names.values())  # all, once
-        assert all(".attn.to_" in name or ".mlp." in name for name in groups[2])
-        assert {"blocks.0.attn.to_q.weight", "blocks.1.attn.to_out.0.weight"} <= groups[2]
-        assert not any(word in name for name in groups[2] for word in ("adaln", "dynamics", "norm"))
-        expected = 2 * (4 + 3)  # two blocks; with experts, the stacked ones stay with AdamW
-        assert len(groups[2]) == expected
-        assert optimizer.param_groups[1]["weight_decay"] == 0
+    config = dataclasses.replace(small_run, optim=MUON)
+    model = build_model(config, load_data(config.data, "train"))
+    optimizer = build_state(model, config).optimizer
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [{names[id(p)] for p in g["params"]} for g in optimizer.param_groups]
+    assert sorted(n for g in groups for n in g) == sorted(names.values())  # all, once
+    assert all(".attn.to_" in name or ".mlp." in name for name in groups[2])
+    assert {"blocks.0.attn.to_q.weight", "blocks.1.attn.to_out.0.weight"} <= groups[2]
+    assert not any(word in name for name in groups[2] for word in ("adaln", "dynamics", "norm"))
+    assert len(groups[2]) == 2 * (4 + 3)  # two blocks
+    assert optimizer.param_groups[1]["weight_decay"] == 0
 
 
 def test_the_combined_optimizer_equals_the_two_of_torch():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -61,10 +62,6 @@ class DataConfig:
     """Mirror half of the training pictures left to right, at random; for latents, `encode` needs
     the same setting: false leaves the mirror images out, which halves its time and space."""
 
-    balanced_labels: str | None = None
-    """Label field whose labels are sampled equally often in training, rare or not; pictures without
-    that label keep their share. By default every picture is sampled equally often."""
-
     strict: bool = False
     """Stop at the first unreadable or too small image instead of skipping it."""
 
@@ -73,6 +70,9 @@ class DataConfig:
 
     num_workers: int = 0
     """Processes that decode the pictures the first time a source is read; 0 uses this one."""
+
+    RETIRED = MappingProxyType({"balanced_labels": None})
+    """Fields of earlier versions, see `without_retired`."""
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
@@ -114,19 +114,10 @@ class ModelConfig:
     token_drop_end: int | None = None
     """Block at which dropped tokens return; the last one by default."""
 
-    value_residual: bool = False
-    """Mix the attention values of every block with those of the first, by a learned share that
-    starts at one half (arXiv 2410.17897)."""
-
-    routing: Literal["none", "timestep", "position"] = "none"
-    """Experts in place of the MLP, at equal FLOPs per token: chosen by the image's noise level, in
-    buckets that are equally frequent in training, or by the token's band of the image."""
-
-    num_experts: int = 4
-    """Experts per block in addition to the shared one; with routing only."""
-
     overrides: dict[str, Setting] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
+
+    RETIRED = MappingProxyType({"value_residual": False, "routing": "none", "num_experts": ...})
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
@@ -139,7 +130,7 @@ class ModelConfig:
             raise UserError(
                 f"token_drop_rate {self.token_drop_rate} must be at least 0 (off) and below 1"
             )
-        check_range(self, "[1, inf)", "patch_size", "num_experts")
+        check_range(self, "[1, inf)", "patch_size")
         check_range(self, "[0, inf)", "token_drop_start", "token_drop_end")
 
 
@@ -177,20 +168,14 @@ class ObjectiveConfig:
     """Probability that each label of an image is replaced by the null row, for guidance; or one
     for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
 
-    direction_weight: float = 0.0
-    """Weight of the velocity-direction term 1 - cosine(prediction, target), added to the squared
-    error (FasterDiT, arXiv 2410.10356); flow and v_prediction only. 0 is off."""
-
-    direction_over: Literal["image", "channels"] = "image"
-    """Vectors whose direction is compared: one per image, or one per position over its channels,
-    which needs many channels (latents)."""
+    RETIRED = MappingProxyType({"direction_weight": 0.0, "direction_over": ...})
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range or do not fit each other.
 
         Raises:
-            UserError: Also if the network should predict the clean image, or the direction term is
-                on, without an objective that has the velocity it needs.
+            UserError: Also if the network should predict the clean image without an objective that
+                has the velocity it needs.
         """
         check_range(self, "(-inf, inf)", "logit_mean")
         check_range(self, "(0, inf)", "logit_std", "shift", "sampling_shift")
@@ -198,15 +183,6 @@ class ObjectiveConfig:
             raise UserError(
                 f"network_output sample needs prediction_type flow, not {self.prediction_type}: "
                 "use --objective.network_output target"
-            )
-        if not (math.isfinite(self.direction_weight) and self.direction_weight >= 0):
-            raise UserError(
-                f"direction_weight {self.direction_weight} must be 0 (off) or a positive number"
-            )
-        if self.direction_weight and self.prediction_type == "epsilon":
-            raise UserError(
-                f"direction_weight {self.direction_weight} needs a velocity as the target: use "
-                "prediction_type flow or v_prediction, or direction_weight 0 with epsilon"
             )
         dropout = self.label_dropout
         for label, value in dropout.items() if isinstance(dropout, Mapping) else [("", dropout)]:

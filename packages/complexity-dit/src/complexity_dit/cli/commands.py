@@ -105,7 +105,6 @@ COMMANDS = {
             "part_size": Option("Images per file.", 512, int),
         },
         configs=[DataConfig],
-        skip=frozenset({"balanced_labels"}),
         defaults={"resolution": 128},
     ),
     "sample": Command(

@@ -232,7 +232,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
             "again with --flip true"
         )
     dataset = LatentDataset(folder, info, config, split)
-    dataset.warn_of_removed_pictures(DataConfig(**info["source"]).source)
+    dataset.warn_of_removed_pictures(filled(DataConfig, info["source"]).source)
     return dataset
 
 
@@ -282,7 +282,7 @@ def source_config(config: DataConfig) -> DataConfig:
         return config
     info = read_cache(folder_of(config))
     return replace(
-        DataConfig(**info["source"]), vae=None, holdout=config.holdout, flip=config.flip,
+        filled(DataConfig, info["source"]), vae=None, holdout=config.holdout, flip=config.flip,
         label_fields=list(_chosen_labels(info["label_names"], config.label_fields, config.source)),
     )  # fmt: skip
 

@@ -1,22 +1,18 @@
-"""Token dropping and routing: the tokens a block processes and the expert of each.
+"""Token dropping in the middle of the network, TREAD (Krause et al., arXiv 2501.04765).
 
-Both are determined before the network runs. Dropping tokens in the middle of the network is TREAD
-(Krause et al., arXiv 2501.04765): the kept ones go through the middle blocks, the others bypass
-them unchanged and rejoin after them.
+The kept tokens of an image go through the middle blocks, the others bypass them unchanged and
+rejoin after them. Which ones is drawn before the network runs.
 
 Shapes: B batch · N tokens · K kept tokens of N.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inl_core import RoutingPlan, make_routing_plan
-
-LayerState = tuple[Tensor, Tensor | None, Tensor | None]
-"""What is passed from block to block: hidden state, velocity, and values of the first block."""
+LayerState = tuple[Tensor, Tensor | None]
+"""What is passed from block to block: hidden state and velocity."""
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps are this many times the noise level, as in diffusers' schedulers."""
@@ -82,22 +78,20 @@ class TokenSubset:
 
     def take(self, state: LayerState) -> LayerState:
         """Gather the kept tokens: each (B, N, ...) becomes (B, K, ...), None stays None."""
-        h, v, first = (None if x is None else self._take(x) for x in state)
-        assert h is not None  # only velocity and values may be missing
-        return h, v, first
+        h, v = state
+        return self._take(h), None if v is None else self._take(v)
 
     def put_back(self, part: LayerState, full: LayerState) -> LayerState:
         """Scatter hidden state and velocity of the kept tokens, `part`, into those of all, `full`.
 
-        If `full` has no velocity yet, dropped tokens get zero, which is what None means. The values
-        of the first block are those of `full`.
+        If `full` has no velocity yet, dropped tokens get zero, which is what None means.
         """
-        (h_part, v_part, _), (h, v, first) = part, full
+        (h_part, v_part), (h, v) = part, full
         if v_part is not None:
             if v is None:
                 v = v_part.new_zeros(v_part.shape[0], self.tokens, *v_part.shape[2:])
             v = self._put(v_part, v)
-        return self._put(h_part, h), v, first
+        return self._put(h_part, h), v
 
     def _take(self, x: Tensor) -> Tensor:
         return _Take.apply(x.flatten(0, 1), self.rows).unflatten(0, self.kept.shape)
@@ -105,41 +99,3 @@ class TokenSubset:
     def _put(self, part: Tensor, full: Tensor) -> Tensor:
         rows = full.flatten(0, 1).index_copy(0, self.rows, part.flatten(0, 1).to(full.dtype))
         return rows.view(full.shape)
-
-
-def expert_ids(
-    routing: str,
-    num_experts: int,
-    timestep_B: Tensor,
-    tokens: int,
-    edges: Sequence[float] | None = None,
-) -> Tensor:
-    """The expert of every token, int64 (B, N).
-
-    With routing `timestep` it is the bucket of the image's noise level, between E - 1 increasing
-    `edges` (None means equal widths); with `position` the token's horizontal band, which in
-    row-major order is token * E // N at every size.
-    """
-    batch = timestep_B.shape[0]
-    if routing == "position":
-        bands = torch.arange(tokens, device=timestep_B.device) * num_experts // tokens
-        return bands.expand(batch, tokens)
-    if edges is None:
-        edges = [i / num_experts for i in range(1, num_experts)]
-    bounds = (
-        torch.tensor(edges, device=timestep_B.device, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
-    )
-    buckets = torch.bucketize(timestep_B.float().contiguous(), bounds, right=True)
-    return buckets[:, None].expand(batch, tokens)
-
-
-def routing_plans(
-    config: Mapping[str, Any], timestep_B: Tensor, tokens: int, kept_BK: Tensor | None
-) -> tuple[RoutingPlan | None, RoutingPlan | None]:
-    """Group tokens by expert, once per batch: all (None for a dense MLP), and the kept ones."""
-    routing, experts = config["routing"], config["num_experts"]
-    if routing == "none":
-        return None, None
-    ids = expert_ids(routing, experts, timestep_B, tokens, config["routing_edges"])
-    kept = None if kept_BK is None else make_routing_plan(ids.gather(1, kept_BK), experts)
-    return make_routing_plan(ids, experts), kept

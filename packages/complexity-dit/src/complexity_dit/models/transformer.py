@@ -5,7 +5,6 @@ of its config. Shape suffixes: B batch · C channels · Y, X pixels · N tokens 
 network the K kept ones, if some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -26,19 +25,18 @@ from torch import Tensor, nn
 
 from complexity_dit.models.adapters import LabelAdapterMixin, LabelTables
 from complexity_dit.models.loading import SafeModel
-from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenSubset, routing_plans
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenSubset
 from inl_core import (
     INLDynamics,
     INLDynamicsLite,
     ModulatedRMSNorm,
     RMSNorm,
-    RoutingPlan,
-    TokenRoutedMLP,
     branch_epilogue,
     norm_and_rotate,
     ops,
     rotary_2d,
 )
+from inl_core.run.json_files import without_retired
 
 MIN_NOISE = 0.02
 """Least noise level at which a network that predicts the clean image is trained and used: its
@@ -49,10 +47,12 @@ MAX_LAYERS = 1000
 
 _BACKEND_OF_ENVIRONMENT = "DIFFUSERS_ATTN_BACKEND" in os.environ
 
+RETIRED = {"value_residual": False, "routing": "none", "num_experts": ..., "routing_edges": ...}
+"""Config fields of earlier versions, for `without_retired`."""
+
 PLACEMENTS = ("stream", "branch", "force", "force_mlp", "none")
 ADAPTIVES = ("token", "channel", "layer", "lite")
 NETWORK_OUTPUTS = ("target", "sample")
-ROUTINGS = ("none", "timestep", "position")
 
 # name: (hidden_size, num_layers, num_attention_heads). S to XL are the sizes of DiT (Peebles & Xie,
 # arXiv 2212.09748); nano to mini are for a CPU.
@@ -121,13 +121,10 @@ class ComplexityDiTAttnProcessor:
         x_BND: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
-        first_BNHE: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         q_BNHE = attn.to_q(x_BND).unflatten(-1, (attn.heads, attn.head_dim))
         k_BNHE = attn.to_k(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
         v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
-        if attn.value_mix is not None and first_BNHE is not None:
-            v_BNHE = v_BNHE + attn.value_mix.to(v_BNHE.dtype) * (first_BNHE - v_BNHE)
         q_BNHE, k_BNHE = norm_and_rotate(q_BNHE, k_BNHE, attn.norm_q, attn.norm_k, cos_NE, sin_NE)
         if self._backend_is_named():
             out_BNHE = dispatch_attention_fn(
@@ -143,7 +140,7 @@ class ComplexityDiTAttnProcessor:
                 q_BNHE.transpose(1, 2), k_BNHE.transpose(1, 2), v_BNHE.transpose(1, 2)
             )
             out_BNHE = out_BHNE.transpose(1, 2)
-        return attn.to_out[0](out_BNHE.flatten(-2)), v_BNHE
+        return attn.to_out[0](out_BNHE.flatten(-2))
 
     def _backend_is_named(self) -> bool:
         """Whether the user chose a backend of diffusers: per model, in a context, or by variable.
@@ -157,20 +154,14 @@ class ComplexityDiTAttnProcessor:
 
 
 class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
-    """Grouped-query self-attention with RMS-normalised queries and keys.
-
-    With `mixes_values` the values are (1 - m) V + m V1, where V1 are those of the first block and m
-    is learned from 0.5 (value residual; Zhou et al., arXiv 2410.17897).
-    """
+    """Grouped-query self-attention with RMS-normalised queries and keys."""
 
     _default_processor_cls = ComplexityDiTAttnProcessor
     _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
     _supports_qkv_fusion = False
     processor: ComplexityDiTAttnProcessor
 
-    def __init__(
-        self, hidden_size: int, heads: int, kv_heads: int, eps: float, mixes_values: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, hidden_size // heads
         self.to_q = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
@@ -179,19 +170,11 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
         self.norm_q = RMSNorm(self.head_dim, eps=eps)
         self.norm_k = RMSNorm(self.head_dim, eps=eps)
-        # Shape (1,), not (): sharding wrappers reject scalar parameters.
-        self.value_mix = nn.Parameter(torch.full((1,), 0.5)) if mixes_values else None
         self.set_processor(ComplexityDiTAttnProcessor())
 
-    def forward(
-        self,
-        x_BND: Tensor,
-        cos_NE: Tensor,
-        sin_NE: Tensor,
-        first_BNHE: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, N, D) and the values it was computed from (B, N, H, E)."""
-        return self.processor(self, x_BND, cos_NE, sin_NE, first_BNHE)
+    def forward(self, x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+        """Return the output, (B, N, D)."""
+        return self.processor(self, x_BND, cos_NE, sin_NE)
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -240,27 +223,19 @@ class ComplexityDiTBlock(nn.Module):
     external force (`force`: attention and MLP; `force_mlp`: the MLP only). `none` has no dynamics.
     """
 
-    def __init__(self, config: Mapping[str, Any], index: int) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         hidden_size, eps = config["hidden_size"], config["norm_eps"]
         heads = config["num_attention_heads"]
         self.placement = config["dynamics_placement"]
         self.velocity_norm_eps = eps if config["dynamics_velocity_norm"] else None
-        self.gives_values = config["value_residual"] and index == 0
         self.norm1 = ModulatedRMSNorm(hidden_size, eps=eps)
         self.attn = ComplexityDiTAttention(
-            hidden_size,
-            heads,
-            config["num_key_value_heads"] or heads,
-            eps,
-            mixes_values=config["value_residual"] and index > 0,
+            hidden_size, heads, config["num_key_value_heads"] or heads, eps
         )
         self.norm2 = ModulatedRMSNorm(hidden_size, eps=eps)
         inner = swiglu_width(hidden_size, config["mlp_ratio"])
-        if config["routing"] == "none":
-            self.mlp = ComplexityDiTFeedForward(hidden_size, inner)
-        else:  # each token passes its expert and a shared one, together as wide as the dense MLP
-            self.mlp = TokenRoutedMLP(hidden_size, inner // 2, config["num_experts"])
+        self.mlp = ComplexityDiTFeedForward(hidden_size, inner)
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         if self.placement != "none":
             self.dynamics = build_dynamics(config)
@@ -271,24 +246,20 @@ class ComplexityDiTBlock(nn.Module):
         self,
         h_BND: Tensor,
         v_BND: Tensor | None,
-        first_BNHE: Tensor | None,
         c_BD: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
-        plan: RoutingPlan | None = None,
     ) -> LayerState:
-        """Map hidden state, velocity and values of the first block to those after this block.
+        """Map hidden state and velocity to those after this block.
 
-        The velocity is None in the first block and without dynamics, the values in the first block
-        and without value residual. `c_BD` is the activated condition (time plus labels); the rotary
-        tables are (B, N, E) if each image keeps its own subset of tokens.
+        The velocity is None in the first block and without dynamics. `c_BD` is the activated
+        condition (time plus labels); the rotary tables are (B, N, E) if each image keeps its own
+        subset of tokens.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
         normed_BND = self.norm1(h_BND, shift1, scale1)
-        branch_BND, values_BNHE = self.attn(normed_BND, cos_NE, sin_NE, first_BNHE)
-        if self.gives_values:
-            first_BNHE = values_BNHE
+        branch_BND = self.attn(normed_BND, cos_NE, sin_NE)
         # The residual sum is fused with the norm after it, and with the dynamics step of a branch.
         conditions, eps = (gate1, shift2, scale2), self.norm2.eps
         if self.placement == "force":
@@ -301,7 +272,7 @@ class ComplexityDiTBlock(nn.Module):
         else:
             normed_BND, h_BND = ops.gated_residual_norm(h_BND, branch_BND, *conditions, eps=eps)
 
-        branch_BND = self.mlp(normed_BND) if plan is None else self.mlp(normed_BND, plan)
+        branch_BND = self.mlp(normed_BND)
         if self.placement in ("force", "force_mlp"):
             dynamics = self.dynamics if self.placement == "force_mlp" else self.dynamics_mlp
             h_BND, v_BND = self._pushed(dynamics, h_BND, v_BND, branch_BND, gate2)
@@ -309,7 +280,7 @@ class ComplexityDiTBlock(nn.Module):
             h_BND = ops.gated_residual(h_BND, branch_BND, gate2)
             if self.placement == "stream":
                 h_BND, v_BND = self.dynamics(h_BND, v_BND)
-        return h_BND, v_BND, first_BNHE
+        return h_BND, v_BND
 
     def _pushed(
         self,
@@ -366,15 +337,6 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         token_drop_start: First of the middle blocks, which dropped tokens bypass when `forward` is
             given `kept_tokens`; None means block 1, the second.
         token_drop_end: The block where dropped tokens rejoin; None means the last one.
-        value_residual: Blend the values of every block with those of the first by a learned share
-            that starts at one half (arXiv 2410.17897).
-        routing: `none` is a dense MLP; with `timestep` or `position` each token passes a shared
-            expert and one of `num_experts`, chosen by the noise level of the image or by the
-            token's horizontal band. Each is half as wide as the dense MLP, so that the work per
-            token is the same.
-        num_experts: Routed experts per block.
-        routing_edges: `timestep` only: increasing noise levels in (0, 1) that separate the experts,
-            one fewer than there are experts; None means buckets of equal width.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -418,10 +380,6 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         network_output: str = "target",
         token_drop_start: int | None = None,
         token_drop_end: int | None = None,
-        value_residual: bool = False,
-        routing: str = "none",
-        num_experts: int = 4,
-        routing_edges: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         config = self.config
@@ -438,13 +396,18 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
                 for field, count in zip(label_fields, num_classes, strict=True)
             }
         )
-        self.blocks = nn.ModuleList([ComplexityDiTBlock(config, i) for i in range(num_layers)])
+        self.blocks = nn.ModuleList([ComplexityDiTBlock(config) for _ in range(num_layers)])
         self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
 
         self.gradient_checkpointing = False
         self._init_weights()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers; configs of earlier versions have fields that this one does not."""
+        return super().extract_init_dict(without_retired(config_dict, RETIRED), **kwargs)
 
     def _init_weights(self) -> None:
         """AdaLN-Zero: each block starts as the identity, and the output at zero.
@@ -458,10 +421,6 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, TokenRoutedMLP):
-                for parameter in module.parameters():
-                    for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else [parameter]:
-                        nn.init.xavier_uniform_(matrix)
         for zero in [block.adaln for block in self.blocks] + [self.adaln_out, self.proj_out]:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -548,13 +507,10 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             labels = self._embed_labels(class_labels, batch, x_BND.device)
         c_BD = nn.functional.silu(c_BD + labels)
 
-        state: LayerState = (x_BND, None, None)
-        plan, kept_plan = routing_plans(
-            self.config, timestep.to(x_BND.device), rows * columns, kept_tokens
-        )
+        state: LayerState = (x_BND, None)
         blocks = list(self.blocks)
         if kept_tokens is None:
-            state = self._through(blocks, state, c_BD, cos_NE, sin_NE, plan)
+            state = self._through(blocks, state, c_BD, cos_NE, sin_NE)
         else:
             start, end = middle_blocks(self.config)
             if start >= end:
@@ -564,11 +520,11 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
                 )
             subset = TokenSubset(kept_tokens, batch, rows * columns)
             cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
-            state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE, plan)
+            state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE)
             part = subset.take(state)
-            part = self._through(blocks[start:end], part, c_BD, cos_BKE, sin_BKE, kept_plan)
+            part = self._through(blocks[start:end], part, c_BD, cos_BKE, sin_BKE)
             state = subset.put_back(part, state)
-            state = self._through(blocks[end:], state, c_BD, cos_NE, sin_NE, plan)
+            state = self._through(blocks[end:], state, c_BD, cos_NE, sin_NE)
 
         shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
         x_BND = self.proj_out(self.norm_out(state[0], shift_BD, scale_BD))
@@ -584,12 +540,11 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         c_BD: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
-        plan: RoutingPlan | None,
     ) -> LayerState:
         """Apply blocks in turn, with gradient checkpointing if it is enabled."""
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in blocks:
-            inputs = (*state, c_BD, cos_NE, sin_NE, plan)
+            inputs = (*state, c_BD, cos_NE, sin_NE)
             if checkpointing:
                 state = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore
             else:
@@ -678,23 +633,15 @@ def check_config(config: Mapping[str, Any]) -> None:
         ("dynamics_placement", PLACEMENTS),
         ("dynamics_adaptive", ADAPTIVES),
         ("network_output", NETWORK_OUTPUTS),
-        ("routing", ROUTINGS),
     ):
         if config[name] not in choices:
             raise ValueError(f"{name} {config[name]!r} must be one of {choices}")
-    if config["routing"] != "none":
-        _check_routing(config, tokens=(size // patch) ** 2)
     start, end = middle_blocks(config)
     given = config["token_drop_start"] is not None or config["token_drop_end"] is not None
     if given and not 0 <= start < end <= config["num_layers"]:
         raise ValueError(
             f"token_drop_start {start} and token_drop_end {end} must satisfy 0 <= start < end <= "
             f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
-        )
-    if config["value_residual"] and start == 0:
-        raise ValueError(
-            f"token_drop_start {start} must be at least 1 with value_residual: every token needs "
-            "its value in the first block"
         )
     fields, counts = config["label_fields"], config["num_classes"]
     if len(fields) != len(counts) or len(set(fields)) != len(fields):
@@ -707,24 +654,3 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"label field {field!r}: {count} must be a printable name with at least 1 label"
             )
-
-
-def _check_routing(config: Mapping[str, Any], tokens: int) -> None:
-    routing, experts, edges = config["routing"], config["num_experts"], config["routing_edges"]
-    if experts < 2:
-        raise ValueError(f"num_experts {experts} must be at least 2 with routing {routing}")
-    if routing == "position" and experts > tokens:
-        raise ValueError(
-            f"num_experts {experts} must be at most the {tokens} tokens of an image with routing "
-            "position"
-        )
-    if edges is None:
-        return
-    if routing != "timestep":
-        raise ValueError(f"routing_edges require routing timestep, not {routing}")
-    levels = [0.0, *edges, 1.0]
-    if len(edges) != experts - 1 or any(a >= b for a, b in itertools.pairwise(levels)):
-        raise ValueError(
-            f"routing_edges {list(edges)} must be {experts - 1} increasing noise levels in (0, 1), "
-            f"one fewer than num_experts {experts}"
-        )

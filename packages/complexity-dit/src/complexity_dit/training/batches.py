@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from complexity_dit.config import TrainConfig
 from complexity_dit.data.latents import TrainingData
-from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.seeding import SEEDING, generator_for
 from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
@@ -50,51 +49,6 @@ def _permutation(num_items: int, seed: int, epoch: int, seeding: int) -> torch.T
     return torch.randperm(num_items, generator=generator)
 
 
-class BalancedOrder:
-    """An order of the data, like `random_batch_indices`, with every label equally often.
-
-    Items without a label keep their natural share and are spread evenly over the run. All other
-    samples come in rounds: a round has one item of each label, in an order of its own, and the
-    items of a label come in epochs of permutations. So the counts of two labels never differ by
-    more than one, and no item of a label is read twice before all of them were read once.
-    Everything is a function of (seed, position), without sampler state. `ids` are the labels of one
-    field, (N,), -1 where missing.
-    """
-
-    def __init__(self, ids: Tensor, seed: int, seeding: int = SEEDING) -> None:
-        self.seed, self.size, self.seeding = seed, len(ids), seeding
-        self.missing = (ids == MISSING).nonzero().flatten()
-        names = ids[ids != MISSING].unique().tolist()
-        if not names:
-            raise UserError(
-                "balanced_labels: every label of that field is missing in the training data"
-            )
-        self.members = [(ids == name).nonzero().flatten() for name in names]
-        # One shuffled epoch per label in memory: samples come in rounds and need no more.
-        self._shuffled = lru_cache(maxsize=2 * len(names) + 2)(self._shuffle)
-
-    def indices(self, start: int, count: int) -> Tensor:
-        """The items that samples `start` to `start + count - 1` read: int64 (count,)."""
-        return torch.tensor([self._item(k) for k in range(start, start + count)], dtype=torch.int64)
-
-    def _item(self, k: int) -> int:
-        # Of the first k samples floor(k * M / N) have no label, for M of N items without one.
-        before, after = ((n * len(self.missing)) // self.size for n in (k, k + 1))
-        if after > before:
-            return self._member(-1, self.missing, before)
-        turn, place = divmod(k - before, len(self.members))
-        label = int(self._shuffled("labels", len(self.members), turn)[place])
-        return self._member(label, self.members[label], turn)
-
-    def _member(self, label: int, items: Tensor, visit: int) -> int:
-        epoch, place = divmod(visit, len(items))
-        return int(items[self._shuffled(f"items of {label}", len(items), epoch)[place]])
-
-    def _shuffle(self, what: str, count: int, epoch: int) -> Tensor:
-        draw = generator_for(self.seed, f"order {what}", epoch, version=self.seeding)
-        return torch.randperm(count, generator=draw)
-
-
 _BLOCK = 2**18
 """Values per block of images: a block and what is computed from it fit in the processor's cache,
 and their memory is reused rather than allocated at every step."""
@@ -117,21 +71,7 @@ class StepBatches(Dataset):
     ) -> None:
         self.data, self.config, self.mine = data, config, slice(rank, None, world)
         self.seeding = seeding
-        self.order = self._balanced_order()
         self.dropouts = config.objective.label_dropouts(list(data.label_names))
-
-    def _balanced_order(self) -> BalancedOrder | None:
-        field, fields = self.config.data.balanced_labels, list(self.data.label_names)
-        if field is None:
-            return None
-        if field not in fields:
-            raise UserError(
-                f"balanced_labels {field!r} is not a label field of the data, which has "
-                f"{', '.join(fields) or 'none'}; name one of them, or null"
-            )
-        return BalancedOrder(
-            self.data.labels[:, fields.index(field)], self.config.seed, self.seeding
-        )
 
     def __len__(self) -> int:
         return self.config.steps
@@ -141,12 +81,9 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         config, count, mine = self.config, self.config.batch_size, self.mine
-        if self.order is None:
-            indices = random_batch_indices(
-                len(self.data), config.seed, step * count, count, self.seeding
-            )
-        else:
-            indices = self.order.indices(step * count, count)
+        indices = random_batch_indices(
+            len(self.data), config.seed, step * count, count, self.seeding
+        )
         draw = self._draw("train", step)
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)

@@ -288,7 +288,7 @@ class HeldoutLoss(Callback):
             config,
             batch_size=min(config.heldout_num_images, len(heldout)),
             seed=derive_seed(config.seed, "heldout"),
-            data=replace(config.data, flip=False, crop="center", balanced_labels=None),
+            data=replace(config.data, flip=False, crop="center"),
             model=replace(config.model, token_drop_rate=0.0),
         )  # fmt: skip
         self.batches = StepBatches(heldout, own, 0, 1)
@@ -308,7 +308,7 @@ class HeldoutLoss(Callback):
             *inputs, target = (part.to(device) for part in parts)
             with self.accelerator.autocast():
                 prediction = network(*inputs, return_dict=False)[0]
-            total += float(training_loss(prediction, target, self.config.objective)) * len(target)
+            total += float(training_loss(prediction, target)) * len(target)
         loss = total / len(batch["x"])
         assert self.file is not None  # this is the main process
         self.file.write([(step, loss)])

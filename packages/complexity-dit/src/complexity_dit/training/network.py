@@ -25,7 +25,6 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, m
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.pipelines.schedulers import prediction_type
-from complexity_dit.training.objective import time_quantiles
 from complexity_dit.training.state import SavedAdapter, check_meaning, check_shapes
 from inl_core.run.errors import UserError
 from inl_core.run.settings import nearest
@@ -38,7 +37,7 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
     own = config.model
     same = (
         "patch_size", "dynamics_placement", "dynamics_adaptive", "token_drop_start",
-        "token_drop_end", "value_residual", "routing", "num_experts",
+        "token_drop_end",
     )  # fmt: skip
     settings = {name: getattr(own, name) for name in same} | {
         "sample_size": data.sample_size,
@@ -47,8 +46,6 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
         "num_classes": [len(names) for names in data.label_names.values()],
         "network_output": "sample" if config.objective.writes_sample else "target",
     }
-    if own.routing == "timestep" and own.num_experts > 1:
-        settings["routing_edges"] = time_quantiles(own.num_experts, config.objective)
     for name in own.overrides:
         known = list(inspect.signature(ComplexityDiTTransformer2DModel.__init__).parameters)
         if name not in known:

@@ -26,22 +26,9 @@ def sample_times(count: int, config: ObjectiveConfig, generator: torch.Generator
         times = torch.sigmoid(config.logit_mean + config.logit_std * normal)
     else:
         times = torch.rand(count, generator=generator)
-    times = _shifted(times, config)
-    return times.clamp(min=MIN_NOISE) if config.writes_sample else times
-
-
-def time_quantiles(count: int, config: ObjectiveConfig) -> list[float]:
-    """The count - 1 noise levels that cut the distribution of `sample_times` into equal parts."""
-    config = config.resolved()
-    times = torch.arange(1, count, dtype=torch.float64) / count
-    if config.time_sampling == "logit_normal":
-        times = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(times))
-    return _shifted(times, config).tolist()
-
-
-def _shifted(times: Tensor, config: ObjectiveConfig) -> Tensor:
     assert config.shift is not None  # it is resolved
-    return config.shift * times / (1 + (config.shift - 1) * times)
+    times = config.shift * times / (1 + (config.shift - 1) * times)
+    return times.clamp(min=MIN_NOISE) if config.writes_sample else times
 
 
 def noisy_input_and_target(
@@ -81,20 +68,9 @@ def drop_labels(
     return torch.where(dropped, -1, labels)
 
 
-def training_loss(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Mean squared error, plus `direction_weight` times the mean of 1 - cosine.
-
-    The squared error of a velocity is dominated by its length; the second term depends on its
-    direction only (FasterDiT, Yao et al., arXiv 2410.10356; LightningDiT, arXiv 2501.01423, takes
-    the cosine over the channels of each position). The result has the dtype of the target.
-    """
-    prediction = prediction.to(target.dtype)
-    loss = F.mse_loss(prediction, target)
-    if config.direction_weight:
-        over_image = config.direction_over == "image"
-        pair = [x.flatten(1) if over_image else x for x in (prediction, target)]
-        loss = loss + config.direction_weight * (1 - F.cosine_similarity(*pair, dim=1)).mean()
-    return loss
+def training_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, in the dtype of the target."""
+    return F.mse_loss(prediction.to(target.dtype), target)
 
 
 def build_scheduler(config: ObjectiveConfig) -> SchedulerMixin:

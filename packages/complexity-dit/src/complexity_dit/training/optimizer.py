@@ -24,8 +24,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Muon (Jordan et al., 2024) orthogonalises the update of a matrix, so it gets the two-dimensional
     weights of attention and MLP. AdamW keeps the rest: embeddings, the input and output layers and
     vectors, as Muon's authors advise; the AdaLN projections, which start at zero and are the output
-    layers of the condition; stacked experts (three-dimensional); the dynamics. Muon's rate is
-    scaled to the size of AdamW's updates (Liu et al., arXiv 2502.16982), so both can use the same.
+    layers of the condition; the dynamics. Muon's rate is scaled to the size of AdamW's updates (Liu
+    et al., arXiv 2502.16982), so both can use the same.
     """
     decayed, plain, hidden = [], [], []
     for name, parameter in model.named_parameters():

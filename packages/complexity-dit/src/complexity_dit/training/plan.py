@@ -40,11 +40,11 @@ def token_count(config: Config) -> int:
 def count_flops(config: Config, kept: int | None = None) -> tuple[int, int]:
     """FLOPs of the matrix products for one image, two per multiply-add: forward, and both passes.
 
-    A routed MLP is counted as the dense one of equal active width; recomputation is not counted.
-    `kept` is the number of tokens that go through the middle blocks; None means all.
+    Recomputation is not counted. `kept` is the number of tokens that go through the middle blocks;
+    None means all.
     """
     with torch.device("meta"):
-        network = _dense_network(config)
+        network = ComplexityDiTTransformer2DModel.from_config(config)
         # The counter does not know the fused attention of a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss = _loss(network, 1, kept)
@@ -64,7 +64,7 @@ def activation_bytes(
     while it is recomputed.
     """
     with FakeTensorMode():
-        network = _dense_network(config)
+        network = ComplexityDiTTransformer2DModel.from_config(config)
         # As on an accelerator: in bf16 on a CPU attention keeps its weights up to 512 tokens.
         network.set_attention_backend("native")
         # What does not grow with the batch, copies of weights in bf16, cancels out.
@@ -100,11 +100,6 @@ def state_bytes(config: Config, precision: str, optim: OptimConfig) -> dict[str,
         "average": 4 * parameters,
         "weights in bf16": 0 if precision == "no" else 2 * parameters,
     }
-
-
-def _dense_network(config: Config) -> ComplexityDiTTransformer2DModel:
-    changes = {"routing": "none", "routing_edges": None}
-    return ComplexityDiTTransformer2DModel.from_config(config, **changes)  # pyright: ignore[reportReturnType]
 
 
 def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | None) -> Tensor:

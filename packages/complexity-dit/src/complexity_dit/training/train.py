@@ -80,8 +80,7 @@ OWNERS = table_of_owners(
         steps gradient_accumulation_steps compile gradient_checkpointing
         data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
-        objective.sampling_shift objective.label_dropout objective.direction_weight
-        objective.direction_over
+        objective.sampling_shift objective.label_dropout
         optim.lr optim.muon_lr optim.muon_momentum optim.beta1 optim.beta2 optim.weight_decay
         optim.warmup_steps optim.schedule optim.grad_clip
         optim.spike_factor optim.spike_window optim.spike_limit
@@ -89,10 +88,9 @@ OWNERS = table_of_owners(
     """,
     fixed="""
         seed batch_size mixed_precision
-        data.resolution data.holdout data.num_images data.balanced_labels data.image_column
+        data.resolution data.holdout data.num_images data.image_column
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
-        model.token_drop_start model.token_drop_end model.value_residual model.routing
-        model.num_experts model.overrides
+        model.token_drop_start model.token_drop_end model.overrides
         objective.prediction_type objective.network_output
         optim.name lora.rank lora.alpha lora.targets lora.labels
     """,
@@ -296,7 +294,7 @@ def optimizer_step(
             with accelerator.autocast():  # DDP has its own; FSDP2 has none
                 inputs = (part["x"], part["timestep"], part["labels"], part.get("kept_tokens"))
                 prediction = model(*inputs, return_dict=False)[0]
-            loss = training_loss(prediction, part["target"], config.objective) / parts
+            loss = training_loss(prediction, part["target"]) / parts
             accelerator.backward(loss)
         noise.add(part["timestep"], prediction.detach(), part["target"])
         total += loss.detach()

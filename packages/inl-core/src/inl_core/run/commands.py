@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -20,8 +20,14 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from inl_core.run.errors import RunStopped, UserError
-from inl_core.run.json_files import printable
-from inl_core.run.settings import check_yaml, nearest, parse_yaml, settings_text
+from inl_core.run.json_files import printable, without_retired
+from inl_core.run.settings import (
+    check_yaml,
+    dump_settings,
+    nearest,
+    parse_yaml,
+    settings_text,
+)
 from inl_core.run.threads import set_threads
 
 _NO_BARS = (
@@ -121,9 +127,14 @@ class Command:
             if not word.startswith("--"):
                 yield word
             elif self.has_config and name == "config" and (equals or rest):
-                text = settings_text(Path(text if equals else rest.pop(0)))
-                _check_values(parse_yaml(text), kinds)
-                yield f"--config={text}"
+                path = Path(text if equals else rest.pop(0))
+                values = parse_yaml(settings_text(path))
+                try:
+                    values = _without_retired(values, self.configs)
+                except ValueError as error:
+                    raise UserError(f"{path}: {error}") from None
+                _check_values(values, kinds)
+                yield f"--config={dump_settings(values)}"
             elif _takes_several(name, kinds):
                 values = [text] if equals else []
                 while not equals and rest and not rest[0].startswith("--"):
@@ -184,6 +195,16 @@ def field_names(kinds: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         else:
             yield from field_names(get_type_hints(cls), f"{prefix}{name}.")
+
+
+def _without_retired(values: dict[str, Any], classes: Iterable[type]) -> dict[str, Any]:
+    """Leave the `RETIRED` fields of the classes, and of their groups, out of a file's values."""
+    for cls in classes:
+        values = without_retired(values, getattr(cls, "RETIRED", {}))
+        for name, kind in get_type_hints(cls).items():
+            if (group := group_class(kind)) and isinstance(values.get(name), dict):
+                values[name] = _without_retired(values[name], [group])
+    return values
 
 
 def _check_values(values: Any, kinds: Any, name: str = "") -> None:

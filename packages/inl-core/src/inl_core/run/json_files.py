@@ -6,7 +6,7 @@ Errors are a `ValueError` with one sentence; the caller adds the name of the fil
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType, UnionType
@@ -57,8 +57,27 @@ def read_json_object(path: Path, follow_links: bool = True) -> dict[str, Any]:
     return value
 
 
+def without_retired(values: Mapping[str, Any], retired: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out fields that earlier versions wrote and this one does not have.
+
+    Args:
+        values: Fields as they were written.
+        retired: {field: the value at which it did nothing}; `...` for one that alone does nothing.
+
+    Raises:
+        ValueError: One of them did something.
+    """
+    for name in retired.keys() & values.keys():
+        if retired[name] is not ... and values[name] != retired[name]:
+            raise ValueError(
+                f"{name} is {_short(values[name])}: that was removed, as it showed no use in any "
+                "measurement; use the version that wrote it"
+            )
+    return {name: value for name, value in values.items() if name not in retired}
+
+
 def filled(cls: type[T], values: Any) -> T:
-    """Build a dataclass from a parsed JSON object.
+    """Build a dataclass from a parsed JSON object; `cls.RETIRED` are fields to leave out.
 
     Raises:
         ValueError: `values` is not an object, lacks a field, or has an unknown one or a value of
@@ -66,6 +85,7 @@ def filled(cls: type[T], values: Any) -> T:
     """
     if not isinstance(values, dict):
         raise ValueError(f"holds {_short(values)}, expected an object")
+    values = without_retired(values, getattr(cls, "RETIRED", {}))
     kinds = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     for name, value in values.items():
