@@ -21,38 +21,22 @@ BOUND = 400
 """Seconds: much more than a run of 8 steps needs, much less than the timeouts of torch."""
 
 RANK = """
-import dataclasses, os, signal, sys
+import dataclasses, importlib, os, signal, sys
 from pathlib import Path
 import yaml
+from support.kills import before_step
 from support.small_runs import dit_run, lm_run
 
 kind, out, texts, victim = sys.argv[1:]
-dies = os.environ["RANK"] == victim
 
 def die():
     print("DIES", os.getpid(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
-if kind == "dit":
-    from complexity_dit.training.batches import StepBatches
-    from complexity_dit import __main__ as cli
-    real = StepBatches.__getitem__
-    def item(self, step):
-        if dies and step == 5:
-            die()
-        return real(self, step)
-    StepBatches.__getitem__ = item
-    config = dit_run(out)
-else:
-    from complexity_lm.trainer import LMTrainer
-    from complexity_lm import __main__ as cli
-    real = LMTrainer.training_step
-    def step(self, *arguments, **named):
-        if dies and self.state.global_step == 5:
-            die()
-        return real(self, *arguments, **named)
-    LMTrainer.training_step = step
-    config = lm_run(out, texts)
+if os.environ["RANK"] == victim:
+    before_step(kind, 6, die)
+cli = importlib.import_module(f"complexity_{kind}.__main__")
+config = dit_run(out) if kind == "dit" else lm_run(out, texts)
 settings = Path(f"{out}.{os.environ['RANK']}.yaml")
 settings.write_text(yaml.safe_dump(dataclasses.asdict(config)))
 sys.argv = ["test", "train", "--config", str(settings)]

@@ -1,39 +1,13 @@
 """`save_pretrained` over an existing folder of the user, killed anywhere; for both packages."""
 
+import math
 import os
 import shutil
-import signal
-import sys
+from functools import partial
 
 import torch
 
-OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
-
-
-def save_until(model, folder, operations: int) -> tuple[bool, int]:
-    """Save in a child that is killed before the operation of this number; whether it was, and how
-    many were left."""
-    mine, others = os.pipe()
-    child = os.fork()
-    if child == 0:
-        left = operations
-
-        def count(event, arguments):
-            nonlocal left
-            if event in OPERATIONS:
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        model.save_pretrained(folder)
-        os.write(others, str(left).encode())
-        os._exit(0)
-    os.close(others)
-    with os.fdopen(mine) as pipe:
-        left = pipe.read()
-    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    return killed, int(left or 0)
+from support.kills import operations_until
 
 
 def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(package, finished, tmp_path):
@@ -51,14 +25,13 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(package, finished
         (folder / "README.md").write_text("edited")
         return folder
 
-    many = 100_000
-    _, left = save_until(model, folder_of_the_user("all"), many)
-    total, seen = many - left, set()
+    complete = folder_of_the_user("complete")
+    total, seen = operations_until(math.inf, partial(model.save_pretrained, complete)), set()
     assert total > 20
     # The last operations put the new files in place of the old ones.
     for operations in sorted({*range(0, total, total // 8), *range(total - 20, total + 1)}):
         folder = folder_of_the_user(f"at-{operations}")
-        killed, _ = save_until(model, folder, operations)
+        killed = operations_until(operations, partial(model.save_pretrained, folder)) is None
         assert killed == (operations < total)
         loaded = package.load(folder)
         now = (loaded.transformer if package.name == "dit" else loaded).state_dict()[first]

@@ -1,15 +1,13 @@
 """A saved folder loads with transformers' Auto classes, with and without the package."""
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from complexity_lm import DeepConfig, DeepForCausalLM, DeepModel
+from support.processes import python
 
 LOAD = """
 import sys
@@ -56,15 +54,8 @@ def test_folder_loads_without_the_package(lively, ids, tmp_path) -> None:
     with torch.no_grad():
         expected = {"ids": ids, "logits": model(ids).logits, "text": text}
     save_file(expected, folder / "expected.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + LOAD, str(folder)],
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    modules = str(tmp_path / "modules")
+    done = python("-c", BLOCKED + LOAD, folder, HF_MODULES_CACHE=modules)
     assert done.stdout.strip().endswith("fine")
 
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from complexity_lm.config import GenerateConfig
 from complexity_lm.generate import encode_prompt, generate, print_generated, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
+from support.processes import python
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -156,5 +155,4 @@ def test_invalid_prompts(tmp_path, monkeypatch):
 
 
 def test_generation_loads_no_datasets():
-    code = "import complexity_lm.generate, sys; assert 'datasets' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", "import complexity_lm.generate, sys; assert 'datasets' not in sys.modules")

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ from complexity_lm.config import TrainConfig
 from complexity_lm.data import load_split, pack, token_bytes, tokenize
 from complexity_lm.loading import load
 from complexity_lm.train import train
-from complexity_lm.trainer import LMTrainer
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, write_sums
-from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.errors import UserError
 from support.outcomes import rows_of
 from support.processes import python, torchrun
 
@@ -34,48 +31,6 @@ def outcome(run: str | Path) -> tuple:
     return checkpoint.name, weights, (Path(run) / "train_log.csv").read_text()
 
 
-@pytest.fixture
-def signal_at(monkeypatch):
-    """Send a signal to this process in a step, counted from 1."""
-
-    def patch(step: int, number: signal.Signals) -> None:
-        real = LMTrainer.training_step
-
-        def training_step(self, *arguments, **named):
-            if self.state.global_step == step - 1:
-                os.kill(os.getpid(), number)
-            return real(self, *arguments, **named)
-
-        monkeypatch.setattr(LMTrainer, "training_step", training_step)
-
-    return patch
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_resume_is_bit_identical(
-    small_run, tmp_path, signal_at, monkeypatch, number, status
-):
-    straight = dataclasses.replace(small_run, out=str(tmp_path / "straight"))
-    train(straight)
-    before = signal.getsignal(number)
-    signal_at(6, number)
-    expected = rf"{number.name} after step 6 of 8.*step-00000006.*--resume auto"
-    with pytest.raises(RunStopped, match=expected) as stop:
-        train(small_run)
-    assert stop.value.exit_status == status
-    assert signal.getsignal(number) is before
-    assert not (Path(small_run.out) / "model").exists()
-    monkeypatch.undo()
-    train(dataclasses.replace(small_run, resume="auto"))
-    assert outcome(small_run.out) == outcome(straight.out)
-
-
-def test_a_signal_at_the_last_step_finishes_the_run(small_run, signal_at):
-    signal_at(small_run.steps, signal.SIGTERM)
-    assert train(small_run).is_dir()
-    assert (Path(small_run.out) / "result.json").exists()
-
-
 def test_a_run_that_was_killed_after_its_last_step_is_finished_by_resume_auto(small_run):
     run = Path(small_run.out)
     folder = train(small_run)
@@ -87,15 +42,11 @@ def test_a_run_that_was_killed_after_its_last_step_is_finished_by_resume_auto(sm
 
 
 STOPPED = """
-import os, signal, sys
+import os, signal
 from complexity_lm import __main__ as cli
-from complexity_lm.trainer import LMTrainer
-real = LMTrainer.training_step
-def step(self, *arguments, **named):
-    if self.state.global_step == 4 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, *arguments, **named)
-LMTrainer.training_step = step
+from support.kills import before_step
+if os.environ["RANK"] == "1":
+    before_step("lm", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
 try:
     cli.main()
 except SystemExit as stop:

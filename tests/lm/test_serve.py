@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from complexity_lm import DeepConfig, DeepForCausalLM
 from complexity_lm.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from support.processes import python
 
 needs_serving = pytest.mark.skipif(
     not is_serve_available(), reason="needs pip install 'transformers[serving]'"
@@ -33,10 +34,7 @@ def test_transformers_finds_the_class_that_a_saved_config_names(tmp_path, tiny):
         "assert 'complexity_lm' not in sys.modules\n"
         "print(type(model).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "DeepForCausalLM", done.stderr
+    assert python("-c", code, tmp_path).stdout.strip() == "DeepForCausalLM"
 
 
 def _free_port() -> int:

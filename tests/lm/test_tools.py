@@ -1,9 +1,6 @@
 """The model under other people's tools: Trainer, packing, Auto classes, heads, beside Llama."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from transformers import (
 )
 
 from complexity_lm import DeepConfig, DeepForCausalLM, DeepModel
+from support.processes import python
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -103,15 +101,7 @@ def test_a_saved_folder_loads_with_every_auto_class_without_the_package(
 ) -> None:
     lively().save_pretrained(tmp_path)
     words("<unk>", "ka", "lo", unk_token="<unk>").save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path)],
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", REMOTE, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.stdout.strip().endswith("fine")
 
 

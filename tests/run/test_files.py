@@ -3,12 +3,11 @@
 import errno
 import os
 import socket
-import subprocess
-import sys
+from functools import partial
+from itertools import count
 
 import pytest
 
-from inl_core.run import files
 from inl_core.run.checkpoints import find_damage, write_sums
 from inl_core.run.errors import UserError
 from inl_core.run.files import (
@@ -22,100 +21,67 @@ from inl_core.run.files import (
     remove_partial_writes,
 )
 from support.disk import CHANGES, failing, small_files
+from support.kills import operations_until
 from support.strange_files import KINDS, make_strange
 
-# One child process for each file-system operation of the writer, killed right before it.
-KILLED_EVERYWHERE = """
-import importlib.util, os, signal, sys
-from pathlib import Path
-
-spec = importlib.util.spec_from_file_location("files", sys.argv[1])
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-place, work = Path(sys.argv[2]), sys.argv[3]
-OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
-
-def fill(folder, text):
-    for name in ("a", "b/c"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
-def write(target):
-    if work == "remove":
-        return files.remove_folder(target)
-    if work == "merge":
-        with files.merged_folder(target) as partial:
-            fill(partial, "new")
-        return
-    if work == "file":
-        with files.atomic_file(target / "a") as partial:
-            partial.write_text("new")
-        return
-    with files.atomic_folder(target) as partial:
-        fill(partial, "new")
 
 def both(text):
     return {"a": text, "b/c": text}
 
-kills = 0
-while True:
-    folder = place / f"{work}-{kills}"
-    target = folder / "thing"
-    target.mkdir(parents=True)
-    if work != "fresh":
-        fill(target, "old")
-    else:
-        target.rmdir()
-    child = os.fork()
-    if child == 0:
-        left = kills
 
-        def count(event, arguments):
-            global left
-            if event in OPERATIONS:
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        write(target)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    files.finish_merge(target) if target.is_dir() else None
-    files.remove_partial_writes(folder)
-    files.remove_partial_writes(target) if target.is_dir() else None
-    assert {p.name for p in folder.iterdir()} <= {"thing"}, (kills, list(folder.iterdir()))
-    result = contents(target) if target.exists() else None
-    allowed = {
-        "fresh": (None, both("new")),
-        "replace": (both("old"), both("new")),
-        "remove": (both("old"), None),
-        "file": (both("old"), both("old") | {"a": "new"}),
-        "merge": (both("old"), both("new")),
-    }[work]
-    assert result in allowed, (kills, result)
-    if status == 0:
-        assert result == allowed[1]
-        break
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    kills += 1
-print(kills)
-"""
+def fill(folder, text):
+    (folder / "a").write_text(text)
+    (folder / "b").mkdir(exist_ok=True)
+    (folder / "b" / "c").write_text(text)
 
 
-@pytest.mark.parametrize("work", ["fresh", "replace", "remove", "file", "merge"])
-def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, work):
-    command = [sys.executable, "-c", KILLED_EVERYWHERE, files.__file__, str(tmp_path), work]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2  # kills: at least as many operations as there are
+def write_file(target):
+    with atomic_file(target / "a") as partial:
+        partial.write_text("new")
 
 
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+def write_folder(target):
+    with atomic_folder(target) as partial:
+        fill(partial, "new")
+
+
+def merge_folder(target):
+    with merged_folder(target) as partial:
+        fill(partial, "new")
+
+
+@pytest.mark.parametrize(
+    ("write", "old", "new"),
+    [
+        (write_folder, None, both("new")),
+        (write_folder, both("old"), both("new")),
+        (remove_folder, both("old"), None),
+        (write_file, both("old"), both("old") | {"a": "new"}),
+        (merge_folder, both("old"), both("new")),
+    ],
+    ids=["fresh", "replace", "remove", "file", "merge"],
+)
+def test_a_kill_anywhere_leaves_the_old_or_the_new(tmp_path, write, old, new):
+    for kills in count():
+        folder = tmp_path / str(kills)
+        target = folder / "thing"
+        target.mkdir(parents=True)
+        fill(target, "old") if old else target.rmdir()
+        killed = operations_until(kills, partial(write, target)) is None
+        finish_merge(target) if target.is_dir() else None
+        remove_partial_writes(folder)
+        remove_partial_writes(target) if target.is_dir() else None
+        assert {p.name for p in folder.iterdir()} <= {"thing"}, kills
+        result = contents(target) if target.exists() else None
+        assert result in (old, new), kills
+        if not killed:
+            assert result == new
+            break
+    assert kills >= 2  # at least as many operations as there are
 
 
 def test_a_merge_keeps_other_files_and_removes_weights_that_it_replaces(tmp_path):
@@ -161,16 +127,6 @@ def test_a_folder_of_others_moves_no_files_out_of_it(tmp_path, link):
     with pytest.raises(UserError, match="does not belong there"):
         finish_merge(folder)
     assert (elsewhere / "keys").read_text() == "the user's"
-
-
-def both(text):
-    return {"a": text, "b/c": text}
-
-
-def fill(folder, text):
-    (folder / "a").write_text(text)
-    (folder / "b").mkdir(exist_ok=True)
-    (folder / "b" / "c").write_text(text)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

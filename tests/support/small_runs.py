@@ -62,7 +62,7 @@ def package_of(package: str, texts: Path) -> SimpleNamespace:
     """One of the two packages: `run(out, **fields)` makes a config, `train(config)` trains,
     `use(checkpoint)` loads it for sampling, `load(folder)` its pipeline or model,
     `STATE_FILE` is in every checkpoint, `outcome(out)` has
-    the bytes of a finished run by file name."""
+    the bytes of a finished run by path."""
     name = f"complexity_{package}"
     module: Callable = lambda part: import_module(f"{name}.{part}")  # noqa: E731
     train = module("training.train" if package == "dit" else "train").train
@@ -90,7 +90,7 @@ def package_of(package: str, texts: Path) -> SimpleNamespace:
         last = checkpoints.latest_checkpoint(Path(out) / "checkpoints")
         # Not optimizer.pt: a zip with times in it.
         files = [*last.rglob("*.safetensors"), Path(out) / "train_log.csv"]
-        return {path.name: path.read_bytes() for path in files}
+        return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
     return SimpleNamespace(
         name=package, run=run, use=use, load=load, train=train, outcome=outcome,

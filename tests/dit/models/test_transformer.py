@@ -1,9 +1,5 @@
 """The network: shapes, placements, initialisation, labels, and the interface of diffusers."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,6 +13,7 @@ from complexity_dit.models.transformer import (
     velocity_towards,
 )
 from support.networks import randomised, small_network
+from support.processes import python
 
 
 def inputs(batch=2, height=8, width=8):
@@ -75,12 +72,7 @@ os._exit(0)
 
 
 def test_plain_ddp_trains_it(tmp_path):
-    command = [sys.executable, "-c", PLAIN_DDP, str(tmp_path / "store")]
-    tests = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, cwd=tests, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.stdout == "three steps\n", done.stderr
+    assert python("-c", PLAIN_DDP, tmp_path / "store").stdout == "three steps\n"
 
 
 def test_a_new_model_predicts_zero_for_every_placement():

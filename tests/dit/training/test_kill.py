@@ -1,10 +1,8 @@
 """kill -9 at any moment, then --resume auto: the run ends with the bits of an undisturbed one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from support.processes import python
 
 # Imports take most of a small run's life, so a parent does them once and forks the runs that are
 # killed. It never computes anything itself: threads would not survive a fork.
@@ -153,10 +151,4 @@ print(f"{len(reached)} kills at {reached}, {time.perf_counter() - began:.0f} s")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_25_kills_change_nothing(tmp_path, processes):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path), str(processes)],
-        env=environment, capture_output=True, text=True, timeout=840,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
+    print(python("-c", DRIVER, tmp_path, processes).stdout)

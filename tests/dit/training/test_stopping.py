@@ -12,43 +12,10 @@ import pytest
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints, drop_old_checkpoints
 from inl_core.run.csv_log import CsvLog
-from inl_core.run.errors import RunStopped, UserError
+from inl_core.run.errors import UserError
 from inl_core.run.folders import LOCK_FILE, lock_folder
 from inl_core.run.stopping import StopRequest
 from support.outcomes import outcome
-
-
-@pytest.fixture
-def signal_at(on_batch):
-    """Send a signal to this process in a step, counted from 1."""
-
-    def patch(step: int, number: signal.Signals) -> None:
-        on_batch(lambda index, batch: index == step - 1 and os.kill(os.getpid(), number))
-
-    return patch
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_resume_is_bit_identical(small_run, tmp_path, signal_at, number, status):
-    straight = dataclasses.replace(small_run, out=str(tmp_path / "straight"))
-    train(straight)
-    before = signal.getsignal(number)
-    signal_at(6, number)
-    expected = rf"{number.name} after step 6 of 8.*step-00000006.*--resume auto"
-    with pytest.raises(RunStopped, match=expected) as stop:
-        train(small_run)
-    assert stop.value.exit_status == status
-    assert signal.getsignal(number) is before
-    run = Path(small_run.out)
-    assert not (run / "pipeline").exists()
-    assert not (run / LOCK_FILE).exists()
-    train(dataclasses.replace(small_run, resume="auto"))
-    assert outcome(run) == outcome(tmp_path / "straight")
-
-
-def test_a_signal_at_the_last_step_finishes_the_run(small_run, signal_at):
-    signal_at(small_run.steps, signal.SIGTERM)
-    assert train(small_run).is_dir()
 
 
 def test_the_second_interrupt_stops_at_once():
