@@ -289,16 +289,30 @@ def test_a_complete_cache_is_not_encoded_again(source, copied, monkeypatch):
     assert len(load_training_data(dataclasses.replace(as_latents(copied), holdout=0.5))) > 0
 
 
+REPORTED = """
+from complexity_dit import __main__ as cli
+from complexity_dit.data import encode
+encode_rows = encode._encode_rows
+def report(rows, *rest):
+    print(f"from row {rows.start}", flush=True)
+    return encode_rows(rows, *rest)
+encode._encode_rows = report
+cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_writes(source, caches, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(REPORTED)
     done = torchrun(
-        2, "-m", "complexity_dit", "encode", "--source", source.source, "--vae", source.vae,
+        2, script, "encode", "--source", source.source, "--vae", source.vae,
         "--resolution", "16", "--holdout", "0.25", "--out", tmp_path / "cache",
         "--part_size", "10", "--batch_size", "4",
     )  # fmt: skip
     assert bytes_of(tmp_path / "cache") == bytes_of(caches["tiny"])
-    encoded = re.findall(r"part (\d) of 3 is encoded", done.stderr)
-    assert sorted(encoded) == ["1", "2", "3"]  # each by one of the processes
+    begun = re.findall(r"from row (\d+)", done.stdout)
+    assert sorted(begun) == ["0", "10", "20"]  # each by one of the processes
 
 
 def test_removed_pictures_are_named_in_training_and_refused_in_encoding(

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from complexity_lm.data import fingerprint
 from complexity_lm.tokenizer import check_lossless, encode_text, separator_id
 from inl_core.run.errors import UserError
-from inl_core.run.progress import ProgressLog
+from inl_core.run.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,11 @@ def score_texts(
     # Windows of similar length share a batch: only short documents are padded, and little.
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     nats = torch.zeros((), dtype=torch.float64)
-    with tqdm(total=len(jobs), desc="scoring", unit="window", disable=None) as bar:
-        log = ProgressLog("scoring", len(jobs), "window", shown=bool(bar.disable))
+    with Progress("scoring", len(jobs), "window") as progress:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             nats += _batch_nats(model, batch)
-            bar.update(len(batch))
-            log.update(len(batch))
+            progress.update(len(batch))
     return Score(
         nats=float(nats),
         tokens=sum(len(document) - 1 for document in documents),

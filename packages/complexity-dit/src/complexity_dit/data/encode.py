@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
-from tqdm.auto import tqdm
 
 from complexity_dit.config import DataConfig
 from complexity_dit.data.dataset import PaintingDataset, in_split, load_data
@@ -44,6 +43,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.folders import claim_folder, writing
 from inl_core.run.json_files import read_json_object
+from inl_core.run.progress import Progress
 from inl_core.run.workers import report_dead_workers
 
 logger = logging.getLogger(__name__)
@@ -200,12 +200,7 @@ def _write_parts(
         for rows in own_blocks(total, size)
         if not part_path(folder, rows[0] // size).exists()
     }
-    with tqdm(
-        total=sum(map(len, shares.values())),
-        desc="encoding",
-        unit="image",
-        disable=None if is_main() else True,
-    ) as bar:
+    with Progress("encoding", sum(map(len, shares.values())), "image", is_main()) as progress:
         for part, rows in shares.items():
             path = part_path(folder, part)
             columns: dict[str, Any] = {
@@ -214,7 +209,7 @@ def _write_parts(
             }
             for i, field in enumerate(pictures.label_names):
                 columns[f"label_{field}"] = pictures.labels[rows.start : rows.stop, i].numpy()
-            latents = _encode_rows(rows, pictures, vae, plan, batch_size, bar)
+            latents = _encode_rows(rows, pictures, vae, plan, batch_size, progress)
             for name, values in latents.items():
                 flat = pa.array(values.reshape(-1))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
@@ -226,8 +221,6 @@ def _write_parts(
             ):
                 file.write_table(table)
                 file.finalize()
-            if bar.disable:  # where standard error is a file, and in the other processes
-                logger.info("part %d of %d is encoded", part + 1, number_of_parts(plan))
 
 
 @torch.inference_mode()
@@ -237,7 +230,7 @@ def _encode_rows(
     vae: Vae,
     plan: dict[str, Any],
     batch_size: int,
-    bar: tqdm,
+    progress: Progress,
 ) -> dict[str, np.ndarray]:
     """Return `latents`, and `latents_std` of a posterior, as float16 (rows, sides, C, Y, X)."""
     batches: list[list[np.ndarray]] = []
@@ -261,7 +254,7 @@ def _encode_rows(
                     "infinite or beyond fp16: its weights are damaged or made for another range"
                 )
         batches.append(columns)
-        bar.update(len(indices))
+        progress.update(len(indices))
     names = ("latents", "latents_std")
     return {n: np.concatenate(c) for n, c in zip(names, zip(*batches, strict=True), strict=False)}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from complexity_dit.distributed import all_agree, gather_rows, is_main, own_blocks
 from complexity_dit.evaluation.image_sets import ImageSet
@@ -18,7 +17,7 @@ from complexity_dit.evaluation.networks import FeatureExtractor, cache_dir
 from complexity_dit.hashing import array_hash
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, open_regular
-from inl_core.run.progress import ProgressLog
+from inl_core.run.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +36,14 @@ def extract_features(
     Args:
         batches: uint8 (n, H, W, 3) arrays, any n, one H and W.
         extractor: The network.
-        total: Number of images, for the progress bar.
-        desc: Title of the progress bar.
+        total: Number of images, to show how far it is; None if unknown.
+        desc: What is done, to show it.
 
     Raises:
         UserError: No image at all, or batches that are not uint8 (n, H, W, 3) of one size.
     """
     features: list[NDArray[np.float32]] = []
-    with tqdm(total=total, desc=desc, unit="image", disable=None if is_main() else True) as bar:
-        log = ProgressLog(desc, total or 0, "image", shown=bool(bar.disable) and is_main())
+    with Progress(desc, total, "image", shown=is_main()) as progress:
         for images in _rebatch(batches, FEATURE_CHUNK):
             n = len(images)
             # A convolution may sum in another order for another batch size: always FEATURE_CHUNK.
@@ -53,8 +51,7 @@ def extract_features(
             padded[:n] = images
             tensor = torch.from_numpy(padded).permute(0, 3, 1, 2).contiguous()
             features.append(extractor(tensor)[:n].numpy())
-            bar.update(n)
-            log.update(n)
+            progress.update(n)
     if not features:
         raise UserError("there are no images to compute features of")
     return np.concatenate(features)

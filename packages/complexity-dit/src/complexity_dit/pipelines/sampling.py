@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from complexity_dit.config import ADAPTER_FILE, SampleConfig
 from complexity_dit.distributed import is_main, on_main, own_blocks
@@ -37,7 +36,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, finish_merge
 from inl_core.run.folders import writing
 from inl_core.run.json_files import fits, one_line, read_json_object
-from inl_core.run.progress import ProgressLog
+from inl_core.run.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -221,10 +220,7 @@ def iter_samples(
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
     indices = list(range(len(labels)) if indices is None else indices)
-    with tqdm(
-        total=len(indices), desc="sampling", unit="image", disable=None if progress else True
-    ) as bar:
-        log = ProgressLog("sampling", len(indices), "image", shown=bool(bar.disable) and progress)
+    with Progress("sampling", len(indices), "image", shown=progress) as done:
         for batch in _consecutive_batches(indices, config.batch_size):
             images = pipe(
                 class_labels=labels[batch],
@@ -247,8 +243,7 @@ def iter_samples(
                     "weights, or lower the guidance_scale"
                 )
             yield batch, to_uint8(images)
-            bar.update(len(batch))
-            log.update(len(batch))
+            done.update(len(batch))
 
 
 def _consecutive_batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
