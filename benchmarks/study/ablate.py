@@ -20,7 +20,8 @@ networks in turn, so that a busy machine slows all alike. The study also trains 
 for `longer` runs, each with a full schedule, and interpolates the loss at that ratio, linearly in
 the logarithm of the steps. Beyond the longest run there is no number.
 
-`report` prints the tables of a study; `--into FOLDER` also writes its figures.
+`report` prints the tables of a study; `--into FOLDER` also writes its figures, those over depth
+with `--runs` only. `--override data.source=NAME` takes the corpus by its name in the rows.
 """
 
 import argparse
