@@ -6,9 +6,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from complexity_lm import sources
+from complexity_lm import DeepForCausalLM, DeepForSequenceClassification, sources
 from complexity_lm.config import DataConfig
 from complexity_lm.data import load_corpus
 from complexity_lm.evaluate import _task_name
@@ -111,6 +113,42 @@ def test_a_model_of_the_hub_is_looked_at_as_a_folder(model, tmp_path, monkeypatc
         load("some/model")
     with pytest.raises(UserError, match=r"cannot load a model from some/other: .+"):
         load("some/other")
+
+
+@pytest.mark.parametrize("of_hub", [False, True], ids=["folder", "hub"])
+@pytest.mark.parametrize(
+    "cls", [DeepForCausalLM, DeepForSequenceClassification, AutoModelForCausalLM]
+)
+def test_from_pretrained_looks_before_it_builds(model, tmp_path, monkeypatch, cls, of_hub):
+    name = str(model)
+    if of_hub:
+        model, name = put_in_hub_cache(model, "a/b", tmp_path / "cache", monkeypatch), "a/b"
+    whole = (model / "config.json").read_text()
+    cls.from_pretrained(name, num_labels=3)
+    built = classmethod(lambda *_, **__: pytest.fail("it was built"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", built)
+    layers = {"num_hidden_layers": 5000, "layer_types": None}
+    for change, error in (
+        (layers, r"has num_hidden_layers 5000; the weights next to it"),
+        ({"vocab_size": 10**10}, r"config\.json describes a network of"),
+    ):
+        edit(model / "config.json", **change)
+        with pytest.raises(UserError, match=error):
+            cls.from_pretrained(name)
+        (model / "config.json").write_text(whole)
+
+
+def test_a_config_makes_no_list_of_endless_layers(model):
+    edit(model / "config.json", num_hidden_layers=10**12, layer_types=None)
+    with pytest.raises(StrictDataclassClassValidationError, match="must be at most 10000"):
+        AutoConfig.from_pretrained(model)
+
+
+def test_what_is_not_there_is_the_error_of_transformers(model, tmp_path, monkeypatch):
+    put_in_hub_cache(model, "a/b", tmp_path / "cache", monkeypatch)
+    for name in (tmp_path, "a/other"):
+        with pytest.raises(OSError, match=r"no file named|a/other|couldn't find"):
+            DeepForCausalLM.from_pretrained(name)
 
 
 def test_a_folder_with_an_adapter_is_refused(model):

@@ -87,7 +87,8 @@ def test_packed_weights_may_have_more_numbers_than_bytes(folder: Path) -> None:
     save_file({"packed": torch.zeros(20, dtype=torch.uint8)}, folder / "model.safetensors")
     with pytest.raises(UserError, match="describes a network of"):
         weights_fit(folder, Tiny)
-    weights_fit(folder, Tiny, numbers_per_byte=8)
+    describe(folder, quantization_config={})
+    weights_fit(folder, Tiny)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", 5])

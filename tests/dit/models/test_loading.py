@@ -1,10 +1,11 @@
 """Weights and config of a folder: every kind of network is loaded completely or not at all."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from complexity_dit.evaluation.networks import load_extractor
@@ -86,6 +87,8 @@ def test_a_pipeline_of_the_hub_is_looked_at_as_a_folder(pipe, tmp_path, monkeypa
     whole.save_pretrained(tmp_path / "model")
     snapshot = put_in_hub_cache(tmp_path / "model", "some/dit", tmp_path / "cache", monkeypatch)
     load_pipeline("some/dit")
+    stock = partial(DiffusionPipeline.from_pretrained, "some/dit", trust_remote_code=True)
+    stock()
     for part in ("vae", "transformer"):
         text = (snapshot / part / "config.json").read_text()
         change_config(
@@ -93,6 +96,9 @@ def test_a_pipeline_of_the_hub_is_looked_at_as_a_folder(pipe, tmp_path, monkeypa
         )
         with pytest.raises(UserError, match=f"some/dit: .*{part}.*config.json"):
             load_pipeline("some/dit")
+        if part == "transformer":  # a VAE of diffusers is loaded by it alone
+            with pytest.raises(UserError, match=r"transformer.*config.json describes a network"):
+                stock()
         (snapshot / part / "config.json").write_text(text)
 
 

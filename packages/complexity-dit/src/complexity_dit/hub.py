@@ -1,9 +1,8 @@
-"""The Hugging Face Hub: whether it answers, downloads of weights, uploads of a folder."""
+"""The Hugging Face Hub: whether it answers, and uploads of a folder."""
 
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from inl_core.run.errors import UserError
@@ -28,39 +27,6 @@ def reach_hub(action: str, hint: str = _SOURCE_HINT) -> None:
             f"{action}: {problem}; {hint}, or set HF_HUB_OFFLINE=1 if this machine has already "
             "cached it"
         )
-
-
-def download_weights(repo_id: str, options: dict[str, Any]) -> Path:
-    """Download the configs and safetensors of a network, and nothing else, into the cache.
-
-    Args:
-        repo_id: The repository.
-        options: Those of `from_pretrained`, of which `subfolder`, `variant`, `revision`, `token`,
-            `cache_dir`, `force_download` and `local_files_only` are used.
-
-    Returns:
-        The folder of this version in the cache, without the `subfolder`.
-
-    Raises:
-        UserError: If the repository does not exist or cannot be read.
-    """
-    subfolder, variant = (options.get(name) for name in ("subfolder", "variant"))
-    start = f"{subfolder}/" if subfolder else ""
-    ending = f".{variant}" if variant else ""
-    patterns = [
-        f"{start}{stem}{ending}{part}.safetensors"
-        for stem in ("model", "diffusion_pytorch_model")
-        for part in ("", "-*-of-*")
-    ]
-    names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    try:
-        return Path(
-            snapshot_download(repo_id, allow_patterns=[f"{start}*.json", *patterns], **given)
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {repo_id}, no folder here, from the Hub: {reason}") from error
 
 
 def check_reachable(repo_id: str) -> None:

@@ -47,6 +47,7 @@ Adaptive = Literal["token", "channel", "layer", "lite"]
 RoutingScheme = Literal["modulo", "balanced"]
 
 _INF = float("inf")
+_MAX_LAYERS = 10_000  # far above any network; a config of anybody may claim 10^12
 
 # Defaults of unset coefficients. A force adds entire sub-layer outputs to the velocity, so it
 # starts near the plain residual: full steps, an open gate, little memory.
@@ -69,7 +70,7 @@ class DeepConfig(PreTrainedConfig):
         hidden_size: Width D of the residual stream.
         intermediate_size: Inner width of the SwiGLU MLP. With experts, the width that acts on one
             token: that of its expert plus that of the shared expert.
-        num_hidden_layers: Number of decoder layers.
+        num_hidden_layers: Number of decoder layers, at most 10,000.
         num_attention_heads: Query heads per layer; divides `hidden_size`.
         num_key_value_heads: Key and value heads per layer (grouped-query attention); divides
             `num_attention_heads`. `None` means one per query head.
@@ -218,7 +219,7 @@ class DeepConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            self.layer_types = [kind] * min(self.num_hidden_layers, _MAX_LAYERS)
         if self.num_experts > 0:
             width, expert = self.intermediate_size, self.expert_intermediate_size
             if self.shared_intermediate_size is None:
@@ -241,6 +242,7 @@ class DeepConfig(PreTrainedConfig):
             "dynamics_controller_hidden",
         ):  # fmt: skip
             self._check(name, "at least 1", lambda x: x >= 1)
+        self._check("num_hidden_layers", f"at most {_MAX_LAYERS}", lambda x: x <= _MAX_LAYERS)
         for name in ("rms_norm_eps", "initializer_range"):
             self._check(name, "positive and finite", lambda x: 0 < x < _INF)
         self._check("sliding_window", "at least 1 or None", lambda x: x >= 1)

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub import snapshot_download
-
 from inl_core.run.errors import UserError
 from inl_core.run.hub import is_offline, unreachable
 
@@ -33,17 +31,6 @@ def locate(name: str, hint: str, wanted: str | None = None) -> Path | None:
         f"{wanted or name}: {problem}; {hint}, or set HF_HUB_OFFLINE=1 if it is in the cache of "
         "this machine"
     )
-
-
-def download_model(repo_id: str) -> Path:
-    """Download the weights and texts of a model, and no pickle and no code, into the cache.
-
-    Returns:
-        The folder of this version in the cache.
-    """
-    weights = ["model.safetensors", "model-*-of-*.safetensors"]
-    texts = ["*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(repo_id, allow_patterns=[*weights, *texts]))
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from complexity_lm.config import DataConfig
-from complexity_lm.hub import download_model, locate, report_errors
+from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.files import finish_merge, refuse_strange_files
+from inl_core.run.hub import download_weights
 from inl_core.run.json_files import filled, fits, read_json_object
 from inl_core.run.torch_files import check_torch_files
 from inl_core.run.weights import tensor_shapes, weights_fit
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
 """In a model folder: the text and the tokenizer of its training."""
+
+_TOKENIZER_FILES = ("*.txt", "*.model", "*.jinja")
+"""Beside JSON files: vocabularies, and the template of chats."""
 
 
 @dataclass
@@ -78,7 +82,7 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
         if folder is None:
-            folder = download_model(name)
+            folder = download_weights(name, {}, _TOKENIZER_FILES)
         refuse_strange_files(folder)
         _check_folder(folder)
         # trust_remote_code is given because the default asks on the terminal.
@@ -131,13 +135,12 @@ def _check_folder(folder: Path) -> None:
             "it has an adapter (adapter_config.json), which is not loaded: merge it into the model "
             "with peft's merge_and_unload and save that"
         )
-    config = read_json_object(folder / "config.json")
 
     def build(_: dict[str, Any]) -> nn.Module:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(own, trust_remote_code=False)
 
-    weights_fit(folder, build, numbers_per_byte=8 if "quantization_config" in config else 1)
+    weights_fit(folder, build)
 
 
 # The training file ------------------------------------------------------------------------------

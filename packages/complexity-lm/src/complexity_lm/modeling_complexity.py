@@ -44,12 +44,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, norm_and_rotate, ops
 from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
 from inl_core.run.files import merged_folder
+from inl_core.run.hub import download_weights
+from inl_core.run.weights import weights_fit
 
 from .configuration_complexity import DeepConfig
 
@@ -345,6 +348,22 @@ class DeepDecoderLayer(GradientCheckpointingLayer):
         return dynamics(h_BND, v_BND, force=force_BND)
 
 
+def _check_size(source: Any, options: dict[str, Any]) -> None:
+    """Look at a folder, or a Hub id whose safetensors it downloads, as `from_pretrained` finds it.
+
+    Without a config or safetensors there (an adapter, another format) transformers says the rest.
+    """
+    names = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    path = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **given)
+    if path is None:
+        return
+    if not Path(source).is_dir():
+        download_weights(source, options)
+        options["force_download"] = False  # they are new
+    weights_fit(Path(path).parent, lambda config: DeepModel(DeepConfig.from_dict(config)))
+
+
 class DeepPreTrainedModel(PreTrainedModel):
     """Base of all models of this file: initial weights, saving, loading, the routing table."""
 
@@ -363,6 +382,17 @@ class DeepPreTrainedModel(PreTrainedModel):
         "hidden_states": DeepDecoderLayer,
         "attentions": ComplexityAttention,
     }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the config is compared with the weights before a network is built.
+
+        Raises:
+            UserError: The config of the folder or Hub id describes more than its weights can fill.
+        """
+        if pretrained_model_name_or_path is not None:
+            _check_size(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False

@@ -13,7 +13,6 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from complexity_dit.hub import download_weights
 from inl_core.run.errors import UserError
 from inl_core.run.files import (
     atomic_file,
@@ -22,6 +21,7 @@ from inl_core.run.files import (
     open_regular,
     refuse_strange_files,
 )
+from inl_core.run.hub import download_weights
 from inl_core.run.weights import weights_fit
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})

@@ -1,8 +1,16 @@
-"""Whether the Hugging Face Hub answers, asked once before its client retries for 23 seconds."""
+"""The Hugging Face Hub: whether it answers, and downloads of weights.
+
+Whether it answers is asked once, before its client retries for 23 seconds.
+"""
 
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inl_core.run.errors import UserError
 
 _TIMEOUT_SECONDS = 4.0
 
@@ -28,3 +36,39 @@ def unreachable() -> str | None:
     except OSError as error:
         reason = getattr(error, "reason", error)
     return None if reason is None else f"cannot reach {constants.ENDPOINT} ({reason})"
+
+
+def download_weights(repo_id: str, options: dict[str, Any], texts: Sequence[str] = ()) -> Path:
+    """Download the configs and safetensors of a network, and nothing else, into the cache.
+
+    Args:
+        repo_id: The repository.
+        options: Those of `from_pretrained`, of which `subfolder`, `variant`, `revision`, `token`,
+            `cache_dir`, `force_download` and `local_files_only` are used.
+        texts: Patterns of further files, e.g. those of a tokenizer.
+
+    Returns:
+        The folder of this version in the cache, without the `subfolder`.
+
+    Raises:
+        UserError: If the repository does not exist or cannot be read.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    subfolder, variant = (options.get(name) for name in ("subfolder", "variant"))
+    start = f"{subfolder}/" if subfolder else ""
+    ending = f".{variant}" if variant else ""
+    weights = [
+        f"{start}{stem}{ending}{part}.safetensors"
+        for stem in ("model", "diffusion_pytorch_model")
+        for part in ("", "-*-of-*")
+    ]
+    patterns = [f"{start}*.json", *weights, *texts]
+    names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **given))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {repo_id}, no folder here, from the Hub: {reason}") from error

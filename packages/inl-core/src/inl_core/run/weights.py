@@ -27,6 +27,9 @@ _COUNTS = re.compile(
 _SPARE_LAYERS, _MAX_LABELS = 1_000, 1_000_000
 """A default such as max_window_layers may exceed the layers; the names of labels are a list too."""
 
+_PACKED = 8
+"""Most numbers in a byte of weights that are quantized."""
+
 _MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 _BUFFER_NUMBERS = 2**27
 """Numbers that buffers may have beyond the size of the weights, such as tables of positions."""
@@ -66,9 +69,7 @@ def _header(path: Path) -> dict[str, Any]:
         return parse_json(file.read(size))
 
 
-def weights_fit(
-    folder: Path, build: Callable[[dict[str, Any]], "nn.Module"], numbers_per_byte: int = 1
-) -> None:
+def weights_fit(folder: Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> None:
     """Refuse a `config.json` that describes more than the weights beside it can fill.
 
     A folder without safetensors passes: the loader's own error names the files it looks for.
@@ -77,7 +78,6 @@ def weights_fit(
         folder: Folder with `config.json` and safetensors files.
         build: Builds the network from the contents of `config.json`. It is called on the meta
             device, where a network takes no memory for its weights.
-        numbers_per_byte: Most numbers in a byte of the files; more than 1 for packed weights.
 
     Raises:
         UserError: The config has more layers than the files have tensors, or describes a network
@@ -89,9 +89,10 @@ def weights_fit(
     import torch
 
     path = folder / "config.json"
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * numbers_per_byte
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         config = read_json_object(path)
+        stored *= _PACKED if "quantization_config" in config else 1
         _check_values(path, config, len(shapes))
         with torch.device("meta"), _counted(path, len(shapes), stored):
             network = build(config)
