@@ -1,6 +1,6 @@
 """The tables of `bench_ops.py`: the implementations of each operation side by side.
 
-A test compares `compiled_ahead` with the backend "auto" of `inl_core.ops`.
+A test compares `choices` with the table `AUTO` of `inl_core.ops`.
 """
 
 COLUMNS = {
@@ -41,18 +41,24 @@ def totals(rows):
     return {name: line for name, line in found.items() if "Triton" in line}
 
 
-def compiled_ahead(rows):
-    """Operations whose compiled definition is faster than the kernel in the last run with kernels.
+def choices(rows):
+    """{operation: (eager, compiled)}, "triton" where the kernel won in the last run with kernels.
 
-    The routed MLP is not compiled from its definition: it is compared with torch's grouped product.
+    Eager the rival is the definition, compiled the compiled definition. The routed MLP is not
+    compiled from its definition: there it is compared with torch's grouped product.
     """
     runs = {}
     for row in rows:
         if row["bench"] == "ops":
             runs.setdefault((row["command"], row["hardware"], row["commit"]), []).append(row)
     last = next(filter(None, map(totals, reversed(runs.values()))), {})
-    rivals = {name: line.get("compiled", line.get("library")) for name, line in last.items()}
-    return {name for name, ms in rivals.items() if ms and ms < last[name]["Triton"]}
+    return {
+        name: tuple(
+            "triton" if line["Triton"] <= rival else "reference"
+            for rival in (line["eager"], line.get("compiled", line.get("library")))
+        )
+        for name, line in last.items()
+    }
 
 
 def _row(*cells):

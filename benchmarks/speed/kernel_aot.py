@@ -15,14 +15,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,8 +29,6 @@ from inl_core.kernels import (
     add_rms_norm,
     gated_residual,
     gated_residual_norm,
-    inl_branch_epilogue,
-    inl_controlled_step,
     inl_step,
     modulated_rms_norm,
     qk_norm_rope,
@@ -56,10 +52,7 @@ _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 AotSpec = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int]
 """(kernel, signature, constexprs, attrs, num_warps): one ahead-of-time compilation."""
 
-_FLOATS = {
-    "eps", "dt", "beta_max", "velocity_max", "mu_min", "mu_max",
-    "alpha_number", "beta_number", "gate_number",
-}  # fmt: skip
+_FLOATS = {"eps", "dt", "beta_max", "velocity_max", "mu_min", "mu_max"}
 _COUNTS = {"rows", "q_rows", "k_rows", "blocks", "parts", "tiles", "walkers", "programs"}
 
 
@@ -196,39 +189,6 @@ def _inl_step_specs() -> list[AotSpec]:
     return specs
 
 
-def _inl_controlled_step_specs() -> list[AotSpec]:
-    module = inl_controlled_step
-    constants = {
-        "CLIP": True, "DOT": tl.bfloat16, "BLOCK_R": module.BLOCK_R, "BLOCK_C": module._block_c(64),
-    }  # fmt: skip
-    columns = {
-        module.forward_kernel: module.FORWARD_COLUMNS,
-        module.rows_kernel: module.BACKWARD_COLUMNS,
-        module.columns_kernel: module.BACKWARD_COLUMNS,
-    }
-    fp32 = "weight bias mu dweight dbias dmu"
-    return [
-        _spec(kernel, constants | absent | {"BLOCK_D": block_d}, module.NUM_WARPS, fp32)
-        for absent in ({"force_ptr": None}, {})
-        for kernel, block_d in columns.items()
-    ]
-
-
-def _inl_branch_epilogue_specs() -> list[AotSpec]:
-    fp32 = "alpha beta gate mu dalpha dbeta dgate dmu drho dshift sums"
-    coefficients = ("alpha_ptr", "beta_ptr", "gate_ptr", "dalpha_ptr", "dbeta_ptr", "dgate_ptr")
-    specs = []
-    for width, kind in product((768, 1152), ("channel", "layer", "lite")):
-        constants: dict[str, Any] = dict.fromkeys(("ALPHA", "BETA", "GATE"), kind == "channel")
-        constants |= {"CLIP": True, **_common.row_config(width), "weight_ptr": None}
-        warps = constants.pop("num_warps")
-        if kind == "lite":
-            constants |= dict.fromkeys(coefficients)
-        for kernel in (inl_branch_epilogue.forward_kernel, inl_branch_epilogue.backward_kernel):
-            specs.append(_spec(kernel, constants, warps, fp32))
-    return specs
-
-
 @cache
 def all_specs() -> dict[str, list[AotSpec]]:
     """What is compiled of every kernel file, by file name without suffix."""
@@ -236,8 +196,6 @@ def all_specs() -> dict[str, list[AotSpec]]:
         "add_rms_norm": _row_specs(add_rms_norm, b_ptr=None, dresidual_ptr=None),
         "gated_residual": _sample_specs(gated_residual),
         "gated_residual_norm": _sample_specs(gated_residual_norm),
-        "inl_branch_epilogue": _inl_branch_epilogue_specs(),
-        "inl_controlled_step": _inl_controlled_step_specs(),
         "inl_step": _inl_step_specs(),
         "modulated_rms_norm": _sample_specs(modulated_rms_norm),
         "qk_norm_rope": _qk_norm_rope_specs(),

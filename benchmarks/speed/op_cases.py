@@ -82,21 +82,6 @@ def _inl_channel(m):
     return Case("inl_step channel", "inl_step", [*m.rows(2), *m.channel(4)], 4, 6, options=BOUNDS)
 
 
-def _inl_controlled(m):
-    # A controller of width 64, whose activations and weights are small compared with the rows.
-    hidden = m.randn(m.samples, m.tokens, 64)
-    weight, bias = m.randn(3 * m.width, 64, scale=0.125), m.randn(3 * m.width)
-    arguments = [*m.rows(2), hidden, weight, bias, *m.channel()]
-    return Case("inl_controlled_step", "inl_controlled_step", arguments, 4, 6, options=BOUNDS)
-
-
-def _inl_branch(m):
-    # h, v, three coefficients and mu per channel, then the residual, its gate, shift and scale.
-    arguments = [*m.rows(2), *m.channel(4), *m.rows(1), *m.per_sample(3)]
-    bounds = {name: value for name, value in BOUNDS.items() if name != "beta_max"}
-    return Case("inl_branch_epilogue", "inl_branch_epilogue", arguments, 6, 9, options=bounds)
-
-
 def _rms_norm(m):
     return Case("rms_norm", "rms_norm", [*m.rows(1), *m.channel()], 2, 3)
 
@@ -130,8 +115,8 @@ def _swiglu(m):
 
 
 BANDWIDTH = (
-    _inl_token, _inl_channel, _inl_controlled, _inl_branch, _rms_norm, _add_rms_norm, _modulated,
-    _gated, _gated_norm, _qk, _swiglu,
+    _inl_token, _inl_channel, _rms_norm, _add_rms_norm, _modulated, _gated, _gated_norm, _qk,
+    _swiglu,
 )  # fmt: skip
 
 

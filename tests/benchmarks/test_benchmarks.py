@@ -63,18 +63,13 @@ def test_bench_ops_writes_one_row_per_number(tmp_path):
 
 def test_every_operation_with_a_kernel_has_a_case():
     found = {case.op for case in op_cases.bandwidth_cases(1, 2, 64, torch.float32, "cpu")}
-    assert found | {"routed_mlp"} == set(ops._SWITCHED)
+    assert found | {"routed_mlp"} == set(ops.AUTO)
 
 
 def test_auto_follows_the_committed_rows():
-    """Compiling for a GPU, `auto` leaves to the compiler what was faster in the last run there."""
-    rows = results.read_rows(ROOT / "benchmarks/results.csv")
-    assert ops_table.compiled_ahead(rows) == ops.COMPILED_REFERENCE_IS_FASTER
-    # In eager mode every definition is slower than its kernel.
-    run = [row for row in rows if row["bench"] == "ops" and "NVIDIA" in row["hardware"]]
-    whole = ops_table.totals(run)
-    assert whole.keys() == set(ops._SWITCHED)
-    assert all(line["eager"] > line["Triton"] for line in whole.values())
+    """On a GPU `auto` is what was faster in the last run there."""
+    measured = ops_table.choices(results.read_rows(ROOT / "benchmarks/results.csv"))
+    assert {name: measured[name] for name in ops.AUTO} == ops.AUTO
 
 
 def test_the_table_of_operations_puts_implementations_side_by_side():
@@ -87,6 +82,7 @@ def test_the_table_of_operations_puts_implementations_side_by_side():
         row("swiglu forward", "eager", "4"), row("swiglu forward", "compile", "1.5"),
         row("swiglu forward", "triton", "1"), row("swiglu forward", "triton", "0.5", "of copy"),
         row("swiglu backward", "compile", "1.5"), row("swiglu backward", "triton", "1"),
+        row("rms_norm forward", "eager", "6"),
         row("rms_norm forward", "compile", "1"), row("rms_norm forward", "triton", "2"),
         row("rms_norm forward", "F.rms_norm", "3"), row("rms_norm forward", "liger", "2.5"),
         row("routed_mlp forward", "dense", "1"), row("routed_mlp forward", "mask loop", "9"),
@@ -95,13 +91,18 @@ def test_the_table_of_operations_puts_implementations_side_by_side():
     text = "\n".join(ops_table.table(rows))
     assert text.startswith("Here: copy 100 GB/s. Milliseconds in float32:")
     assert "| swiglu forward | 8x4 | 4 | 1.5 | 1 |  | 0.50 of copy |" in text
-    assert "| rms_norm forward | 8x4 |  | 1 | 2 | 2.5 liger |  |" in text
+    assert "| rms_norm forward | 8x4 | 6 | 1 | 2 | 2.5 liger |  |" in text
     assert "| routed_mlp forward | 8x4 | 9 |  | 2 | 3 grouped_mm |  |" in text
     assert "| dense_mlp forward | 8x4 | 1 |  |  |  |  |" in text
     assert "| swiglu | 2.00 | 1.50 |  |" in text
-    assert ops_table.compiled_ahead(rows) == {"rms_norm"}
+    chosen = {
+        "swiglu": ("triton", "triton"),
+        "rms_norm": ("triton", "reference"),
+        "routed_mlp": ("triton", "triton"),
+    }
+    assert ops_table.choices(rows) == chosen
     later = [row | {"commit": "2"} for row in rows if row["backend"] == "F.rms_norm"]
-    assert ops_table.compiled_ahead(rows + later) == {"rms_norm"}, "a run without kernels"
+    assert ops_table.choices(rows + later) == chosen, "a run without kernels"
 
 
 def test_bench_tax_compares_with_none_and_with_dense(tmp_path):

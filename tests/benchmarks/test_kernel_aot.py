@@ -29,9 +29,6 @@ def assert_no_spills(spec: aot.AotSpec, arch: int) -> None:
 HEAVIEST = [
     ("inl_step", 1, 90),
     ("rms_norm", 1, 90),
-    ("inl_branch_epilogue", 1, 90),
-    ("inl_controlled_step", 4, 80),
-    ("inl_controlled_step", 5, 80),
 ]
 
 

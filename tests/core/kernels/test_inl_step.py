@@ -21,7 +21,7 @@ from checks import (
 )
 from torch import Tensor
 
-from inl_core import INLDynamics, ops, reference
+from inl_core import INLDynamics, branch_epilogue, ops, reference
 from inl_core.kernels import inl_step as kernels
 from inl_core.kernels.inl_step import inl_step, inl_step_bwd, inl_step_fwd
 
@@ -334,10 +334,11 @@ def test_module_on_the_kernels(adaptive: str) -> None:
     for backend in ("reference", "triton"):
         h = randn(2, 3, 12).requires_grad_()
         with ops.use_backend(backend):  # type: ignore[arg-type]
-            h_next, v_next = module(*module(h))
-        parameters = [h, *module.parameters()]
-        loss = h_next.square().sum() + v_next.square().sum()
-        results.append([h_next, v_next, *torch.autograd.grad(loss, parameters)])
+            outputs = branch_epilogue(module, *module(h), h)
+        by_kernel = ["inl_core" in type(y.grad_fn).__name__ for y in outputs]
+        assert by_kernel == [backend == "triton"] * 3
+        loss = sum(y.square().sum() for y in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, [h, *module.parameters()])])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert all(rms(x.detach()) > 0 for x in results[0])
 

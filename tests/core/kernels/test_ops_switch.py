@@ -30,10 +30,6 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *(randn(2, 3, 8, seed=i) for i in range(2)), randn(2, 3, 4, seed=2).bfloat16(),
         randn(24, 4, seed=3), randn(24, seed=4), randn(8, seed=5)
     ),
-    "inl_branch_epilogue": (
-        randn(2, 3, 8), randn(2, 3, 8, seed=1), *(randn(8, seed=i).sigmoid() for i in (2, 3, 4)),
-        randn(8, seed=5), randn(2, 3, 8, seed=6), *(randn(2, 8, seed=i) for i in (7, 8, 9))
-    ),
     "rms_norm": (randn(2, 3, 8), randn(8, seed=1)),
     "add_rms_norm": (randn(2, 3, 8), randn(2, 3, 8, seed=1), randn(8, seed=2)),
     "modulated_rms_norm": (randn(2, 3, 8), randn(2, 8, seed=1), randn(2, 8, seed=2)),
@@ -47,12 +43,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
     ),
     "swiglu": (randn(2, 3, 8), randn(2, 3, 8, seed=1)),
 }  # fmt: skip
-"""Arguments of every operation that has a kernel."""
+"""Arguments of every operation that has a kernel or uses one."""
 
 
 def options(name: str) -> dict[str, Any]:
-    if name == "inl_branch_epilogue":  # its coefficients come bounded
-        return {key: value for key, value in BOUNDS.items() if key != "beta_max"}
     return BOUNDS if name in ("inl_step", "inl_controlled_step") else {}
 
 
@@ -69,7 +63,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_operation_with_a_kernel_has_arguments_here() -> None:
     # routed_mlp takes a plan beside its tensors: tests/core/test_routing.py and test_routed_mlp.py.
-    assert set(ops._SWITCHED) == set(CALLS) | {"routed_mlp"}
+    assert set(ops.AUTO) | {"inl_controlled_step"} == set(CALLS) | {"routed_mlp"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,8 +167,10 @@ def test_auto_on_a_gpu(name: str) -> None:
             torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=i == 0)
             for i, x in enumerate(CALLS[name])
         ]
-        assert kernel_computes(compiled=False)
-        assert kernel_computes(compiled=True) == (name not in ops.COMPILED_REFERENCE_IS_FASTER)
+        choice = ops.AUTO["inl_step" if name == "inl_controlled_step" else name]
+        assert [kernel_computes(compiled) for compiled in (False, True)] == [
+            backend == "triton" for backend in choice
+        ]
         with ops.use_backend("triton"):
             assert kernel_computes(compiled=True)
         with ops.use_backend("reference"):

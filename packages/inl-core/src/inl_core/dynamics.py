@@ -524,8 +524,9 @@ def branch_epilogue(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply `dynamics` to a sub-layer's output, add it to the residual stream, normalise the sum.
 
-    With coefficients per channel or layer, or fixed ones, this is `ops.inl_branch_epilogue`: one
-    pass over the row. With a token controller it is `ops.inl_controlled_step` and another pass. A
+    With coefficients per channel or layer, or fixed ones, this is `ops.inl_branch_epilogue`, which
+    a compiler fuses. With a token controller, or where a kernel computes the step, it is the step
+    and then the norm of the sum: two kernels, which took less time than one for both in the rows. A
     subclass, whose step may differ, and a module with hooks (`is_plain`) are called.
 
     Args:
@@ -544,7 +545,10 @@ def branch_epilogue(
     if (
         collecting
         or not is_plain(dynamics, INLDynamics, INLDynamicsLite)
-        or (isinstance(dynamics, INLDynamics) and dynamics.adaptive == "token")
+        or (
+            isinstance(dynamics, INLDynamics)
+            and (dynamics.adaptive == "token" or ops.takes_kernel("inl_step", [x]))
+        )
     ):
         x, v_next = dynamics(x, v)
         if conditions is None:

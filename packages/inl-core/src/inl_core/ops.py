@@ -7,16 +7,13 @@ Modules call ``ops.inl_step(...)`` independently of the backend. There are two:
 * "triton", the kernels in `inl_core.kernels`: custom ops with their own backward, one pass over
   memory each, opaque to the compiler.
 
-"auto" uses the reference on a CPU and the kernels on a CUDA device, where each is several times
-faster than its definition run eagerly. Inside ``torch.compile`` it leaves the operations in
-`COMPILED_REFERENCE_IS_FASTER` to the compiler, which fuses the definition. The environment variable
-``INL_BACKEND`` (auto, reference or triton), read once at import, and the context manager
+"auto" uses the reference on a CPU, and on a CUDA device what the table `AUTO` says. The environment
+variable ``INL_BACKEND`` (auto, reference or triton), read once at import, and the context manager
 `use_backend` override it, compiled or not.
 
 With any backend the reference computes what the kernels do not support: fp64, rows wider than
-16384, raw coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), controllers wider
-than 64 or in fp32, coefficients per token in `inl_branch_epilogue`, and everything under a
-``torch.func`` transform (grad, vmap, jvp), which cannot see into a kernel.
+16384, raw coefficients of `inl_step` shaped neither like h nor (D,) nor (1,), and everything under
+a ``torch.func`` transform (grad, vmap, jvp), which cannot see into a kernel.
 """
 
 from __future__ import annotations
@@ -36,11 +33,13 @@ from torch.nn import functional as F
 from inl_core import cpu_attention, reference, segments
 from inl_core.reference import (
     bounded_clamp,
+    inl_branch_epilogue,
     inl_coefficients,
     inl_update,
     looped_step,
     rotate,
 )
+from inl_core.reference.dynamics import controller_output
 from inl_core.reference.layers import causal_mask, query_groups
 
 __all__ = [
@@ -79,22 +78,21 @@ MOST_KEYS_OF_CPU_ATTENTION = 512
 the weights of every query. In the rows of `benchmarks.speed.bench_attention` it trains faster than
 torch's fused attention up to 512 keys; at 1024 they are level, and torch's keeps nothing."""
 
-COMPILED_REFERENCE_IS_FASTER: frozenset[str] = frozenset(
-    {
-        "add_rms_norm",
-        "gated_residual",
-        "gated_residual_norm",
-        "inl_branch_epilogue",
-        "inl_controlled_step",
-        "inl_step",
-        "modulated_rms_norm",
-        "rms_norm",
-        "swiglu",
-    }
-)
-"""Operations that "auto" leaves to the compiler on a GPU: in the committed rows of
-`benchmarks.speed.bench_ops` the compiled definition is faster than the kernel, forward and backward
-together. A test compares this set with the rows."""
+AUTO: dict[str, tuple[Backend, Backend]] = {
+    # operation: (eager, inside torch.compile)
+    "inl_step": ("triton", "reference"),
+    "rms_norm": ("triton", "reference"),
+    "add_rms_norm": ("triton", "reference"),
+    "modulated_rms_norm": ("triton", "reference"),
+    "gated_residual": ("triton", "reference"),
+    "gated_residual_norm": ("triton", "reference"),
+    "qk_norm_rope": ("triton", "triton"),
+    "swiglu": ("triton", "reference"),
+    "routed_mlp": ("triton", "triton"),
+}
+"""Every operation with a kernel, and what "auto" is on a GPU: whatever was faster in the committed
+rows of `benchmarks.speed.bench_ops`, forward and backward together. A test compares this table with
+the rows."""
 
 
 def _checked(name: str, origin: str) -> Backend:
@@ -107,7 +105,6 @@ def _checked(name: str, origin: str) -> Backend:
 _backend: Backend = _checked(os.environ.get("INL_BACKEND", "auto"), "INL_BACKEND")
 _triton_installed = importlib.util.find_spec("triton") is not None
 
-_SWITCHED: list[str] = []
 _kernels: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
 
 
@@ -159,17 +156,16 @@ def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and _triton_installed
 
 
-def _takes_kernel(name: str, tensors: list[Tensor]) -> bool:
+def takes_kernel(name: str, tensors: list[Tensor]) -> bool:
     """Whether a Triton kernel computes the operation `name` on these arguments."""
     first = tensors[0]
     if _backend == "reference":
         return False
-    if _backend == "auto":
-        if not _has_kernels(first):
-            return False
-        # The compiler takes is_compiling() as a constant.
-        if name in COMPILED_REFERENCE_IS_FASTER and torch.compiler.is_compiling():
-            return False
+    # The compiler takes is_compiling() as a constant.
+    if _backend == "auto" and (
+        not _has_kernels(first) or AUTO[name][torch.compiler.is_compiling()] == "reference"
+    ):
+        return False
     if first.ndim == 0 or not 1 <= first.shape[-1] <= _MAX_WIDTH:
         return False
     return all(x.dtype != torch.float64 for x in tensors) and not _transformed()
@@ -182,12 +178,11 @@ def _switched(definition: Callable[P, T]) -> Callable[P, T]:
     file may define ``takes``, which returns whether the kernel supports these arguments.
     """
     name = definition.__name__
-    _SWITCHED.append(name)
 
     @functools.wraps(definition)
     def operation(*args: P.args, **kwargs: P.kwargs) -> T:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if _takes_kernel(name, tensors):
+        if takes_kernel(name, tensors):
             _load_kernels()
             kernel, takes = _kernels[name]
             if takes is None or takes(*args, **kwargs):
@@ -204,15 +199,13 @@ def _load_kernels() -> bool:
     All at once, so that `_kernels` does not change after a trace has read it.
     """
     if not _kernels:
-        for name in _SWITCHED:
+        for name in AUTO:
             module = importlib.import_module(f"inl_core.kernels.{name}")
             _kernels[name] = (getattr(module, name), getattr(module, "takes", None))
     return True
 
 
 inl_step = _switched(reference.inl_step)
-inl_controlled_step = _switched(reference.inl_controlled_step)
-inl_branch_epilogue = _switched(reference.inl_branch_epilogue)
 rms_norm = _switched(reference.rms_norm)
 add_rms_norm = _switched(reference.add_rms_norm)
 modulated_rms_norm = _switched(reference.modulated_rms_norm)
@@ -220,6 +213,18 @@ gated_residual = _switched(reference.gated_residual)
 gated_residual_norm = _switched(reference.gated_residual_norm)
 qk_norm_rope = _switched(reference.qk_norm_rope)
 swiglu = _switched(reference.swiglu)
+
+
+def inl_controlled_step(
+    h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
+    force: Tensor | None = None, **bounds: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`inl_core.reference.inl_controlled_step`: the product, then the step of `inl_step`.
+
+    A kernel that held the product as well took 1.6 to 1.8 times as long as these two in the rows.
+    """
+    raw = controller_output(h, v, hidden, weight, bias, mu, force)
+    return inl_step(h, v, *raw, mu, force, **bounds)
 
 
 def routed_mlp(
@@ -247,13 +252,10 @@ def routed_mlp(
     x, gate, up, down = segments.as_linear_casts(x, gate, up, down)
     if _backend == "reference" or x.dtype == torch.float64 or _transformed():
         return reference.routed_mlp(x, plan, gate, up, down)
-    if _takes_kernel("routed_mlp", [x, gate, up, down]):
+    if takes_kernel("routed_mlp", [x, gate, up, down]):
         _load_kernels()
         return _kernels["routed_mlp"][0](x, plan, gate, up, down)
     return segments.grouped_routed_mlp(x, plan, gate, up, down)
-
-
-_SWITCHED.append("routed_mlp")
 
 
 def attention(

@@ -117,6 +117,18 @@ def looped_step(
     )  # fmt: skip
 
 
+def controller_output(
+    h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
+    force: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Raw coefficients (a, b, c) = weight · hidden + bias; arguments of `inl_controlled_step`."""
+    wide = compute_dtype(h, v, hidden, weight, bias, mu, force) == torch.float64
+    operand = torch.float64 if wide else hidden.dtype
+    raw = F.linear(hidden.to(operand), weight.to(operand), bias.to(operand))
+    alpha_raw, beta_raw, gate_raw = raw.chunk(3, dim=-1)
+    return alpha_raw, beta_raw, gate_raw
+
+
 def inl_controlled_step(
     h: Tensor, v: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, mu: Tensor,
     force: Tensor | None = None, *,
@@ -131,9 +143,7 @@ def inl_controlled_step(
     `hidden` (..., C) is the activated hidden state of the controller, C channels. `weight` (3·D, C)
     has the rows of alpha, then those of beta, then those of the gate; `bias` (3·D,) likewise.
     """
-    wide = compute_dtype(h, v, hidden, weight, bias, mu, force) == torch.float64
-    operand = torch.float64 if wide else hidden.dtype
-    raw = F.linear(hidden.to(operand), weight.to(operand), bias.to(operand)).chunk(3, dim=-1)
+    raw = controller_output(h, v, hidden, weight, bias, mu, force)
     bounds = {"velocity_max": velocity_max, "mu_min": mu_min, "mu_max": mu_max}
     return inl_step(h, v, raw[0], raw[1], raw[2], mu, force, dt=dt, beta_max=beta_max, **bounds)
 
