@@ -130,6 +130,8 @@ def shape_of(config, network):
         settings["tracker"] = settings.pop("report_to")
     for group, name, usual in (
         (settings["data"], "crop", "center"),
+        (settings["model"], "auxiliary_layer", 0),
+        (settings.get("objective", {}), "auxiliary_weight", 0.5),
         (settings, "heldout_every", 0),
         (settings, "heldout_num_images", 256),
         (settings, "evaluate_dtype", "auto"),

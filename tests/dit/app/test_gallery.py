@@ -66,6 +66,20 @@ def test_the_command_on_the_page_samples_the_same_bits(gallery, tmp_path):
     np.testing.assert_array_equal(images, final_images(gallery, settings))
 
 
+def test_internal_guidance_is_in_pictures_and_command(pipe):
+    config = pipe.transformer.config
+    network = type(pipe.transformer).from_config(config, auxiliary_layer=1).eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    gallery = Gallery(ComplexityDiTPipeline(network, pipe.scheduler, id2label=pipe.id2label))
+    on = replace(ASKED, internal_guidance_scale=2.0)
+    assert not np.array_equal(final_images(gallery, on), final_images(gallery, ASKED))
+    assert "--internal_guidance_scale 2.0" in sample_command(gallery, on)
+    assert "internal" not in sample_command(gallery, ASKED)
+    with pytest.raises(UserError, match=r"internal guidance 21\.0 must be a number from 0 to 20"):
+        gallery.check(replace(on, internal_guidance_scale=21.0))
+
+
 @pytest.mark.parametrize("picture", [2, None], ids=["picture", "sheet"])
 def test_a_png_holds_the_settings_that_reproduce_it(gallery, picture):
     def png(settings: Settings) -> bytes:

@@ -85,6 +85,14 @@ def test_allowed_differences_are_listed(tmp_path: Path) -> None:
     assert "eval.seed" not in str(caught.value)
 
 
+def test_a_setting_that_older_results_lack_has_the_value_it_had(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json")
+    compare(old, write(tmp_path / "off.json", settings__sample__internal_guidance_scale=1.0))
+    on = write(tmp_path / "on.json", settings__sample__internal_guidance_scale=2.0)
+    with pytest.raises(UserError, match=r"sample\.internal_guidance_scale: 1\.0 and 2\.0"):
+        compare(old, on)
+
+
 def test_files_that_are_not_a_result_are_rejected(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json")
     (tmp_path / "b.json").write_text('{"metrics": {}}')

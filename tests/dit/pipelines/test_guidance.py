@@ -1,10 +1,12 @@
 """Guidance away from the null rows or a weaker network, inside an interval; other image sizes."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from complexity_dit.__main__ import PROGRAM
 from complexity_dit.config import ObjectiveConfig, SampleConfig
@@ -64,6 +66,83 @@ def test_scale_one_is_the_network_alone_and_zero_the_guide(pipe, guide):
     torch.testing.assert_close(latents_of(pipe, guide=guide, guidance_scale=0.0), weak)
     torch.testing.assert_close(latents_of(pipe, guide=pipe.transformer, guidance_scale=4.0), alone)
     assert not torch.allclose(latents_of(pipe, guide=guide, guidance_scale=3.0), alone)
+
+
+@pytest.fixture
+def early(pipe) -> ComplexityDiTPipeline:
+    """The pipeline with an auxiliary output after the first of its two blocks."""
+    cls = ComplexityDiTTransformer2DModel
+    network = cls.from_config(pipe.transformer.config, auxiliary_layer=1).eval()
+    network.load_state_dict(pipe.transformer.state_dict(), strict=False)
+    for name, p in network.named_parameters():
+        if "_aux" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    made = ComplexityDiTPipeline(network, pipe.scheduler, id2label=pipe.id2label)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_internal_guidance_leads_away_from_the_auxiliary_output(pipe, early, guide):
+    noise = torch.randn(1, 3, 8, 8, generator=generator())
+    time, labels = torch.tensor(1000.0), torch.tensor([[1, 0]])
+    with torch.no_grad():
+        strong, auxiliary = early.transformer(
+            noise, time, labels, return_dict=False, return_auxiliary=True
+        )
+        null = early.transformer(noise, time, torch.tensor([[-1, -1]])).sample
+        weak = guide(noise, time, labels).sample
+
+    def after_one_step(**kwargs):
+        return latents_of(early, internal_guidance_scale=2.5, num_inference_steps=1, **kwargs)
+
+    alone = after_one_step(guidance_scale=1.0)
+    torch.testing.assert_close(alone, noise - (auxiliary + 2.5 * (strong - auxiliary)))
+    assert early.num_evaluations == 1
+    # With other guidance the two steps are added.
+    step = 1.5 * (strong - auxiliary)
+    torch.testing.assert_close(
+        after_one_step(guidance_scale=3.0), noise - (null + 3.0 * (strong - null) + step)
+    )
+    assert early.num_evaluations == 2
+    torch.testing.assert_close(
+        after_one_step(guidance_scale=3.0, guide=guide),
+        noise - (weak + 3.0 * (strong - weak) + step),
+    )
+    # Outside of the interval, and at scale 1, the pictures are those of the network without it.
+    for off in ({"internal_guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.01)}):
+        settings = {"internal_guidance_scale": 2.5, "guidance_scale": 1.0} | off
+        assert torch.equal(latents_of(early, **settings), latents_of(pipe, guidance_scale=1.0))
+
+
+def test_internal_guidance_of_a_network_without_the_output_is_refused(pipe):
+    with pytest.raises(UserError, match=r"internal_guidance_scale 2.0 .* has none.*auxiliary_la"):
+        latents_of(pipe, internal_guidance_scale=2.0)
+    assert latents_of(pipe, internal_guidance_scale=1.0).isfinite().all()
+
+
+def test_internal_guidance_from_the_command_line(early, tmp_path, command):
+    early.save_pretrained(tmp_path / "pipe")
+    calls = {
+        "plain": {}, "one": {"internal_guidance_scale": 1}, "two": {"internal_guidance_scale": 2},
+        "chunks": {"internal_guidance_scale": 2, "batch_size": 1},
+    }  # fmt: skip
+    found, kept = {}, {}
+    for name, options in calls.items():
+        words = [word for k, v in options.items() for word in (f"--{k}", v)]
+        status, _, error = command(
+            "sample", tmp_path / "pipe", "--out", tmp_path / name, "--num_images", 3,
+            "--num_inference_steps", 2, "--chunk_size", 2, *words,
+        )  # fmt: skip
+        assert status == 0, error
+        files = sorted((tmp_path / name).glob("*.png"))
+        found[name] = [np.asarray(Image.open(file)).tolist() for file in files]
+        kept[name] = json.loads((tmp_path / name / "settings.json").read_text())
+    assert len(found["two"]) == 3
+    assert found["two"] == found["chunks"] != found["plain"] == found["one"]
+    assert kept["two"]["sample.internal_guidance_scale"] == 2
+    # A folder that an older version began can be completed.
+    assert kept["plain"] == kept["one"]
+    assert "sample.internal_guidance_scale" not in kept["plain"]
 
 
 def test_a_guide_of_other_data_is_refused(pipe, guide):

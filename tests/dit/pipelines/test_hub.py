@@ -48,6 +48,22 @@ def test_a_card_has_metadata_metrics_protocol_and_licence(pipe, tmp_path):
         assert grid.size == (9, 9)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "20 steps, guidance 1, seed 0"),
+        ({"guidance_scale": 2.0, "guidance_interval": [0.3, 1]}, "guidance 2 at noise levels 0.3"),
+        ({"guidance_scale": 2.0, "autoguidance": "runs/early"}, "steps, autoguidance 2, seed"),
+        ({"internal_guidance_scale": 1.5}, "steps, guidance 1, internal guidance 1.5, seed"),
+    ],
+)
+def test_a_card_names_the_guidance_of_its_numbers(pipe, tmp_path, changes, words):
+    result = json.loads(RESULT.read_text())
+    result["settings"]["sample"] |= changes
+    pipe.save_pretrained(tmp_path, result=result)
+    assert words in ModelCard.load(tmp_path / "README.md").text
+
+
 def test_a_card_without_data_and_result_states_none(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")

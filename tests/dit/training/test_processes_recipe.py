@@ -17,8 +17,12 @@ def with_every_knob(run: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         run,
         steps=12,
-        model=dataclasses.replace(run.model, token_drop_rate=0.5, overrides=shape),
-        objective=ObjectiveConfig(label_dropout={"style": 0.1, "genre": 0.3}),
+        model=dataclasses.replace(
+            run.model, token_drop_rate=0.5, auxiliary_layer=1, overrides=shape
+        ),
+        objective=ObjectiveConfig(
+            label_dropout={"style": 0.1, "genre": 0.3}, auxiliary_weight=0.25
+        ),
         optim=OptimConfig(
             name="muon", lr=1e-3, muon_lr=1e-2, warmup_steps=2, spike_factor=1.0, spike_window=4
         ),

@@ -114,6 +114,10 @@ class ModelConfig:
     token_drop_end: int | None = None
     """Block at which dropped tokens return; the last one by default."""
 
+    auxiliary_layer: int = 0
+    """Number of blocks, best a third of them, after which a second output layer learns the same
+    target, for internal guidance (arXiv 2512.24176). 0 is off."""
+
     overrides: dict[str, Setting] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 
@@ -131,7 +135,7 @@ class ModelConfig:
                 f"token_drop_rate {self.token_drop_rate} must be at least 0 (off) and below 1"
             )
         check_range(self, "[1, inf)", "patch_size")
-        check_range(self, "[0, inf)", "token_drop_start", "token_drop_end")
+        check_range(self, "[0, inf)", "token_drop_start", "token_drop_end", "auxiliary_layer")
 
 
 @dataclass
@@ -170,6 +174,10 @@ class ObjectiveConfig:
 
     RETIRED = MappingProxyType({"direction_weight": 0.0, "direction_over": ...})
 
+    auxiliary_weight: float = 0.5
+    """Weight of the loss of the auxiliary output (`model.auxiliary_layer`): above 0 and at most
+    0.5, so that the last output stays what the network is trained for."""
+
     def __post_init__(self) -> None:
         """Refuse values that are out of range or do not fit each other.
 
@@ -183,6 +191,11 @@ class ObjectiveConfig:
             raise UserError(
                 f"network_output sample needs prediction_type flow, not {self.prediction_type}: "
                 "use --objective.network_output target"
+            )
+        if not 0 < self.auxiliary_weight <= 0.5:
+            raise UserError(
+                f"auxiliary_weight {self.auxiliary_weight} must be above 0 and at most 0.5; to "
+                "train without an auxiliary output, set model.auxiliary_layer 0"
             )
         dropout = self.label_dropout
         for label, value in dropout.items() if isinstance(dropout, Mapping) else [("", dropout)]:
@@ -533,6 +546,10 @@ class SampleConfig:
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance, or of autoguidance if that is given; 1 is off."""
 
+    internal_guidance_scale: float = 1.0
+    """Scale of internal guidance, away from the network's auxiliary output (arXiv 2512.24176): no
+    further evaluation. Added to the other guidance if both are on; 1 is off."""
+
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels in [0, 1] between which guidance is on."""
 
@@ -558,7 +575,7 @@ class SampleConfig:
             self, "[1, inf)", "num_inference_steps", "height", "width", "batch_size", "chunk_size"
         )
         check_range(self, "(0, inf)", "shift")
-        check_range(self, "(-inf, inf)", "guidance_scale")
+        check_range(self, "(-inf, inf)", "guidance_scale", "internal_guidance_scale")
         check_range(self, "[0, 1]", "guidance_interval")
 
 

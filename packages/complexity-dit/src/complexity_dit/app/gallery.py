@@ -70,6 +70,9 @@ class Settings:
     guidance_scale: float = 2.0
     """Classifier-free guidance; 1 is off."""
 
+    internal_guidance_scale: float = 1.0
+    """Guidance away from the network's auxiliary output, if it has one; 1 is off."""
+
     scheduler: str | None = None
     """Class name in diffusers; None is the pipeline's own."""
 
@@ -152,10 +155,12 @@ class Gallery:
             ("size", side, multiple, limits.max_side, "max_side"),
             ("chunk_size", settings.chunk_size, 1, limits.max_images, ""),
             ("guidance", settings.guidance_scale, 0, limits.max_guidance, ""),
+            ("internal guidance", settings.internal_guidance_scale, 0, limits.max_guidance, ""),
         ):
-            kinds = (int, float) if name == "guidance" else (int,)
+            is_scale = name.endswith("guidance")
+            kinds = (int, float) if is_scale else (int,)
             if type(value) not in kinds or not low <= value <= high:  # NaN is refused too
-                kind = "a number" if name == "guidance" else "a whole number"
+                kind = "a number" if is_scale else "a whole number"
                 option = f" (--{limit} of the command)" if limit else ""
                 raise UserError(f"{name} {value!r} must be {kind} from {low} to {high}{option}")
         if side % multiple:
@@ -251,6 +256,7 @@ class Gallery:
             generator=[generator_for(settings.seed, "sample", i) for i in noise],
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale,
+            internal_guidance_scale=settings.internal_guidance_scale,
             height=settings.side,
             width=settings.side,
             chunk_size=settings.chunk_size,
@@ -303,6 +309,8 @@ def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELI
         words += [f"--labels.{name}", value]
     for name in ("num_images", "seed", "num_inference_steps", "guidance_scale", "chunk_size"):
         words += [f"--{name}", f"{getattr(settings, name)}"]
+    if settings.internal_guidance_scale != 1:
+        words += ["--internal_guidance_scale", f"{settings.internal_guidance_scale}"]
     if settings.scheduler not in (None, gallery.own_scheduler):
         words += ["--scheduler", settings.scheduler]
     if settings.side not in (None, gallery.pipe.sample_size):

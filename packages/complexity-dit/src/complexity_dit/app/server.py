@@ -187,6 +187,11 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                         0, min(10.0, limits.max_guidance), defaults.guidance_scale, step=0.1,
                         label="Guidance", info="1 is off",
                     )  # fmt: skip
+                    internal = gr.Slider(
+                        0, min(10.0, limits.max_guidance), defaults.internal_guidance_scale,
+                        step=0.1, label="Internal guidance", info="1 is off",
+                        visible=bool(gallery.pipe.transformer.config.get("auxiliary_layer")),
+                    )  # fmt: skip
                     scheduler = gr.Dropdown(
                         [(name.removesuffix("Scheduler"), name) for name in gallery.schedulers],
                         value=gallery.own_scheduler,
@@ -202,6 +207,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             seed: int,
             steps: int,
             guidance: float,
+            internal: float,
             scheduler: str,
             side: int,
             *names: str,
@@ -213,6 +219,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 num_images=count,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                internal_guidance_scale=internal,
                 scheduler=scheduler,
                 side=side,
             )
@@ -225,7 +232,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
 
         painting = paint.click(
             sample,
-            [show, count, seed, steps, guidance, scheduler, side, *labels],
+            [show, count, seed, steps, guidance, internal, scheduler, side, *labels],
             canvas,
             concurrency_limit=1,
             show_progress="minimal",

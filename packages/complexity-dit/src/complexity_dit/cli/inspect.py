@@ -41,7 +41,7 @@ def inspect(path: str) -> dict[str, Any]:
             name: model.config[name]
             for name in (
                 "hidden_size", "num_layers", "num_attention_heads", "patch_size", "sample_size",
-                "in_channels", "network_output",
+                "in_channels", "network_output", "auxiliary_layer",
             )
         },
         "labels": {field: len(names) for field, names in pipe.label_names.items()},

@@ -68,6 +68,8 @@ IGNORED_SETTINGS = (
     "eval.memorisation_images", "eval.keep_images", "eval.report", "eval.save_statistics",
     "eval.cache", "eval.overwrite", "eval.quiet",
 )  # fmt: skip
+# Settings that older results lack, with the value they had.
+_LATER_SETTINGS = {"sample.internal_guidance_scale": 1.0}
 _TOP = ("n_generated", "n_reference", "weights_sha256", "reference_fingerprint")
 
 
@@ -119,7 +121,8 @@ def compare(first: str | Path, second: str | Path, allow: Sequence[str] = ()) ->
 def different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Differing settings on which the numbers depend: name -> both values, in order."""
     flat_a, flat_b = (
-        {name: result.get(name) for name in _TOP} | _flat(result["settings"]) for result in (a, b)
+        {name: result.get(name) for name in _TOP} | _LATER_SETTINGS | _flat(result["settings"])
+        for result in (a, b)
     )
     names = [n for n in dict.fromkeys([*flat_a, *flat_b]) if not _covered(n, IGNORED_SETTINGS)]
     return {n: (flat_a.get(n), flat_b.get(n)) for n in names if flat_a.get(n) != flat_b.get(n)}

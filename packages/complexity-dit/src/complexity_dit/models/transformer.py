@@ -5,8 +5,10 @@ of its config. Shape suffixes: B batch · C channels · Y, X pixels · N tokens 
 network the K kept ones, if some are dropped) · D hidden · H heads · E head width · F label fields.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -296,6 +298,18 @@ class ComplexityDiTBlock(nn.Module):
         return dynamics(h_BND, v_BND, force=gate_BD[:, None] * branch_BND)
 
 
+@dataclass
+class ComplexityDiTOutput(Transformer2DModelOutput):
+    """The output of the network; `auxiliary` is None unless it was asked for.
+
+    Args:
+        sample: Prediction of the last block, (B, out_channels, Y, X).
+        auxiliary: That of block `auxiliary_layer`, likewise.
+    """
+
+    auxiliary: Tensor | None = None
+
+
 class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin, AttentionMixin):
     """A diffusion transformer over patches with INL dynamics in every block.
 
@@ -337,6 +351,9 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         token_drop_start: First of the middle blocks, which dropped tokens bypass when `forward` is
             given `kept_tokens`; None means block 1, the second.
         token_drop_end: The block where dropped tokens rejoin; None means the last one.
+        auxiliary_layer: Number of blocks after which a second output layer predicts the same
+            target, for internal guidance (arXiv 2512.24176); 0 is none. Take the first third of
+            the depth: in the second half it harms.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -380,6 +397,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         network_output: str = "target",
         token_drop_start: int | None = None,
         token_drop_end: int | None = None,
+        auxiliary_layer: int = 0,
     ) -> None:
         super().__init__()
         config = self.config
@@ -400,6 +418,12 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
+        if auxiliary_layer:
+            # Forked, and the last below, so that the rest starts as it does without.
+            with torch.random.fork_rng(devices=[]):
+                self.norm_out_aux = ModulatedRMSNorm(hidden_size, eps=norm_eps)
+                self.adaln_out_aux = nn.Linear(hidden_size, 2 * hidden_size)
+                self.proj_out_aux = nn.Linear(hidden_size, self.proj_out.out_features)
 
         self.gradient_checkpointing = False
         self._init_weights()
@@ -421,7 +445,10 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for zero in [block.adaln for block in self.blocks] + [self.adaln_out, self.proj_out]:
+        outputs = [self.adaln_out, self.proj_out]
+        if self.config.auxiliary_layer:
+            outputs += [self.adaln_out_aux, self.proj_out_aux]
+        for zero in [block.adaln for block in self.blocks] + outputs:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
@@ -446,7 +473,8 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         label_embeds: Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        return_auxiliary: bool = False,
+    ) -> ComplexityDiTOutput | tuple[Tensor, ...]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
 
         Args:
@@ -461,13 +489,16 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
                 several; in place of ids.
             return_dict: False returns a plain tuple.
             attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
+            return_auxiliary: Also return the prediction of block `auxiliary_layer`.
 
         Returns:
-            `Transformer2DModelOutput` with `sample` of shape (B, out_channels, Y, X).
+            `ComplexityDiTOutput` with `sample` of shape (B, out_channels, Y, X), and `auxiliary`
+            of the same shape or None; as a tuple, one tensor or two.
 
         Raises:
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
-                wrong shape, or tokens are dropped in a network without middle blocks.
+                wrong shape, tokens are dropped in a network without middle blocks, or there is no
+                auxiliary output to return.
         """
         if attention_kwargs is not None:
             if unknown := attention_kwargs.keys() - {"scale"}:
@@ -476,10 +507,14 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             scale_lora_layers(self, scale)
             try:
                 return self.forward(
-                    hidden_states, timestep, class_labels, kept_tokens, label_embeds, return_dict
-                )
+                    hidden_states, timestep, class_labels, kept_tokens, label_embeds, return_dict,
+                    return_auxiliary=return_auxiliary,
+                )  # fmt: skip
             finally:
                 unscale_lora_layers(self, scale)
+        early = self.config.auxiliary_layer
+        if return_auxiliary and not early:
+            raise ValueError("this network has no auxiliary output: its auxiliary_layer is 0")
         if class_labels is not None and label_embeds is not None:
             raise ValueError("give class_labels or label_embeds, not both")
         if isinstance(class_labels, list | tuple):
@@ -509,29 +544,41 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
         state: LayerState = (x_BND, None)
         blocks = list(self.blocks)
-        if kept_tokens is None:
-            state = self._through(blocks, state, c_BD, cos_NE, sin_NE)
-        else:
+        cuts, subset = {0, early, len(blocks)}, None
+        if kept_tokens is not None:
             start, end = middle_blocks(self.config)
             if start >= end:
                 raise ValueError(
                     f"kept_tokens: {len(blocks)} blocks have no middle ones to bypass: use 3 or "
                     "more, or set token_drop_start and token_drop_end"
                 )
+            cuts |= {start, end}
             subset = TokenSubset(kept_tokens, batch, rows * columns)
             cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
-            state = self._through(blocks[:start], state, c_BD, cos_NE, sin_NE)
-            part = subset.take(state)
-            part = self._through(blocks[start:end], part, c_BD, cos_BKE, sin_BKE)
-            state = subset.put_back(part, state)
-            state = self._through(blocks[end:], state, c_BD, cos_NE, sin_NE)
+        early_BND = x_BND
+        for first, last in itertools.pairwise(sorted(cuts)):
+            some = blocks[first:last]
+            if subset is not None and start <= first < end:
+                part = subset.take(state)
+                part = self._through(some, part, c_BD, cos_BKE, sin_BKE)
+                state = subset.put_back(part, state)
+            else:
+                state = self._through(some, state, c_BD, cos_NE, sin_NE)
+            if last == early:
+                early_BND = state[0]
 
-        shift_BD, scale_BD = self.adaln_out(c_BD).chunk(2, dim=-1)
-        x_BND = self.proj_out(self.norm_out(state[0], shift_BD, scale_BD))
-        sample = unpatchify(x_BND, patch, rows, columns)
-        if self.config.network_output == "sample":
-            sample = velocity_towards(sample, hidden_states, timestep)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        def output(h_BND: Tensor, norm: nn.Module, adaln: nn.Module, proj: nn.Module) -> Tensor:
+            shift_BD, scale_BD = adaln(c_BD).chunk(2, dim=-1)
+            sample = unpatchify(proj(norm(h_BND, shift_BD, scale_BD)), patch, rows, columns)
+            if self.config.network_output == "sample":
+                sample = velocity_towards(sample, hidden_states, timestep)
+            return sample
+
+        found = [output(state[0], self.norm_out, self.adaln_out, self.proj_out)]
+        if return_auxiliary:
+            second = (self.norm_out_aux, self.adaln_out_aux, self.proj_out_aux)
+            found.append(output(early_BND, *second))
+        return ComplexityDiTOutput(*found) if return_dict else tuple(found)
 
     def _through(
         self,
@@ -629,6 +676,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"num_layers {config['num_layers']} must be at most {MAX_LAYERS}")
     if size % patch:
         raise ValueError(f"sample_size {size} must be divisible by patch_size {patch}")
+    if not 0 <= config["auxiliary_layer"] < config["num_layers"]:
+        raise ValueError(
+            f"auxiliary_layer {config['auxiliary_layer']} must be 0 (off) or a number of blocks "
+            f"below num_layers {config['num_layers']}, best a third of it"
+        )
     for name, choices in (
         ("dynamics_placement", PLACEMENTS),
         ("dynamics_adaptive", ADAPTIVES),

@@ -141,6 +141,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        internal_guidance_scale: float = 1.0,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Add noise to an image and denoise it under other labels.
@@ -209,6 +210,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        internal_guidance_scale: float = 1.0,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.

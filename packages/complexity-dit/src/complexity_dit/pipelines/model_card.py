@@ -202,6 +202,8 @@ def _architecture(folder: Path, index: dict) -> str:
     if placement is not None:
         adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
         rows["dynamics"] = placement + adaptive
+    if early := network.get("auxiliary_layer"):
+        rows["auxiliary output"] = f"after layer {early}, for internal guidance"
     lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items()]
     return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
@@ -228,8 +230,8 @@ def _evaluation(result: dict | None) -> str:
     ]
     protocol = (
         f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
-        f"{source}; {sample['num_inference_steps']} steps, guidance "
-        f"{sample['guidance_scale']:g}, seed {sample['seed']}; "
+        f"{source}; {sample['num_inference_steps']} steps, {_guidance(sample)}, "
+        f"seed {sample['seed']}; "
         f"features of {_escape(extractor['name'])} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
         f"{extractor['dtype']}; reference {result['reference_fingerprint'][:16]}."
@@ -240,6 +242,18 @@ def _evaluation(result: dict | None) -> str:
             "with other metrics."
         )
     return "\n".join([*lines, "", protocol])
+
+
+def _guidance(sample: dict) -> str:
+    """The guidance of a result. Results of older versions have no internal guidance."""
+    scale, internal = sample["guidance_scale"], sample.get("internal_guidance_scale", 1)
+    low, high = sample["guidance_interval"]
+    text = f"{'autoguidance' if sample['autoguidance'] else 'guidance'} {scale:g}"
+    if internal != 1:
+        text += f", internal guidance {internal:g}"
+    if (scale, internal) != (1, 1) and (low, high) != (0, 1):
+        text += f" at noise levels {low:g} to {high:g}"
+    return text
 
 
 def _licence(data: dict) -> str:

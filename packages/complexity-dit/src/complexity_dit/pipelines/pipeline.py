@@ -47,17 +47,34 @@ _OUTPUTS = ("pil", "np", "pt", "latent")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Extrapolation of a prediction away from a weaker one, within closed noise levels."""
+    """Extrapolation of a prediction away from weaker ones, within closed noise levels.
+
+    With the prediction p, the weaker w of the null rows or the guide, and the auxiliary output a of
+    the network itself, the result is w + scale * (p - w) + (internal_scale - 1) * (p - a).
+    """
 
     scale: float
+    internal_scale: float
     interval: tuple[float, float]
     guide: ComplexityDiTTransformer2DModel | None  # None: the null rows of the network itself
 
+    def at(self, time: Tensor) -> "Guidance":
+        """The guidance at a network time in [0, 1000]: no scale acts outside of the interval."""
+        names = ("scale", "internal_scale")
+        off = [n for n in names if not is_guided(time, getattr(self, n), self.interval)]
+        return replace(self, **dict.fromkeys(off, 1.0))
+
     def check(self, transformer: ComplexityDiTTransformer2DModel, condition: Tensor) -> None:
-        """Refuse a bad interval, or a guide that cannot take the same input and labels."""
+        """Refuse a bad interval, or what the network or the guide cannot do."""
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"guidance_interval {self.interval} must satisfy 0 <= low <= high <= 1")
+        if self.internal_scale != 1 and not transformer.config.get("auxiliary_layer"):
+            raise UserError(
+                f"internal_guidance_scale {self.internal_scale} leads away from an auxiliary "
+                "output, and this network has none: leave it at 1, or train a network with "
+                "--model.auxiliary_layer"
+            )
         if self.guide is None:
             return
         if condition.is_floating_point():
@@ -389,6 +406,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        internal_guidance_scale: float = 1.0,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
@@ -425,6 +443,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents".
             labels: Labels by field: a name, an id, None, or a list of these.
             attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
+            internal_guidance_scale: Guidance away from the auxiliary output of the network itself
+                (Zhou et al., arXiv 2512.24176) in the same interval, without a further evaluation;
+                1 is off. If both scales are on, their two steps are added.
             **named: The same as keywords, `style="Cubism"`; a field with the name of an argument,
                 such as `height`, can be asked for by `labels={"height": ...}` only.
 
@@ -478,7 +499,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         condition = self._condition(
             call.class_labels, call.label_embeds, _merged(call.labels, call.named)
         )
-        guidance = Guidance(call.guidance_scale, call.guidance_interval, call.guide)
+        guidance = Guidance(
+            call.guidance_scale, call.internal_guidance_scale, call.guidance_interval, call.guide
+        )
         guidance.check(self.transformer, condition)
         if call.guide is None and not (
             condition.is_floating_point() or self.transformer.config.label_fields
@@ -579,12 +602,11 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 model_input = x
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(x, t)
-                guided = is_guided(times[i], guidance.scale, guidance.interval)
-                active = guidance if guided else None
+                active = guidance.at(times[i])
                 prediction = self._predict(
                     model_input.to(dtype), times[i], condition, active, batches
                 )
-                self._num_evaluations += 1 + guided
+                self._num_evaluations += 1 + (active.scale != 1)
                 x = self.scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
                 if after_step is not None:
                     x = after_step(i, x)
@@ -595,23 +617,28 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         return x
 
     def _predict(
-        self, x: Tensor, t: Tensor, condition: Tensor, guidance: Guidance | None,
-        batches: NetworkBatches,
-    ) -> Tensor:  # fmt: skip
-        """The transformer's prediction, led away from a weaker one if there is guidance."""
+        self, x: Tensor, t: Tensor, condition: Tensor, guidance: Guidance, batches: NetworkBatches
+    ) -> Tensor:
+        """The transformer's prediction, led away from weaker ones where a scale is not 1."""
+        scale, internal, guide = guidance.scale, guidance.internal_scale, guidance.guide
+        # A denoiser of another class, as `train` takes one, need not know these.
+        options: dict[str, Any] = {"return_auxiliary": True} if internal != 1 else {}
+        if self._attention_kwargs is not None:
+            options["attention_kwargs"] = self._attention_kwargs
 
         def predict(x: Tensor, condition: Tensor) -> Tensor:
-            if guidance is None:
-                return _run(self.transformer, x, t, condition, self._attention_kwargs)
-            if (guide := guidance.guide) is not None:
-                strong = _run(self.transformer, x, t, condition, self._attention_kwargs)
-                weak = _run(guide, x.to(guide.dtype), t, condition).to(strong)
-            else:
-                both = torch.cat([condition, self._null(condition)])
-                strong, weak = _run(
-                    self.transformer, torch.cat([x, x]), t, both, self._attention_kwargs
-                ).chunk(2)
-            return weak + guidance.scale * (strong - weak)
+            own, weak = (x, condition), None
+            if scale != 1 and guide is None:
+                own = torch.cat([x, x]), torch.cat([condition, self._null(condition)])
+            strong, *auxiliary = _run(self.transformer, *own, t, **options)
+            if scale != 1 and guide is not None:
+                weak = _run(guide, x.to(guide.dtype), condition, t)[0].to(strong)
+            elif scale != 1:
+                strong, weak = strong.chunk(2)
+            guided = strong if weak is None else weak + scale * (strong - weak)
+            if auxiliary:
+                guided = guided + (internal - 1) * (strong - auxiliary[0][: len(x)])
+            return guided
 
         return batches.run(predict, x, condition)
 
@@ -742,12 +769,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
 def _run(
     network: ComplexityDiTTransformer2DModel,
     x: Tensor,
-    t: Tensor,
     condition: Tensor,
-    attention_kwargs: dict[str, Any] | None = None,
-) -> Tensor:
-    # A denoiser of another class, as `train` takes one, need not know them.
-    options = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
+    t: Tensor,
+    **options: Any,
+) -> tuple[Tensor, ...]:
     if condition.is_floating_point():
-        return network(x, t, label_embeds=condition, return_dict=False, **options)[0]
-    return network(x, t, condition, return_dict=False, **options)[0]
+        return network(x, t, label_embeds=condition, return_dict=False, **options)
+    return network(x, t, condition, return_dict=False, **options)

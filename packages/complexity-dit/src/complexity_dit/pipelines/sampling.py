@@ -175,6 +175,8 @@ def sample_settings(
     """Everything that determines the bits of the images."""
     sample, guide = asdict(config), {}
     sample.pop("batch_size")
+    if config.internal_guidance_scale == 1:  # folders of older versions do not name it
+        del sample["internal_guidance_scale"]
     if config.autoguidance is not None:
         guide["autoguidance_sha256"] = module_hash(load_guide(config.autoguidance, pipe))
     return {
@@ -227,6 +229,7 @@ def iter_samples(
                 generator=[generator_for(config.seed, "sample", i) for i in batch],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
+                internal_guidance_scale=config.internal_guidance_scale,
                 guidance_interval=config.guidance_interval,
                 guide=guide,
                 height=config.height,

@@ -37,7 +37,7 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
     own = config.model
     same = (
         "patch_size", "dynamics_placement", "dynamics_adaptive", "token_drop_start",
-        "token_drop_end",
+        "token_drop_end", "auxiliary_layer",
     )  # fmt: skip
     settings = {name: getattr(own, name) for name in same} | {
         "sample_size": data.sample_size,

@@ -107,8 +107,14 @@ def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | Non
     x = torch.empty(images, config.in_channels, config.sample_size, config.sample_size)
     labels = torch.zeros(images, len(config.label_fields), dtype=torch.int64)
     tokens = None if kept is None else torch.zeros(images, kept, dtype=torch.int64)
-    out = network(x, torch.empty(images), labels, kept_tokens=tokens, return_dict=False)[0]
-    return F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
+    outputs = network(
+        x, torch.empty(images), labels, kept_tokens=tokens, return_dict=False,
+        return_auxiliary=config.auxiliary_layer > 0,
+    )  # fmt: skip
+    first, *others = (
+        F.mse_loss(o.float(), torch.empty_like(o, dtype=torch.float32)) for o in outputs
+    )
+    return sum(others, first)
 
 
 def _saved_bytes(

@@ -69,6 +69,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 MEANING = (
     "num_attention_heads", "num_key_value_heads", "norm_eps", "rope_theta", "network_output",
+    "auxiliary_layer",
     "dynamics_placement", "dynamics_adaptive", "dynamics_dt", "dynamics_beta_max",
     "dynamics_velocity_max", "dynamics_mu_min", "dynamics_mu_max", "dynamics_velocity_norm",
 )  # fmt: skip

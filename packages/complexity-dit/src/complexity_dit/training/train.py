@@ -80,7 +80,7 @@ OWNERS = table_of_owners(
         steps gradient_accumulation_steps compile gradient_checkpointing
         data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
-        objective.sampling_shift objective.label_dropout
+        objective.sampling_shift objective.label_dropout objective.auxiliary_weight
         optim.lr optim.muon_lr optim.muon_momentum optim.beta1 optim.beta2 optim.weight_decay
         optim.warmup_steps optim.schedule optim.grad_clip
         optim.spike_factor optim.spike_window optim.spike_limit
@@ -90,7 +90,7 @@ OWNERS = table_of_owners(
         seed batch_size mixed_precision
         data.resolution data.holdout data.num_images data.image_column
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
-        model.token_drop_start model.token_drop_end model.overrides
+        model.token_drop_start model.token_drop_end model.auxiliary_layer model.overrides
         objective.prediction_type objective.network_output
         optim.name lora.rank lora.alpha lora.targets lora.labels
     """,
@@ -288,13 +288,18 @@ def optimizer_step(
     parts = config.gradient_accumulation_steps
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
     total = torch.zeros((), device=accelerator.device)
+    # A network of others has no such argument.
+    wanted = {"return_auxiliary": True} if state.model.config.get("auxiliary_layer") else {}
     for i in range(parts):
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
             with accelerator.autocast():  # DDP has its own; FSDP2 has none
                 inputs = (part["x"], part["timestep"], part["labels"], part.get("kept_tokens"))
-                prediction = model(*inputs, return_dict=False)[0]
+                prediction, *auxiliary = model(*inputs, return_dict=False, **wanted)
             loss = training_loss(prediction, part["target"]) / parts
+            for early in auxiliary:
+                weight = config.objective.auxiliary_weight / parts
+                loss = loss + weight * training_loss(early, part["target"])
             accelerator.backward(loss)
         noise.add(part["timestep"], prediction.detach(), part["target"])
         total += loss.detach()
