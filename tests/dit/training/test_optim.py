@@ -1,5 +1,6 @@
 """Muon with AdamW, and the spike guard: which weights are updated, and exact resume."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -11,12 +12,18 @@ from torch import nn
 from complexity_dit.config import OptimConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.training.network import build_model
-from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
+from complexity_dit.training.optimizer import (
+    SpikeGuard,
+    StackedMuon,
+    build_optimizer,
+    orthogonalise,
+)
 from complexity_dit.training.state import build_state
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import all_checkpoints
 from inl_core.run.errors import UserError
 from support.outcomes import tensor_files
+from support.processes import torchrun
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2, warmup_steps=2)
 
@@ -74,6 +81,111 @@ def test_the_combined_optimizer_equals_the_two_of_torch():
         )
     assert schedule.get_last_lr()[0] == pytest.approx(1e-3 / 7)
     assert schedule.get_last_lr()[2] == pytest.approx(2e-2 / 7)
+
+
+SHAPES = [(12, 12), (20, 12), (12, 20), (12, 12), (20, 12), (12, 12), (1, 12)]
+
+
+def matrices(seed: int, scale: float = 1.0) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(scale * torch.randn(shape, generator=draw)) for shape in SHAPES]
+
+
+def with_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    """Gradients that depend on the step; the last square matrix has none at every third."""
+    for parameter, gradient in zip(parameters, matrices(100 + step, 1e-3), strict=True):
+        parameter.grad = gradient.detach()
+    if step % 3 == 2:
+        parameters[5].grad = None
+
+
+def test_stacked_matrices_are_updated_as_each_by_torch():
+    """Also from a state that torch's own has saved, as runs of earlier versions did."""
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    ours, theirs = matrices(0), matrices(0)
+    theirs_muon = torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
+    muon = StackedMuon(ours, **options)
+    for step in range(6):
+        if step == 3:
+            muon = StackedMuon(ours, **options)
+            muon.load_state_dict(copy.deepcopy(theirs_muon.state_dict()))  # not the same buffers
+        before = [p.detach().clone() for p in ours]
+        for parameters, optimizer in ((ours, muon), (theirs, theirs_muon)):
+            with_gradients(parameters, step)
+            optimizer.step()
+        for one, other, old in zip(ours, theirs, before, strict=True):
+            moved = (other - old).norm()
+            assert (one - other).norm() <= 2**-7 * (step + 1) * moved  # 8 bits of a bf16 number
+            if one.grad is not None:
+                assert torch.equal(
+                    muon.state[one]["momentum_buffer"], theirs_muon.state[other]["momentum_buffer"]
+                )
+    mine, torchs = muon.state_dict(), theirs_muon.state_dict()
+    assert mine["param_groups"] == torchs["param_groups"]
+    assert {i: s.keys() for i, s in mine["state"].items()} == {
+        i: s.keys() for i, s in torchs["state"].items()
+    }
+
+
+def test_a_stack_is_orthogonalised_as_its_singular_values_say():
+    """In fp64 against the polynomial of Newton and Schulz on the values of an SVD."""
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    for shape in ((4, 12, 12), (3, 20, 12), (3, 12, 20), (2, 1, 7)):
+        stack = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
+        stack[0] *= 1e-3
+        left, values, right = torch.linalg.svd(stack, full_matrices=False)
+        values = values / values.norm(dim=1, keepdim=True)
+        for _ in range(5):
+            values = a * values + b * values**3 + c * values**5
+        expected = left @ (values[..., None] * right)
+        found = orthogonalise(stack, coefficients, 5, 1e-7)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        rounded = orthogonalise(stack.bfloat16(), coefficients, 5, 1e-7)
+        assert (rounded - expected).norm() < 0.05 * expected.norm()
+    zeros = torch.zeros(2, 3, 4)
+    assert torch.equal(orthogonalise(zeros, coefficients, 5, 1e-7), zeros)
+
+
+SHARDED = """
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from complexity_dit.distributed import own_process_group
+from complexity_dit.training.optimizer import StackedMuon
+from dit.training.test_optim import matrices, with_gradients
+
+
+def check():
+    whole, model = matrices(0), nn.ParameterList(matrices(0))
+    fully_shard(model)
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    both = StackedMuon(whole, **options), StackedMuon(model.parameters(), **options)
+    for step in range(4):
+        with_gradients(whole, step)
+        for shard, one in zip(model.parameters(), whole):
+            shard.grad = None
+            if one.grad is not None:
+                shard.grad = distribute_tensor(one.grad, shard.device_mesh, shard.placements)
+        for muon in both:
+            muon.step()
+        for shard, one in zip(model.parameters(), whole):
+            assert shard.to_local().numel() < one.numel() or one.shape[0] == 1
+            torch.testing.assert_close(shard.full_tensor(), one.detach(), rtol=0, atol=1e-3)
+
+
+with own_process_group():
+    distributed.init_process_group("gloo")
+    check()
+    distributed.barrier()  # no process leaves while another one waits for it
+"""
+
+
+def test_sharded_matrices_are_updated_as_whole_ones(tmp_path):
+    """On two processes: three stacks that do not divide by two, and one row for both."""
+    (tmp_path / "worker.py").write_text(SHARDED)
+    torchrun(2, tmp_path / "worker.py")
 
 
 def test_resume_with_muon_is_bit_identical(small_run, resumed_as_straight):
