@@ -46,6 +46,32 @@ def median_ms(function, device, seconds=0.2):
     return 1000 * statistics.median(times)
 
 
+def graph_ms(make, seconds=0.2):
+    """Median time of a call on the GPU alone in ms: calls replayed from one CUDA graph.
+
+    A replay launches nothing from Python; what `median_ms` reads above this is the host's work. The
+    cache is not cleared between calls.
+
+    Args:
+        make: Returns the function to measure. It runs on the stream of the capture, because a
+            backward pass runs on the streams of its leaves and of its forward pass.
+        seconds: Of calls, in ten replays.
+
+    Raises:
+        RuntimeError: If CUDA cannot capture a call, for example because it waits for the device.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    capture = torch.cuda.graph
+    stream = capture.default_capture_stream = capture.default_capture_stream or torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function = make()
+        function()
+    torch.cuda.synchronize()
+    return do_bench_cudagraph(function, rep=1000 * seconds / 10, return_mode="median")
+
+
 def in_turn(functions, rounds, device, warm_up=2, deadline=None, rotate=False):
     """Call all functions in turn, `rounds` times: {name: seconds of each counted round}.
 

@@ -1,5 +1,8 @@
 """The tables of `bench_ops.py`: the implementations of each operation side by side.
 
+Where a run has both, `time` (of calls from Python) and `device time` (of the same calls in a CUDA
+graph) share a cell.
+
 A test compares `choices` with the table `AUTO` of `inl_core.ops`.
 """
 
@@ -20,21 +23,21 @@ def _line(row):
     return case, row["shape"]
 
 
-def times(rows):
+def times(rows, metric="time"):
     """{(case, shape): {column: (ms, implementation)}}; of two libraries the faster one."""
     found = {}
     for row in rows:
-        if row["metric"] == "time":
+        if row["metric"] == metric:
             line, column = found.setdefault(_line(row), {}), COLUMNS[row["backend"]]
             ms = float(row["value"]), row["backend"]
             line[column] = min(ms, line.get(column, ms))
     return found
 
 
-def totals(rows):
+def totals(rows, metric="time"):
     """{operation with a kernel: {column: ms}}: both passes, all its cases and sizes together."""
     found = {}
-    for (case, _), line in times(rows).items():
+    for (case, _), line in times(rows, metric).items():
         own = found.setdefault(case.split()[0], {})
         for column, (ms, _) in line.items():
             own[column] = own.get(column, 0.0) + ms
@@ -44,20 +47,24 @@ def totals(rows):
 def choices(rows):
     """{operation: (eager, compiled)}, "triton" where the kernel won in the last run with kernels.
 
-    Eager the rival is the definition, compiled the compiled definition. The routed MLP is not
-    compiled from its definition: there it is compared with torch's grouped product.
+    Eager the rival is the definition, compiled the compiled definition by the device time where it
+    was measured: a compiled step launches without the Python of each operation. The routed MLP is
+    not compiled from its definition: there it is compared with torch's grouped product.
     """
     runs = {}
     for row in rows:
         if row["bench"] == "ops":
             runs.setdefault((row["command"], row["hardware"], row["commit"]), []).append(row)
-    last = next(filter(None, map(totals, reversed(runs.values()))), {})
+    last = next(filter(totals, reversed(runs.values())), [])
+    called, replayed = totals(last), totals(last, "device time")
+
+    def choice(line, *rivals):
+        rival = next(line[column] for column in rivals if column in line)
+        return "triton" if line["Triton"] <= rival else "reference"
+
     return {
-        name: tuple(
-            "triton" if line["Triton"] <= rival else "reference"
-            for rival in (line["eager"], line.get("compiled", line.get("library")))
-        )
-        for name, line in last.items()
+        name: (choice(line, "eager"), choice(replayed.get(name, line), "compiled", "library"))
+        for name, line in called.items()
     }
 
 
@@ -69,16 +76,24 @@ def _head(words, numbers):
     return [_row(*words, *numbers), "|" + " --- |" * len(words) + " ---: |" * len(numbers)]
 
 
+def _cell(found, column, form):
+    """The values of a column in several {column: value}, written by `form`."""
+    return " / ".join(form(line[column]) for line in found if column in line)
+
+
 def table(rows):
     """Lines of Markdown: every pass of every operation, then the totals per operation."""
     columns = ("eager", "compiled", "Triton")
+    metrics = [m for m in ("time", "device time") if any(row["metric"] == m for row in rows)]
+    measured = [times(rows, metric) for metric in metrics]
+    both = ", called from Python / replayed from a CUDA graph" if len(metrics) > 1 else ""
     limits = ", ".join(
         f"{row['case']} {float(row['value']):.4g} {row['unit']}"
         for row in rows
         if row["case"] in ("copy", "matmul")
     )
     lines = [
-        f"Here: {limits}. Milliseconds in {rows[-1]['dtype']}:\n",
+        f"Here: {limits}. Milliseconds in {rows[-1]['dtype']}{both}:\n",
         *_head(("operation", "shape"), (*columns, "library", "Triton reaches")),
     ]
     shares = {
@@ -86,15 +101,18 @@ def table(rows):
         for row in rows
         if row["metric"].startswith("of ") and row["backend"] == "triton"
     }
-    for where, line in times(rows).items():
-        cells = [f"{line[c][0]:.4g}" if c in line else "" for c in columns]
-        library = "{:.4g} {}".format(*line["library"]) if "library" in line else ""
+    for where in measured[0]:
+        found = [each.get(where, {}) for each in measured]
+        cells = [_cell(found, column, lambda one: f"{one[0]:.4g}") for column in columns]
+        library = _cell(found, "library", lambda one: "{:.4g} {}".format(*one))
         lines.append(_row(*where, *cells, library, shares.get(where, "")))
-    if whole := totals(rows):
+    whole = [totals(rows, metric) for metric in metrics]
+    if whole[0]:
         lines.append("\nAll lines of an operation together, in times of its kernel:\n")
         others = ("eager", "compiled", "library")
         lines += _head(["operation"], others)
-        for name, line in whole.items():
-            ratios = [f"{line[c] / line['Triton']:.2f}" if c in line else "" for c in others]
-            lines.append(_row(name, *ratios))
+        for name in whole[0]:
+            found = [each.get(name, {}) for each in whole]
+            ratios = [{c: line[c] / line["Triton"] for c in line} for line in found]
+            lines.append(_row(name, *(_cell(ratios, c, "{:.2f}".format) for c in others)))
     return lines

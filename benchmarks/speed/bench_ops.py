@@ -5,6 +5,9 @@ measured in the same run. Matrix products: TFLOP/s and the share of a large prod
 the definition (eager and compiled), F.rms_norm, Liger-Kernel where it is installed, and for the
 routed MLP a dense MLP of equal active width and a loop over experts.
 
+`time` is that of calls from Python, launches included; `device time`, on a GPU, that of the same
+calls replayed from a CUDA graph. Rates and shares are those of the device time where there is one.
+
     python -m benchmarks.speed.bench_ops --out benchmarks/results.csv
     python -m benchmarks.speed.bench_ops --device cpu --quick --backends eager F.rms_norm
 """
@@ -16,7 +19,7 @@ import traceback
 import torch
 import torch._functorch.config
 from benchmarks.common.results import append_rows
-from benchmarks.common.timing import Deadline, copy_gbs, matmul_tflops, median_ms
+from benchmarks.common.timing import Deadline, copy_gbs, graph_ms, matmul_tflops, median_ms
 from benchmarks.speed import op_cases
 
 SIZES = {
@@ -26,30 +29,42 @@ SIZES = {
 }
 
 
+WAITS = {"mask loop"}
+"""Implementations that wait for the device, which a CUDA graph cannot."""
+
+
 def passes(case, function):
-    """(name, callable, traffic, flops) of the forward and of the backward."""
-    outputs = case.run(function)
-    downs = [torch.randn_like(y) for y in outputs]
-    leaves = case.leaves()
+    """(name, function that makes the call, traffic, flops) of the forward and of the backward."""
 
     def backward():
+        own = case.changed(lambda x: x)  # leaves of the stream that this runs on
+        outputs, leaves = own.run(function), own.leaves()
+        downs = [torch.randn_like(y) for y in outputs]
         # the dense baseline uses one expert only and ignores the plan
-        torch.autograd.grad(outputs, leaves, downs, retain_graph=True, allow_unused=True)
+        options = {"retain_graph": True, "allow_unused": True}
+        return lambda: torch.autograd.grad(outputs, leaves, downs, **options)
 
-    yield "forward", lambda: case.run(function), case.forward, case.flops
+    yield "forward", lambda: lambda: case.run(function), case.forward, case.flops
     yield "backward", backward, case.backward, 2 * case.flops
 
 
 def rows_of(case, backend, function, limits, dtype, device, seconds):
     """Rows of one implementation of one case."""
     element = torch.finfo(dtype).bits // 8
-    for name, call, traffic, flops in passes(case, function):
-        ms = median_ms(call, device, seconds)
+    for name, make, traffic, flops in passes(case, function):
+        ms = median_ms(make(), device, seconds)
         about = {
             "case": f"{case.name} {name}", "shape": "x".join(map(str, case.shape)),
             "dtype": str(dtype).removeprefix("torch."), "backend": backend,
         }  # fmt: skip
         yield about | {"metric": "time", "value": ms, "unit": "ms"}
+        if torch.device(device).type == "cuda" and backend not in WAITS:
+            try:
+                ms = graph_ms(make, seconds)
+                yield about | {"metric": "device time", "value": ms, "unit": "ms"}
+            except RuntimeError as error:
+                what = f"{about['case']} {about['shape']} {backend}"
+                print(f"device time not measured, no CUDA graph of {what}: {error}", flush=True)
         if flops:
             rate, limit, unit, of = flops / ms / 1e9, limits["matmul"], "TFLOP/s", "of matmul"
         else:
@@ -99,6 +114,8 @@ def run(device, size, dtype, deadline, out, backends=(), match="", seconds=0.2):
     """Measure, print and write the rows; returns the number of failures."""
     # The backward is repeated on one graph.
     torch._functorch.config.donated_buffer = False
+    if torch.device(device).type != "cuda":
+        print(f"device time: not measured, {device} has no CUDA graphs", flush=True)
     failures = 0
     found = measure(device, size, dtype, deadline, backends, match, seconds)
     for rows in found:

@@ -9,7 +9,14 @@ import torch
 from benchmarks.common import blocks, memory, results, timing
 from benchmarks.common.results import current_command
 from benchmarks.pages import ops_table, tables
-from benchmarks.speed import bench_placements, bench_tax, bench_train, device_checks, op_cases
+from benchmarks.speed import (
+    bench_ops,
+    bench_placements,
+    bench_tax,
+    bench_train,
+    device_checks,
+    op_cases,
+)
 
 from complexity_dit.config import ModelConfig, OptimConfig
 from complexity_dit.training.optimizer import build_optimizer
@@ -39,11 +46,14 @@ def values(rows):
 
 
 def test_bench_ops_writes_one_row_per_number(tmp_path):
-    found = measure(
-        tmp_path / "rows.csv", "speed.bench_ops", "--device", "cpu", "--quick",
-        "--seconds", 0.001, "--dtype", "float32",
-        "--backends", "eager", "F.rms_norm", "dense", "grouped_mm", "--out",
+    done = run(
+        "speed.bench_ops", "--device", "cpu", "--quick", "--seconds", "0.001",
+        "--dtype", "float32", "--backends", "eager", "F.rms_norm", "dense", "grouped_mm",
+        "--out", str(tmp_path / "rows.csv"),
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "device time: not measured, cpu has no CUDA graphs"
+    found = results.read_rows(tmp_path / "rows.csv")
     assert all(float(row["value"]) > 0 for row in found)
     for name in ("command", "hardware", "torch", "commit", "date", "case", "metric"):
         assert all(row[name] for row in found), name
@@ -59,6 +69,37 @@ def test_bench_ops_writes_one_row_per_number(tmp_path):
         for m in ("GB/s", "of copy")
     )
     assert share == pytest.approx(gbs / copy, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "mask loop"])
+@pytest.mark.parametrize("captures", [True, False])
+def test_device_time_beside_the_time_of_calls(captures, backend, monkeypatch, capsys):
+    """Two metrics of a case; where CUDA captures nothing, the time of calls and a word about it."""
+
+    def called(call, *_):
+        call()
+        return 2.0
+
+    def replayed(make, _):
+        make()()
+        if not captures:
+            raise RuntimeError("no stream")
+        return 0.5
+
+    monkeypatch.setattr(bench_ops, "median_ms", called)
+    monkeypatch.setattr(bench_ops, "graph_ms", replayed)
+    cases = op_cases.bandwidth_cases(1, 2, 64, torch.float32, "cpu")
+    case = next(case for case in cases if case.op == "rms_norm")
+    rows = bench_ops.rows_of(
+        case, backend, reference.rms_norm, {"copy": 1.0}, torch.float32, "cuda", 0.01
+    )
+    rows = {row["metric"]: row["value"] for row in rows if row["case"] == "rms_norm backward"}
+    measured = captures and backend != "mask loop"
+    assert rows["time"] == 2.0
+    assert rows.get("device time") == (0.5 if measured else None)
+    assert rows["GB/s"] == 3 * 2 * 64 * 4 / (0.5 if measured else 2.0) / 1e6
+    said = "no CUDA graph of rms_norm backward 2x64 eager: no stream" in capsys.readouterr().out
+    assert said == (not captures and backend == "eager")
 
 
 def test_every_operation_with_a_kernel_has_a_case():
@@ -101,6 +142,12 @@ def test_the_table_of_operations_puts_implementations_side_by_side():
         "routed_mlp": ("triton", "triton"),
     }
     assert ops_table.choices(rows) == chosen
+    replayed = [row | {"metric": "device time", "value": "0.5"} for row in rows[1:4]]
+    replayed[2]["value"] = "0.7"
+    text = "\n".join(ops_table.table(rows + replayed))
+    assert "in float32, called from Python / replayed from a CUDA graph:" in text
+    assert "| swiglu forward | 8x4 | 4 / 0.5 | 1.5 / 0.5 | 1 / 0.7 |" in text
+    assert ops_table.choices(rows + replayed)["swiglu"] == ("triton", "reference")
     later = [row | {"commit": "2"} for row in rows if row["backend"] == "F.rms_norm"]
     assert ops_table.choices(rows + later) == chosen, "a run without kernels"
 
