@@ -47,13 +47,18 @@ _WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 # ------------------------------------------------------------------------------------------------
-# What is compiled: every kernel at its default shapes, mostly D = 768 and D = 1152
+# What is compiled: every kernel at its default shapes, mostly at the widths of the models
+
+WIDTHS = (192, 384, 768, 1152)
+"""Of tiny, S, B and XL."""
 
 AotSpec = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int]
 """(kernel, signature, constexprs, attrs, num_warps): one ahead-of-time compilation."""
 
 _FLOATS = {"eps", "dt", "beta_max", "velocity_max", "mu_min", "mu_max"}
-_COUNTS = {"rows", "q_rows", "k_rows", "blocks", "parts", "tiles", "walkers", "programs"}
+_COUNTS = {
+    "rows", "q_rows", "k_rows", "blocks", "parts", "samples", "tiles", "walkers", "programs",
+}  # fmt: skip
 
 
 def aot_spec(
@@ -100,24 +105,30 @@ def _spec(kernel: Any, constants: Mapping[str, Any], warps: int, fp32: str, **ty
     )
 
 
-def _row_specs(module: ModuleType, **absent: None) -> list[AotSpec]:
+def _row_specs(module: ModuleType, fp32: str, **absent: None) -> list[AotSpec]:
+    """Both kernels of a file at every width, without the pointers `absent`."""
     specs = []
-    for width in (768, 1152):
+    for width in WIDTHS:
+        for kernel, per_thread in ((module._forward, 8), (module._backward, module.PER_THREAD)):
+            sizes = {**_common.row_config(width, per_thread=per_thread), **absent}
+            specs.append(_spec(kernel, sizes, sizes.pop("num_warps"), fp32))
+    return specs
+
+
+def _gated_residual_specs() -> list[AotSpec]:
+    specs = []
+    for width in WIDTHS:
         sizes = _common.row_config(width)
-        warps = sizes.pop("num_warps")
-        specs.append(_spec(module._forward, sizes, warps, "weight"))
-        specs.append(_spec(module._backward, sizes | absent, warps, "weight dweight"))
+        specs.append(_spec(gated_residual._forward, sizes, sizes.pop("num_warps"), ""))
+        block_r, block_d, warps = _common.tile(width)
+        sizes = {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d}
+        specs.append(_spec(gated_residual._backward, sizes, warps, "dgate"))
     return specs
 
 
-def _sample_specs(module: ModuleType) -> list[AotSpec]:
-    specs = []
-    for width in (768, 1152):
-        sizes: dict[str, Any] = {**_common.row_config(width), "weight_ptr": None}
-        warps = sizes.pop("num_warps")
-        for kernel in (module._forward, module._backward):
-            specs.append(_spec(kernel, sizes, warps, "dgate dshift sums"))
-    return specs
+def _common_specs() -> list[AotSpec]:
+    sizes = {"BLOCK_P": _common.BLOCK_P, "BLOCK_C": _common.BLOCK_C, "third_ptr": None}
+    return [_spec(_common._add_parts, sizes, 4, "parts")]
 
 
 def _swiglu_specs() -> list[AotSpec]:
@@ -168,10 +179,12 @@ def _inl_step_specs() -> list[AotSpec]:
         (768, token, "fp32", True),
         (768, channel, "bf16", False),
         (768, layer, "bf16", False),
+        (192, channel, "bf16", False),
+        (384, channel, "bf16", False),
         (1152, token, "bf16", True),
         (1152, channel, "bf16", False),
     ):
-        block_r, block_d, warps = inl_step.tile(width)
+        block_r, block_d, warps = _common.tile(width)
         kinds = {"KIND_A": kind, "KIND_B": kind, "KIND_C": kind}
         absent = {} if force else {"force_ptr": None}
         constants = absent | kinds | {"CLIP": True, "BLOCK_R": block_r, "BLOCK_D": block_d}
@@ -192,14 +205,16 @@ def _inl_step_specs() -> list[AotSpec]:
 @cache
 def all_specs() -> dict[str, list[AotSpec]]:
     """What is compiled of every kernel file, by file name without suffix."""
+    norm, sums = "weight dweight", "weight dgate dshift sums"
     return {
-        "add_rms_norm": _row_specs(add_rms_norm, b_ptr=None, dresidual_ptr=None),
-        "gated_residual": _sample_specs(gated_residual),
-        "gated_residual_norm": _sample_specs(gated_residual_norm),
+        "_common": _common_specs(),
+        "add_rms_norm": _row_specs(add_rms_norm, norm, b_ptr=None, dresidual_ptr=None),
+        "gated_residual": _gated_residual_specs(),
+        "gated_residual_norm": _row_specs(gated_residual_norm, sums, weight_ptr=None),
         "inl_step": _inl_step_specs(),
-        "modulated_rms_norm": _sample_specs(modulated_rms_norm),
+        "modulated_rms_norm": _row_specs(modulated_rms_norm, sums, weight_ptr=None),
         "qk_norm_rope": _qk_norm_rope_specs(),
-        "rms_norm": _row_specs(rms_norm),
+        "rms_norm": _row_specs(rms_norm, norm),
         "routed_mlp": _routed_mlp_specs(),
         "swiglu": _swiglu_specs(),
     }

@@ -6,7 +6,7 @@ also makes Triton's interpreter exact for bf16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, wraps
 from typing import Any
@@ -204,9 +204,11 @@ def empty_tensors(*inputs: Tensor | None) -> Any:
 # ------------------------------------------------------------------------------------------------
 # Launches
 
-WARPS_PER_PROCESSOR = 32
-"""Warps of a persistent launch per multiprocessor: enough loads in flight to saturate memory, and
-few partial sums."""
+REGISTERS_PER_PROCESSOR = 65_536
+"""Of a multiprocessor, on every GPU since V100."""
+
+BLOCK_P, BLOCK_C = 32, 64
+"""Partial sums and columns that a program of `add_parts` loads at once."""
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -241,54 +243,117 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def num_programs(x: Tensor, blocks: int, per_processor: int = 4) -> int:
-    """Programs of a persistent launch: min(blocks, multiprocessors of x's device * per_processor).
+def one_wave(x: Tensor, blocks: int, warps: int, registers: int) -> int:
+    """Programs of a persistent launch over `blocks`: as many as x's device runs at once.
 
-    The interpreter counts as 3 multiprocessors with one program each, so that small tests add up
-    several partial sums.
+    They have `warps` warps, and `registers` registers a thread: each kernel file states those on
+    H100 and H200, and a test compares them with what the compiler gives it. More programs would run
+    after the others and leave more partial sums.
+
+    In the interpreter it is 3, so that small tests add up several partial sums.
     """
-    wanted = _processors(x.get_device()) * per_processor if x.is_cuda else 3
+    wanted = 3
+    if x.is_cuda:
+        resident = max(1, REGISTERS_PER_PROCESSOR // (32 * warps * registers))
+        wanted = _processors(x.get_device()) * resident
     return max(1, min(blocks, wanted))
 
 
-def one_wave(x: Tensor, blocks: int, warps: int) -> int:
-    """`num_programs` of `warps` warps each, for `WARPS_PER_PROCESSOR`."""
-    return num_programs(x, blocks, max(1, WARPS_PER_PROCESSOR // warps))
-
-
-def row_config(width: int, rows: int = 16) -> dict[str, int]:
+def row_config(width: int, rows: int = 16, per_thread: int = 8) -> dict[str, int]:
     """Constants of a kernel that reduces over rows of size `width`, of which it has `rows` or more.
 
-    BLOCK_D is the next power of 2; narrow rows are processed several at a time, and a thread holds
-    at most 32 elements of a tensor.
+    BLOCK_D is the next power of 2; narrow rows are processed several at a time. A thread holds
+    `per_thread` elements of each tensor, more only where a row needs over 16 warps. With 32 of them
+    a row of up to 1024 is in one warp: its sums need no barrier, more loads are in flight, and
+    masked columns that fill whole loads cost nothing, because D is known to the compiler.
     """
     block_d = triton.next_power_of_2(width)
     block_r = max(1, min(16, 1024 // block_d, triton.next_power_of_2(rows)))
-    num_warps = min(16, max(1, block_r * block_d // 256))
+    num_warps = min(16, max(1, block_r * block_d // (32 * per_thread)))
     return {"D": width, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": num_warps}
 
 
-def sample_config(x: Tensor, samples: int) -> tuple[int, int, int, dict[str, int]]:
+def tile(width: int, rows: int = 1024) -> tuple[int, int, int]:
+    """(BLOCK_R, BLOCK_D, num_warps) of a kernel that is elementwise along `rows` of size `width`.
+
+    BLOCK_D is the widest power of two up to 512 that wastes at most 1/16 of its lanes, at least
+    128: 256 for D = 768, 128 for D = 1152.
+    """
+    block_d = min(512, triton.next_power_of_2(width))
+    while block_d > 128 and 16 * (-width % block_d) > width:
+        block_d //= 2
+    block_r = min(1024 // block_d, triton.next_power_of_2(rows))
+    return block_r, block_d, max(1, block_r * block_d // 256)
+
+
+def sample_config(x: Tensor, samples: int, per_thread: int = 8) -> tuple[int, int, dict[str, int]]:
     """Launch sizes for the rows `x` (R, D) of `samples` samples; a block never spans two samples.
 
     Returns:
-        (tokens, blocks and programs of a one-wave backward per sample, `row_config`).
+        (tokens per sample, blocks per sample, `row_config`).
     """
     tokens = x.shape[0] // samples
-    sizes = row_config(x.shape[1], tokens)
-    blocks = triton.cdiv(tokens, sizes["BLOCK_R"])
-    parts = one_wave(x, samples * blocks, sizes["num_warps"]) // samples
-    return tokens, blocks, max(1, min(blocks, parts)), sizes
+    sizes = row_config(x.shape[1], tokens, per_thread)
+    return tokens, triton.cdiv(tokens, sizes["BLOCK_R"]), sizes
 
 
-def sum_parts(partials: Tensor, like: Tensor) -> Tensor:
-    """Sum (samples, parts, D) over the parts; shaped like `like`, in fp32."""
-    total = partials if partials.shape[1] == 1 else partials.sum(1)
-    return total.reshape(like.shape)
+def sample_parts(x: Tensor, samples: int, blocks: int, warps: int, registers: int) -> int:
+    """Programs that share the `blocks` of a sample, in `one_wave` over all samples."""
+    return max(1, min(blocks, one_wave(x, samples * blocks, warps, registers) // samples))
+
+
+def partial_sums(results: Sequence[Tensor], parts: int) -> Sequence[Tensor] | Tensor:
+    """Where the programs of a sample store sums for `results`, each (..., D) of all samples.
+
+    One program stores its result; several store fp32 (results, samples, parts, D) for `add_parts`.
+    """
+    if parts == 1:
+        return results
+    size = (len(results), results[0].shape[:-1].numel(), parts, results[0].shape[-1])
+    return results[0].new_empty(size, dtype=torch.float32)
+
+
+def add_parts(partials: Sequence[Tensor] | Tensor, results: Sequence[Tensor]) -> None:
+    """Sum `partial_sums` over the parts into `results`, at most three, in one launch."""
+    if isinstance(partials, Tensor):
+        count, samples, parts, width = partials.shape
+        grid = (samples * triton.cdiv(width, BLOCK_C), count)
+        pointers = (*results, None, None)[:3]
+        _add_parts[grid](partials, *pointers, samples, parts, width, BLOCK_P, BLOCK_C)
 
 
 # ------------------------------------------------------------------------------------------------
 # Device functions; all values are fp32
+
+
+@triton.jit
+def column_sum(pointer, column, inside, count, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum a (count, width) fp32 buffer over its rows, for the columns `column` (1, BLOCK_C)."""
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)[:, None]
+        total += load(pointer + row * width + column, (row < count) & inside)
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, first_ptr, second_ptr, third_ptr, samples, parts, D,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(D, BLOCK_C)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = column < D
+    result = tl.program_id(1)
+    start = parts_ptr + (result * samples + sample) * parts * D
+    total = column_sum(start, column, inside, parts, D, BLOCK_P, BLOCK_C)
+    at = sample * D + column
+    store(first_ptr + at, total, inside & (result == 0))
+    if second_ptr is not None:
+        store(second_ptr + at, total, inside & (result == 1))
+    if third_ptr is not None:
+        store(third_ptr + at, total, inside & (result == 2))
 
 
 @triton.jit

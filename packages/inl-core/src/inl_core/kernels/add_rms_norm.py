@@ -26,6 +26,9 @@ from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["add_rms_norm", "add_rms_norm_bwd", "add_rms_norm_fwd"]
 
+PER_THREAD, REGISTERS = 32, 128
+"""Elements of each tensor that a thread of the backward holds, and the most registers it needs."""
+
 
 @triton.jit
 def _forward(
@@ -67,7 +70,7 @@ def _backward(
             dweight += dy * normed
         if weight_ptr is not None:
             dy *= weight
-        dtotal = norm_gradient(normed, r, dy, D)
+        dtotal = norm_gradient(total, normed, r, dy, D)
         if dtotal_ptr is not None:
             dtotal += load(dtotal_ptr + row * dtotal_stride + column, mask)
         store(dx_ptr + row * D + column, dtotal, mask)
@@ -114,8 +117,9 @@ def add_rms_norm_bwd(
         return dx, dresidual, a.new_zeros(columns, dtype=dtype)
     tensors, strides = _common.rows_of(dy, dtotal, a, b)
     rows, width = tensors[0].shape
-    sizes = _common.row_config(width)
-    programs = _common.one_wave(a, triton.cdiv(rows, sizes["BLOCK_R"]), sizes["num_warps"])
+    sizes = _common.row_config(width, per_thread=PER_THREAD)
+    blocks = triton.cdiv(rows, sizes["BLOCK_R"])
+    programs = _common.one_wave(a, blocks, sizes["num_warps"], REGISTERS)
     partials = a.new_empty(programs, columns, dtype=torch.float32)
     _backward[(programs,)](
         *tensors, _common.contiguous(weight), dx, None if same else dresidual,

@@ -5,14 +5,14 @@ With one gate vector per sample:
     s = residual + gate · x
     dresidual = ds     dx = gate · ds     dgate = Σ_tokens ds · x
 
-A program of the backward loops over tokens of one sample and keeps a partial sum of dgate.
+The backward needs no whole rows: a program loops over tokens of one sample for a stripe of columns
+and keeps their sum, which is dgate where a sample has one program for each stripe.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +21,9 @@ from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
 
 __all__ = ["gated_residual", "gated_residual_bwd", "gated_residual_fwd"]
+
+REGISTERS = 48
+"""The most registers that a thread of the backward needs."""
 
 
 @triton.jit
@@ -46,19 +49,21 @@ def _backward(
     tokens, parts, dtotal_stride, x_stride, gate_stride,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    sample = (tl.program_id(0) // parts).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)[None, :]
+    tiles = tl.cdiv(D, BLOCK_D)
+    walker = tl.program_id(0) // tiles
+    sample = (walker // parts).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     gate = load(gate_ptr + sample * gate_stride + column, column < D)
     dgate = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for block in range(tl.program_id(0) % parts, tl.cdiv(tokens, BLOCK_R), parts):
+    for block in range(walker % parts, tl.cdiv(tokens, BLOCK_R), parts):
         token = block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         row = sample * tokens + token
         mask = (token < tokens) & (column < D)
         dtotal = load(dtotal_ptr + row * dtotal_stride + column, mask)
         dgate += dtotal * load(x_ptr + row * x_stride + column, mask)
         store(dx_ptr + row * D + column, gate * dtotal, mask)
-    part = tl.program_id(0).to(tl.int64) * D + column
-    store(dgate_ptr + part, tl.sum(dgate, axis=0, keep_dims=True), column < D)
+    total = tl.sum(dgate, axis=0, keep_dims=True)
+    store(dgate_ptr + walker.to(tl.int64) * D + column, total, column < D)
 
 
 @_common.operator
@@ -69,7 +74,7 @@ def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         return total
     rows, strides = _common.rows_of(residual, x, gate)
     samples = rows[2].shape[0]
-    tokens, blocks, _, sizes = _common.sample_config(rows[1], samples)
+    tokens, blocks, sizes = _common.sample_config(rows[1], samples)
     _forward[(samples * blocks,)](*rows, total, tokens, blocks, *strides, **sizes)
     return total
 
@@ -77,15 +82,21 @@ def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 @_common.operator
 def gated_residual_bwd(dtotal: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (dx, dgate)."""
-    dx = x.new_empty(x.shape)
+    dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     if _common.nothing_to_launch(x):
-        return dx, gate.new_zeros(gate.shape)
+        return dx, dgate.zero_()
     rows, strides = _common.rows_of(dtotal, x, gate)
     samples, width = rows[2].shape
-    tokens, _, parts, sizes = _common.sample_config(rows[1], samples)
-    dgate = x.new_empty(samples, parts, width, dtype=torch.float32)
-    _backward[(samples * parts,)](*rows, dx, dgate, tokens, parts, *strides, **sizes)
-    return dx, _common.sum_parts(dgate, gate).to(gate.dtype)
+    tokens = rows[1].shape[0] // samples
+    block_r, block_d, warps = _common.tile(width, tokens)
+    tiles, blocks = triton.cdiv(width, block_d), triton.cdiv(tokens, block_r)
+    parts = _common.sample_parts(x, samples * tiles, blocks, warps, REGISTERS)
+    (partial,) = partials = _common.partial_sums((dgate,), parts)
+    _backward[(samples * parts * tiles,)](
+        *rows, dx, partial, tokens, parts, *strides, width, block_r, block_d, num_warps=warps
+    )
+    _common.add_parts(partials, (dgate,))
+    return dx, dgate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

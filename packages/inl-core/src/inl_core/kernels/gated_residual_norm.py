@@ -22,10 +22,13 @@ from torch import Tensor
 
 from inl_core.kernels import _common
 from inl_core.kernels._common import load, store
-from inl_core.kernels.modulated_rms_norm import modulation, modulation_gradients
+from inl_core.kernels.modulated_rms_norm import empty_sums, modulation, modulation_gradients
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["gated_residual_norm", "gated_residual_norm_bwd", "gated_residual_norm_fwd"]
+
+PER_THREAD, REGISTERS = 16, 168
+"""Elements of each tensor that a thread of the backward holds, and the most registers it needs."""
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def _backward(
         normed = total * r
         dshift += dy
         sums += dy * normed
-        dtotal = norm_gradient(normed, r, dy * factor, D)
+        dtotal = norm_gradient(total, normed, r, dy * factor, D)
         if dtotal_ptr is not None:
             dtotal += load(dtotal_ptr + row * dtotal_stride + column, mask)
         dgate += dtotal * x
@@ -97,7 +100,7 @@ def gated_residual_norm_fwd(
         return y, total
     rows, strides = _common.rows_of(residual, x, gate, shift, scale)
     samples = rows[2].shape[0]
-    tokens, blocks, _, sizes = _common.sample_config(rows[1], samples)
+    tokens, blocks, sizes = _common.sample_config(rows[1], samples)
     _forward[(samples * blocks,)](
         *rows, _common.contiguous(weight), y, total, tokens, blocks, *strides, eps, **sizes
     )
@@ -107,27 +110,27 @@ def gated_residual_norm_fwd(
 @_common.operator
 def gated_residual_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor,
-    weight: Tensor | None, eps: float,
+    weight: Tensor | None, eps: float, shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the backward kernel: (dresidual, dx, dgate, dshift, S).
+    """Launch the backward kernel: (dresidual, dx, dgate, dshift, S), S in fp32 if with a weight.
 
-    `dy` is the gradient of the normed result, `dtotal` that of the sum, None for zero. The last
-    three results are sums over tokens in fp32.
+    `dy` is the gradient of the normed result, `dtotal` that of the sum, None for zero.
     """
     dresidual, dx = x.new_empty(x.shape, dtype=residual.dtype), x.new_empty(x.shape)
+    dgate, dshift = gate.new_empty(gate.shape), gate.new_empty(gate.shape, dtype=shift_dtype)
+    sums = empty_sums(scale, weight)
     if _common.nothing_to_launch(x):
-        zeros = gate.new_zeros(gate.shape, dtype=torch.float32)
-        return dresidual, dx, zeros, zeros.clone(), zeros.clone()
+        return dresidual, dx, dgate.zero_(), dshift.zero_(), sums.zero_()
     rows, strides = _common.rows_of(dy, dtotal, residual, x, gate, scale)
-    samples, width = rows[4].shape
-    tokens, _, parts, sizes = _common.sample_config(rows[3], samples)
-    # Three separate tensors: results of an operator must not share memory.
-    partials = [x.new_empty(samples, parts, width, dtype=torch.float32) for _ in range(3)]
+    samples = rows[4].shape[0]
+    tokens, blocks, sizes = _common.sample_config(rows[3], samples, PER_THREAD)
+    parts = _common.sample_parts(x, samples, blocks, sizes["num_warps"], REGISTERS)
+    partials = _common.partial_sums((dgate, dshift, sums), parts)
     _backward[(samples * parts,)](
         *rows, _common.contiguous(weight), dresidual, dx, *partials,
         tokens, parts, *strides, eps, **sizes,
     )  # fmt: skip
-    dgate, dshift, sums = (_common.sum_parts(partial, gate) for partial in partials)
+    _common.add_parts(partials, (dgate, dshift, sums))
     return dresidual, dx, dgate, dshift, sums
 
 
@@ -135,10 +138,12 @@ def gated_residual_norm_bwd(
 def _(
     ctx: Any, inputs: tuple[Any, ...], dy: Tensor | None, dtotal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    residual, x, gate, _, scale, weight, eps = inputs
+    residual, x, gate, shift, scale, weight, eps = inputs
     if dy is None:
         dy = x.new_zeros(x.shape)
-    *grads, sums = gated_residual_norm_bwd(dy, dtotal, residual, x, gate, scale, weight, eps)
+    *grads, sums = gated_residual_norm_bwd(
+        dy, dtotal, residual, x, gate, scale, weight, eps, shift.dtype
+    )
     return *grads, *modulation_gradients(sums, scale, weight, ctx.needs_input_grad[5])
 
 

@@ -34,7 +34,17 @@ import triton.language as tl
 from torch import Tensor
 
 from inl_core.kernels import _common
-from inl_core.kernels._common import as_rows, clamp, load, rows_of, sigmoid, softplus, store
+from inl_core.kernels._common import (
+    as_rows,
+    clamp,
+    column_sum,
+    load,
+    rows_of,
+    sigmoid,
+    softplus,
+    store,
+    tile,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Device functions
@@ -77,16 +87,6 @@ def through(grad, x, minimum, maximum):
     """Gradient of `bounded_clamp`: beyond a bound only the part that leads back inside passes."""
     blocked = ((x < minimum) & (grad > 0)) | ((x > maximum) & (grad < 0))
     return tl.where(blocked, 0.0, grad)
-
-
-@triton.jit
-def column_sum(pointer, cols, col_mask, count, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum a (count, width) fp32 buffer over its rows, for the columns `cols` (1, BLOCK_C)."""
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_P):
-        index = start + tl.arange(0, BLOCK_P)[:, None]
-        total += load(pointer + index * width + cols, (index < count) & col_mask)
-    return tl.sum(total, axis=0, keep_dims=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,32 +240,37 @@ def finish_kernel(
     A coefficient of the layer is a vector of width 1 here, with a partial sum from every program.
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    col_mask = cols < D
-    dmu = column_sum(mu_parts_ptr, cols, col_mask, walkers, D, BLOCK_P, BLOCK_C)
-    dmu = through(dmu, load(mu_ptr + cols, col_mask), mu_min, mu_max)
-    store(dmu_ptr + cols, dmu, col_mask)
+    parameter = tl.program_id(1)
+    if parameter == 0:
+        inside = cols < D
+        total = column_sum(mu_parts_ptr, cols, inside, walkers, D, BLOCK_P, BLOCK_C)
+        total = through(total, load(mu_ptr + cols, inside), mu_min, mu_max)
+        store(dmu_ptr + cols, total, inside)
     if KIND_A != 0:
         width = D if KIND_A == 1 else 1
         count = walkers if KIND_A == 1 else programs
-        inside = cols < width
-        total = column_sum(a_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
-        alpha = sigmoid(load(a_ptr + cols, inside))
-        store(da_ptr + cols, total * (alpha * (1.0 - alpha)), inside)
+        if parameter == 1:
+            inside = cols < width
+            total = column_sum(a_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
+            alpha = sigmoid(load(a_ptr + cols, inside))
+            store(da_ptr + cols, total * (alpha * (1.0 - alpha)), inside)
     if KIND_B != 0:
         width = D if KIND_B == 1 else 1
         count = walkers if KIND_B == 1 else programs
-        inside = cols < width
-        total = column_sum(b_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
-        raw = load(b_ptr + cols, inside)
-        total = through(total, softplus(raw), 0.0, beta_max)
-        store(db_ptr + cols, total * sigmoid(raw), inside)
+        if parameter == 2:
+            inside = cols < width
+            total = column_sum(b_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
+            raw = load(b_ptr + cols, inside)
+            total = through(total, softplus(raw), 0.0, beta_max)
+            store(db_ptr + cols, total * sigmoid(raw), inside)
     if KIND_C != 0:
         width = D if KIND_C == 1 else 1
         count = walkers if KIND_C == 1 else programs
-        inside = cols < width
-        total = column_sum(c_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
-        gate = sigmoid(load(c_ptr + cols, inside))
-        store(dc_ptr + cols, total * (gate * (1.0 - gate)), inside)
+        if parameter == 3:
+            inside = cols < width
+            total = column_sum(c_parts_ptr, cols, inside, count, width, BLOCK_P, BLOCK_C)
+            gate = sigmoid(load(c_ptr + cols, inside))
+            store(dc_ptr + cols, total * (gate * (1.0 - gate)), inside)
 
 
 TOKEN, CHANNEL, LAYER = 0, 1, 2
@@ -276,20 +281,8 @@ TOKEN, CHANNEL, LAYER = 0, 1, 2
 # Launches
 
 
-def tile(width: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_D, num_warps) of a kernel that is elementwise along rows of size `width`.
-
-    BLOCK_D is the widest power of two up to 512 that wastes at most 1/16 of its lanes, at least
-    128: 256 for D = 768, 128 for D = 1152.
-    """
-    block_d = min(512, triton.next_power_of_2(width))
-    while block_d > 128 and 16 * (-width % block_d) > width:
-        block_d //= 2
-    return 1024 // block_d, block_d, 4
-
-
-PER_PROCESSOR = 12
-"""Backward programs per multiprocessor: whole waves with 2, 3, 4 or 6 resident ones."""
+REGISTERS = {TOKEN: 160, CHANNEL: 128, LAYER: 128}
+"""The most registers that a thread of the backward needs, by the kind that needs most."""
 
 FINISH = (64, 32, 4)
 """(BLOCK_P, BLOCK_C, num_warps) of `finish_kernel`."""
@@ -343,7 +336,8 @@ def inl_step_bwd(
     mu = mu.contiguous()
     tiles = triton.cdiv(width, block_d)
     blocks = triton.cdiv(rows, block_r)
-    walkers = triton.cdiv(_common.num_programs(h, blocks * tiles, PER_PROCESSOR), tiles)
+    registers = max(REGISTERS[way] for way in kinds)
+    walkers = triton.cdiv(_common.one_wave(h, blocks * tiles, num_warps, registers), tiles)
     columns = {TOKEN: 0, CHANNEL: width, LAYER: tiles}
     mu_parts, *parts = (
         h.new_empty(walkers, columns[way], dtype=torch.float32) if way != TOKEN else None
@@ -359,7 +353,8 @@ def inl_step_bwd(
         *kinds, math.isfinite(velocity_max), block_r, block_d, num_warps=num_warps,
     )  # fmt: skip
     block_p, block_c, num_warps = FINISH
-    finish_kernel[(triton.cdiv(width, block_c),)](
+    # One program for each parameter and block of columns.
+    finish_kernel[(triton.cdiv(width, block_c), 1 + 3 * any(kinds))](
         mu_parts, *parts, mu, *raws, dmu, da, db, dc,
         walkers, walkers * tiles, width, beta_max, mu_min, mu_max,
         *kinds, block_p, block_c, num_warps=num_warps,

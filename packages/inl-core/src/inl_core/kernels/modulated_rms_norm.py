@@ -7,8 +7,8 @@ With n = x · rsqrt(mean(x²) + eps) and m = (1 + scale) · w, for each row of a
     dshift = Σ_tokens dy     S = Σ_tokens dy · n
     dscale = w · S           dw = Σ_samples (1 + scale) · S
 
-A program of the backward loops over tokens of one sample and keeps partial sums, which are added up
-afterwards in a fixed order.
+A program of the backward loops over tokens of one sample and keeps their sums. Where a sample has
+several programs, these are partial sums, which are added up afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from inl_core.kernels._common import load, store
 from inl_core.kernels.rms_norm import inverse_rms, norm_gradient
 
 __all__ = ["modulated_rms_norm", "modulated_rms_norm_bwd", "modulated_rms_norm_fwd"]
+
+PER_THREAD, REGISTERS = 32, 168
+"""Elements of each tensor that a thread of the backward holds, and the most registers it needs."""
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def _backward(
         normed = x * r
         dshift += dy
         sums += dy * normed
-        store(dx_ptr + row * D + column, norm_gradient(normed, r, dy * factor, D), mask)
+        store(dx_ptr + row * D + column, norm_gradient(x, normed, r, dy * factor, D), mask)
     part = tl.program_id(0).to(tl.int64) * D + column
     store(dshift_ptr + part, tl.sum(dshift, axis=0, keep_dims=True), column < D)
     store(sums_ptr + part, tl.sum(sums, axis=0, keep_dims=True), column < D)
@@ -91,7 +94,7 @@ def modulated_rms_norm_fwd(
         return y
     rows, strides = _common.rows_of(x, shift, scale)
     samples = rows[1].shape[0]
-    tokens, blocks, _, sizes = _common.sample_config(rows[0], samples)
+    tokens, blocks, sizes = _common.sample_config(rows[0], samples)
     _forward[(samples * blocks,)](
         *rows, _common.contiguous(weight), y, tokens, blocks, *strides, eps, **sizes
     )
@@ -100,41 +103,50 @@ def modulated_rms_norm_fwd(
 
 @_common.operator
 def modulated_rms_norm_bwd(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel: (dx, dshift, S), the sums over tokens in fp32."""
-    dx = x.new_empty(x.shape)
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, eps: float,
+    shift_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernel: (dx, dshift, S), S in fp32 if there is a weight."""
+    dx, dshift = x.new_empty(x.shape), scale.new_empty(scale.shape, dtype=shift_dtype)
+    sums = empty_sums(scale, weight)
     if _common.nothing_to_launch(x):
-        zeros = scale.new_zeros(scale.shape, dtype=torch.float32)
-        return dx, zeros, zeros.clone()
+        return dx, dshift.zero_(), sums.zero_()
     rows, strides = _common.rows_of(dy, x, scale)
-    samples, width = rows[2].shape
-    tokens, _, parts, sizes = _common.sample_config(rows[1], samples)
-    dshift, sums = (x.new_empty(samples, parts, width, dtype=torch.float32) for _ in range(2))
+    samples = rows[2].shape[0]
+    tokens, blocks, sizes = _common.sample_config(rows[1], samples, PER_THREAD)
+    parts = _common.sample_parts(x, samples, blocks, sizes["num_warps"], REGISTERS)
+    partials = _common.partial_sums((dshift, sums), parts)
     _backward[(samples * parts,)](
-        *rows, _common.contiguous(weight), dx, dshift, sums, tokens, parts, *strides, eps, **sizes
+        *rows, _common.contiguous(weight), dx, *partials, tokens, parts, *strides, eps, **sizes
     )
-    return dx, _common.sum_parts(dshift, scale), _common.sum_parts(sums, scale)
+    _common.add_parts(partials, (dshift, sums))
+    return dx, dshift, sums
+
+
+def empty_sums(scale: Tensor, weight: Tensor | None) -> Tensor:
+    """Space for S = Σ_tokens dy · n, which is dscale itself if there is no weight."""
+    return scale.new_empty(scale.shape, dtype=scale.dtype if weight is None else torch.float32)
 
 
 def modulation_gradients(
-    sums: Tensor, scale: Tensor | None, weight: Tensor | None, need_dweight: bool
+    sums: Tensor, scale: Tensor, weight: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dscale, dweight) in fp32 from S = Σ_tokens dy · n; dweight is None if not needed.
+    """(dscale, dweight) from S = Σ_tokens dy · n; dweight is None if not needed.
 
     Plain tensor operations on (B, D): the compiler fuses them with what computes the scale.
     """
-    dscale = sums if weight is None or scale is None else sums * weight.float()
-    if weight is None or not need_dweight:
+    if weight is None:
+        return sums, None
+    dscale = sums * weight.float()
+    if not need_dweight:
         return dscale, None
-    each = sums if scale is None else (1.0 + scale.float()) * sums
-    return dscale, each.reshape(-1, weight.shape[0]).sum(0)
+    return dscale, ((1.0 + scale.float()) * sums).reshape(-1, weight.shape[0]).sum(0)
 
 
 @_common.gradient_of(modulated_rms_norm_fwd)
 def _(ctx: Any, inputs: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, _, scale, weight, eps = inputs
-    dx, dshift, sums = modulated_rms_norm_bwd(dy, x, scale, weight, eps)
+    x, shift, scale, weight, eps = inputs
+    dx, dshift, sums = modulated_rms_norm_bwd(dy, x, scale, weight, eps, shift.dtype)
     return dx, dshift, *modulation_gradients(sums, scale, weight, ctx.needs_input_grad[3])
 
 

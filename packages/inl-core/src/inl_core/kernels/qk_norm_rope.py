@@ -26,6 +26,9 @@ __all__ = ["qk_norm_rope", "qk_norm_rope_bwd", "qk_norm_rope_fwd", "takes"]
 
 OP = "qk_norm_rope"
 
+REGISTERS = 96
+"""The most registers that a thread of the backward needs."""
+
 
 @triton.jit
 def _offsets(
@@ -233,7 +236,7 @@ def qk_norm_rope_bwd(
     sizes = _config(q.shape[3], q.shape[2], k.shape[2])
     rows = [x.shape[:-1].numel() for x in (q, k)]
     blocks = triton.cdiv(max(rows), sizes["BLOCK_R"])
-    programs = _common.one_wave(q, blocks, sizes["num_warps"])
+    programs = _common.one_wave(q, blocks, sizes["num_warps"], REGISTERS)
     partials = [q.new_empty(programs, width, dtype=torch.float32) for width in widths]
     _backward[(programs,)](
         *tensors, _common.contiguous(q_weight), _common.contiguous(k_weight), cos, sin, dq, dk,

@@ -23,6 +23,9 @@ from inl_core.kernels._common import load, store
 
 __all__ = ["rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
 
+PER_THREAD, REGISTERS = 32, 128
+"""Elements of each tensor that a thread of the backward holds, and the most registers it needs."""
+
 
 @triton.jit
 def inverse_rms(x, live, eps, D: tl.constexpr):
@@ -36,9 +39,13 @@ def inverse_rms(x, live, eps, D: tl.constexpr):
 
 
 @triton.jit
-def norm_gradient(normed, r, dnormed, D: tl.constexpr):
-    """Gradient of the rows x of normed = x · r, given dnormed = w · dy."""
-    return r * (dnormed - normed * (tl.sum(normed * dnormed, axis=1, keep_dims=True) / D))
+def norm_gradient(x, normed, r, dnormed, D: tl.constexpr):
+    """Gradient of the rows x of normed = x · r, given dnormed = w · dy.
+
+    Its sum over a row does not wait for r, which comes from another one.
+    """
+    mean = tl.sum(x * dnormed, axis=1, keep_dims=True) / D
+    return r * (dnormed - normed * (r * mean))
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def _backward(
             dweight += dy * normed
         if weight_ptr is not None:
             dy *= weight
-        store(dx_ptr + row * D + column, norm_gradient(normed, r, dy, D), mask)
+        store(dx_ptr + row * D + column, norm_gradient(x, normed, r, dy, D), mask)
     if dweight_ptr is not None:
         partial = tl.sum(dweight, axis=0, keep_dims=True)
         store(dweight_ptr + tl.program_id(0) * D + column, partial, column < D)
@@ -109,8 +116,9 @@ def rms_norm_bwd(
         return dx, x.new_zeros(columns, dtype=dtype)
     (dy_rows, x_rows), strides = _common.rows_of(dy, x)
     rows, width = x_rows.shape
-    sizes = _common.row_config(width)
-    programs = _common.one_wave(x, triton.cdiv(rows, sizes["BLOCK_R"]), sizes["num_warps"])
+    sizes = _common.row_config(width, per_thread=PER_THREAD)
+    blocks = triton.cdiv(rows, sizes["BLOCK_R"])
+    programs = _common.one_wave(x, blocks, sizes["num_warps"], REGISTERS)
     partials = x.new_empty(programs, columns, dtype=torch.float32)
     _backward[(programs,)](
         dy_rows, x_rows, _common.contiguous(weight), dx, partials if need_dweight else None,
