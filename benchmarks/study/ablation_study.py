@@ -136,8 +136,9 @@ def shape_of(config, network):
         (settings, "heldout_num_images", 256),
         (settings, "evaluate_dtype", "auto"),
         (settings["data"], "separate_documents", False),
+        (settings["data"], "document_separator", None),
     ):
-        if group.get(name) == usual:
+        if name in group and group[name] == usual:
             del group[name]
     for key in ("out", "resume", "seed", "checkpoint_every", "keep_last", "log_every"):
         del settings[key]

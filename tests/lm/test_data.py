@@ -154,6 +154,21 @@ def test_a_separate_held_out_source(texts, tmp_path):
     assert list(corpus.heldout["text"]) == ["other\n" * 10]
 
 
+def test_documents_of_a_file_that_has_separators(tmp_path):
+    stories = tmp_path / "stories.txt"
+    stories.write_bytes(b"one\ntwo <|end|>\n<|end|>\n<|end|>\nthree\n <|end|> \r\nfour")
+    (tmp_path / "whole.txt").write_text("five\n" * 3)
+
+    def read(path, piece_bytes=None):
+        found = read_documents(f"text:{path}", "*", piece_bytes, separator="<|end|>")
+        return [document.text for document in found]
+
+    documents = ["one\ntwo <|end|>\n", "three\n", "four"]
+    assert read(stories) == documents
+    assert read(tmp_path) == [*documents, "five\n" * 3]
+    assert read(tmp_path, 10) == [*documents, "five\n" * 2, "five\n"]
+
+
 def test_fingerprint_depends_on_content_order_and_boundaries():
     prints = {fingerprint(t) for t in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""])}
     assert len(prints) == 4
@@ -224,6 +239,9 @@ def test_files_without_text_are_rejected(tmp_path, content, words):
         ({"files": "0*.txt", "holdout": 1e-9}, r"holds out 0 of 10 documents.*piece_bytes"),
         ({"holdout": 1.0}, "data.holdout is 1.0"),
         ({"context": 1}, "data.context is 1"),
+        ({"document_separator": "<|end|>"}, r"no line of its 10 file\(s\) is '<|end|>'"),
+        ({"document_separator": " "}, "data.document_separator is ' '"),
+        ({"document_separator": "a\nb"}, "expected the text of one line"),
     ],
 )
 def test_invalid_sources_and_splits(texts, settings, words):

@@ -38,6 +38,10 @@ class DataConfig:
     four times as many at spaces; 0 keeps files whole; null cuts a single file (8192) and keeps the
     files of a folder whole."""
 
+    document_separator: str | None = None
+    """text: the lines between the documents of a file, such as <|endoftext|>; they are left out,
+    and `piece_bytes` cuts longer documents only where it is set."""
+
     files: str = "*"
     """text: glob pattern of the files to read in a folder, such as *.txt."""
 
@@ -62,6 +66,12 @@ class DataConfig:
         if self.context < 2:
             raise UserError(f"data.context is {self.context}; a block needs at least 2 tokens")
         check_range(self, "[0, inf)", "piece_bytes")
+        separator = self.document_separator
+        if separator is not None and (not separator.strip() or len(separator.splitlines()) > 1):
+            raise UserError(
+                f"data.document_separator is {separator!r}; expected the text of one line, such as "
+                "<|endoftext|>"
+            )
         check_range(self, "[1, inf)", "heldout_documents", "sample_documents")
 
 

@@ -180,7 +180,9 @@ def _read_all(source: str, config: DataConfig, packing: int = PACKING) -> datase
     if is_streamed(source):
         rows = islice(_stream(source, config), config.heldout_documents)
         return _dataset(row["text"] for row in rows)
-    documents = read_documents(source, config.files, config.piece_bytes, packing)
+    documents = read_documents(
+        source, config.files, config.piece_bytes, packing, config.document_separator
+    )
     return _dataset(document.text for document in documents)
 
 
@@ -188,7 +190,9 @@ def _split_documents(
     config: DataConfig, fraction: float, packing: int
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     sides = {False: _Rows(), True: _Rows()}
-    for document in read_documents(config.source, config.files, config.piece_bytes, packing):
+    for document in read_documents(
+        config.source, config.files, config.piece_bytes, packing, config.document_separator
+    ):
         sides[is_held_out(document.text, fraction)].add(document.text)
     train, heldout = sides[False].dataset(), sides[True].dataset()
     if fraction and not (train and heldout):

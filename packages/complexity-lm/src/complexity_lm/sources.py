@@ -18,7 +18,7 @@ dataset without text (null) are left out.
 import logging
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -65,15 +65,21 @@ def is_streamed(source: str) -> bool:
 
 
 def read_documents(
-    source: str, files: str, piece_bytes: int | None, packing: int = PACKING
+    source: str,
+    files: str,
+    piece_bytes: int | None,
+    packing: int = PACKING,
+    separator: str | None = None,
 ) -> Iterator[Document]:
     """Read ``stdlib`` or ``text:PATH`` one document after the other, in a fixed order.
 
-    `files` and `piece_bytes` are those of `DataConfig`, `packing` is the version (`PACKING`).
-    Hidden files and empty documents are left out. A file that is cut is never in memory as a whole.
+    `files`, `piece_bytes` and `separator` are those of `DataConfig`, `packing` is the version
+    (`PACKING`). Hidden files and empty documents are left out. A file that is cut is never in
+    memory as a whole.
 
     Raises:
-        UserError: The source has another form, does not exist, is empty or is not UTF-8.
+        UserError: The source has another form, does not exist, is empty or is not UTF-8, or no file
+            has the separator.
     """
     scheme, _, name = source.partition(":")
     if source == "stdlib":
@@ -86,16 +92,23 @@ def read_documents(
     filled = [path for path in paths if path.stat().st_size]
     if not filled:
         raise UserError(f"{source}: the {len(paths)} file(s) contain no text")
-    if piece_bytes is None and len(filled) == 1 and source != "stdlib":
+    if piece_bytes is None and separator is None and len(filled) == 1 and source != "stdlib":
         piece_bytes = PIECE_BYTES
         logger.info("%s: a single file, cut into documents of about %d bytes", source, piece_bytes)
+    separated = False
     for path in filled:
         name = str(path.relative_to(root))
-        if piece_bytes:
-            longest = sys.maxsize if packing == 1 else _LONGEST_LINE * piece_bytes
-            yield from _pieces(name, path, piece_bytes, longest)
+        if piece_bytes or separator is not None:
+            size = piece_bytes or sys.maxsize
+            longest = _LONGEST_LINE * size if piece_bytes and packing > 1 else sys.maxsize
+            separated |= yield from _pieces(name, path, size, longest, separator)
         else:
             yield Document(name, read_text(path))
+    if separator is not None and not separated:
+        raise UserError(
+            f"{source}: no line of its {len(filled)} file(s) is {separator!r}; correct "
+            "--data.document_separator, or leave it out"
+        )
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -133,17 +146,25 @@ def _text_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
     return target, [paths[name] for name in names]
 
 
-def _pieces(name: str, path: Path, size: int, longest: int) -> Iterator[Document]:
+def _pieces(
+    name: str, path: Path, size: int, longest: int, separator: str | None
+) -> Generator[Document, None, bool]:
+    """The documents of a file that is cut; returns whether it has the separator."""
     piece: list[str] = []
     length = count = 0
+    separated = False
     for line in _lines(path, longest):
-        piece.append(line)
-        length += len(line.encode())
-        if length >= size:
+        is_end = separator is not None and line.strip() == separator.strip()
+        separated |= is_end
+        if not is_end:
+            piece.append(line)
+            length += len(line.encode())
+        if piece and (is_end or length >= size):
             yield Document(f"{name}[{count}]", "".join(piece))
             piece, length, count = [], 0, count + 1
     if piece:
         yield Document(f"{name}[{count}]", "".join(piece))
+    return separated
 
 
 def _lines(path: Path, longest: int) -> Iterator[str]:

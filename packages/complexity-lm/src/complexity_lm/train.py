@@ -80,9 +80,9 @@ OWNERS = table_of_owners(
     """,
     fixed="""
         seed batch_size mixed_precision
-        data.holdout data.context data.separate_documents data.piece_bytes data.files
-        data.text_column data.hub_subset data.hub_split data.heldout_documents data.sample_documents
-        tokenizer.vocab_size
+        data.holdout data.context data.separate_documents data.piece_bytes data.document_separator
+        data.files data.text_column data.hub_subset data.hub_split data.heldout_documents
+        data.sample_documents tokenizer.vocab_size
         model.preset model.dynamics_placement model.dynamics_adaptive model.num_experts
         model.routing_scheme model.overrides model.dtype
     """,
