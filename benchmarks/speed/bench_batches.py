@@ -36,7 +36,7 @@ def definition(batches, step):
     times = sample_times(count, config.objective, draw)
     labels = drop_labels(data.labels[indices], batches.dropouts, draw)
     noise = torch.randn(count, data.channels, data.sample_size, data.sample_size, generator=draw)
-    clean = data._read("latents", data._kept[np.asarray(indices)], flips.long().numpy())
+    clean = data._read("latents", data._kept[np.asarray(indices)], flips.long().numpy()).float()
     if not clean.isfinite().all():
         raise ValueError("a latent is not finite")
     clean = (clean - data.mean.view(-1, 1, 1)) / data.std.view(-1, 1, 1)

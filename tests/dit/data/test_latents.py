@@ -21,12 +21,17 @@ from complexity_dit.config import DataConfig, EvalConfig, SampleConfig, TrainCon
 from complexity_dit.data import encode as encode_module
 from complexity_dit.data.dataset import load_data
 from complexity_dit.data.encode import encode
-from complexity_dit.data.latents import load_training_data, open_latent_space, part_path
+from complexity_dit.data.latents import (
+    load_training_data,
+    on_training_device,
+    open_latent_space,
+    part_path,
+)
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.vae import load_vae, posterior
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.training.batches import StepBatches
+from complexity_dit.training.batches import StepBatches, step_loader
 from complexity_dit.training.train import train
 from inl_core.run.errors import UserError
 from support.locks import locked_elsewhere
@@ -223,6 +228,50 @@ def test_batches_with_a_posterior_are_a_function_of_the_step(caches, tmp_path):
     assert not torch.equal(at_the_mean["x"], single["x"])
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+def test_a_batch_has_the_same_bits_where_the_latents_are_on_a_device(
+    prediction, kind, device, caches, tmp_path
+):
+    """What is random is drawn on the CPU; a device gathers and mixes."""
+    config = short_run(as_latents(caches[kind]), tmp_path)
+    config.objective.prediction_type = prediction
+    config.model.token_drop_rate = 0.5
+    data = load_training_data(config.data)
+    copied = data.copied_to(torch.device(device))
+    assert (data.on_device, copied.on_device) == (False, True)
+    there, here = StepBatches(copied, config, 1, 2), StepBatches(data, config, 1, 2)
+    for step, batch in enumerate(step_loader(there, range(3), torch.device(device))):
+        assert batch.keys() == here[step].keys()
+        for name, value in here[step].items():
+            assert batch[name].device.type == device
+            assert torch.equal(batch[name].cpu(), value), name
+    assert step == 2
+    sizes = [x.numel() for name, x in copied._copies.items() if name.startswith("latents")]
+    assert copied.nbytes == 2 * sum(sizes)
+
+
+def test_latents_go_to_a_device_that_has_room_for_them(caches, monkeypatch):
+    """A device that is there in name only: half of its free memory is the limit."""
+    data, device = load_training_data(as_latents(caches["tiny"])), torch.device("cuda")
+    gone_to = []
+    monkeypatch.setattr(type(data), "copied_to", lambda self, where: gone_to.append(where))
+    for free in (2 * data.nbytes - 2, 2 * data.nbytes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where, free=free: (free, free))
+        on_training_device(data, device)
+    assert gone_to == [device]
+    assert on_training_device(data, torch.device("cpu")) is data
+
+
 def test_other_programs_can_read_the_parts(caches):
     files = [str(path) for path in sorted((caches["kl"] / "parts").iterdir())]
     rows = datasets.load_dataset("arrow", data_files=files, split="train")
@@ -391,6 +440,8 @@ def test_nan_in_the_cache_stops_the_training_and_names_the_picture(value, copied
     data = load_training_data(config, "all")
     data.clean([3], torch.tensor([False]))
     name = Path(row["name"].split(" ")[0]).name
+    with pytest.raises(UserError, match=rf"{name}.*\(row 4 of .*\) is not finite"):
+        data.copied_to(torch.device("cpu"))
     with pytest.raises(UserError, match=rf"{name}.*\(row 4 of .*\) is not finite"):
         data.clean([3, 4], torch.tensor([False, False]))
 

@@ -87,6 +87,17 @@ def test_batches_are_a_function_of_the_step_and_shared_between_processes(small_r
     assert not torch.equal(batch["x"], StepBatches(data, small_run, 0, 1)[6]["x"])
 
 
+def test_batches_that_a_thread_prepares_are_those_of_the_steps(small_run):
+    """The loader of an accelerator, here of the CPU; an error of the thread reaches the loop."""
+    made, steps = StepBatches(load_data(small_run.data, "train"), small_run, 0, 1), [7, 3, 4, 5]
+    ahead = batches._drawn_ahead(made, steps, torch.device("cpu"))
+    for step, batch in zip(steps, ahead, strict=True):
+        assert batch.keys() == made[step].keys()
+        assert all(torch.equal(value, batch[name]) for name, value in made[step].items())
+    with pytest.raises(ValueError, match="start -"):
+        list(batches._drawn_ahead(made, [0, -1], torch.device("cpu")))
+
+
 def test_a_resumed_run_keeps_the_density_that_it_recorded(small_run):
     left_open = dataclasses.replace(small_run.objective, prediction_type="epsilon")
     named = dataclasses.replace(left_open, time_sampling="logit_normal", shift=2.0)

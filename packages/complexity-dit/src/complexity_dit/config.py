@@ -398,7 +398,8 @@ class TrainConfig:
     """Recompute activations in the backward pass, to save memory."""
 
     loader_workers: int = 0
-    """Processes that prepare batches; 0 is best for pictures that fit in memory."""
+    """Processes that prepare batches; 0 is best for pictures that fit in memory. On a GPU a thread
+    does it if there are none, and whatever the number for latents that are kept in its memory."""
 
     log_every: int = 20
     """Steps between writes of train_log.csv (one row per step), noise_levels.csv and the tracker.

@@ -50,6 +50,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         channels: Channels of the network's input, 3.
         sample_size: Side of the network's input in its own cells, here pixels.
         samples_posterior: Whether `clean` takes noise, which only latents do.
+        on_device: Whether `clean` reads the memory of an accelerator, likewise.
         fingerprint: sha256 over the sorted file hashes with their labels, the label names, the
             resolution, the split and the version of the preprocessing.
         skipped: Number of images of this split that could not be used.
@@ -58,6 +59,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     channels = 3
     samples_posterior = False
+    on_device = False
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ so a folder without `cache.json` is incomplete. A row has the file's `sha256` an
 image, with `latents_std` next to them where the VAE has a posterior.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -33,6 +34,9 @@ from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.vae import Vae, load_vae
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import filled, fits, read_json_object
+
+DEVICE_SHARE = 0.5
+"""Largest share of a device's free memory, after the state of a training, that its latents take."""
 
 FORMAT = "complexity-dit-latents-1"
 PLAN_FILE, CACHE_FILE = "plan.json", "cache.json"
@@ -72,6 +76,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         std: Per-channel standard deviation, likewise.
         fingerprint: sha256 over the source, the VAE, the split and the labels.
         skipped: Number of images of the source that could not be encoded.
+        on_device: Whether `clean` reads the memory of an accelerator, see `copied_to`.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], config: DataConfig, split: str) -> None:
@@ -84,6 +89,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._folder, self._sides = folder, 2 if info["mirrored"] else 1
         self._rows = _open_parts(folder, info)
         self._views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._copies: dict[str, Tensor] = {}
 
         hashes = self._rows.data.column("sha256").to_pylist()
         kept = [i for i, sha256 in enumerate(hashes) if in_split(sha256, config.holdout, split)]
@@ -139,13 +145,64 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         Raises:
             UserError: A latent is not finite, or mirror images are wanted and were not encoded.
         """
+        if self.on_device:
+            return self._clean_copies(indices, flips, posterior_noise)
         rows = self._kept[np.asarray(indices)]
         sides = flips.long().numpy()
         if self._sides == 1 and sides.any():
             raise UserError(f"{self._folder} has no mirrored latents; train with --data.flip false")
-        latents = self._read("latents", rows, sides)
+        latents = self._read("latents", rows, sides).float()
         if posterior_noise is not None:
-            latents = latents + self._read("latents_std", rows, sides) * posterior_noise
+            latents = latents + self._read("latents_std", rows, sides).float() * posterior_noise
+        self._check_finite(latents, rows)
+        return latents.sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `clean` reads the memory of an accelerator, see `copied_to`."""
+        return bool(self._copies)
+
+    def copied_to(self, device: torch.device) -> "LatentDataset":
+        """Return this split with its latents, in float16, in the memory of a device.
+
+        `clean` of the result returns the same bits there, and is best given tensors of the device,
+        as it then does not wait for it. Every latent is checked here, and none in `clean`.
+
+        Raises:
+            UserError: A latent is not finite.
+        """
+        twin, cell = copy.copy(self), (self.channels, self.sample_size, self.sample_size)
+        twin._copies = {name: getattr(self, name).to(device) for name in ("mean", "std")}
+        for column in self._columns:
+            whole = torch.empty((len(self), self._sides, *cell), dtype=torch.float16, device=device)
+            for start in range(0, len(self), 1024):
+                rows = self._kept[start : start + 1024]
+                part = self._read(column, rows, [slice(None)] * len(rows))
+                self._check_finite(part.float(), rows)
+                whole[start : start + len(part)] = part.to(device)
+            twin._copies[column] = whole
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the latents of this split."""
+        cells = self.channels * self.sample_size**2
+        return 2 * len(self) * self._sides * cells * len(self._columns)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return ("latents", "latents_std") if self.samples_posterior else ("latents",)
+
+    def _clean_copies(
+        self, indices: Sequence[int] | Tensor, flips: Tensor, posterior_noise: Tensor | None
+    ) -> Tensor:
+        copies, which = self._copies, (torch.as_tensor(indices), flips.long())
+        latents = copies["latents"][which].float()
+        if posterior_noise is not None:
+            latents = latents + copies["latents_std"][which].float() * posterior_noise
+        return latents.sub_(copies["mean"].view(-1, 1, 1)).div_(copies["std"].view(-1, 1, 1))
+
+    def _check_finite(self, latents: Tensor, rows: np.ndarray) -> None:
         # The sum shows it in one pass; sums of float16 numbers are far from overflowing.
         if not latents.sum().isfinite():
             bad = rows[~latents.isfinite().flatten(1).all(1).numpy()]
@@ -154,7 +211,6 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
                 f"the latent of {name} (row {bad[0]} of {self._folder}) is not finite: the cache "
                 "is damaged; encode into a new folder"
             )
-        return latents.sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
 
     def warn_of_removed_pictures(self, source: str) -> None:
         """Warn when files that were encoded are no longer in a folder that still exists.
@@ -174,15 +230,14 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
                 len(missing), len(self._rows), self._folder, source, missing[0],
             )  # fmt: skip
 
-    def _read(self, column: str, rows: np.ndarray, sides: np.ndarray) -> Tensor:
+    def _read(self, column: str, rows: np.ndarray, sides: Sequence[Any] | np.ndarray) -> Tensor:
+        """Return rows in float16: of each the picture, 0, its mirror image, 1, or a slice."""
         if column not in self._views:
             self._views[column] = self._map(column)
         starts, views = self._views[column]
         where = np.searchsorted(starts, rows, side="right") - 1
         chosen = zip(where, rows, sides, strict=True)
-        return torch.from_numpy(
-            np.stack([views[w][r - starts[w], s] for w, r, s in chosen])
-        ).float()
+        return torch.from_numpy(np.stack([views[w][r - starts[w], s] for w, r, s in chosen]))
 
     def _map(self, column: str) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return each chunk's first row, and views (rows, sides, C, Y, X) onto the mapped files."""
@@ -234,6 +289,23 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
     dataset = LatentDataset(folder, info, config, split)
     dataset.warn_of_removed_pictures(filled(DataConfig, info["source"]).source)
     return dataset
+
+
+def on_training_device(data: TrainingData, device: torch.device) -> TrainingData:
+    """Return a training set with its latents on the accelerator that trains, if they fit there.
+
+    They do if they take at most `DEVICE_SHARE` of the memory that is free when this is called.
+    Pictures, and latents that are too large, stay where they are, and so do those of a CPU.
+    """
+    if device.type == "cpu" or not isinstance(data, LatentDataset):
+        return data
+    free, _ = getattr(torch, device.type).mem_get_info(device)
+    small = data.nbytes <= DEVICE_SHARE * free
+    log.info(
+        "the latents take %.3g GiB and %s has %.3g GiB free: they are %s",
+        data.nbytes / 2**30, device, free / 2**30, "kept there" if small else "copied by batches",
+    )  # fmt: skip
+    return data.copied_to(device) if small else data
 
 
 def check_crop(config: DataConfig) -> None:

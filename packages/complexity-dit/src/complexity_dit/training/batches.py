@@ -1,8 +1,11 @@
 """The input of a training step, as a pure function of (seed, step)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -80,6 +83,14 @@ class StepBatches(Dataset):
         return generator_for(self.config.seed, purpose, step, version=self.seeding)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return self.mixed(self.drawn(step))
+
+    def drawn(self, step: int) -> dict[str, Tensor]:
+        """What is random in a batch, on the CPU: which images, their noise, times and labels.
+
+        `mixed` makes the batch of it, on the device that it is given it on, without a random number
+        and by operations that round alike on every device.
+        """
         config, count, mine = self.config, self.config.batch_size, self.mine
         indices = random_batch_indices(
             len(self.data), config.seed, step * count, count, self.seeding
@@ -91,43 +102,41 @@ class StepBatches(Dataset):
         size = self.data.sample_size
         shape = (count, self.data.channels, size, size)
         noise = torch.randn(shape, generator=draw)[mine].contiguous()
-        posterior = None
+        drawn = {
+            "indices": indices[mine], "flips": flips[mine], "times": times[mine], "noise": noise,
+            "labels": labels[mine],
+        }  # fmt: skip
         if self.data.samples_posterior:
             draw = self._draw("posterior", step)
-            posterior = torch.randn(shape, generator=draw)[mine]
-        shifts = None
+            drawn["posterior"] = torch.randn(shape, generator=draw)[mine]
         if config.data.crop == "random":  # from a generator of its own, as with dropped tokens
-            shifts = torch.rand(count, generator=self._draw("crop", step))[mine]
-        batch = {"labels": labels[mine]}
-        batch |= self._mixed(indices[mine], flips[mine], times[mine], noise, posterior, shifts)
+            drawn["shifts"] = torch.rand(count, generator=self._draw("crop", step))[mine]
         rate = config.model.token_drop_rate
         if rate and step < config.model.token_drop_until * config.steps:
             # From a generator of its own: noise and times are the same with and without dropping.
             draw = self._draw("tokens", step)
             tokens = (size // config.model.patch_size) ** 2
-            batch["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
-        return batch
+            drawn["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
+        return drawn
 
-    def _mixed(
-        self, indices: Tensor, flips: Tensor, times: Tensor, noise: Tensor,
-        posterior: Tensor | None, shifts: Tensor | None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Input, timestep and target of the images; the target overwrites the noise."""
+    def mixed(self, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Input, timestep, target, labels and kept tokens; the target overwrites the noise."""
+        noise = drawn["noise"]
         noisy, timesteps = torch.empty_like(noise), []
-        pictures = max(1, _BLOCK // noise[0].numel())
+        pictures = len(noise)
+        if noise.device.type == "cpu":
+            pictures = max(1, _BLOCK // noise[0].numel())
         for start in range(0, len(noise), pictures):
-            block = slice(start, start + pictures)
+            block = {name: value[start : start + pictures] for name, value in drawn.items()}
             clean = self.data.clean(
-                indices[block],
-                flips[block],
-                None if posterior is None else posterior[block],
-                None if shifts is None else shifts[block],
+                block["indices"], block["flips"], block.get("posterior"), block.get("shifts")
             )
-            noisy[block], timestep, noise[block] = noisy_input_and_target(
-                clean, noise[block], times[block], self.config.objective
+            noisy[start : start + pictures], timestep, block["noise"][:] = noisy_input_and_target(
+                clean, block["noise"], block["times"], self.config.objective
             )
             timesteps.append(timestep)
-        return {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}
+        batch = {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}
+        return batch | {name: drawn[name] for name in ("labels", "kept_tokens") if name in drawn}
 
 
 def images_per_pass(config: TrainConfig, processes: int) -> int:
@@ -141,14 +150,52 @@ def images_per_pass(config: TrainConfig, processes: int) -> int:
     return config.batch_size // parts
 
 
-def step_loader(batches: StepBatches, steps: Sequence[int], device: torch.device) -> DataLoader:
-    """The batches of these steps in order, prepared ahead by `config.loader_workers` processes.
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device; copies of pinned memory do not wait for it."""
+    return {name: x.to(device, non_blocking=x.is_pinned()) for name, x in batch.items()}
 
-    For a GPU they are in pinned memory, so that copies are asynchronous.
+
+def step_loader(
+    batches: StepBatches, steps: Sequence[int], device: torch.device
+) -> Iterable[dict[str, Tensor]]:
+    """The batches of these steps in order.
+
+    For an accelerator they are prepared ahead, in pinned memory, so that copies are asynchronous:
+    by `config.loader_workers` processes, or a thread if there are none or if the data are on the
+    device, which then mixes what the thread draws.
     """
-    workers, pinned = batches.config.loader_workers, device.type == "cuda"
+    workers, on_device = batches.config.loader_workers, batches.data.on_device
+    if on_device or (device.type != "cpu" and not workers):
+        return _drawn_ahead(batches, steps, device)
     if workers:
         allow_open_files(workers)
     return DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned
-    )
+        batches, batch_size=None, sampler=steps, num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+
+_AHEAD = 2
+"""Batches that the thread has ready."""
+
+
+def _drawn_ahead(
+    batches: StepBatches, steps: Sequence[int], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of `step_loader` from a thread. torch draws without holding Python's lock."""
+    on_device = batches.data.on_device
+
+    def prepared(step: int) -> dict[str, Tensor]:
+        batch = batches.drawn(step) if on_device else batches[step]
+        return batch if device.type == "cpu" else {n: x.pin_memory() for n, x in batch.items()}
+
+    start: tuple = ()
+    if device.type != "cpu":  # a new thread would take the first one
+        start = (torch.accelerator.set_device_index, (torch.accelerator.current_device_index(),))
+    ahead, rest = deque[Future[dict[str, Tensor]]](), iter(steps)
+    with ThreadPoolExecutor(1, "batches", *start) as thread:
+        ahead.extend(thread.submit(prepared, step) for step in islice(rest, _AHEAD))
+        while ahead:
+            batch = moved(ahead.popleft().result(), device)
+            ahead.extend(thread.submit(prepared, step) for step in islice(rest, 1))
+            yield batches.mixed(batch) if on_device else batch

@@ -25,7 +25,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from complexity_dit.config import RUN_KIND, TrainConfig
-from complexity_dit.data.latents import TrainingData, load_training_data, open_latent_space
+from complexity_dit.data.latents import (
+    TrainingData,
+    load_training_data,
+    on_training_device,
+    open_latent_space,
+)
 from complexity_dit.distributed import (
     is_main,
     largest,
@@ -35,7 +40,7 @@ from complexity_dit.distributed import (
     process_count,
 )
 from complexity_dit.seeding import SEEDING
-from complexity_dit.training.batches import StepBatches, images_per_pass, step_loader
+from complexity_dit.training.batches import StepBatches, images_per_pass, moved, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
 from complexity_dit.training.network import adapt, build_model, start_from
 from complexity_dit.training.objective import build_scheduler, training_loss
@@ -217,7 +222,7 @@ def _train(
         network.enable_gradient_checkpointing()
 
     place = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(data, config, *place, seeding)
+    batches = StepBatches(on_training_device(data, accelerator.device), config, *place, seeding)
     log = TrainLog(out, state.step, accelerator, state.skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
     callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step)
@@ -281,10 +286,7 @@ def optimizer_step(
     Returns:
         Loss and gradient norm, both scalars on the device, and whether the weights were updated.
     """
-    batch = {
-        name: value.to(accelerator.device, non_blocking=value.is_pinned())
-        for name, value in batch.items()
-    }
+    batch = moved(batch, accelerator.device)
     parts = config.gradient_accumulation_steps
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
     total = torch.zeros((), device=accelerator.device)
