@@ -6,10 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from complexity_lm.generate import DEFAULT_NEW_TOKENS, generation_settings
+from complexity_lm.generate import DEFAULT_NEW_TOKENS, generation_settings, left_padded
 from complexity_lm.hub import report_errors
 from complexity_lm.loading import Loaded
 from inl_core.run.errors import UserError
@@ -85,11 +84,10 @@ class Conversation:
         before = self.messages
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         ids, settings, forgotten = self.prompt(message)
-        batch = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt", verbose=False)
         streamer = _Streamer(out, tokenizer) if out is not None else None
         try:
             sequences: Any = model.generate(  # pyright: ignore[reportCallIssue]
-                **batch.to(model.device),
+                **left_padded(self.loaded, [ids]),
                 generation_config=settings,
                 streamer=streamer,
                 tokenizer=tokenizer if settings.stop_strings else None,
@@ -106,8 +104,7 @@ class Conversation:
 
     def _encode(self, messages: list[Message]) -> list[int]:
         head = [{"role": "system", "content": self.system}] if self.system else []
-        kinds = (TemplateError, ValueError, TypeError)
-        with report_errors("the chat template cannot write this conversation", kinds=kinds):
+        with report_errors("the chat template or tokenizer cannot write this conversation"):
             encoded: Any = self.loaded.tokenizer.apply_chat_template(
                 head + messages, add_generation_prompt=True, return_dict=True
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from complexity_lm.config import GenerateConfig
@@ -105,11 +106,27 @@ def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
     """Encode a prompt as a text begins in training: with a separator before it.
 
     For a model that this package did not train, the tokenizer decides what comes first.
+
+    Raises:
+        UserError: The tokenizer has no ids for the prompt.
     """
-    if loaded.data is None:
-        return loaded.tokenizer(prompt)["input_ids"]
-    ids = loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return [separator_id(loaded.tokenizer), *ids]
+    ours = loaded.data is not None
+    with report_errors(f"the tokenizer cannot encode the prompt {prompt[:40]!r}"):
+        ids: list[int] = loaded.tokenizer(prompt, add_special_tokens=not ours)["input_ids"]
+    if ours:
+        ids = [separator_id(loaded.tokenizer), *ids]
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}; give another")
+    return ids
+
+
+def left_padded(loaded: Loaded, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Ids and attention mask of a batch; its padding needs no token, because it is masked."""
+    width, pad = max(map(len, rows)), loaded.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    device = loaded.model.device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def generate(
@@ -159,23 +176,23 @@ def generate(
     }
     set_seed(config.seed)
     for first in range(0, len(ids), config.batch_size):
-        some = {"input_ids": ids[first : first + config.batch_size]}
-        batch = loaded.tokenizer.pad(
-            some, padding_side="left", return_tensors="pt", verbose=False
-        ).to(loaded.model.device)
+        rows = ids[first : first + config.batch_size]
+        batch = left_padded(loaded, rows)
         try:
             out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
                 **batch, generation_config=settings, **helpers
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"transformers cannot generate with these options: {error}") from error
-        sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        if config.only_new:
-            sequences = sequences[:, batch["input_ids"].shape[1] :]
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        count, width = len(sequences) // len(rows), batch["input_ids"].shape[1]
+        # Padding is cut off: its id may be that of a word.
+        starts = [width if config.only_new else width - len(row) for row in rows]
         texts = loaded.tokenizer.batch_decode(
-            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [row[starts[i // count] :] for i, row in enumerate(sequences.tolist())],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
-        count = len(texts) // len(some["input_ids"])
         yield from (texts[i : i + count] for i in range(0, len(texts), count))
 
 

@@ -55,6 +55,7 @@ It writes roles as words. An answer ends with the end-of-text token, and the mar
 """
 
 _HINT = "use the tokenizer in the model's folder"
+_LOSSLESS = "use a byte-level tokenizer"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -132,15 +133,19 @@ def encode_text(
     not end it. In a prompt it is the token, as everywhere in transformers. `options` are those of
     the tokenizer. Without `split_special_tokens` the name is the token in documents too, as in
     runs of old versions.
+
+    Raises:
+        UserError: The tokenizer has no ids for some of it, nor one for unknown text.
     """
-    # verbose=False: documents longer than the context of the model need no warning here.
-    return tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=split_special_tokens,
-        verbose=False,
-        **options,
-    )
+    with report_errors("the tokenizer cannot encode the text", _LOSSLESS):
+        # verbose=False: documents longer than the context of the model need no warning here.
+        return tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            verbose=False,
+            **options,
+        )
 
 
 def check_lossless(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> None:
@@ -152,7 +157,7 @@ def check_lossless(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
         raise UserError(
             f"the tokenizer loses some of the text that begins with {text[:40]!r} (its ids decode "
-            "to another text), so bits per byte would be wrong; use a byte-level tokenizer"
+            f"to another text), so bits per byte would be wrong; {_LOSSLESS}"
         )
 
 
@@ -192,9 +197,18 @@ def check_tokenizer(
     """Check that a tokenizer belongs to a model; `trained_with` is the hash of its own, if known.
 
     Raises:
-        UserError: It has larger ids than the model, another end-of-text id, or another hash.
+        UserError: It has larger ids than the model, one id for two tokens, another end-of-text id,
+            or another hash.
     """
     size = vocabulary_size(tokenizer)
+    tokens: dict[int, str] = {}
+    for token, number in tokenizer.get_vocab().items():
+        if (other := tokens.setdefault(number, token)) != token:
+            # As a token gets that is added to a vocabulary with holes.
+            raise UserError(
+                f"the tokenizer has the id {number} for two tokens, {other!r} and {token!r}: give "
+                "one of them an id that is free"
+            )
     if size > config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {size - 1}, the model {config.vocab_size} (vocab_size): "
