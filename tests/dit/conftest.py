@@ -80,6 +80,18 @@ def pipe() -> ComplexityDiTPipeline:
 
 
 @pytest.fixture
+def counted_pipe(pipe: ComplexityDiTPipeline) -> ComplexityDiTPipeline:
+    """The same pipeline, which knows the labels of its eight training pictures."""
+    counts = {"0 0": 3, "0 1": 1, "1 1": 2, "2 -1": 2}
+    names = {field: dict(enumerate(words)) for field, words in pipe.label_names.items()}
+    counted = ComplexityDiTPipeline(
+        pipe.transformer, pipe.scheduler, id2label=names, label_counts=counts
+    )
+    counted.set_progress_bar_config(disable=True)
+    return counted
+
+
+@pytest.fixture
 def small_run(tmp_path) -> TrainConfig:
     """A run of seconds on the embedded art set."""
     return TrainConfig(

@@ -1,6 +1,7 @@
 """Image folders, and .npz files of images and of statistics."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from complexity_dit.evaluation.image_sets import (
     KeptStatistics,
     array_images,
     folder_images,
+    labels_for_samples,
     npz_images,
     read_statistics,
     write_statistics,
@@ -121,3 +123,21 @@ def test_statistics_of_other_programs_are_read(tmp_path: Path) -> None:
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=words):
             read_statistics(path)
+
+
+def test_fields_that_the_reference_lacks_are_drawn_for_its_labels(counted_pipe) -> None:
+    real = replace(
+        array_images(noise(6, 8)), labels=np.array([[0], [1], [2], [-1], [1], [0]]),
+        label_names={"style": ["Fauvism", "Cubism", "Vorticism"]},
+    )  # fmt: skip
+    rows = np.arange(6)
+    labels, asked = labels_for_samples(counted_pipe, 6, real, rows, seed=1)
+    # A style that the pipeline does not know, or that is missing in the reference, stays missing.
+    assert labels[:, 0].tolist() == [1, 0, -1, -1, 0, 1]
+    assert asked["style"].tolist() == [0, 1, -1, -1, 1, 0]
+    assert labels[[0, 5], 1].tolist() == [1, 1]
+    assert set(labels[[1, 4], 1].tolist()) <= {0, 1}
+    # Without labels in the reference all are drawn, together.
+    labels, asked = labels_for_samples(counted_pipe, 64, None, rows, seed=1)
+    assert {tuple(row) for row in labels.tolist()} == {(0, 0), (0, 1), (1, 1), (2, -1)}
+    assert not asked

@@ -38,6 +38,25 @@ def test_labels_by_name_id_or_list(pipe):
     assert pipe.get_label_ids().tolist() == [[-1, -1]]
 
 
+def test_labels_that_are_not_named_are_drawn_by_the_noise_of_an_image(counted_pipe, pipe):
+    settings = {"num_images_per_prompt": 6, "chunk_size": 2}
+    drawn = generate(counted_pipe, generator=generators(*range(6)), **settings)
+    plain = generate(pipe, generator=generators(*range(6)), **settings)
+    assert not np.array_equal(drawn, plain)
+    alone = generate(counted_pipe, generator=generators(3), chunk_size=2, chunk_offset=1)
+    assert np.array_equal(drawn[3:4], alone)
+    known = {(0, 0), (0, 1), (1, 1), (2, -1)}
+    made = [generate(pipe, class_labels=[row], generator=generators(3), chunk_size=2,
+                     chunk_offset=1) for row in sorted(known)]  # fmt: skip
+    assert sum(np.array_equal(alone, one) for one in made) == 1
+    # Ids are taken as they are, and of style 1 all pictures have genre 1.
+    for named, ids in (({"class_labels": [[-1, -1]]}, [-1, -1]), ({"style": 1}, [1, 1])):
+        images = [generate(one, **named) for one in (counted_pipe, pipe)]
+        expected = generate(pipe, class_labels=[ids])
+        assert np.array_equal(images[0], expected), named
+        assert np.array_equal(images[1], expected) == ("class_labels" in named)
+
+
 def test_unknown_labels_are_refused_with_near_names(pipe):
     with pytest.raises(UserError, match="Fauvism"):
         pipe(style="Fauvsm")

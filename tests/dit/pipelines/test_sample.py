@@ -14,7 +14,13 @@ from complexity_dit.config import SampleConfig
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline, sample
+from complexity_dit.pipelines.sampling import (
+    drawn_labels,
+    grid_labels,
+    iter_samples,
+    load_pipeline,
+    sample,
+)
 from inl_core.run.errors import UserError
 from support.disk import failing
 from support.locks import locked_elsewhere
@@ -114,6 +120,26 @@ def test_the_command_writes_a_grid_a_folder_or_an_archive(pipe, tmp_path):
     for i in range(5):
         with Image.open(tmp_path / f"folder/{i:06d}.png") as picture:
             assert np.array_equal(array[i], np.asarray(picture))
+
+
+def test_labels_that_are_not_named_are_drawn_together(counted_pipe, tmp_path):
+    counted_pipe.save_pretrained(tmp_path / "pipe")
+    again = load_pipeline(str(tmp_path / "pipe"))
+    nothing = torch.full((400, 2), -1)
+    rows = drawn_labels(again, nothing, seed=3)
+    assert {tuple(row) for row in rows.tolist()} == {(0, 0), (0, 1), (1, 1), (2, -1)}
+    assert (rows[:, 0] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    # Image i of a seed has its labels in a set of any size; another seed gives others.
+    assert torch.equal(drawn_labels(again, nothing[:7], seed=3), rows[:7])
+    assert not torch.equal(drawn_labels(again, nothing, seed=4), rows)
+    sample(str(tmp_path / "pipe"), str(tmp_path / "drawn.npz"), 6, sampling=QUICK)
+    _, images = next(iter_samples(again, drawn_labels(again, nothing[:6], QUICK.seed), QUICK))
+    assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_0"], images)
+    # In a grid with a row per style, the genre is drawn from the pictures of that style.
+    grid = drawn_labels(again, grid_labels(again, 8), seed=0)
+    assert grid[:, 0].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert set(grid[:8, 1].tolist()) == {0, 1}
+    assert grid[8:, 1].tolist() == [1] * 8 + [-1] * 8
 
 
 def test_wrong_input_is_refused(pipe, tmp_path):

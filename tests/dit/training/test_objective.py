@@ -193,6 +193,7 @@ def test_the_loss_is_the_mean_square_in_the_dtype_of_the_target():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"label_dropout_all": 1.5}, "label_dropout_all is 1.5"),
         ({"label_dropout": 1.5}, "label_dropout: 1.5 must be a probability"),
         ({"label_dropout": {"style": -0.1}}, "label_dropout of style: -0.1"),
     ],

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from complexity_dit.data.dataset import load_data
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training import batches
 from complexity_dit.training import state as state_module
 from complexity_dit.training.batches import StepBatches
@@ -27,6 +29,30 @@ from support.outcomes import last_checkpoint, losses_of, tensor_files
 def test_resume_is_bit_identical(small_run, resumed_as_straight):
     run = dataclasses.replace(small_run, steps=40)
     resumed_as_straight(run)
+
+
+def test_a_pipeline_knows_which_labels_occur_together_in_its_training_data(small_run):
+    data = load_data(small_run.data, "train")
+    counts = load_pipeline(str(train(small_run))).config.label_counts
+    assert {tuple(map(int, key.split())): n for key, n in counts.items()} == Counter(
+        map(tuple, data.labels.tolist())
+    )
+
+
+def test_all_labels_are_dropped_together(small_run):
+    config = dataclasses.replace(small_run, batch_size=256, steps=4)
+    objective = dataclasses.replace(config.objective, label_dropout=0.0)
+    together = dataclasses.replace(objective, label_dropout_all=0.25)
+    data = load_data(small_run.data, "train")
+    for step in range(2):
+        plain, dropped = (
+            StepBatches(data, dataclasses.replace(config, objective=one), 0, 1)[step]
+            for one in (objective, together)
+        )
+        missing = (dropped["labels"] == -1).all(1)
+        assert 0.15 < missing.float().mean() < 0.35
+        assert torch.equal(dropped["labels"][~missing], plain["labels"][~missing])
+        assert torch.equal(dropped["x"], plain["x"])  # noise and times are the same
 
 
 def test_a_run_of_an_older_version_goes_on_with_its_own_random_numbers(

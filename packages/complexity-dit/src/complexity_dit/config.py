@@ -172,6 +172,11 @@ class ObjectiveConfig:
     """Probability that each label of an image is replaced by the null row, for guidance; or one
     for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
 
+    label_dropout_all: float = 0.0
+    """Probability that all labels of an image are replaced together, in addition to label_dropout.
+    Guidance leads away from the network without any label, which dropping each of n fields by
+    itself trains on a share of label_dropout^n only. 0 is off."""
+
     RETIRED = MappingProxyType({"direction_weight": 0.0, "direction_over": ...})
 
     auxiliary_weight: float = 0.5
@@ -197,6 +202,7 @@ class ObjectiveConfig:
                 f"auxiliary_weight {self.auxiliary_weight} must be above 0 and at most 0.5; to "
                 "train without an auxiliary output, set model.auxiliary_layer 0"
             )
+        check_range(self, "[0, 1]", "label_dropout_all")
         dropout = self.label_dropout
         for label, value in dropout.items() if isinstance(dropout, Mapping) else [("", dropout)]:
             if not 0 <= value <= 1:

@@ -27,6 +27,11 @@ def derive_seed(seed: int, purpose: str, *position: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def uniform(seed: int, purpose: str, *position: int) -> float:
+    """A random number in [0, 1), with the arguments of `derive_seed`."""
+    return (derive_seed(seed, purpose, *position) >> 10) * 2.0**-53
+
+
 def generator_for(
     seed: int, purpose: str, *position: int, version: int = SEEDING
 ) -> torch.Generator:

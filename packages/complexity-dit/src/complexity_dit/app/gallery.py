@@ -26,14 +26,15 @@ from torch import Tensor
 
 from complexity_dit.config import Limits
 from complexity_dit.grids import draw_grid
+from complexity_dit.labels import MISSING
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
-from complexity_dit.pipelines.sampling import pipeline_hash, to_uint8
+from complexity_dit.pipelines.sampling import drawn_labels, pipeline_hash, to_uint8
 from complexity_dit.pipelines.schedulers import (
     named_scheduler,
     prediction_type,
     scheduler_names,
 )
-from complexity_dit.seeding import generator_for
+from complexity_dit.seeding import generator_for, uniform
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
 
@@ -53,7 +54,7 @@ class Settings:
     """Everything that the images depend on besides the pipeline."""
 
     labels: dict[str, str] = field(default_factory=dict)
-    """The name for each label field that is conditioned on."""
+    """Names by label field; those of the other fields are of training pictures that have these."""
 
     strip: str | None = None
     """Label field of a strip, one image for each of its names from the same noise; None: a grid."""
@@ -133,6 +134,13 @@ class Gallery:
         if settings.strip is not None:
             return [one_line(name.replace("_", " ")) for name in self.label_names[settings.strip]]
         return [f"{i + 1}" for i in range(settings.num_images)]
+
+    def labels_of(self, seed: int) -> dict[str, str]:
+        """The labels that the first image of a seed has if none are asked for, by field."""
+        nothing = torch.full((1, len(self.label_names)), MISSING)
+        row = drawn_labels(self.pipe, nothing, seed)[0].tolist()
+        fields = zip(row, self.label_names.items(), strict=True)
+        return {field: names[i] for i, (field, names) in fields if i != MISSING}
 
     def check(self, settings: Settings) -> Settings:
         """Check that settings are valid and within the limits.
@@ -274,11 +282,13 @@ class Gallery:
         """Label ids (N, F), and the index of the noise of each image."""
         row = self.pipe.get_label_ids(settings.labels)
         if settings.strip is None:
-            return row.repeat(settings.num_images, 1), list(range(settings.num_images))
+            rows = drawn_labels(self.pipe, row.repeat(settings.num_images, 1), settings.seed)
+            return rows, list(range(settings.num_images))
         count = len(self.label_names[settings.strip])
         rows = row.repeat(count, 1)
         rows[:, list(self.label_names).index(settings.strip)] = torch.arange(count)
-        return rows, [0] * count
+        shares = [uniform(settings.seed, "labels", 0)] * count
+        return self.pipe.fill_labels(rows, shares), [0] * count
 
 
 def picture_png(

@@ -4,6 +4,7 @@ Needs the extra `[app]`. Works offline and sends nothing to other servers.
 """
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                         defaults.seed, label="Seed", precision=0, min_width=120, scale=2
                     )
                     dice = gr.Button("New seed", min_width=90, scale=1, elem_id="dice")
+                surprise = gr.Button("Surprise me", visible=bool(gallery.labels_of(0)))
                 with gr.Row():
                     paint = gr.Button("Paint", variant="primary", scale=2, elem_id="paint")
                     stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="stop")
@@ -230,6 +232,11 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             except UserError as error:
                 yield refusal(str(error))
 
+        def surprised() -> list[int | str]:
+            number = random.randrange(MAX_SEED + 1)
+            chosen = gallery.labels_of(number)
+            return [number, *(chosen.get(field, "") for field in fields)]
+
         painting = paint.click(
             sample,
             [show, count, seed, steps, guidance, internal, scheduler, side, *labels],
@@ -239,6 +246,9 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             api_visibility="private",
         )
         stop.click(None, cancels=painting, queue=False)
+        surprise.click(
+            surprised, None, [seed, *labels], show_progress="hidden", api_visibility="private"
+        )
         dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})")
     page.queue(max_size=queue_size, api_open=False)
     return page

@@ -13,7 +13,7 @@ from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.model_card import write_card
-from complexity_dit.pipelines.sampling import grid_labels, iter_samples, load_pipeline
+from complexity_dit.pipelines.sampling import drawn_labels, grid_labels, iter_samples, load_pipeline
 from complexity_dit.training.state import STATE_FILE
 from complexity_dit.training.train import train
 from inl_core.run.checkpoints import claim_run
@@ -47,7 +47,7 @@ def _demo(folder: Path) -> None:
 
     pipe = load_pipeline(str(pipeline))
     sampling = SampleConfig()  # guided: the numbers are those of the pictures that it shows
-    labels = grid_labels(pipe, columns=8)
+    labels = drawn_labels(pipe, grid_labels(pipe, columns=8), sampling.seed)
     images = np.concatenate([batch for _, batch in iter_samples(pipe, labels, sampling)])
     row_names = [name.replace("_", " ") for name in next(iter(pipe.label_names.values()))]
     save_grid(images, 8, row_names, folder / "samples.png")

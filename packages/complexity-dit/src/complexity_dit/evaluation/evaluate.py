@@ -179,7 +179,7 @@ def evaluate(
             keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
             if keep:
                 on_main(lambda: held.enter_context(claim_samples(keep)))
-            labels, asked = labels_for_samples(pipe, n, ref.images, real_rows)
+            labels, asked = labels_for_samples(pipe, n, ref.images, real_rows, sample.seed)
             names = ref.images.label_names if ref.images else {}
             images = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
         features = collect(images, generated_rows, ref, real_rows, extractor, config, pipe)

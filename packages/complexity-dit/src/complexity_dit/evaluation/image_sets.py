@@ -25,7 +25,7 @@ from complexity_dit.evaluation.networks import IDENTITY_KEYS
 from complexity_dit.hashing import array_hash, file_sha256
 from complexity_dit.pictures import SUFFIXES, file_bytes, read_picture
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
-from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
+from complexity_dit.pipelines.sampling import drawn_labels, find_pipeline, load_pipeline
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, open_regular
 from inl_core.run.json_files import filled, read_json_object
@@ -437,9 +437,16 @@ def trained_on(target: object) -> DataConfig | None:
 
 
 def labels_for_samples(
-    pipe: ComplexityDiTPipeline, n: int, real: ImageSet | None, rows: NDArray[np.int64]
+    pipe: ComplexityDiTPipeline,
+    n: int,
+    real: ImageSet | None,
+    rows: NDArray[np.int64],
+    seed: int = 0,
 ) -> tuple[torch.Tensor, dict[str, NDArray[np.int64]]]:
     """Label rows for n samples: those of the drawn real images, in the pipeline's ids.
+
+    Fields that the real images do not have are drawn from the training pictures that have the
+    labels of the others, with `seed`, that of the samples.
 
     Returns:
         Labels (n, F) int64 with -1 for not given, and by field the requested ids (n,) in the
@@ -461,6 +468,10 @@ def labels_for_samples(
         labels[:, list(pipe.id2label).index(name)] = torch.from_numpy(mapped)
         if (mapped >= 0).any():
             asked[name] = np.where(mapped >= 0, wanted, -1)
+    absent = [
+        i for i, field in enumerate(pipe.id2label) if not real or field not in real.label_names
+    ]
+    labels[:, absent] = drawn_labels(pipe, labels, seed)[:, absent]
     if pipe.id2label and bool((labels < 0).all()):
         logger.warning("no labels are given: the samples are unconditional")
     return labels, asked

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.labels import LabelTable
 from complexity_dit.pictures import read_picture
 from inl_core.run.files import atomic_file, final_path, read_text
 from inl_core.run.json_files import MAX_JSON_BYTES, one_line, read_json_object
@@ -105,15 +106,19 @@ def write_card(
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
     grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
     if adapter:
-        use, labels, architecture = _USE_ADAPTER, adapter["labels"], ""
+        use, labels, architecture, counts = _USE_ADAPTER, adapter["labels"], "", None
         base = adapter["base"] if _is_hub_id(adapter["base"]) else f"./{Path(adapter['base']).name}"
         about = {"base": _literal(base), "base_text": _escape(base)}
         about["sha256"] = _escape(adapter["base_sha256"])
     else:
         use, index, about = _USE, _read(folder / "model_index.json"), {}
-        labels = {field: list(names.values()) for field, names in index["id2label"].items()}
-        architecture = _architecture(folder, index)
-    use = use.format(name=_literal(name), arguments=_arguments(labels), **about)
+        names = index["id2label"]
+        fields = _read(folder / "transformer" / "config.json")["label_fields"]
+        labels = {
+            field: [names[field][str(i)] for i in range(len(names[field]))] for field in fields
+        }
+        architecture, counts = _architecture(folder, index), index.get("label_counts")
+    use = use.format(name=_literal(name), arguments=_arguments(labels, counts), **about)
     sections = (
         f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data),
         _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
@@ -171,10 +176,16 @@ def _labels(labels: dict[str, list[str]]) -> str:
     return "## Labels\n\n" + "\n".join(rows) if any(labels.values()) else ""
 
 
-def _arguments(labels: dict[str, list[str]]) -> str:
-    """The first name of each field as an argument of a call, safe for names of any text."""
-    first = {field: names[0] for field, names in labels.items()}
-    return f"labels={_literal(first)}" if first else ""
+def _arguments(labels: dict[str, list[str]], counts: dict[str, int] | None) -> str:
+    """The labels of most training pictures as an argument of a call, safe for names of any text.
+
+    Without their counts, the first name of each field.
+    """
+    ids = [0] * len(labels)
+    if counts:
+        ids = LabelTable(counts, [len(names) for names in labels.values()]).most_frequent()
+    chosen = {f: names[i] for i, (f, names) in zip(ids, labels.items(), strict=True) if i >= 0}
+    return f"labels={_literal(chosen)}" if chosen else ""
 
 
 def _literal(value: Any) -> str:

@@ -15,7 +15,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from complexity_dit.labels import resolve_label
+from complexity_dit.hashing import array_hash
+from complexity_dit.labels import LabelTable, resolve_label
 from complexity_dit.models.adapters import (
     FETCH_OPTIONS,
     label_rows,
@@ -186,10 +187,13 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         latents_std: Standard deviation of each latent channel; given together with the mean.
         objective: What the network was trained for, as `objective_of` returns it and a folder
             records it; None takes it from the scheduler.
+        label_counts: The combinations of labels in the training pictures, as `LabelTable` reads
+            them; labels that a request does not name are drawn from them. None leaves such labels
+            missing.
 
     Raises:
-        UserError: If `id2label` does not match the transformer's label fields, the statistics do
-            not match its channels, or the scheduler cannot sample from the model.
+        UserError: If `id2label` or `label_counts` does not match the transformer's label fields,
+            the statistics do not match its channels, or the scheduler cannot sample from the model.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -211,6 +215,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         objective: dict[str, Any] | None = None,
+        label_counts: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         objective = objective or objective_of(scheduler)
@@ -231,6 +236,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             latents_mean=latents_mean,
             latents_std=latents_std,
             objective=objective,
+            label_counts=label_counts,
+        )
+        self._label_table = label_counts and LabelTable(
+            label_counts, transformer.config.num_classes
         )
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -310,6 +319,22 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             column = value if field in lengths else [value] * batch
             columns.append([resolve_label(names, value, field) for value in column])
         return torch.tensor(columns, dtype=torch.long).reshape(len(columns), batch).T.contiguous()
+
+    def fill_labels(self, class_labels: Tensor, shares: Sequence[float]) -> Tensor:
+        """Draw the labels that are not given from the training pictures that have the given ones.
+
+        Args:
+            class_labels: Label ids, (B, F), -1 where not given, as `get_label_ids` returns them.
+            shares: One uniform random number in [0, 1) per row.
+
+        Returns:
+            Label ids, (B, F): those of a training picture, drawn together. Unchanged where no
+            picture has the given labels, and if the pipeline does not know which occur together.
+        """
+        if not self._label_table:
+            return class_labels
+        filled = self._label_table.fill(class_labels.cpu().numpy(), shares)
+        return torch.from_numpy(filled).to(class_labels.device)
 
     @torch.no_grad()
     def get_label_embeds(self, labels: Labels | None = None, /, **named: Any) -> Tensor:
@@ -411,6 +436,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
+        Labels that are not named are those of a random training picture that has the named ones,
+        so that an image has labels that occur together (`LabelTable`).
+
         Args:
             num_images_per_prompt: Images per combination of labels.
             height: Height in pixels, a multiple of patch size times VAE factor; None means the
@@ -428,8 +456,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             generator: One generator, or one per image: then image i does not depend on the others.
                 CPU generators give the same noise on every device.
             latents: Initial noise, (B, C, Y, X); drawn from `generator` when None.
-            class_labels: Label ids, (B, F) with -1 for not given, in place of `labels`: a tensor,
-                an array or a list; (B,) for one field.
+            class_labels: Label ids, (B, F) with -1 for none, in place of `labels` and taken as they
+                are: a tensor, an array or a list; (B,) for one field.
             label_embeds: Label embeddings, (B, D), in place of `labels`: `get_label_embeds` returns
                 them, and a blend of two gives an image between two labels.
             chunk_size: Run the networks on exactly this many images per call, padding the last one.
@@ -514,6 +542,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         count = max(len(condition), 1 if image is None else len(image)) * repeats
         condition = repeat_rows(condition, count, repeats, "labels", "images").to(device)
         noise = self._noise(count, height, width, call.generator, call.latents)
+        if image is None and call.class_labels is None and call.label_embeds is None:
+            # By a hash of its noise an image has the same labels in every batch.
+            hashes = [array_hash(one.float().cpu().numpy()) for one in noise]
+            condition = self.fill_labels(condition, [int(h[:13], 16) / 16**13 for h in hashes])
         set_steps(self.scheduler, steps, device)
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
         x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)

@@ -30,7 +30,7 @@ from complexity_dit.pipelines.sample_folders import (
     prepare_samples,
 )
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
-from complexity_dit.seeding import SEEDING, generator_for
+from complexity_dit.seeding import SEEDING, generator_for, uniform
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, finish_merge
@@ -295,7 +295,7 @@ def sample(
         num_images: Number of images; by default a grid of the labels of the first field (of at most
             64 of them, in equal steps), else 64.
         labels: Names or ids per label field, e.g. `--labels.style Cubism Fauvism`; several names
-            alternate.
+            alternate. The others are those of a random training picture that has the named ones.
         sampling: Seed, sampler and batch.
         overwrite: Replace an existing file, or the images of other settings in a folder of samples.
             A folder of the same settings is completed in any case.
@@ -339,7 +339,7 @@ def _sample_file(
     is_grid = target.suffix == ".png"
     with writing(target), atomic_file(target) as aside:  # now: it may not be possible to write it
         pipe = load_pipeline(pipeline)
-        rows = _sample_labels(pipe, labels, num_images, is_grid)
+        rows = drawn_labels(pipe, _sample_labels(pipe, labels, num_images, is_grid), sampling.seed)
         images = np.concatenate([batch for _, batch in iter_samples(pipe, rows, sampling)])
         with aside.open("wb") as file:
             if is_grid:
@@ -359,7 +359,7 @@ def _sample_folder(
 ) -> None:
     """Write the images that a claimed folder does not have yet; every process takes a share."""
     pipe = load_pipeline(pipeline)
-    rows = _sample_labels(pipe, labels, num_images, is_grid=False)
+    rows = drawn_labels(pipe, _sample_labels(pipe, labels, num_images, False), sampling.seed)
     settings = sample_settings(pipe, rows, sampling)
     key = key_of(settings)
 
@@ -375,6 +375,14 @@ def _sample_folder(
             keep_image(folder, i, image, key)
     had = f", which had the other {len(rows) - len(missing)}" if len(missing) < len(rows) else ""
     on_main(lambda: print(f"wrote {len(missing)} images to {folder}{had}"))  # all are there
+
+
+def drawn_labels(pipe: ComplexityDiTPipeline, labels: Tensor, seed: int) -> Tensor:
+    """Labels of a seeded set, (N, F), with those drawn that are not given.
+
+    Row i depends on its own labels and (seed, i) alone; see `ComplexityDiTPipeline.fill_labels`.
+    """
+    return pipe.fill_labels(labels, [uniform(seed, "labels", i) for i in range(len(labels))])
 
 
 def _sample_labels(

@@ -41,7 +41,7 @@ _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
     "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
 }
 _BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
-_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std", "objective"})
+_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std", "objective", "label_counts"})
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
 # Components passed to `from_pretrained`: their entries in `model_index.json` are not used.
 _passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())

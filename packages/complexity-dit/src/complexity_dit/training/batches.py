@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from complexity_dit.config import TrainConfig
 from complexity_dit.data.latents import TrainingData
+from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.seeding import SEEDING, generator_for
 from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
@@ -99,6 +100,10 @@ class StepBatches(Dataset):
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
         labels = drop_labels(self.data.labels[indices], self.dropouts, draw)
+        if config.objective.label_dropout_all:
+            # From a generator of its own, as with dropped tokens.
+            together = torch.rand(count, generator=self._draw("labels", step))
+            labels[together < config.objective.label_dropout_all] = MISSING
         size = self.data.sample_size
         shape = (count, self.data.channels, size, size)
         noise = torch.randn(shape, generator=draw)[mine].contiguous()

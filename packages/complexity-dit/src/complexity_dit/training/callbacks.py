@@ -26,7 +26,7 @@ from complexity_dit.evaluation.evaluate import check_reference, evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.pipelines.sampling import grid_labels, iter_samples
+from complexity_dit.pipelines.sampling import drawn_labels, grid_labels, iter_samples
 from complexity_dit.seeding import derive_seed
 from complexity_dit.training.batches import StepBatches, images_per_pass
 from complexity_dit.training.objective import training_loss
@@ -209,7 +209,9 @@ class SampleGrids(Callback):
     def _sample(self, network: ComplexityDiTTransformer2DModel, path: Path) -> None:
         pipe = self.saved.build_pipeline(network).to(self.device)
         labels = grid_labels(pipe, GRID_COLUMNS)[: GRID_COLUMNS * GRID_ROWS]
-        batches = iter_samples(pipe, labels, SampleConfig(), progress=False)
+        sampling = SampleConfig()
+        labels = drawn_labels(pipe, labels, sampling.seed)
+        batches = iter_samples(pipe, labels, sampling, progress=False)
         images = np.concatenate([batch for _, batch in batches])
         names = next(iter(pipe.label_names.values()), [])[:GRID_ROWS]
         save_grid(images, GRID_COLUMNS, [name.replace("_", " ") for name in names], path)

@@ -147,7 +147,7 @@ def adapt(
     if base.vae is not None:
         space = LatentSpace(base.vae, base.config.latents_mean, base.config.latents_std, pictures)
     saved = SavedAdapter(
-        base.scheduler, base.id2label, pictures, space,
+        base.scheduler, base.id2label, pictures, space, base.config.label_counts,
         base=str(find_pipeline(Path(config.init_from)) or config.init_from),
         base_sha256=weights_sha256(base.transformer),
     )  # fmt: skip

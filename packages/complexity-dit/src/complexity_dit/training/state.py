@@ -139,7 +139,8 @@ class SavedPipeline:
     """The parts of a saved pipeline other than its network.
 
     `data` is the `DataConfig` as a dict, for latents that of the pictures they were made from, so
-    that an evaluation holds out the same pictures. The latent space is None for pixels.
+    that an evaluation holds out the same pictures. The latent space is None for pixels;
+    `label_counts` is for `LabelTable`.
     """
 
     folder_name: ClassVar[str] = "pipeline"
@@ -148,13 +149,20 @@ class SavedPipeline:
     id2label: dict[str, dict[int, str]]
     data: dict[str, Any]
     latent_space: LatentSpace | None = None
+    label_counts: dict[str, int] | None = None
 
     def build_pipeline(self, network: ModelMixin) -> ComplexityDiTPipeline:
         """A pipeline of this network and these parts."""
         decoder = {}
         if (space := self.latent_space) is not None:
             decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
-        return ComplexityDiTPipeline(network, self.scheduler, id2label=self.id2label, **decoder)
+        return ComplexityDiTPipeline(
+            network,
+            self.scheduler,
+            id2label=self.id2label,
+            label_counts=self.label_counts,
+            **decoder,
+        )
 
     def save(self, network: ModelMixin, folder: Path) -> None:
         """Write a pipeline folder with `data.json` in it."""

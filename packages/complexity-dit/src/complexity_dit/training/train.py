@@ -39,6 +39,7 @@ from complexity_dit.distributed import (
     pick_device,
     process_count,
 )
+from complexity_dit.labels import LabelTable
 from complexity_dit.seeding import SEEDING
 from complexity_dit.training.batches import StepBatches, images_per_pass, moved, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
@@ -85,7 +86,8 @@ OWNERS = table_of_owners(
         steps gradient_accumulation_steps compile gradient_checkpointing
         data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
-        objective.sampling_shift objective.label_dropout objective.auxiliary_weight
+        objective.sampling_shift objective.label_dropout objective.label_dropout_all
+        objective.auxiliary_weight
         optim.lr optim.muon_lr optim.muon_momentum optim.beta1 optim.beta2 optim.weight_decay
         optim.warmup_steps optim.schedule optim.grad_clip
         optim.spike_factor optim.spike_window optim.spike_limit
@@ -192,6 +194,7 @@ def _train(
             {field: dict(enumerate(names)) for field, names in data.label_names.items()},
             space.data if space else settings["data"],
             space,
+            LabelTable.counted(data.labels),
         )
         torch.manual_seed(config.seed)
         network = build(config, data)
