@@ -67,6 +67,18 @@ KNOBS = {
     "label-dropout": {"objective.label_dropout": 0.1},
     "token-dropping": {"model.token_drop_rate": 0.5},
     "muon": {"optim.name": "muon"},
+    # All label fields of the data; none, as in a folder without labels; clusters in their place.
+    "labels": {
+        "data.label_fields": None,
+        "objective.label_dropout": 0.1,
+        "objective.label_dropout_all": 0.1,
+    },
+    "no-labels": {"data.label_fields": []},
+    "clusters": {
+        "data.label_fields": [],
+        "data.clusters": 64,
+        "objective.label_dropout": 0.1,
+    },
     "dynamics": DYNAMICS,
 }
 

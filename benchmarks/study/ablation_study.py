@@ -136,6 +136,7 @@ def shape_of(config, network):
         (settings, "heldout_num_images", 256),
         (settings, "evaluate_dtype", "auto"),
         (settings.get("objective", {}), "label_dropout_all", 0.0),
+        (settings["data"], "clusters", 0),
         (settings["data"], "separate_documents", False),
         (settings["data"], "document_separator", None),
     ):

@@ -62,6 +62,11 @@ class DataConfig:
     """Mirror half of the training pictures left to right, at random; for latents, `encode` needs
     the same setting: false leaves the mirror images out, which halves its time and space."""
 
+    clusters: int = 0
+    """Number of clusters of the pictures (for latents, of these) that become one more label field,
+    `cluster`, in training: colour and composition, found by k-means. Without other labels, guidance
+    needs them. A run keeps its centres; held-out pictures get the nearest one. 0 is off."""
+
     strict: bool = False
     """Stop at the first unreadable or too small image instead of skipping it."""
 
@@ -79,7 +84,7 @@ class DataConfig:
         check_range(self, "[1, inf)", "resolution", "num_images")
         if self.crop not in ("center", "random"):
             raise UserError(f"crop {self.crop!r} must be center or random")
-        check_range(self, "[0, inf)", "num_workers")
+        check_range(self, "[0, inf)", "num_workers", "clusters")
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout {self.holdout} must be at least 0 and below 1")
 

@@ -105,6 +105,7 @@ COMMANDS = {
             "part_size": Option("Images per file.", 512, int),
         },
         configs=[DataConfig],
+        skip=frozenset({"clusters"}),
         defaults={"resolution": 128},
     ),
     "sample": Command(

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
+from complexity_dit.data.clusters import CLUSTER_FIELD
 from complexity_dit.data.latents import read_cache
 from complexity_dit.distributed import pick_device
 from complexity_dit.models.tokens import kept_count
@@ -229,6 +230,8 @@ def _data_shape(config: TrainConfig, options: PlanConfig) -> Any:
             f"there is no cache {path} to read the shape of its latents from: give --channels and "
             "--cells (4 and 32 for 256 px with the VAE of Stable Diffusion)"
         )
+    if config.data.clusters:
+        counts[CLUSTER_FIELD] = config.data.clusters
     # Only the number of names matters.
     names = {field: [str(i) for i in range(count)] for field, count in counts.items()}
     return SimpleNamespace(label_names=names, channels=channels, sample_size=cells)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from complexity_dit.config import ADAPTER_FILE, DATA_FILE, TrainConfig
+from complexity_dit.data.clusters import save_clusters
 from complexity_dit.data.latents import LatentSpace
 from complexity_dit.distributed import on_main, process_state
 from complexity_dit.models.adapters import blank_copy
@@ -140,7 +141,7 @@ class SavedPipeline:
 
     `data` is the `DataConfig` as a dict, for latents that of the pictures they were made from, so
     that an evaluation holds out the same pictures. The latent space is None for pixels;
-    `label_counts` is for `LabelTable`.
+    `label_counts` is for `LabelTable`, and `centres` are those of clusters.
     """
 
     folder_name: ClassVar[str] = "pipeline"
@@ -150,6 +151,7 @@ class SavedPipeline:
     data: dict[str, Any]
     latent_space: LatentSpace | None = None
     label_counts: dict[str, int] | None = None
+    centres: Tensor | None = None
 
     def build_pipeline(self, network: ModelMixin) -> ComplexityDiTPipeline:
         """A pipeline of this network and these parts."""
@@ -168,6 +170,8 @@ class SavedPipeline:
         """Write a pipeline folder with `data.json` in it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
+        if self.centres is not None:
+            save_clusters(self.centres, folder)
         self.build_pipeline(network).save_pretrained(folder)  # its model card reads data.json
 
     def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:

@@ -25,6 +25,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from complexity_dit.config import RUN_KIND, TrainConfig
+from complexity_dit.data.clusters import (
+    CLUSTER_FIELD,
+    fit_clusters,
+    nearest_clusters,
+    read_clusters,
+    with_clusters,
+)
 from complexity_dit.data.latents import (
     TrainingData,
     load_training_data,
@@ -40,6 +47,7 @@ from complexity_dit.distributed import (
     process_count,
 )
 from complexity_dit.labels import LabelTable
+from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.seeding import SEEDING
 from complexity_dit.training.batches import StepBatches, images_per_pass, moved, step_loader
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
@@ -95,7 +103,7 @@ OWNERS = table_of_owners(
     """,
     fixed="""
         seed batch_size mixed_precision
-        data.resolution data.holdout data.num_images data.image_column
+        data.resolution data.holdout data.num_images data.clusters data.image_column
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
         model.token_drop_start model.token_drop_end model.auxiliary_layer model.overrides
         objective.prediction_type objective.network_output
@@ -185,6 +193,10 @@ def _train(
     data, heldout = main_first(lambda: load_training_data(config.data)), None
     if config.heldout_every:
         heldout = main_first(lambda: load_training_data(config.data, "heldout"))
+    centres = None
+    if config.data.clusters:
+        centres = on_main(partial(_centres, config, data, checkpoint))
+        data, heldout = (_clustered(one, centres) for one in (data, heldout))
     if config.lora.rank:
         network, saved, data, heldout = adapt(config, data, heldout)
     else:
@@ -195,6 +207,7 @@ def _train(
             space.data if space else settings["data"],
             space,
             LabelTable.counted(data.labels),
+            centres,
         )
         torch.manual_seed(config.seed)
         network = build(config, data)
@@ -386,6 +399,22 @@ def _compile(
     if saved["compile"] != "no":
         check_compiler()
     return saved["compile"]
+
+
+def _centres(config: TrainConfig, data: TrainingData, checkpoint: Path | None) -> Tensor:
+    """The centres of the clusters: of the checkpoint, of what the run starts from, or new ones."""
+    count, base = config.data.clusters, config.init_from
+    if checkpoint is not None and not config.lora.rank:
+        return read_clusters(checkpoint / SavedPipeline.folder_name, count)
+    if base is not None and CLUSTER_FIELD in load_pipeline(base).label_names:
+        return read_clusters(find_pipeline(Path(base)) or Path(base), count)
+    return fit_clusters(data, count, config.seed)
+
+
+def _clustered(data: TrainingData | None, centres: Tensor) -> Any:
+    if data is None:
+        return None
+    return with_clusters(data, centres, on_main(partial(nearest_clusters, data, centres)))
 
 
 def _identity(data: TrainingData) -> dict[str, Any]:
