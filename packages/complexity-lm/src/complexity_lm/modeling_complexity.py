@@ -44,8 +44,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import capture_outputs
 
 from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, norm_and_rotate, ops
