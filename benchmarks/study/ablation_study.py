@@ -139,6 +139,8 @@ def shape_of(config, network):
         (settings["data"], "clusters", 0),
         (settings["data"], "separate_documents", False),
         (settings["data"], "document_separator", None),
+        (settings["model"], "num_loops", 1),
+        (settings, "loop_sampling", "fixed"),
     ):
         if name in group and group[name] == usual:
             del group[name]

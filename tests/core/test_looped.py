@@ -11,8 +11,10 @@ from inl_core import (
     LoopedDynamics,
     apply_bounds,
     certify_loop,
+    certify_loops,
     collect_dynamics_stats,
     defer_bounds,
+    draw_num_loops,
     ops,
     read_dynamics,
     reference,
@@ -31,7 +33,7 @@ def block():
 def test_one_repetition_from_rest_is_the_plain_block(block):
     x = torch.randn(2, 3, D, dtype=torch.float64)
     dynamics = LoopedDynamics(D).double()
-    h, v, loops = dynamics.loop(block, x, 1)
+    h, v, loops, _ = dynamics.loop(block, x, 1)
     assert torch.equal(h, x + block(x))
     assert torch.equal(v, block(x))
     assert loops == 1
@@ -164,7 +166,7 @@ def test_per_sample_gradients_and_compilation():
     x = torch.randn(3, D)
 
     def loss(params, x):
-        mu = x @ params["weight_mu"].T
+        mu = x @ params["equilibrium.weight"].T
         return functional_call(dynamics, params, (x, x, x, mu))[0].square().sum()
 
     each = vmap(grad(loss), in_dims=(None, 0))(params, x)
@@ -270,3 +272,69 @@ def test_a_loop_that_cannot_settle_is_certified_as_unstable():
 
 def test_the_definition_is_the_public_operation():
     assert ops.looped_step is reference.looped_step
+
+
+def test_samples_may_be_tokens_and_a_block_may_return_more(block):
+    torch.manual_seed(7)
+    dynamics = LoopedDynamics(D, init_alpha=0.2).double()
+    targets = torch.randn(2, 3, D, dtype=torch.float64)
+    x = targets + torch.tensor([1e-6, 1e-3, 1.0], dtype=torch.float64)[:, None]
+    counts = []
+
+    def pull(h, target):
+        counts.append(len(counts))
+        return 0.5 * (target - h), h - target
+
+    both = dynamics.loop(lambda h: pull(h, targets), x, 60, tolerance=1e-4, sample_dims=2)
+    assert both.num_loops < 60
+    for i in range(3):
+        one = dynamics.loop(lambda h, i=i: pull(h, targets[:, i]), x[:, i], 60, tolerance=1e-4)
+        assert torch.equal(one.h, both.h[:, i])
+        assert torch.equal(one.other, both.other[:, i])
+    assert dynamics.loop(block, x, 2).other is None
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "poisson"])
+@pytest.mark.parametrize("mean", [1, 6])
+def test_a_drawn_number_has_the_mean_and_depends_on_seed_and_step(sampling, mean):
+    drawn = [draw_num_loops(mean, sampling, 0, step) for step in range(4000)]
+    assert min(drawn) >= 1
+    assert sum(drawn) / len(drawn) == pytest.approx(mean, abs=0.15)
+    assert drawn[:50] == [draw_num_loops(mean, sampling, 0, step) for step in range(50)]
+    if mean > 1:
+        assert drawn != [draw_num_loops(mean, sampling, 1, step) for step in range(4000)]
+        assert max(drawn) == 2 * mean - 1 if sampling == "uniform" else max(drawn) > 2 * mean
+        variance = sum((x - mean) ** 2 for x in drawn) / len(drawn)
+        expected = ((2 * mean - 1) ** 2 - 1) / 12 if sampling == "uniform" else mean - 1
+        assert variance == pytest.approx(expected, rel=0.1)
+
+
+def test_draws_out_of_range_are_refused():
+    assert draw_num_loops(3, "fixed", 0, 0) == 3
+    with pytest.raises(ValueError, match=r"must lie in \[1, 500\], got 0"):
+        draw_num_loops(0, "fixed", 0, 0)
+    with pytest.raises(ValueError, match="unknown sampling 'normal'"):
+        draw_num_loops(3, "normal", 0, 0)
+
+
+def test_the_loops_of_a_model_are_certified_where_its_inputs_enter_them(block):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dynamics, self.used = LoopedDynamics(D, init_alpha=0.3).double(), True
+
+        def forward(self, x):
+            return (
+                self.dynamics.loop(lambda h: (block(h) - h, None), 2 * x, 2).h if self.used else x
+            )
+
+    net, x = Net(), torch.randn(1, 2, D, dtype=torch.float64)
+    report = certify_loops(net, (x,), 3)
+    mu = 2 * x
+    expected = certify_loop(lambda h, v: net.dynamics(h, v, block(h) - h, mu), mu, num_loops=3)
+    assert report == {"dynamics": expected}
+    net.used = False
+    with pytest.raises(ValueError, match="did not run dynamics"):
+        certify_loops(net, (x,))
+    with pytest.raises(ValueError, match="Linear has no LoopedDynamics"):
+        certify_loops(nn.Linear(2, 2), (x,))

@@ -93,10 +93,11 @@ def _chat(
     **settings: Any,
 ) -> None:
     from complexity_lm.chat import chat, typed_lines
-    from complexity_lm.loading import load
+    from complexity_lm.loading import load, repeating
 
     loaded = load(model, tokenizer, config.device)
-    chat(loaded, typed_lines(), sys.stdout, settings, system, config.seed)
+    with repeating(loaded, config.num_loops):
+        chat(loaded, typed_lines(), sys.stdout, settings, system, config.seed)
 
 
 def _evaluate(config: EvalConfig, model: str, **options: Any) -> None:

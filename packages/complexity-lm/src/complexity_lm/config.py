@@ -110,6 +110,10 @@ class ModelConfig:
     """How token ids are assigned to experts: by their counts in the training text, or by id modulo
     number of experts; unused by a dense MLP."""
 
+    num_loops: int = 1
+    """How often the layers in the middle are applied, with the same weights and a velocity that is
+    carried from one repetition to the next; 1 is the plain stack."""
+
     overrides: dict[str, Setting | dict[str, Scalar]] = field(default_factory=dict)
     """Any other field of DeepConfig, e.g. {hidden_size: 192, num_hidden_layers: 6}."""
 
@@ -118,6 +122,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "[0, inf)", "num_experts")
+        check_range(self, "[1, inf)", "num_loops")
 
 
 @dataclass
@@ -189,6 +194,11 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
 
+    loop_sampling: Literal["fixed", "uniform", "poisson"] = "fixed"
+    """Repetitions of a training step of a model with a loop: always num_loops, or a number drawn
+    for each step with that mean, from 1 to 2 num_loops - 1 (uniform) or of 1 + Poisson. Held-out
+    text is measured at num_loops."""
+
     log_every: int = 20
     """Steps between writes to train_log.csv (one row per step) and to the tracker."""
 
@@ -244,11 +254,14 @@ class GenerateConfig:
     only_new: bool = False
     """Print the continuation without the prompt."""
 
+    num_loops: int | None = None
+    """Repetitions of the loop of a model that has one; null for those it was trained with."""
+
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
-        check_range(self, "[1, inf)", "batch_size")
+        check_range(self, "[1, inf)", "batch_size", "num_loops")
 
 
 @dataclass
@@ -271,6 +284,9 @@ class EvalConfig:
 
     batch_size: int = 16
     """Number of windows run at once."""
+
+    num_loops: int | None = None
+    """Repetitions of the loop of a model that has one; null for those it was trained with."""
 
     baselines: bool = False
     """Measure gzip -9 and an order-3 byte model (counted on the model's training text) on the same
@@ -296,5 +312,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_range(
-            self, "[1, inf)", "batch_size", "max_documents", "task_limit", "context", "stride"
-        )
+            self, "[1, inf)", "batch_size", "max_documents", "task_limit", "context", "stride",
+            "num_loops",
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 A saved model folder contains a copy of this file, so it imports nothing from this package.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -119,13 +120,25 @@ class DeepConfig(PreTrainedConfig):
         dynamics_mu_max: Upper bound of the equilibrium μ; `None` for no bound.
         dynamics_velocity_norm: With a force only: whether the velocity is divided by its root mean
             square before an update.
+        num_loops: How often the layers `loop_start` to `loop_end` - 1 are applied, with the same
+            weights, where a call gives no other number. 1 is the plain stack.
+        loop_start: First layer of the loop. `None` means that the model has no loop if `num_loops`
+            is 1, else the second layer (with less than three layers the first).
+        loop_end: The layer after the last one of the loop, likewise; `None` leaves the last layer
+            outside (with less than three layers none).
+        loop_dynamics: Whether the loop carries a velocity from one repetition to the next
+            (`inl_core.LoopedDynamics`), with the input of the loop as its equilibrium.
+        loop_alpha: Initial inertia of that velocity, in [0, 1]; 0 starts as the plain loop.
+        loop_tolerance: Outside of training a token stops where its velocity, and the change of it,
+            is at most this share of its position, and the loop ends when all have stopped;
+            `None` computes all repetitions. Needs `loop_dynamics`.
 
     Raises:
         StrictDataclassFieldValidationError: A value has the wrong type or is not one of the allowed
             values. (Both strict errors are in `huggingface_hub.errors`.)
         StrictDataclassClassValidationError: A value is out of range or sizes do not fit together;
             the message names the value and what was expected.
-        ValueError: A key starts with `dynamics_` but is not one of the above.
+        ValueError: A key starts with `dynamics_` or `loop_` but is not one of the above.
 
     Examples:
         >>> config = DeepConfig(hidden_size=384, num_attention_heads=6, dynamics_placement="force")
@@ -170,6 +183,12 @@ class DeepConfig(PreTrainedConfig):
     dynamics_mu_min: float | int | None = 0.0
     dynamics_mu_max: float | int | None = 2.0
     dynamics_velocity_norm: bool = False
+    num_loops: int = 1
+    loop_start: int | None = None
+    loop_end: int | None = None
+    loop_dynamics: bool = True
+    loop_alpha: float | int = 0.5
+    loop_tolerance: float | None = None
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeepConfig":
@@ -203,14 +222,15 @@ class DeepConfig(PreTrainedConfig):
         super()._remove_keys_not_serialized(d)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Replace `None` by defaults and reject misspelt dynamics keys.
+        """Replace `None` by defaults and reject misspelt keys of dynamics and loop.
 
         `kwargs` are keys that are not fields of this class; transformers keeps those it knows.
         """
         for name in kwargs:
-            if name.startswith("dynamics_"):
+            prefix = name[: name.find("_") + 1]
+            if prefix in ("dynamics_", "loop_"):
                 fields = type(self).__dataclass_fields__
-                known = ", ".join(field for field in fields if field.startswith("dynamics_"))
+                known = ", ".join(field for field in fields if field.startswith(prefix))
                 raise ValueError(f"unknown config key {name!r}; the keys are: {known}")
 
         if self.num_key_value_heads is None:
@@ -220,6 +240,12 @@ class DeepConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * min(self.num_hidden_layers, _MAX_LAYERS)
+        if self.num_loops > 1 or (self.loop_start, self.loop_end) != (None, None):
+            layers = self.num_hidden_layers
+            if self.loop_start is None:
+                self.loop_start = 1 if layers > 2 else 0
+            if self.loop_end is None:
+                self.loop_end = layers - 1 if layers > 2 else layers
         if self.num_experts > 0:
             width, expert = self.intermediate_size, self.expert_intermediate_size
             if self.shared_intermediate_size is None:
@@ -315,6 +341,66 @@ class DeepConfig(PreTrainedConfig):
             self._check(name, "finite or None", lambda x: -_INF < x < _INF)
         if low is not None and high is not None and low > high:
             raise ValueError(f"dynamics_mu_min {low} must not exceed dynamics_mu_max {high}")
+
+    def validate_loop(self) -> None:
+        """Check the range of the loop and its numbers."""
+        self._check("num_loops", "at least 1", lambda x: x >= 1)
+        self._check("loop_alpha", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check("loop_tolerance", "positive, or None", lambda x: 0 < x < _INF)
+        start, end = self.loop_start, self.loop_end
+        if start is not None and not 0 <= start < (end or 0) <= self.num_hidden_layers:
+            raise ValueError(
+                f"loop_start {start} and loop_end {end} must satisfy 0 <= loop_start < loop_end <= "
+                f"num_hidden_layers {self.num_hidden_layers}: the loop repeats the layers "
+                "loop_start to loop_end - 1"
+            )
+        if self.loop_tolerance is not None and not (self.loop_dynamics and start is not None):
+            raise ValueError(
+                f"loop_tolerance {self.loop_tolerance} needs a loop with loop_dynamics: the "
+                "velocity says when to stop"
+            )
+        self.unrolled()
+
+    def unrolled(self, num_loops: int | None = None) -> "DeepConfig":
+        """The configuration of the stack without a loop that has as many layers as are computed.
+
+        A cache has one entry per computed layer, so that it is made from this one.
+
+        Args:
+            num_loops: Repetitions; `None` means those of the configuration.
+
+        Returns:
+            A copy, or the configuration itself where there is no loop.
+
+        Raises:
+            ValueError: The number is below 1 or absurd, or there is no loop and it is not 1.
+        """
+        start, end = self.loop_start, self.loop_end
+        count = self.num_loops if num_loops is None else num_loops
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_loops must be a whole number of at least 1, got {count!r}")
+        if start is None or end is None or self.layer_types is None:
+            if count != 1:
+                raise ValueError(
+                    f"num_loops {count}: this model has no loop; make it with num_loops above 1 "
+                    "(or loop_start and loop_end) in its configuration"
+                )
+            return self
+        depth = self.num_hidden_layers + (count - 1) * (end - start)
+        if depth > _MAX_LAYERS:
+            raise ValueError(f"num_loops {count} makes {depth} layers, more than {_MAX_LAYERS}")
+        types = self.layer_types
+        result = copy.copy(self)
+        result.layer_types = types[:start] + types[start:end] * count + types[end:]
+        result.num_hidden_layers = depth
+        result.num_loops, result.loop_start, result.loop_end = 1, None, None
+        return result
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> "DeepConfig":
+        """As in transformers, whose caches ask it for the decoder: that is the unrolled stack."""
+        return self.unrolled() if decoder else self
 
     def _check(self, name: str, expected: str, accepts: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

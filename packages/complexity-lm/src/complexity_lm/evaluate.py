@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from complexity_lm.config import RUN_KIND, DataConfig, EvalConfig
 from complexity_lm.data import load_split
-from complexity_lm.loading import Loaded, load, versions, weights_hash
+from complexity_lm.loading import Loaded, load, repeating, versions, weights_hash
 from complexity_lm.scoring import score_report, score_texts
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
@@ -67,7 +67,10 @@ def evaluate(
         if out is not None:
             kind, also = "complexity-lm-evaluation", (RUN_KIND,)
             held.enter_context(claim_folder(Path(out), kind, also, has_result))
-        result = _measured(target, source, config, data)
+        if isinstance(target, str):
+            target = load(target, config.tokenizer, config.device)
+        with repeating(target, config.num_loops):
+            result = _measured(target, source, config, data)
         if result_path:
             with atomic_file(result_path) as partial:
                 partial.write_text(json.dumps(result, indent=2, default=str) + "\n")
@@ -77,9 +80,8 @@ def evaluate(
 
 
 def _measured(
-    target: str | Loaded, source: str | None, config: EvalConfig, data: DataConfig | None
+    loaded: Loaded, source: str | None, config: EvalConfig, data: DataConfig | None
 ) -> dict[str, Any]:
-    loaded = load(target, config.tokenizer, config.device) if isinstance(target, str) else target
     context = loaded.context if config.context is None else config.context
     result: dict[str, Any] = {"metrics": {}}
     text_settings: DataConfig | None = None

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from complexity_lm.config import GenerateConfig
 from complexity_lm.hub import read_text, report_errors
-from complexity_lm.loading import Loaded
+from complexity_lm.loading import Loaded, repeating
 from complexity_lm.tokenizer import separator_id, tokenizer_hash
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import parse_json
@@ -143,7 +143,7 @@ def generate(
         loaded: The model and its tokenizer.
         prompts: Non-empty texts.
         options: Fields of transformers' `GenerationConfig`, e.g. {"temperature": 0.8}.
-        config: Seed, batch size, whether to repeat the prompt.
+        config: Seed, batch size, whether to repeat the prompt, repetitions of a loop.
         stream: Print tokens as they are generated; needs one prompt, one beam and one sequence.
         assistant: A smaller model with the same tokenizer that drafts tokens.
 
@@ -179,9 +179,10 @@ def generate(
         rows = ids[first : first + config.batch_size]
         batch = left_padded(loaded, rows)
         try:
-            out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
-                **batch, generation_config=settings, **helpers
-            )
+            with repeating(loaded, config.num_loops):
+                out = loaded.model.generate(  # pyright: ignore[reportCallIssue]
+                    **batch, generation_config=settings, **helpers
+                )
         except (ValueError, TypeError) as error:
             raise UserError(f"transformers cannot generate with these options: {error}") from error
         sequences = out if isinstance(out, Tensor) else out.sequences

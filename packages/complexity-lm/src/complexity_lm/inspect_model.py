@@ -7,7 +7,7 @@ from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.loading import load, weights_hash
 from complexity_lm.parameters import count_parameters
 from complexity_lm.tokenizer import vocabulary_size
-from inl_core import certify, dynamics_modules
+from inl_core import LoopedDynamics, certify, dynamics_modules
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -33,12 +33,22 @@ def inspect(name: str) -> dict[str, Any]:
     parameters = {"total": sum(parameter.numel() for parameter in model.parameters())}
     if isinstance(config, DeepConfig):
         parameters["active"] = count_parameters(config).active
-    dynamics = dynamics_modules(model)
+    dynamics = {
+        name: module
+        for name, module in dynamics_modules(model).items()
+        if not isinstance(module, LoopedDynamics)
+    }
+    loop = ("num_loops", "loop_start", "loop_end", "loop_dynamics")
     return {
         "model": type(model).__name__,
         "parameters": parameters,
         "context": loaded.context,
         "sizes": {key: getattr(config, key) for key in _SIZES if hasattr(config, key)},
+        **(
+            {"loop": {key: getattr(config, key) for key in loop}}
+            if getattr(config, "loop_start", None) is not None
+            else {}
+        ),
         "dynamics": {
             key: value for key, value in config.to_dict().items() if key.startswith("dynamics_")
         },

@@ -10,6 +10,8 @@ import importlib.metadata
 import json
 import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 from complexity_lm.config import DataConfig
+from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
@@ -167,6 +170,33 @@ def write_training_file(folder: Path, data: DataConfig, tokenizer: PreTrainedTok
     """Record in a model folder the text and the tokenizer that it was trained with."""
     content = {"data": asdict(data), "tokenizer_sha256": tokenizer_hash(tokenizer)}
     (folder / TRAINING_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+# Repetitions ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def repeating(loaded: Loaded, num_loops: int | None) -> Iterator[None]:
+    """Let a model repeat its loop so often, in everything that is done with it inside.
+
+    None leaves it as it is.
+
+    Raises:
+        UserError: The number is below 1, or the model has no loop.
+    """
+    config = loaded.model.config
+    if num_loops is None:
+        yield
+        return
+    if not isinstance(config, DeepConfig):
+        raise UserError(f"num_loops {num_loops}: {loaded.name} is a model without a loop")
+    with report_errors(loaded.name, kinds=(ValueError,)):
+        config.unrolled(num_loops)
+    before, config.num_loops = config.num_loops, num_loops
+    try:
+        yield
+    finally:
+        config.num_loops = before
 
 
 # Checkpoints against the model of a run ---------------------------------------------------------

@@ -13,8 +13,9 @@ transformers finds by the relative import.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import capture_outputs
 
-from inl_core import INLDynamics, INLDynamicsLite, RMSNorm, norm_and_rotate, ops
+from inl_core import (
+    INLDynamics,
+    INLDynamicsLite,
+    LoopedDynamics,
+    RMSNorm,
+    norm_and_rotate,
+    ops,
+)
 from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
 from inl_core.run.files import merged_folder
 from inl_core.run.hub import download_weights
@@ -445,11 +453,12 @@ class DeepPreTrainedModel(PreTrainedModel):
 
         Matrices and the embedding are normal with `initializer_range`; those that write to the
         residual stream are smaller by sqrt(2 · layers), as in GPT-2, so that the variance of the
-        stream does not grow with depth. Dynamics start at exactly the coefficients of the config.
+        stream does not grow with depth; a layer in a loop counts once per repetition. Dynamics
+        start at exactly the coefficients of the config.
         """
         std = self.config.initializer_range
-        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, (INLDynamics, INLDynamicsLite)):
+        residual_std = std / math.sqrt(2 * self.config.unrolled().num_hidden_layers)
+        if isinstance(module, (INLDynamics, INLDynamicsLite, LoopedDynamics)):
             # `reset_parameters` writes through views, which lack transformers' mark of parameters
             # that a checkpoint filled: put those back.
             filled = {
@@ -538,8 +547,28 @@ class DeepPreTrainedModel(PreTrainedModel):
         return embedding
 
 
+class _UnrolledCache:
+    """The cache of the unrolled stack, as layers that are applied several times see it.
+
+    A layer has its keys and values `shift` entries behind its own index. `last` has those that each
+    layer wrote last.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.shift = cache, 0
+        self.last: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, k_BKNE: Tensor, v_BKNE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        self.last[layer_idx] = k_BKNE, v_BKNE
+        return self.cache.update(k_BKNE, v_BKNE, layer_idx + self.shift)
+
+
 class DeepModel(DeepPreTrainedModel):
     """The decoder without a head: token ids to normalised hidden states.
+
+    With a loop (`config.loop_start`), the layers before it run once, those in it `num_loops` times,
+    and those after it once. Each repetition starts with the position that the one before left, and
+    with the velocity of the layers with which the loop was entered.
 
     With experts, `routing_table` (V,) holds the expert of each token id. It is shared by all layers
     and saved with the weights.
@@ -558,6 +587,11 @@ class DeepModel(DeepPreTrainedModel):
         self.layers = nn.ModuleList(
             [DeepDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
+        if config.loop_start is not None and config.loop_dynamics:
+            self.dynamics_loop = LoopedDynamics(
+                config.hidden_size, config.loop_alpha, beta_max=config.dynamics_beta_max,
+                velocity_max=config.dynamics_velocity_max,
+            )  # fmt: skip
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepRotaryEmbedding(config)
         experts = config.num_experts
@@ -577,6 +611,7 @@ class DeepModel(DeepPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         routing_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        num_loops: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -595,6 +630,8 @@ class DeepModel(DeepPreTrainedModel):
                 ids than embeddings belong to the last ones, and those before are virtual tokens, as
                 PEFT's prompt tuning puts them there. Unused by a dense model.
             use_cache: Whether to return the cache; `None` means `config.use_cache`.
+            num_loops: Repetitions of the loop; `None` means `config.num_loops`. A cache is used
+                with the number that it was begun with.
             **kwargs: `output_hidden_states`, `output_attentions`, and settings of the attention
                 backend.
 
@@ -605,8 +642,10 @@ class DeepModel(DeepPreTrainedModel):
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, a routed model
                 has no ids to route by, or an id is outside the vocabulary (checked in eager mode
-                on the CPU only: elsewhere the check would wait for the device).
+                on the CPU only: elsewhere the check would wait for the device); `num_loops` is
+                below 1, the model has no loop, or the cache is that of another number.
         """
+        unrolled = self.config.unrolled(num_loops)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -619,7 +658,9 @@ class DeepModel(DeepPreTrainedModel):
         # of a row for one document.
         masked_cache = past_key_values
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache(config=unrolled)
+        if self.config.loop_start is not None:
+            self._check_cache(past_key_values, unrolled.num_hidden_layers, **kwargs)
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start
@@ -639,19 +680,87 @@ class DeepModel(DeepPreTrainedModel):
             }
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        h_BND = inputs_embeds
-        v_BND = None  # a zero velocity that costs nothing
-        assert self.config.layer_types is not None
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            h_BND, v_BND = layer(
-                h_BND, v_BND, plan, attention_mask=masks[kind],
-                position_embeddings=position_embeddings, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, **kwargs,
-            )  # fmt: skip
+        def through(
+            layers: Iterable[int], h_BND: Tensor, v_BND: Tensor | None, cache: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            assert self.config.layer_types is not None
+            for index in layers:
+                h_BND, v_BND = self.layers[index](
+                    h_BND, v_BND, plan, attention_mask=masks[self.config.layer_types[index]],
+                    position_embeddings=position_embeddings, position_ids=position_ids,
+                    past_key_values=cache, use_cache=use_cache, **kwargs,
+                )  # fmt: skip
+            return h_BND, v_BND
+
+        layers, (start, end) = (
+            range(len(self.layers)),
+            (self.config.loop_start, self.config.loop_end),
+        )
+        # The velocity starts at None, a zero that costs nothing.
+        state = through(layers[:start], inputs_embeds, None, past_key_values)
+        if start is not None:
+            cache = None if past_key_values is None else _UnrolledCache(past_key_values)
+            state = self._repeat(partial(through, layers[start:end]), *state, cache, num_loops)
+            state = through(layers[end:], *state, cache)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(h_BND),
+            last_hidden_state=self.norm(state[0]),
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _repeat(
+        self,
+        core: Callable[..., tuple[Tensor, Tensor | None]],
+        h_BND: Tensor,
+        v_BND: Tensor | None,
+        cache: _UnrolledCache | None,
+        num_loops: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the layers of the loop; leaves `cache` at the entries of the layers after them."""
+        config, count = self.config, num_loops or self.config.num_loops
+        assert config.loop_start is not None
+        assert config.loop_end is not None
+        size = config.loop_end - config.loop_start
+
+        def repetition(h_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+            state = core(h_BND, v_BND, cache)
+            if cache is not None:
+                cache.shift += size
+            return state
+
+        def force(h_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+            next_BND, last_v_BND = repetition(h_BND)
+            return next_BND - h_BND.to(next_BND.device), last_v_BND
+
+        last_v_BND = v_BND
+        if config.loop_dynamics:
+            tolerance = None if self.training else config.loop_tolerance
+            h_BND, _, _, last_v_BND = self.dynamics_loop.loop(
+                force, h_BND, count, tolerance=tolerance, sample_dims=2
+            )
+        else:
+            for _ in range(count):
+                h_BND, last_v_BND = repetition(h_BND)
+        if cache is not None:
+            # After an early exit: tokens that have stopped keep their keys and values.
+            for shift in range(cache.shift, count * size, size):
+                for index, (k_BKNE, v_BKNE) in cache.last.items():
+                    cache.cache.update(k_BKNE, v_BKNE, index + shift)
+            cache.shift = (count - 1) * size
+        return h_BND, last_v_BND
+
+    @staticmethod
+    def _check_cache(past_key_values: Cache | None, layers: int, **kwargs: Any) -> None:
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                "continuous batching has one cache entry per layer, and this model needs one per "
+                "repetition: use generate"
+            )
+        entries = 0 if past_key_values is None else len(past_key_values)
+        if entries not in (0, layers):
+            raise ValueError(
+                f"the cache has {entries} layers, and num_loops asks for {layers}: give each call "
+                "of a text the same num_loops, and make a cache from config.unrolled(num_loops)"
+            )
 
     def _plan(
         self, input_ids: Tensor | None, routing_ids: Tensor | None, inputs_embeds: Tensor
@@ -743,6 +852,7 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_loops: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits and, with labels, the loss.
@@ -759,7 +869,7 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, routing_ids=routing_ids,
-            use_cache=use_cache, **kwargs,
+            use_cache=use_cache, num_loops=num_loops, **kwargs,
         )  # fmt: skip
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
@@ -774,6 +884,17 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """As in transformers, for the number of repetitions of this call."""
+        config = self.config
+        self.config = config.unrolled(model_kwargs.get("num_loops"))
+        try:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore
+        finally:
+            self.config = config
 
     def prepare_inputs_for_generation(
         self,

@@ -7,7 +7,7 @@ from torch import nn
 
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.modeling_complexity import DeepForCausalLM
-from inl_core import INLDynamics, INLDynamicsLite
+from inl_core import dynamics_modules
 from inl_core.routing import TokenRoutedMLP
 
 
@@ -51,8 +51,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     """
     dynamics = {
         id(parameter)
-        for module in model.modules()
-        if isinstance(module, (INLDynamics, INLDynamicsLite))
+        for module in dynamics_modules(model).values()
         for parameter in module.parameters()
     }
     return [

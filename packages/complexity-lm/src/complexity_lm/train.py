@@ -74,7 +74,7 @@ STATE_FILE = "trainer_state.json"
 
 OWNERS = table_of_owners(
     taken="""
-        steps gradient_accumulation_steps compile gradient_checkpointing
+        steps gradient_accumulation_steps compile gradient_checkpointing loop_sampling
         optim.lr optim.beta1 optim.beta2 optim.weight_decay optim.warmup_steps optim.schedule
         optim.schedule_options optim.grad_clip
     """,
@@ -84,7 +84,7 @@ OWNERS = table_of_owners(
         data.files data.text_column data.hub_subset data.hub_split data.heldout_documents
         data.sample_documents tokenizer.vocab_size
         model.preset model.dynamics_placement model.dynamics_adaptive model.num_experts
-        model.routing_scheme model.overrides model.dtype
+        model.routing_scheme model.num_loops model.overrides model.dtype
     """,
     free="""
         out resume log_every eval_every eval_blocks checkpoint_every keep_last dynamics_every
@@ -311,6 +311,7 @@ def build_model(
         "dynamics_placement": config.model.dynamics_placement,
         "dynamics_adaptive": config.model.dynamics_adaptive,
         "num_experts": config.model.num_experts,
+        "num_loops": config.model.num_loops,
     }
     for name in config.model.overrides:
         known = list(DeepConfig.__dataclass_fields__)

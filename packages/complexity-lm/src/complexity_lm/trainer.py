@@ -43,7 +43,13 @@ from complexity_lm.loading import check_checkpoint, write_training_file
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.sources import is_streamed
 from complexity_lm.tokenizer import separator_id
-from inl_core import DYNAMICS_COLUMNS, apply_bounds, defer_bounds, read_dynamics
+from inl_core import (
+    DYNAMICS_COLUMNS,
+    apply_bounds,
+    defer_bounds,
+    draw_num_loops,
+    read_dynamics,
+)
 from inl_core.run.checkpoints import (
     drop_old_checkpoints,
     folder_of_step,
@@ -195,7 +201,11 @@ class LMTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Run Trainer's step and record the loss."""
+        """Run Trainer's step, with the repetitions of this step, and record the loss."""
+        if self.config.loop_sampling != "fixed":
+            step, mean = self.state.global_step, self.config.model.num_loops
+            count = draw_num_loops(mean, self.config.loop_sampling, self.config.seed, step)
+            inputs = inputs | {"num_loops": count}
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inl_core import integrators, ops, reference, stability
-    from inl_core.certificate import Certificate, LoopCertificate, certify, certify_loop
+    from inl_core.certificate import (
+        Certificate,
+        LoopCertificate,
+        certify,
+        certify_loop,
+        certify_loops,
+    )
     from inl_core.dynamics import (
         DYNAMICS_STATS,
         INLDynamics,
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
         collect_dynamics_stats,
         defer_bounds,
     )
-    from inl_core.looped import LoopedDynamics, LoopState
+    from inl_core.looped import LoopedDynamics, LoopState, draw_num_loops
     from inl_core.norms import ModulatedRMSNorm, RMSNorm, is_plain, norm_and_rotate
     from inl_core.reference import bounded_clamp
     from inl_core.rotary import apply_rotary, rotary_1d, rotary_2d
@@ -46,6 +52,7 @@ _HOMES = {
     "certify": "certificate",
     "LoopCertificate": "certificate",
     "certify_loop": "certificate",
+    "certify_loops": "certificate",
     "DYNAMICS_STATS": "dynamics",
     "INLDynamics": "dynamics",
     "INLDynamicsLite": "dynamics",
@@ -55,6 +62,7 @@ _HOMES = {
     "branch_epilogue": "dynamics",
     "LoopState": "looped",
     "LoopedDynamics": "looped",
+    "draw_num_loops": "looped",
     "ModulatedRMSNorm": "norms",
     "RMSNorm": "norms",
     "is_plain": "norms",
@@ -98,8 +106,10 @@ __all__ = [
     "build_routing_table",
     "certify",
     "certify_loop",
+    "certify_loops",
     "collect_dynamics_stats",
     "defer_bounds",
+    "draw_num_loops",
     "dynamics_modules",
     "integrators",
     "is_plain",

@@ -12,7 +12,8 @@
    the first dynamics module to the last, through everything that the model computes in between.
 
 `certify_loop` measures a block that is applied several times (`inl_core.LoopedDynamics`), as one
-map of the state (h, v) in which block and dynamics count together.
+map of the state (h, v) in which block and dynamics count together; `certify_loops` does so for the
+loops of a model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inl_core import ops
 from inl_core.dynamics import INLDynamics, INLDynamicsLite
+from inl_core.looped import LoopedDynamics, LoopState
 from inl_core.reference import bounded_clamp
 from inl_core.stability import is_stable, spectral_radius, transition_matrix
 from inl_core.watch import dynamics_modules, run_watched
@@ -39,7 +41,14 @@ _MOST_ITERATIONS, _TOLERANCE = 200, 1e-5
 _KRYLOV = 60
 """Dimensions in which the Arnoldi iteration looks for the largest eigenvalue."""
 
-__all__ = ["Certificate", "LayerCertificate", "LoopCertificate", "certify", "certify_loop"]
+__all__ = [
+    "Certificate",
+    "LayerCertificate",
+    "LoopCertificate",
+    "certify",
+    "certify_loop",
+    "certify_loops",
+]
 
 
 @dataclass(frozen=True)
@@ -404,6 +413,54 @@ def certify_loop(
             state = [x.detach() for x in reached]
     ratios = [after / before if before else 0.0 for before, after in itertools.pairwise(changes)]
     return LoopCertificate(tuple(radii), tuple(ratios), response)
+
+
+def certify_loops(
+    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], num_loops: int = 8
+) -> dict[str, LoopCertificate]:
+    """Measure every loop of a model where the forward of real inputs enters it.
+
+    Args:
+        model: Any module that calls `LoopedDynamics.loop`.
+        inputs: Arguments of one forward of the model, as in `certify`.
+        num_loops: Repetitions to follow, at least 1, however many the forward computes.
+
+    Returns:
+        `certify_loop` of each loop by the name of its dynamics.
+
+    Raises:
+        ValueError: If the model has no loop with dynamics, or the forward did not run it.
+    """
+    loops = {n: m for n, m in dynamics_modules(model).items() if isinstance(m, LoopedDynamics)}
+    if not loops:
+        raise ValueError(f"{type(model).__name__} has no LoopedDynamics to certify")
+    found: dict[str, LoopCertificate] = {}
+
+    def watched(name: str, module: LoopedDynamics) -> Callable[..., LoopState]:
+        def loop(
+            block: Callable, x: Tensor, count: int, v: Tensor | None = None, **kwargs: Any
+        ) -> LoopState:
+            mu = module.equilibrium(x).detach()
+
+            def step(h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                out = block(h)
+                return module(h, v, out[0] if isinstance(out, tuple) else out, mu)
+
+            found[name] = certify_loop(step, x, v, num_loops)
+            return type(module).loop(module, block, x, count, v, **kwargs)
+
+        return loop
+
+    for name, module in loops.items():
+        module.loop = watched(name, module)
+    try:
+        run_watched(model, inputs)
+    finally:
+        for module in loops.values():
+            del module.loop
+    if idle := sorted(loops.keys() - found.keys()):
+        raise ValueError(f"the forward of these inputs did not run {', '.join(idle)}")
+    return found
 
 
 def _size(values: Sequence[Tensor]) -> float:

@@ -16,15 +16,48 @@ repetition starts from, and not towards a constant.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inl_core import ops
-from inl_core.dynamics import Dynamics, _block_outside, _ceiling, idle_too
+from inl_core.dynamics import Dynamics, _block_outside, _ceiling, _linear, idle_too
+
+LoopSampling = Literal["fixed", "uniform", "poisson"]
+"""How the repetitions of a training step are chosen; see `draw_num_loops`."""
+
+
+def draw_num_loops(mean: int, sampling: LoopSampling, seed: int, step: int) -> int:
+    """Repetitions of a training step, the same in every process and after every resume.
+
+    Args:
+        mean: Mean of the number, 1 to 500.
+        sampling: "fixed" is the mean itself, "uniform" a number from 1 to 2 mean - 1, "poisson" 1
+            plus a Poisson number.
+        seed: Seed of the run.
+        step: Number of the step.
+
+    Raises:
+        ValueError: If `mean` is out of range or the sampling is unknown.
+    """
+    if not 1 <= mean <= 500:
+        raise ValueError(f"the mean number of repetitions must lie in [1, 500], got {mean}")
+    share = random.Random(f"{seed} {step} num_loops").random()
+    if sampling == "uniform":
+        return 1 + int(share * (2 * mean - 1))
+    if sampling == "poisson":
+        count, chance = 0, math.exp(1 - mean)
+        while share >= chance > 0.0:
+            share -= chance
+            count += 1
+            chance *= (mean - 1) / count
+        return 1 + count
+    if sampling != "fixed":
+        raise ValueError(f"unknown sampling {sampling!r}: fixed, uniform or poisson")
+    return mean
 
 
 class LoopState(NamedTuple):
@@ -34,11 +67,28 @@ class LoopState(NamedTuple):
         h: Position after the last repetition (..., D).
         v: Velocity, shaped like `h`; None after zero repetitions that began without one.
         num_loops: Repetitions that were computed.
+        other: What the block returned beside the force at the last repetition of each sample.
     """
 
     h: Tensor
     v: Tensor | None
     num_loops: int
+    other: Tensor | None = None
+
+
+class _Projection(nn.Module):
+    """A square matrix that starts as the identity.
+
+    Called as a module, so that hooks (of offloading, for one) bring its weight; and no
+    ``nn.Linear``, so that a parent that re-initialises those cannot reset it.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight)
 
 
 class LoopedDynamics(Dynamics):
@@ -58,6 +108,10 @@ class LoopedDynamics(Dynamics):
         velocity_max: Bound of each velocity; None for none. The position uses the clipped one.
         learn_equilibrium: Whether the equilibrium is a learned projection of the input, which
             starts as the identity; False takes the input itself.
+
+    Attributes:
+        equilibrium: Module that makes the equilibrium (..., D) of a loop from its input (..., D),
+            once for all repetitions.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -88,9 +142,7 @@ class LoopedDynamics(Dynamics):
         self.alpha = nn.Parameter(torch.empty(hidden_size))
         self.beta = nn.Parameter(torch.empty(hidden_size))
         self.gate = nn.Parameter(torch.empty(hidden_size))
-        self.weight_mu = (
-            nn.Parameter(torch.empty(hidden_size, hidden_size)) if learn_equilibrium else None
-        )
+        self.equilibrium = _Projection(hidden_size) if learn_equilibrium else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,12 +150,8 @@ class LoopedDynamics(Dynamics):
         nn.init.constant_(self.alpha, self.init_alpha)
         nn.init.constant_(self.beta, self.init_beta)
         nn.init.constant_(self.gate, self.init_gate)
-        if self.weight_mu is not None:
-            nn.init.eye_(self.weight_mu)
-
-    def equilibrium(self, x: Tensor) -> Tensor:
-        """The equilibrium (..., D) of a loop over the input `x` (..., D), computed once for all."""
-        return x if self.weight_mu is None else F.linear(x, self.weight_mu)
+        for weight in self.equilibrium.parameters():
+            nn.init.eye_(weight)
 
     def forward(
         self, h: Tensor, v: Tensor | None, force: Tensor | None, equilibrium: Tensor
@@ -145,16 +193,18 @@ class LoopedDynamics(Dynamics):
 
     def loop(
         self,
-        block: Callable[[Tensor], Tensor],
+        block: Callable[[Tensor], Tensor | tuple[Tensor, Tensor | None]],
         x: Tensor,
         num_loops: int,
         v: Tensor | None = None,
         tolerance: float | None = None,
+        sample_dims: int = 1,
     ) -> LoopState:
         """Apply `block` repeatedly, starting at its input `x`.
 
         Args:
-            block: Function of the position (B, ..., D) that returns the force, shaped like it.
+            block: Function of the position (B, ..., D) that returns the force, shaped like it; or
+                the force and another tensor (B, ...), which the next repetition does not see.
             x: Input of the loop (B, ..., D): first position, and the source of the equilibrium.
             num_loops: Repetitions, at least 0. With a tolerance the most that are computed.
             v: First velocity, shaped like `x`; None means zero.
@@ -164,9 +214,11 @@ class LoopedDynamics(Dynamics):
                 ends when all samples have stopped. The result of a sample does not depend on the
                 others. For inference: the check waits for the device, and the compiler breaks the
                 graph at it.
+            sample_dims: Leading dimensions of `x` that count samples: 2 stops each token (B, N) of
+                a causal model by itself.
 
         Returns:
-            Position, velocity and the number of repetitions.
+            Position, velocity, the number of repetitions, and what the block returned last.
 
         Raises:
             ValueError: If `num_loops` is negative, `tolerance` is not positive, or a shape does not
@@ -176,27 +228,27 @@ class LoopedDynamics(Dynamics):
             raise ValueError(f"num_loops must be at least 0, got {num_loops}")
         if tolerance is not None and not tolerance > 0.0:
             raise ValueError(f"tolerance must be positive, or None, got {tolerance}")
-        h, mu = x, self.equilibrium(x)
-        moving = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        h, mu, other = x, self.equilibrium(x), None
+        moving = torch.ones(x.shape[:sample_dims], dtype=torch.bool, device=x.device)
         for done in range(num_loops):
-            h_next, v_next = self(h, v, block(h), mu)
+            out = block(h)
+            force, new = out if isinstance(out, tuple) else (out, None)
+            h_next, v_next = self(h, v, force, mu)
             if tolerance is None:
-                h, v = h_next, v_next
+                h, v, other = h_next, v_next, new
                 continue
             before = torch.zeros_like(v_next) if v is None else v
-            keep = moving.view(-1, *[1] * (h.ndim - 1))
-            h_next, v_next = torch.where(keep, h_next, h), torch.where(keep, v_next, before)
+            h, v = _choose(moving, h_next, h), _choose(moving, v_next, before)
+            other = new if other is None or new is None else _choose(moving, new, other)
             # First and second difference of the positions, but for dt and the gate. The first
             # alone is small where an oscillation turns, the second alone in a steady drift.
             first, second, size = (
-                x.float().flatten(1).norm(dim=1) for x in (v_next, v_next - before, h_next)
+                x.float().flatten(sample_dims).norm(dim=-1) for x in (v, v - before, h)
             )
-            settled = torch.maximum(first, second) <= tolerance * size
-            moving = moving & ~settled
-            h, v = h_next, v_next
+            moving = moving & ~(torch.maximum(first, second) <= tolerance * size)
             if not bool(moving.any()):
-                return LoopState(h, v, done + 1)
-        return LoopState(h, v, num_loops)
+                return LoopState(h, v, done + 1, other)
+        return LoopState(h, v, num_loops, other)
 
     def _apply_bounds(self) -> None:
         _block_outside(self.alpha, 0.0, 1.0)
@@ -208,5 +260,10 @@ class LoopedDynamics(Dynamics):
         return (
             f"{self.hidden_size}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, "
             f"init_gate={self.init_gate}, dt={self.dt}, beta_max={self.beta_max}, "
-            f"velocity_max={self.velocity_max}, learn_equilibrium={self.weight_mu is not None}"
+            f"velocity_max={self.velocity_max}"
         )
+
+
+def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in the samples `where` it is True, else `old`."""
+    return torch.where(where.view(*where.shape, *[1] * (new.ndim - where.ndim)), new, old)

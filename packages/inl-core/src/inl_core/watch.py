@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def read_dynamics(
     Returns:
         `DYNAMICS_COLUMNS` by module name: the values of `get_dynamics_stats`, and
         ``spectral_radius`` of the transition matrix at the mean coefficients. Below 1 that frozen
-        update contracts; for varying coefficients it certifies nothing. Empty without dynamics.
+        update contracts; for varying coefficients it certifies nothing. NaN for what a module does
+        not have: the equilibrium of a loop is its input. Empty without dynamics.
     """
     modules = dynamics_modules(model)
     if not modules:
@@ -72,5 +74,5 @@ def read_dynamics(
         stats = module.get_dynamics_stats()
         means = (stats["alpha_mean"], stats["beta_mean"], stats["gate_mean"])
         stats["spectral_radius"] = float(spectral_radius(*means, module.dt))
-        result[name] = stats
+        result[name] = dict.fromkeys(DYNAMICS_COLUMNS, math.nan) | stats
     return result
