@@ -191,6 +191,7 @@ def main():
     parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
     parser.add_argument("--weights", default="auto", help="of the feature network")
     parser.add_argument("--override", nargs="*", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--note", help="names the case further, such as another autoencoder")
     parser.add_argument("--peak_tflops", type=float, help="of the device; adds the utilisation")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
@@ -238,7 +239,8 @@ def main():
             + override_flag(options.override)
         )
         dtype = dtype_of(config.mixed_precision)
-        rows = as_rows(values, options.row, shape=f"seed {options.seed}", dtype=dtype)
+        shape = ", ".join(filter(None, [f"seed {options.seed}", options.note]))
+        rows = as_rows(values, options.row, shape=shape, dtype=dtype)
         append_rows(options.rows, "recipe", rows, command=command, commit=started_from)
 
 

@@ -35,7 +35,7 @@ def floors(pipeline, reference, num_images, weights):
     true = set_features(known.images, real, extractor, config.cache)
     transforms = {"training paintings": ()}
     if pipe.vae is not None:
-        transforms["training paintings through the autoencoder"] = vae_reconstruction(pipe)
+        transforms["training paintings through the autoencoder"] = vae_reconstruction(pipe.vae)
     for case, transform in transforms.items():
         seen = set_features(train, rows, extractor, config.cache, *transform)
         yield case, {"n": len(seen)} | measure(seen, true, extractor, config).metrics

@@ -25,7 +25,7 @@ from complexity_dit.data.latents import load_training_data
 from complexity_dit.training.batches import StepBatches, step_loader
 from complexity_dit.training.callbacks import NoiseLevels
 from complexity_dit.training.network import build_model
-from complexity_dit.training.state import prepared_state
+from complexity_dit.training.state import build_state, prepared_state
 from complexity_dit.training.train import make_accelerator, optimizer_step
 
 
@@ -39,7 +39,9 @@ class Trained:
         torch.manual_seed(config.seed)
         network = BUILD.get(row, build_model)(config, self.data)
         self.network = network.config
-        self.state, self.model = prepared_state(network, config, self.accelerator)
+        self.state, self.model = prepared_state(
+            build_state(network, config), config, self.accelerator
+        )
         self.noise = NoiseLevels(config.noise_bins, Path(config.out), 0, self.accelerator)
         device = self.accelerator.device
         self.batches = StepBatches(self.data, config, 0, 1)

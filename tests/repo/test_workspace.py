@@ -235,7 +235,7 @@ def test_files_that_the_docs_name_exist() -> None:
 
 SUBCOMMANDS = {
     "complexity-dit": (
-        "demo train encode sample evaluate compare inspect plan convert app".split()  # noqa: SIM905
+        "demo train encode autoencoder sample evaluate compare inspect plan convert app".split()  # noqa: SIM905
     ),
     "complexity-lm": ["demo", "train", "generate", "chat", "evaluate", "tokenizer", "inspect"],
 }

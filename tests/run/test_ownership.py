@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import complexity_dit.config
+import complexity_dit.training.autoencoder
 import complexity_dit.training.train
 import complexity_lm.config
 import complexity_lm.train
@@ -29,7 +30,11 @@ PACKAGES = {
     "complexity-dit": (complexity_dit.config.TrainConfig, complexity_dit.training.train.OWNERS),
     "complexity-lm": (complexity_lm.config.TrainConfig, complexity_lm.train.OWNERS),
 }
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "resuming.md"
+AUTOENCODER = (
+    complexity_dit.config.AutoencoderConfig,
+    complexity_dit.training.autoencoder.OWNERS,
+)
+DOCS = Path(__file__).parents[2] / "docs" / "how-to"
 CHECKPOINT = Path("runs/x/checkpoints/step-00000007")
 ROWS = [(package, name) for package, (_, owners) in PACKAGES.items() for name in owners]
 
@@ -43,21 +48,26 @@ def fields_of(config, prefix=""):
             yield prefix + field.name
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_setting_of_a_training_has_one_owner(package):
-    make, owners = PACKAGES[package]
+@pytest.mark.parametrize("training", [*PACKAGES.values(), AUTOENCODER])
+def test_every_setting_of_a_training_has_one_owner(training):
+    make, owners = training
     assert sorted(owners) == sorted(fields_of(make()))
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_page_lists_every_setting_with_its_owner(package):
-    column = list(PACKAGES).index(package) + 2
+@pytest.mark.parametrize(
+    ("page", "column", "owners"),
+    [
+        *(("resuming.md", i + 2, owners) for i, (_, owners) in enumerate(PACKAGES.values())),
+        ("autoencoder.md", 2, AUTOENCODER[1]),
+    ],
+)
+def test_the_page_lists_every_setting_with_its_owner(page, column, owners):
     listed = {}
-    for line in PAGE.read_text().splitlines():
+    for line in (DOCS / page).read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) > 3 and cells[1] in ("taken", "fixed", "free"):
             listed |= dict.fromkeys(re.findall(r"`([\w.]+)`", cells[column]), cells[1])
-    assert listed == PACKAGES[package][1]
+    assert listed == owners
 
 
 @pytest.mark.parametrize(("package", "name"), ROWS)

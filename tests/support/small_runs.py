@@ -30,6 +30,26 @@ def dit_run(out: Path, **fields) -> dit_config.TrainConfig:
     )  # fmt: skip
 
 
+AUTOENCODER = {
+    "latent_channels": 4, "patch_size": 2, "block_out_channels": [8, 8], "layers_per_block": [1, 1],
+    "decoder_layers_per_block": [1, 1],
+}  # fmt: skip
+
+
+def autoencoder_run(out, **fields) -> dit_config.AutoencoderConfig:
+    """A run of seconds on the embedded art set, half of it with the critic."""
+    defaults = {
+        "out": str(out), "steps": 8, "batch_size": 4, "log_every": 1, "checkpoint_every": 4,
+        "heldout_every": 4, "heldout_num_images": 4, "evaluate_num_images": 4,
+        "evaluate_weights": "random", "report_to": "none", "mixed_precision": "no",
+        "crop_size": 12, "adversarial_start": 0.5, "critic_channels": 4, "critic_layers": 2,
+        "data": dit_data.DataConfig(resolution=16, num_images=64, label_fields=[], holdout=0.2),
+        "optim": dit_config.OptimConfig(warmup_steps=2),
+        "model": dit_config.AutoencoderModelConfig(**AUTOENCODER),
+    }  # fmt: skip
+    return dit_config.AutoencoderConfig(**defaults | fields)
+
+
 def lm_run(out: Path, texts: str | Path, **fields) -> lm_config.TrainConfig:
     """A run on a few hundred words, with two checkpoints."""
     sizes = {

@@ -54,7 +54,7 @@ def test_reconstructions_equal_the_vae_without_noise(
     pipe: ComplexityDiTPipeline, vae: AutoencoderKL | AutoencoderTiny
 ) -> None:
     pipe.vae = vae
-    transform, name = vae_reconstruction(pipe)
+    transform, name = vae_reconstruction(vae)
     assert name.startswith(f"vae: {type(vae).__name__} ")
     images = noise(VAE_CHUNK + 3, 16)
     got = transform(images)
@@ -70,7 +70,7 @@ def test_reconstructions_equal_the_vae_without_noise(
     np.testing.assert_array_equal(transform(images[:3]), got[:3])
     with torch.no_grad():
         next(vae.parameters()).view(-1)[0] += 1
-    assert vae_reconstruction(pipe)[1] != name
+    assert vae_reconstruction(vae)[1] != name
 
 
 def test_shrinking_keeps_colours_and_removes_structure() -> None:

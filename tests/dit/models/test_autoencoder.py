@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, AutoModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -191,3 +191,53 @@ def test_folders_without_a_vae_are_refused(tmp_path):
 def test_depths_of_unequal_length_are_refused():
     with pytest.raises(UserError, match="must be of one length"):
         TinyAutoencoder(block_out_channels=(8, 8), layers_per_block=(1,))
+
+
+def test_slices_equal_the_batch(small):
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    whole = small.encode(images).latents
+    small.enable_slicing()
+    torch.testing.assert_close(small.encode(images).latents, whole)
+    torch.testing.assert_close(small.decode(whole).sample, small(images).sample)
+
+
+@pytest.mark.parametrize("size", [(96, 120), (44, 132), (64, 64)])
+def test_tiles_equal_the_whole_away_from_their_borders(size):
+    torch.manual_seed(0)
+    settings = SMALL | {"pool_channels": 0, "block_out_channels": (8, 8, 8)}
+    settings |= {"layers_per_block": (0, 1, 0), "decoder_layers_per_block": (0, 1, 0)}
+    vae = TinyAutoencoder(**settings).eval()
+    images = torch.rand(2, 3, *size) * 2 - 1
+    latents = vae.encode(images).latents
+    sample = vae.decode(latents).sample
+    vae.enable_tiling()
+    vae.tile_sample_min_size = 64
+    tiled = vae.encode(images).latents
+    assert tiled.shape == latents.shape
+    # Zeros at the border of a tile reach a few cells into it, and are blended there.
+    assert (tiled - latents).abs().median() < 1e-5
+    assert (tiled - latents).abs().max() < (latents - latents.mean()).abs().max()
+    again = vae.decode(latents).sample
+    assert again.shape == sample.shape
+    assert (again - sample).abs().median() < 1e-5
+    vae.disable_tiling()
+    assert torch.equal(vae.encode(images).latents, latents)
+
+
+def test_auto_model_of_diffusers_loads_the_folder(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
+    assert type(again) is TinyAutoencoder
+    assert weights_sha256(again) == weights_sha256(small)
+
+
+def test_patches_are_cells_of_the_first_stage():
+    torch.manual_seed(0)
+    vae = TinyAutoencoder(**SMALL | {"patch_size": 2}).eval()
+    assert scale_factor(vae) == 8
+    images = torch.rand(1, 3, 16, 24) * 2 - 1
+    latents = vae.encode(images).latents
+    assert latents.shape == (1, 6, 2, 3)
+    assert vae.decode(latents).sample.shape == images.shape
+    with pytest.raises(UserError, match="patch_size 0"):
+        TinyAutoencoder(**SMALL | {"patch_size": 0})

@@ -20,6 +20,9 @@ ADAPTER_FILE = "adapter.json"
 RUN_KIND = "complexity-dit-run"
 """Mark of the folder of a training, see `inl_core.run.folders`."""
 
+AUTOENCODER_KIND = "complexity-dit-autoencoder"
+"""Mark of the folder of a training of an autoencoder."""
+
 Dtype = Literal["float32", "bfloat16"]
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
 Measure = Literal["fid", "kid", "prdc", "is"]
@@ -369,19 +372,14 @@ class LoraOptions:
 
 
 @dataclass
-class TrainConfig:
-    """A training run. The defaults are the demo: a small model of the embedded art set."""
+class RunConfig:
+    """What every training of this package has: its folder, its length, its data, its files."""
 
     out: str = "runs/train"
     """Folder of the run."""
 
     resume: str = "none"
     """auto: resume from the last checkpoint in `out`, if any; none; or a checkpoint folder."""
-
-    init_from: str | None = None
-    """Pipeline folder, checkpoint, folder of a run, or Hub id whose weights a new run starts from
-    (fine-tuning): labels are matched by name, new ones start from the null row. Ignored when a run
-    is resumed, unless it trains an adapter (`lora`) of that pipeline."""
 
     seed: int = 0
     """Seed of the initialisation, data order, noise and label dropout."""
@@ -392,9 +390,6 @@ class TrainConfig:
     batch_size: int = 16
     """Images per step, over all processes."""
 
-    gradient_accumulation_steps: int = 1
-    """Parts that the batch of a step is split into, to save memory."""
-
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast of the forward pass; weights and optimizer stay in fp32. auto is bf16 where the
     device has units for it (a GPU, a CPU with amx_bf16 or avx512_bf16), else no; a resumed run
@@ -404,9 +399,6 @@ class TrainConfig:
     """regional compiles the repeated blocks (torch.compile, fullgraph), once for all of them, which
     takes about a minute at the start; auto does so in runs that are long enough to save more. true
     and false are read as regional and no; a resumed run keeps what auto was."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
 
     loader_workers: int = 0
     """Processes that prepare batches; 0 is best for pictures that fit in memory. On a GPU a thread
@@ -420,18 +412,62 @@ class TrainConfig:
     """Tracker that gets the curves in addition to the CSV files; tensorboard writes `logs/` in
     `out`."""
 
-    noise_bins: int = 5
-    """Bins of the noise level in noise_levels.csv, mean squared errors; 0 is off."""
-
-    dynamics_every: int = 0
-    """Steps between measurements of the dynamics (dynamics.csv, one row per layer); 0 is off."""
-
     heldout_every: int = 0
     """Steps between measurements of the loss on held-out pictures with the EMA weights, for the
     same noise, times and dropped labels every time (heldout_log.csv); 0 is off."""
 
     heldout_num_images: int = 256
     """Number of held-out pictures of such a measurement, at most."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always saves one."""
+
+    keep_last: int = 2
+    """Number of the newest checkpoints to keep; 0 keeps all."""
+
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever, whatever keep_last is; 0 is off."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The pictures."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """The average of the weights."""
+
+    def __post_init__(self) -> None:
+        """Read the switch that `compile` once was; raise a `UserError` for a value out of range."""
+        if isinstance(self.compile, bool):
+            self.compile = "regional" if self.compile else "no"
+        check_range(
+            self, "[1, inf)", "steps", "batch_size", "log_every", "checkpoint_every",
+            "heldout_num_images",
+        )  # fmt: skip
+        check_range(self, "[0, inf)", "loader_workers", "keep_last", "keep_every", "heldout_every")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """A training run. The defaults are the demo: a small model of the embedded art set."""
+
+    init_from: str | None = None
+    """Pipeline folder, checkpoint, folder of a run, or Hub id whose weights a new run starts from
+    (fine-tuning): labels are matched by name, new ones start from the null row. Ignored when a run
+    is resumed, unless it trains an adapter (`lora`) of that pipeline."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that the batch of a step is split into, to save memory."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    noise_bins: int = 5
+    """Bins of the noise level in noise_levels.csv, mean squared errors; 0 is off."""
+
+    dynamics_every: int = 0
+    """Steps between measurements of the dynamics (dynamics.csv, one row per layer); 0 is off."""
 
     sample_every: int = 0
     """Steps between grids of samples of the raw and the EMA weights in samples/; 0 is off."""
@@ -452,50 +488,145 @@ class TrainConfig:
     computes in it, but float32 for a statistics .npz, which was made in it. `complexity-dit
     evaluate` uses float32, and so do quoted numbers."""
 
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always saves one."""
-
-    keep_last: int = 2
-    """Number of the newest checkpoints to keep; 0 keeps all."""
-
-    keep_every: int = 0
-    """Steps between checkpoints that are kept for ever, whatever keep_last is; 0 is off."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    """The pictures."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The training target."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizer."""
-
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    """The average of the weights."""
-
     lora: LoraOptions = field(default_factory=LoraOptions)
     """An adapter to train in place of the network."""
 
     def __post_init__(self) -> None:
-        """Read the switch that `compile` once was; raise a `UserError` for a value out of range."""
-        if isinstance(self.compile, bool):
-            self.compile = "regional" if self.compile else "no"
+        """Raise a `UserError` for a value out of range."""
+        super().__post_init__()
+        check_range(self, "[1, inf)", "gradient_accumulation_steps")
         check_range(
-            self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "log_every",
-            "checkpoint_every", "heldout_num_images",
-        )  # fmt: skip
-        check_range(
-            self, "[0, inf)", "loader_workers", "keep_last", "keep_every", "noise_bins",
-            "dynamics_every", "heldout_every", "sample_every", "evaluate_every",
-        )  # fmt: skip
+            self, "[0, inf)", "noise_bins", "dynamics_every", "sample_every", "evaluate_every"
+        )
         check_range(self, "[2, inf)", "evaluate_num_images")
         if self.optim.spike_factor and self.mixed_precision == "fp16":
             raise UserError(
                 f"spike_factor {self.optim.spike_factor} does not work with mixed_precision fp16, "
                 "whose gradient scaler skips steps itself: use bf16, or spike_factor 0"
+            )
+
+
+@dataclass
+class AutoencoderModelConfig:
+    """The networks, a `TinyAutoencoder`; latents are patch_size * 2^(stages - 1) times smaller."""
+
+    latent_channels: int = 16
+    """Channels of a latent."""
+
+    patch_size: int = 2
+    """Side of the square of pixels that is one cell of the first stage."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [48, 96, 192])
+    """Width of each stage, finest first; each further stage halves the size."""
+
+    layers_per_block: list[int] = field(default_factory=lambda: [1, 2, 2])
+    """Blocks of each stage of the encoder, finest first."""
+
+    decoder_layers_per_block: list[int] = field(default_factory=lambda: [2, 2, 1])
+    """Blocks of each stage of the decoder, coarsest first."""
+
+    pool_channels: int = 0
+    """Inner width of a branch in the coarsest stage that is normalised over the whole picture, as
+    in TAEF2; 0 is none."""
+
+    latent_bound: float = 3.0
+    """The decoder gets bound * tanh(latent / bound)."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for a value out of range."""
+        check_range(self, "[1, inf)", "latent_channels", "patch_size", "block_out_channels")
+        check_range(self, "[0, inf)", "layers_per_block", "decoder_layers_per_block")
+        check_range(self, "[0, inf)", "pool_channels")
+        check_range(self, "(0, inf)", "latent_bound")
+
+
+@dataclass
+class AutoencoderConfig(RunConfig):
+    """The training of an autoencoder: L1, edges, and late a critic of patches."""
+
+    out: str = "runs/autoencoder"
+    """Folder of the run; the autoencoder is in its sub-folder vae."""
+
+    seed: int = 0
+    """Seed of the initialisation, data order and crops."""
+
+    steps: int = 20000
+    """Optimizer steps."""
+
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Autocast of the networks; weights and optimizer stay in fp32. auto is bf16 where the device
+    has units for it, else no; a resumed run keeps what it started with."""
+
+    heldout_every: int = 1000
+    """Steps between measurements of the PSNR of held-out pictures with the EMA weights
+    (heldout_log.csv), each with a strip of reconstructions in samples/; 0 is off."""
+
+    crop_size: int | None = None
+    """Side in pixels of the square that is cut at random out of each training picture; by default
+    the whole picture."""
+
+    edge_weight: float = 1.0
+    """Weight of the mean absolute error of differences of neighbouring pixels, beside L1."""
+
+    adversarial_weight: float = 0.3
+    """Length of the critic's gradient with respect to the reconstruction, in parts of that of L1
+    and edges; 0 is no critic."""
+
+    adversarial_start: float = 0.6
+    """Share of the run before the critic."""
+
+    critic_channels: int = 32
+    """Width of the critic's first layer."""
+
+    critic_layers: int = 3
+    """Layers of the critic that halve the size; 3 judge patches of 38 pixels."""
+
+    critic_lr: float | None = None
+    """Peak learning rate of the critic; by default optim.lr."""
+
+    evaluate_num_images: int = 2048
+    """Number of held-out pictures, at most, of the measures at the end (result.json); 0 is off."""
+
+    evaluate_weights: str = "auto"
+    """Feature network of these measures, as `weights` of `complexity-dit evaluate`."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(resolution=128, label_fields=[]))
+    """The pictures."""
+
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, beta2=0.99, weight_decay=0.0)
+    )
+    """The optimizer, AdamW."""
+
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(decay=0.999))
+    """The average of the weights."""
+
+    model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
+    """The networks."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for a value out of range, or for what only `train` has."""
+        super().__post_init__()
+        check_range(self, "[1, inf)", "crop_size", "critic_channels", "critic_layers")
+        check_range(self, "[0, inf)", "edge_weight", "adversarial_weight", "evaluate_num_images")
+        check_range(self, "[0, 1]", "adversarial_start")
+        check_range(self, "(0, inf)", "critic_lr")
+        if self.crop_size is not None and self.crop_size > self.data.resolution:
+            raise UserError(
+                f"crop_size {self.crop_size} is larger than data.resolution {self.data.resolution}"
+            )
+        if self.optim.name != "adamw":
+            raise UserError(f"optim.name {self.optim.name}: an autoencoder is trained with adamw")
+        if self.data.vae is not None or self.data.clusters:
+            raise UserError(
+                f"an autoencoder has no use for data.vae {self.data.vae} and data.clusters "
+                f"{self.data.clusters}: leave both out"
             )
 
 

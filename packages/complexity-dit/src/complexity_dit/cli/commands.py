@@ -4,12 +4,14 @@ Options and their help come from the dataclasses in `config`, which load no torc
 the code that does its work when it runs, so that help pages stay fast.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from complexity_dit.config import (
     AppConfig,
+    AutoencoderConfig,
     DataConfig,
     EvalConfig,
     EvalSampleConfig,
@@ -37,6 +39,14 @@ def _encode(config: DataConfig, **options: Any) -> None:
     from complexity_dit.data.encode import encode
 
     print(f"the latents are in {encode(config, **options)}")
+
+
+def _autoencoder(config: AutoencoderConfig, source: str | None) -> None:
+    from complexity_dit.training.autoencoder import train_autoencoder
+
+    if source is not None:
+        config = replace(config, data=replace(config.data, source=source))
+    print(f"the autoencoder is in {train_autoencoder(config)}")
 
 
 def _sample(config: SampleConfig, **options: Any) -> None:
@@ -107,6 +117,13 @@ COMMANDS = {
         configs=[DataConfig],
         skip=frozenset({"clusters"}),
         defaults={"resolution": 128},
+    ),
+    "autoencoder": Command(
+        "Train an autoencoder on pictures, or resume its training.",
+        _autoencoder,
+        options={"source": Option("Where the pictures come from: data.source.", None, str | None)},
+        configs=[AutoencoderConfig],
+        has_config=True,
     ),
     "sample": Command(
         "Sample images from a trained pipeline.",

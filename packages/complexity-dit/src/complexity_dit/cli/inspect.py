@@ -9,6 +9,7 @@ from complexity_dit.config import DATA_FILE
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.vae import find_autoencoder, load_vae, scale_factor
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from inl_core import certify, dynamics_modules, read_dynamics
 from inl_core.run.json_files import read_json_object
@@ -18,7 +19,7 @@ PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """Describe a model.
+    """Describe a model, or the autoencoder of a folder that has no pipeline.
 
     Args:
         path: A path for `find_pipeline`, or a Hub id.
@@ -31,6 +32,8 @@ def inspect(path: str) -> dict[str, Any]:
         UserError: If there is no model at the path.
     """
     folder = find_pipeline(Path(path))
+    if folder is None and (autoencoder := find_autoencoder(Path(path))) is not None:
+        return _autoencoder(autoencoder)
     pipe = load_pipeline(str(folder) if folder else path)
     model, vae = pipe.transformer.eval(), pipe.vae
     trained_on = folder / DATA_FILE if folder else None
@@ -54,6 +57,23 @@ def inspect(path: str) -> dict[str, Any]:
         else None,
         "weights_sha256": weights_sha256(model),
     }  # fmt: skip
+
+
+def _autoencoder(folder: Path) -> dict[str, Any]:
+    """Sizes, scale, training data and measures of a trained autoencoder."""
+    vae = load_vae(str(folder))
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    data, result = folder / DATA_FILE, folder.parent / "result.json"
+    return {
+        "autoencoder": str(folder),
+        "class": type(vae).__name__,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "factor": scale_factor(vae),
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        "measures": read_json_object(result)["metrics"] if result.is_file() else None,
+        "trained_on": read_json_object(data) if data.is_file() else None,
+        "weights_sha256": weights_sha256(vae),
+    }
 
 
 def _dynamics(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:

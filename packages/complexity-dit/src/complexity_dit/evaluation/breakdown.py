@@ -17,7 +17,6 @@ from complexity_dit.evaluation.distances import (
     nearest,
 )
 from complexity_dit.hashing import module_hash
-from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 
 # Memorisation: the nearest training image of each sample, compared with those of held-out images,
@@ -108,17 +107,16 @@ def shrink(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _to_uint8(back)
 
 
-def vae_reconstruction(pipe: ComplexityDiTPipeline) -> tuple[Transform, str]:
+def vae_reconstruction(vae: Any) -> tuple[Transform, str]:
     """Transform that encodes and decodes images, without noise: the limit of a latent model.
 
     Args:
-        pipe: A pipeline with a VAE of diffusers' interface: ``encode(x)`` gives ``latents`` or a
-            ``latent_dist`` (whose mean is used), ``decode(z)`` a ``sample``; x in [-1, 1].
+        vae: With diffusers' interface: ``encode(x)`` gives ``latents`` or a ``latent_dist`` (whose
+            mean is used), ``decode(z)`` a ``sample``; x in [-1, 1].
 
     Returns:
         The transform of uint8 (n, H, W, 3), and its name with the VAE's hash.
     """
-    vae: Any = pipe.vae
     first = next(vae.parameters())
 
     @torch.inference_mode()

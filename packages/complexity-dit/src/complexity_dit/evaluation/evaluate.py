@@ -430,7 +430,7 @@ def collect(
     if config.floors:
         found.shrunk = features(ref.images, real_rows, shrink, f"shrunk: {SHRUNK_FILTER}")
         if pipe is not None and pipe.vae is not None:
-            transform, found.vae = vae_reconstruction(pipe)
+            transform, found.vae = vae_reconstruction(pipe.vae)
             found.reconstructed = features(ref.images, real_rows, transform, found.vae)
     return found
 
@@ -600,7 +600,7 @@ def _measure_all(
         "n_generated": len(generated.features),
         "n_reference": n_reference,
         "settings": settings | found.settings,
-        "versions": _versions(),
+        "versions": package_versions(),
         "weights_sha256": extractor.weights_sha256,
         "reference_fingerprint": fingerprint,
         "target_fingerprint": generated.images.fingerprint,
@@ -707,7 +707,8 @@ def _write(
         scratch.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on, by package."""
     names = ("complexity-dit", "inl-core", "torch", "diffusers", "transformers", "numpy", "pillow")
     versions = {"python": platform.python_version()}
     for name in names:

@@ -40,10 +40,6 @@ FETCH_OPTIONS = (
 """Keywords of `read_adapter`, as diffusers names them."""
 
 
-SHIM = "modeling_complexity_dit"
-"""The module in a folder that imports the network's class, for loaders of diffusers."""
-
-
 class LabelTables(nn.ModuleDict):
     """Label tables by field, whatever the field is called.
 
@@ -382,12 +378,6 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self._drop_empty_layers()
         self._drop_rows([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, without `auto_map`, which is for the loader alone."""
-        config_dict = {k: v for k, v in config_dict.items() if k != "auto_map"}
-        return super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -428,14 +418,6 @@ class LabelAdapterMixin(PeftAdapterMixin):
             }
             for file in sorted(folder.glob("*.safetensors")):
                 add_metadata(file, about)
-            # For `diffusers.AutoModel` with trust_remote_code.
-            name = type(self).__name__
-            path = folder / "config.json"
-            saved = json.loads(path.read_text())
-            saved["auto_map"] = {"AutoModel": f"{SHIM}.{name}"}
-            path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
-            shim = f"from complexity_dit import {name}  # noqa: F401\n"
-            (folder / f"{SHIM}.py").write_text(shim)
 
     @contextmanager
     def _plain_tables(self) -> Iterator[None]:

@@ -6,7 +6,8 @@ to the blocks of the coarsest stage, which diffusers' `AutoencoderTiny` does not
 """
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin  # noqa: F401 — ModelMixin: looked up by diffusers
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, DecoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, AutoencoderTinyBlock, DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -61,16 +62,21 @@ class SoftClamp(nn.Module):
         return self.bound * torch.tanh(z / self.bound)
 
 
-class TinyAutoencoder(SafeModel, ConfigMixin):
+class TinyAutoencoder(SafeModel, AutoencoderMixin, ConfigMixin):
     """A small autoencoder with the interface of diffusers' `AutoencoderTiny`.
 
-    Layers are numbered as in the published files, which load without renaming.
+    Layers are numbered as in the published files, which load without renaming. `enable_slicing`
+    encodes and decodes one picture at a time; `enable_tiling` does so in squares of
+    `tile_sample_min_size` pixels that overlap by a quarter and are blended. (Tiles of
+    `AutoencoderTiny` are for 4 channels only.)
 
     Args:
         in_channels: Channels of an image.
         latent_channels: Channels of a latent.
+        patch_size: Side of the square of pixels that is one cell of the first stage. With 2, no
+            convolution runs at the size of the image, where most of the time would go.
         block_out_channels: Width of each stage, finest first; each stage after the first halves the
-            size, so a latent is 2^(stages - 1) times smaller than its image.
+            size, so a latent is patch_size * 2^(stages - 1) times smaller than its image.
         layers_per_block: Blocks in each stage of the encoder, finest first.
         decoder_layers_per_block: Blocks in each stage of the decoder, coarsest first.
         pool_channels: Inner width of the pooling branch in the coarsest stage; 0 means no branch.
@@ -80,10 +86,12 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
         shift_factor: See `scaling_factor`.
 
     Raises:
-        UserError: If the three lists differ in length.
+        UserError: If the three lists differ in length, or a width is below 1.
     """
 
+    shim: ClassVar[str] = "modeling_tiny_autoencoder"
     _no_split_modules: ClassVar[list[str]] = ["TinyBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["TinyBlock"]
 
     @register_to_config
     def __init__(
@@ -98,6 +106,7 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
         latent_bound: float = 3.0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         widths, stages = list(block_out_channels), len(block_out_channels)
@@ -106,17 +115,23 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
                 f"block_out_channels {widths}, layers_per_block {list(layers_per_block)} and "
                 f"decoder_layers_per_block {list(decoder_layers_per_block)} must be of one length"
             )
+        if min(latent_channels, in_channels, patch_size, *widths) < 1:
+            raise UserError(
+                f"latent_channels {latent_channels}, in_channels {in_channels}, patch_size "
+                f"{patch_size} and block_out_channels {widths} must be at least 1"
+            )
+        inputs = in_channels * patch_size**2
 
         def blocks(stage: int, count: int) -> list[nn.Module]:
             pool = pool_channels if stage == stages - 1 else 0
             return [TinyBlock(widths[stage], pool, pool_groups) for _ in range(count)]
 
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
         for stage, count in enumerate(layers_per_block):
             layers += [
                 nn.Conv2d(widths[stage - 1], widths[stage], 3, stride=2, padding=1, bias=False)
                 if stage
-                else nn.Conv2d(in_channels, widths[0], 3, padding=1)
+                else nn.Conv2d(inputs, widths[0], 3, padding=1)
             ]
             layers += blocks(stage, count)
         self.encoder = nn.Sequential(*layers, nn.Conv2d(widths[-1], latent_channels, 3, padding=1))
@@ -130,15 +145,22 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
                     nn.Upsample(scale_factor=2),
                     nn.Conv2d(widths[stage], widths[stage - 1], 3, padding=1, bias=False),
                 ]
-        self.decoder = nn.Sequential(*layers, nn.Conv2d(widths[0], in_channels, 3, padding=1))
+        layers += [nn.Conv2d(widths[0], inputs, 3, padding=1)]
+        layers += [nn.PixelShuffle(patch_size)] if patch_size > 1 else []
+        self.decoder = nn.Sequential(*layers)
+        self.factor = patch_size * 2 ** (stages - 1)  # image size over latent size, per side
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size = 512
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Encode images in [-1, 1], (B, C, Y, X), to latents (B, latent_channels, Y / f, X / f).
 
-        f is 2^(stages - 1), 8 for TAEF2. The encoder is deterministic: there is no posterior.
+        f is patch_size * 2^(stages - 1), 8 for TAEF2. The encoder is deterministic: there is no
+        posterior.
         """
-        latents = self.encoder((x + 1) / 2)  # the networks of the family take [0, 1]
+        x = (x + 1) / 2  # the networks of the family take [0, 1]
+        latents = self._in_parts(self.encoder, x, self.tile_sample_min_size, 1 / self.factor)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -152,8 +174,20 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
             generator: Unused; part of the interface of diffusers' decoders.
             return_dict: False returns a plain tuple.
         """
-        sample = self.decoder(z) * 2 - 1
+        side = self.tile_sample_min_size // self.factor
+        sample = self._in_parts(self.decoder, z, side, self.factor) * 2 - 1
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _in_parts(
+        self, network: Callable[[Tensor], Tensor], x: Tensor, side: int, scale: float
+    ) -> Tensor:
+        """Apply a network to a batch, in slices and tiles if they are enabled."""
+        whole = network
+        if self.use_tiling and max(x.shape[-2:]) > side:
+            whole = lambda part: in_tiles(network, part, side, scale)  # noqa: E731
+        if not self.use_slicing:
+            return whole(x)
+        return torch.cat([whole(part) for part in x.split(1)])
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Reconstruct images in [-1, 1]."""
@@ -183,6 +217,39 @@ class TinyAutoencoder(SafeModel, ConfigMixin):
                 f"{folder} is not an autoencoder of the TAESD family: {error}"
             ) from error
         return model.eval()
+
+
+def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, scale: float) -> Tensor:
+    """Apply a network to overlapping squares of its input and blend what they give.
+
+    Args:
+        network: Maps (B, C, Y, X) to (B, C', scale Y, scale X).
+        x: The input, (B, C, Y, X).
+        side: Of a square; squares overlap by a quarter of it.
+        scale: Size of the output over that of the input, per side.
+    """
+    step = side - side // 4
+    tops, lefts = ([*range(0, max(n - side, 0), step), max(n - side, 0)] for n in x.shape[-2:])
+    height, width = (int(n * scale) for n in x.shape[-2:])
+    total, weight = torch.zeros(()), torch.zeros(())
+    for top, left in itertools.product(tops, lefts):
+        part = network(x[..., top : top + side, left : left + side])
+        if not total.ndim:
+            total = part.new_zeros(*part.shape[:2], height, width)
+            weight = part.new_zeros(height, width)
+        rows, columns = (slice(int(a * scale), int(a * scale) + n)
+                         for a, n in zip((top, left), part.shape[-2:], strict=True))  # fmt: skip
+        ramps = [_ramp(n, int(side * scale) // 4, part) for n in part.shape[-2:]]
+        share = ramps[0][:, None] * ramps[1]
+        total[..., rows, columns] += part * share
+        weight[rows, columns] += share
+    return total / weight
+
+
+def _ramp(length: int, border: int, like: Tensor) -> Tensor:
+    """1, 2, ..., border, ..., border, ..., 2, 1."""
+    rising = torch.arange(1, length + 1, dtype=like.dtype, device=like.device)
+    return torch.minimum(rising, rising.flip(0)).clamp(max=max(border, 1))
 
 
 def _read_part(folder: Path, part: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ModelMixin
 from safetensors.torch import load_file
@@ -29,7 +29,19 @@ _MAX_LISTED = 3
 
 
 class SafeModel(ModelMixin):
-    """A diffusers model that is loaded by `load_weights`."""
+    """A diffusers model that is loaded by `load_weights`.
+
+    Its folder has a module of one line, `shim`, that imports its class, and names it in
+    `config.json` for `diffusers.AutoModel` with trust_remote_code.
+    """
+
+    shim: ClassVar[str]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers, without `auto_map`, which is for the loader alone."""
+        config_dict = {k: v for k, v in config_dict.items() if k != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -50,6 +62,12 @@ class SafeModel(ModelMixin):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with merged_folder(Path(save_directory)) as folder:
             super().save_pretrained(str(folder), *args, **kwargs)
+            name, path = type(self).__name__, folder / "config.json"
+            saved = json.loads(path.read_text())
+            saved["auto_map"] = {"AutoModel": f"{self.shim}.{name}"}
+            path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+            shim = f"from complexity_dit import {name}  # noqa: F401\n"
+            (folder / f"{self.shim}.py").write_text(shim)
 
 
 def warn_of_pickles() -> None:

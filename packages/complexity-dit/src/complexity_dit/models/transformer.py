@@ -359,6 +359,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         ValueError: If sizes do not fit each other or a name is unknown.
     """
 
+    shim: ClassVar[str] = "modeling_complexity_dit"
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ComplexityDiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["ComplexityDiTBlock"]

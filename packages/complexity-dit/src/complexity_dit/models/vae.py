@@ -12,6 +12,7 @@ from torch import Tensor
 from complexity_dit.hub import reach_hub
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import describe, load_weights
+from inl_core.run.checkpoints import latest_checkpoint
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import read_json_object
 
@@ -74,8 +75,22 @@ def _read_config(name: str) -> tuple[dict, str | None]:
     raise UserError(f"no VAE in {name} ({message}); {_FOLDER_HINT}")
 
 
+def find_autoencoder(path: Path) -> Path | None:
+    """The folder of an autoencoder: this one, its `vae`, or that of its newest checkpoint."""
+    newest = latest_checkpoint(path / "checkpoints")
+    for folder in (path, path / "vae", *([newest / "vae"] if newest else [])):
+        try:
+            if read_json_object(folder / "config.json").get("_class_name") in _CLASSES:
+                return folder
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def scale_factor(vae: Vae) -> int:
     """Image size over latent size, per side."""
+    if isinstance(vae, TinyAutoencoder):
+        return vae.factor
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from complexity_dit.config import ADAPTER_FILE, SampleConfig
+from complexity_dit.config import ADAPTER_FILE, AUTOENCODER_KIND, SampleConfig
 from complexity_dit.distributed import is_main, on_main, own_blocks
 from complexity_dit.grids import draw_grid
 from complexity_dit.hashing import array_hash, module_hash, weights_sha256
@@ -71,6 +71,8 @@ def find_pipeline(path: Path) -> Path | None:
                 if parent == newest:
                     logger.info("%s is not finished: taking its newest checkpoint", path)
                 return folder
+    if (path / f".{AUTOENCODER_KIND}").is_file():
+        return None
     if (path / "checkpoints").is_dir() or (path / "train_log.csv").is_file():
         raise UserError(f"{path} is a run that has not saved a checkpoint yet")
     return None

@@ -20,7 +20,6 @@ from torch import nn
 
 from complexity_dit.config import DATA_FILE
 from complexity_dit.hub import check_reachable, upload
-from complexity_dit.models.adapters import SHIM
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import only_safetensors, warn_of_pickles
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
@@ -37,8 +36,8 @@ from inl_core.run.weights import weights_fit
 _PIPELINE_MODULE = "pipeline_complexity_dit"
 # Component: (module written next to its weights, class that the module imports).
 _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
-    "transformer": (SHIM, ComplexityDiTTransformer2DModel),
-    "vae": ("modeling_tiny_autoencoder", TinyAutoencoder),
+    "transformer": (ComplexityDiTTransformer2DModel.shim, ComplexityDiTTransformer2DModel),
+    "vae": (TinyAutoencoder.shim, TinyAutoencoder),
 }
 _BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
 _SETTINGS = frozenset({"id2label", "latents_mean", "latents_std", "objective", "label_counts"})

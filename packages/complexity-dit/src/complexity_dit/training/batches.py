@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from complexity_dit.config import TrainConfig
+from complexity_dit.config import AutoencoderConfig, TrainConfig
+from complexity_dit.data.dataset import PaintingDataset
 from complexity_dit.data.latents import TrainingData
 from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
@@ -144,15 +145,56 @@ class StepBatches(Dataset):
         return batch | {name: drawn[name] for name in ("labels", "kept_tokens") if name in drawn}
 
 
-def images_per_pass(config: TrainConfig, processes: int) -> int:
+class PictureBatches(Dataset):
+    """Item s is this process's share of the pictures of step s, {"pixels": (B, 3, Y, X)}.
+
+    As `StepBatches`, a pure function of (seed, s). With `crop_size` a square of that many pixels is
+    cut out of each, anywhere.
+    """
+
+    def __init__(
+        self, pictures: PaintingDataset, config: AutoencoderConfig, rank: int, world: int
+    ) -> None:
+        self.data, self.config, self.mine = pictures, config, slice(rank, None, world)
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return self.mixed(self.drawn(step))
+
+    def drawn(self, step: int) -> dict[str, Tensor]:
+        """What is random in a batch: which pictures, whether mirrored, and where they are cut."""
+        config, count, mine = self.config, self.config.batch_size, self.mine
+        indices = random_batch_indices(len(self.data), config.seed, step * count, count)
+        draw = generator_for(config.seed, "train", step)
+        flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
+        places = torch.rand(count, 3, generator=draw)
+        return {"indices": indices[mine], "flips": flips[mine], "places": places[mine]}
+
+    def mixed(self, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pictures in [-1, 1], {"pixels": (B, 3, Y, X)}."""
+        shift, *place = drawn["places"].unbind(1)
+        shifts = shift if self.config.data.crop == "random" else None
+        pixels = self.data.clean(drawn["indices"], drawn["flips"], shifts=shifts)
+        side = self.config.crop_size or self.data.resolution
+        room = self.data.resolution - side + 1
+        starts = zip(*((p * room).long().tolist() for p in place), strict=True)
+        cut = [
+            image[:, top : top + side, left : left + side]
+            for image, (top, left) in zip(pixels, starts, strict=True)
+        ]
+        return {"pixels": torch.stack(cut)}
+
+
+def images_per_pass(batch_size: int, processes: int, parts: int = 1) -> int:
     """Images of one forward pass of one process; a UserError if the batch cannot be split."""
-    parts = processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
+    if batch_size % (processes * parts):
         raise UserError(
-            f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
-            f"{processes} x {config.gradient_accumulation_steps}"
+            f"batch_size {batch_size} must be divisible by processes x accumulation steps, "
+            f"{processes} x {parts}"
         )
-    return config.batch_size // parts
+    return batch_size // (processes * parts)
 
 
 def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -161,7 +203,7 @@ def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 
 def step_loader(
-    batches: StepBatches, steps: Sequence[int], device: torch.device
+    batches: StepBatches | PictureBatches, steps: Sequence[int], device: torch.device
 ) -> Iterable[dict[str, Tensor]]:
     """The batches of these steps in order.
 
@@ -185,7 +227,7 @@ _AHEAD = 2
 
 
 def _drawn_ahead(
-    batches: StepBatches, steps: Sequence[int], device: torch.device
+    batches: StepBatches | PictureBatches, steps: Sequence[int], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of `step_loader` from a thread. torch draws without holding Python's lock."""
     on_device = batches.data.on_device

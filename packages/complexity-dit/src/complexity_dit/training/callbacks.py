@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from complexity_dit.config import EvalConfig, SampleConfig, TrainConfig
+from complexity_dit.config import EvalConfig, RunConfig, SampleConfig, TrainConfig
 from complexity_dit.data.latents import TrainingData, source_config
 from complexity_dit.distributed import on_main
 from complexity_dit.evaluation.evaluate import check_reference, evaluate
@@ -66,7 +66,7 @@ class TrainLog:
         """Record one step; `skipped` if it updated nothing."""
         self.pending.append((step, loss, grad_norm, lr, skipped))
 
-    def flush(self, config: TrainConfig) -> dict[str, str]:
+    def flush(self, config: RunConfig) -> dict[str, str]:
         """Write the recorded steps and return text for the progress bar.
 
         The speed is that since the last flush, with everything that was done between the steps.
@@ -91,7 +91,7 @@ class TrainLog:
         self.accelerator.log({"loss": average, "grad_norm": grad_norm, "lr": lr} | counts, step)
         return {"loss": f"{average:.4f}", "images/s": f"{speed:.3g}"}
 
-    def _stop_if_not_finite(self, rows: list[tuple], config: TrainConfig) -> None:
+    def _stop_if_not_finite(self, rows: list[tuple], config: RunConfig) -> None:
         for step, loss, grad_norm, _, skipped in rows:
             # The guard skips any step that is not finite; the scaler of fp16, which finds its scale
             # this way, only if the loss is finite.
@@ -285,7 +285,8 @@ class HeldoutLoss(Callback):
         self, config: TrainConfig, heldout: TrainingData, accelerator: Accelerator, start_step: int
     ) -> None:
         self.every, self.accelerator, self.config = config.heldout_every, accelerator, config
-        self.size = images_per_pass(config, accelerator.num_processes)
+        parts = config.gradient_accumulation_steps
+        self.size = images_per_pass(config.batch_size, accelerator.num_processes, parts)
         own = replace(
             config,
             batch_size=min(config.heldout_num_images, len(heldout)),

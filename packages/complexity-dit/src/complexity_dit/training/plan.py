@@ -242,7 +242,8 @@ def _memory_lines(
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
     state = state_bytes(network, precision, config.optim)
-    local = images_per_pass(config, options.processes)
+    parts = config.gradient_accumulation_steps
+    local = images_per_pass(config.batch_size, options.processes, parts)
     activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)
     total = sum(state.values())
     parts = ", ".join(f"{name} {_size(size)}" for name, size in state.items() if size)

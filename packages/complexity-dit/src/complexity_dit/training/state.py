@@ -21,7 +21,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from complexity_dit.config import ADAPTER_FILE, DATA_FILE, TrainConfig
+from complexity_dit.config import ADAPTER_FILE, DATA_FILE, RunConfig, TrainConfig
 from complexity_dit.data.clusters import save_clusters
 from complexity_dit.data.latents import LatentSpace
 from complexity_dit.distributed import on_main, process_state
@@ -133,6 +133,22 @@ def check_labels(
 # The result of a run: a pipeline folder, or an adapter folder.
 
 _EMA_FILE = "ema.safetensors"
+
+
+class SavedResult(Protocol):
+    """What a checkpoint holds of the result of a run, and how it is read to resume."""
+
+    folder_name: ClassVar[str]
+
+    def save_ema(self, network: Any, checkpoint: Path) -> None:
+        """Write the averaged weights into a checkpoint, ready to use."""
+        ...
+
+    def load_ema(
+        self, checkpoint: Path, label_names: Mapping[str, list[str]], config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Read averaged weights by name, for a network of this config and data of these labels."""
+        ...
 
 
 @dataclass
@@ -273,7 +289,7 @@ class TrainState:
     that are trained, placed and sharded alike.
     """
 
-    model: ComplexityDiTTransformer2DModel
+    model: Any  # a ModelMixin with ConfigMixin
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -291,7 +307,7 @@ class TrainState:
         self.ema.shadow_params = [p.detach().clone() for p in trainable(self.model).values()]
 
     @torch.no_grad()
-    def export(self, weights: Literal["raw", "ema"]) -> ComplexityDiTTransformer2DModel:
+    def export(self, weights: Literal["raw", "ema"]) -> Any:
         """An unsharded copy of the network on the CPU. All processes call it together."""
         copy, averaged = blank_copy(self.model), iter(self.ema.shadow_params)
         for parameter, current in zip(copy.parameters(), self.model.parameters(), strict=True):
@@ -299,7 +315,7 @@ class TrainState:
             parameter.copy_(full_tensor(next(averaged) if is_averaged else current))
         return copy.eval()
 
-    def save(self, checkpoints: Path, saved: SavedPipeline, record: dict[str, Any]) -> Path:
+    def save(self, checkpoints: Path, saved: SavedResult, record: dict[str, Any]) -> Path:
         """Write `checkpoints/step-XXXXXXXX`. All processes call it, the main one writes.
 
         `record` is what else `state.json` holds: config, changes and data of the run.
@@ -348,7 +364,7 @@ class TrainState:
         return target
 
     def load(
-        self, checkpoint: Path, saved: SavedPipeline, label_names: Mapping[str, list[str]]
+        self, checkpoint: Path, saved: SavedResult, label_names: Mapping[str, list[str]]
     ) -> dict[str, Any]:
         """Restore what a checkpoint was written with, in any number of processes.
 
@@ -425,8 +441,14 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
 
 def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
     """A model with optimizer, schedule, EMA and spike guard for a run."""
+    return schedule_and_average(model, build_optimizer(model, config.optim), config)
+
+
+def schedule_and_average(
+    model: Any, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> TrainState:
+    """A model and its optimizer with schedule, EMA and spike guard for a run."""
     optim = config.optim
-    optimizer = build_optimizer(model, optim)
     counts = {"num_warmup_steps": optim.warmup_steps, "num_training_steps": config.steps}
     lr_scheduler = get_scheduler(optim.schedule, optimizer, **counts)
     ema = EMAModel(
@@ -438,15 +460,16 @@ def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> 
 
 
 def prepared_state(
-    network: ComplexityDiTTransformer2DModel, config: TrainConfig, accelerator: Accelerator
+    state: TrainState, config: RunConfig, accelerator: Accelerator
 ) -> tuple[TrainState, nn.Module]:
-    """`build_state` on the devices and processes of the run, and the wrapped model to call.
+    """A new state on the devices and processes of the run, and the wrapped model to call.
 
     The order matters: blocks are compiled before FSDP2 hooks into them, and the average restarts
     from the parameters as they are placed after that.
     """
-    state = build_state(network, config)
-    if config.gradient_accumulation_steps * accelerator.num_processes > 1:
+    network = state.model
+    parts = getattr(config, "gradient_accumulation_steps", 1)
+    if parts * accelerator.num_processes > 1:
         defer_bounds(network)  # `optimizer_step` applies them to the gradient of the whole batch
     if config.compile == "regional":
         network.compile_repeated_blocks(fullgraph=True)

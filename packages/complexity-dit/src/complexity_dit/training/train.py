@@ -1,7 +1,8 @@
 """The training of a diffusion transformer: one loop that knows neither the objective nor the files.
 
-`train` sets a run up, `_train` holds the loop, and `optimizer_step` is what each turn of it does.
-Below them are the parts of the setup: accelerator and tracker.
+`train` opens a run (`open_run`), `_train` sets it up, `run_steps` is the loop, and `optimizer_step`
+is what each turn of it does. Below them are the parts of the setup: accelerator and tracker.
+`autoencoder` trains another network in the same runs.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
-from complexity_dit.config import RUN_KIND, TrainConfig
+from complexity_dit.config import RUN_KIND, RunConfig, TrainConfig
 from complexity_dit.data.clusters import (
     CLUSTER_FIELD,
     fit_clusters,
@@ -49,7 +50,13 @@ from complexity_dit.distributed import (
 from complexity_dit.labels import LabelTable
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.seeding import SEEDING
-from complexity_dit.training.batches import StepBatches, images_per_pass, moved, step_loader
+from complexity_dit.training.batches import (
+    PictureBatches,
+    StepBatches,
+    images_per_pass,
+    moved,
+    step_loader,
+)
 from complexity_dit.training.callbacks import Callback, NoiseLevels, TrainLog, build_callbacks
 from complexity_dit.training.network import adapt, build_model, start_from
 from complexity_dit.training.objective import build_scheduler, training_loss
@@ -57,6 +64,7 @@ from complexity_dit.training.state import (
     STATE_FILE,
     SavedPipeline,
     TrainState,
+    build_state,
     full_tensor,
     prepared_state,
     read_state,
@@ -78,6 +86,7 @@ from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
 from inl_core.run.launcher import check_compiler, check_launcher
 from inl_core.run.ownership import (
+    Owner,
     check_data,
     history_comment,
     table_of_owners,
@@ -147,26 +156,48 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             disk, a damaged checkpoint, or a process of the run that died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
-    check_start(config)
+    parts = config.gradient_accumulation_steps
+    with open_run(config, RUN_KIND, build is not build_model, parts) as run:
+        return _train(config, build, *run)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, kind: str, foreign: bool = False, parts: int = 1
+) -> Iterator[tuple[Accelerator, Path | None, dict[str, Any]]]:
+    """Claim the folder of a run, choose its precision and join its processes.
+
+    Args:
+        config: The run.
+        kind: Mark of its folder.
+        foreign: Whether a step may make no use of some parameters.
+        parts: That the batch of a step is split into.
+
+    Yields:
+        The accelerator; the checkpoint to resume from, None for a new run; and the contents of its
+        `state.json`, with `kept`, its settings with what `auto` stood for.
+    """
+    check_start(config, parts)
     accelerator = None
     with own_accelerator_state():
         try:
-            images_per_pass(config, process_count())
+            images_per_pass(config.batch_size, process_count(), parts)
             with (
                 report_dead_workers(),
                 open_run_folder(
-                    Path(config.out), config.resume, STATE_FILE, RUN_KIND, on_main
+                    Path(config.out), config.resume, STATE_FILE, kind, on_main
                 ) as checkpoint,
             ):
                 meta = read_state(checkpoint) if checkpoint is not None else {"config": {}}
                 if checkpoint is not None:
+                    if (found := meta.get("kind", RUN_KIND)) != kind:
+                        raise UserError(f"{checkpoint} is of a {found}; choose another --out")
                     meta["kept"] = kept(meta["config"], meta.get("resolved", {}), FORMER)
-                precision = _precision(config, meta.get("kept", {}))
+                precision = _precision(config, meta.get("kept", {}), parts)
                 accelerator = make_accelerator(
-                    dataclasses.replace(config, mixed_precision=precision),
-                    foreign=build is not build_model,
+                    dataclasses.replace(config, mixed_precision=precision), foreign=foreign
                 )
-                return _train(config, build, accelerator, checkpoint, meta)
+                yield accelerator, checkpoint, meta
         finally:  # destroys the process group: no message is possible after it
             if accelerator is not None:
                 accelerator.end_training()
@@ -189,7 +220,9 @@ def _train(
     checkpoints = out / "checkpoints"
     changes: list[dict[str, Any]] = []
     if checkpoint is not None:
-        changes = _resumed_settings(meta, settings, checkpoint, accelerator.num_processes)
+        if not config.lora.rank:
+            settings["init_from"] = meta["config"].get("init_from")  # it was used then, not now
+        changes = resumed_settings(OWNERS, meta, settings, checkpoint, accelerator.num_processes)
     data, heldout = main_first(lambda: load_training_data(config.data)), None
     if config.heldout_every:
         heldout = main_first(lambda: load_training_data(config.data, "heldout"))
@@ -213,15 +246,15 @@ def _train(
         network = build(config, data)
         if config.init_from is not None and checkpoint is None:
             start_from(network, config.init_from, data.label_names)
-    config = dataclasses.replace(
-        config, compile=_compile(config, meta.get("kept", {}), network, data)
-    )
-    state, model = prepared_state(network, config, accelerator)
+    tokens = config.steps * config.batch_size * (data.sample_size // config.model.patch_size) ** 2
+    flops = 6 * tokens * sum(p.numel() for p in network.parameters())
+    config = dataclasses.replace(config, compile=chosen_compile(config, meta, flops))
+    state, model = prepared_state(build_state(network, config), config, accelerator)
     seeding = SEEDING if checkpoint is None else meta.get("seeding", 1)
     if seeding not in range(1, SEEDING + 1):
         raise UserError(f"{checkpoint} has seeding {seeding!r}: resume it with a newer version")
     record = {
-        "config": settings, "changes": changes, "data": _identity(data), "seeding": seeding,
+        "config": settings, "changes": changes, "data": identity(data), "seeding": seeding,
         "resolved": {name: getattr(config, name) for name in FORMER},
     }  # fmt: skip
     if checkpoint is not None:
@@ -230,10 +263,7 @@ def _train(
             meta.get("data"), record["data"], checkpoint,
             f"start a new run from its weights: --init_from {checkpoint / saved.folder_name}",
         )  # fmt: skip
-    if accelerator.is_main_process:
-        with atomic_file(out / "config.yaml") as partial_file:
-            partial_file.write_text(history_comment(changes) + dump_settings(settings))
-    start_tracker(config.report_to, accelerator, out, settings, state.step)
+    start_files(config, accelerator, record, state.step)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
@@ -242,30 +272,76 @@ def _train(
     log = TrainLog(out, state.step, accelerator, state.skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
     callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step)
+
+    def step(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+        return optimizer_step(accelerator, model, state, batch, config, noise)
+
+    def save() -> Path:
+        return state.save(checkpoints, saved, record)
+
+    run_steps(config, accelerator, state, batches, step, save, log, noise, callbacks)
+    averaged = state.export("ema")
+
+    def save_final() -> None:
+        with atomic_folder(out / saved.folder_name) as folder:
+            saved.save(averaged, folder)
+
+    on_main(save_final)
+    return out / saved.folder_name
+
+
+def run_steps(
+    config: RunConfig,
+    accelerator: Accelerator,
+    state: TrainState,
+    batches: StepBatches | PictureBatches,
+    step: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, bool]],
+    save: Callable[[], Path],
+    log: TrainLog,
+    means: Any,
+    callbacks: list[Callback],
+) -> None:
+    """The steps of a run that are left, with its log, checkpoints and callbacks.
+
+    Args:
+        config: The run.
+        accelerator: Its processes.
+        state: Its state, of which `step` and `skipped` are counted here.
+        batches: The input of each step, see `step_loader`.
+        step: Does one of them; returns loss, gradient norm and whether weights were updated.
+        save: Writes a checkpoint and returns it.
+        log: The loss curve.
+        means: What else is averaged between the rows of the log: `flush(step)` writes it.
+        callbacks: What is done every so many steps.
+
+    Raises:
+        RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
+    """
     if state.step:  # a run killed between a checkpoint and its callbacks makes up for them
         run_callbacks(callbacks, state)
+    checkpoints = Path(config.out) / "checkpoints"
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step",
                disable=None if accelerator.is_main_process else True)  # fmt: skip
     with bar, StopRequest() as stop:
         for batch in step_loader(batches, range(state.step, config.steps), accelerator.device):
             lr = state.lr_scheduler.get_last_lr()[0]
-            loss, grad_norm, taken = optimizer_step(accelerator, model, state, batch, config, noise)
+            loss, grad_norm, taken = step(batch)
             state.step += 1
             state.skipped += not taken
             log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
             stopped_by = largest(stop.number)
-            save = stopped_by or is_checkpoint_step(state.step, config)
-            if save or state.step % config.log_every == 0:
+            due = stopped_by or is_checkpoint_step(state.step, config)
+            if due or state.step % config.log_every == 0:
                 shown = log.flush(config)
                 bar.set_postfix(shown)
                 # In a file, a bar is one endless line.
                 if bar.disable and accelerator.is_main_process:
                     words = ", ".join(f"{name} {value}" for name, value in shown.items())
                     logger.info("step %d of %d: %s", state.step, config.steps, words)
-                noise.flush(state.step)
-            if save:
-                newest = state.save(checkpoints, saved, record)
+                means.flush(state.step)
+            if due:
+                newest = save()
                 on_main(
                     lambda: drop_old_checkpoints(checkpoints, config.keep_last, config.keep_every)
                 )
@@ -276,14 +352,6 @@ def _train(
                     "resume with --resume auto",
                 )
             run_callbacks(callbacks, state)
-        averaged = state.export("ema")
-
-        def save_final() -> None:
-            with atomic_folder(out / saved.folder_name) as folder:
-                saved.save(averaged, folder)
-
-        on_main(save_final)
-    return out / saved.folder_name
 
 
 def optimizer_step(
@@ -338,9 +406,10 @@ def optimizer_step(
     return total, grad_norm, taken
 
 
-def is_checkpoint_step(step: int, config: TrainConfig) -> bool:
+def is_checkpoint_step(step: int, config: RunConfig) -> bool:
     """Whether a checkpoint is due after this step: by an interval, or because it is the last."""
-    intervals = (config.checkpoint_every, config.keep_every, config.evaluate_every, config.steps)
+    evaluate_every = getattr(config, "evaluate_every", 0)
+    intervals = (config.checkpoint_every, config.keep_every, evaluate_every, config.steps)
     return any(every and step % every == 0 for every in intervals)
 
 
@@ -352,14 +421,16 @@ def run_callbacks(callbacks: list[Callback], state: TrainState) -> None:
             callback(state)
 
 
-def _resumed_settings(
-    meta: dict[str, Any], settings: dict[str, Any], checkpoint: Path, processes: int
+def resumed_settings(
+    owners: Mapping[str, Owner],
+    meta: dict[str, Any],
+    settings: dict[str, Any],
+    checkpoint: Path,
+    processes: int,
 ) -> list[dict[str, Any]]:
     """Log where the run resumes, refuse settings that it cannot change, and return its history."""
-    if not settings["lora"]["rank"]:
-        settings["init_from"] = meta["config"].get("init_from")  # it was used then, not now
     now = kept_settings(settings, meta["kept"])
-    changes = take_settings(OWNERS, meta["kept"], now, checkpoint, meta["step"])
+    changes = take_settings(owners, meta["kept"], now, checkpoint, meta["step"])
     logger.info("resumed from %s at step %d", checkpoint, meta["step"])
     if meta.get("processes", processes) != processes:
         logger.info(
@@ -369,7 +440,7 @@ def _resumed_settings(
     return [*meta.get("changes", []), *changes]
 
 
-def _precision(config: TrainConfig, saved: dict[str, Any]) -> Any:
+def _precision(config: RunConfig, saved: dict[str, Any], parts: int) -> Any:
     """The precision: as set, that of the checkpoint that is resumed, or what suits the device."""
     device = pick_device("auto")
     precision = config.mixed_precision
@@ -377,23 +448,22 @@ def _precision(config: TrainConfig, saved: dict[str, Any]) -> Any:
         precision = saved.get("mixed_precision") or on_main(
             lambda: settled("mixed_precision", choose_precision(device))
         )
-        check_launcher(precision, config.gradient_accumulation_steps)
+        check_launcher(precision, parts)
     if is_main():
         warn_without_units(precision, device)
     return precision
 
 
-def _compile(
-    config: TrainConfig, saved: dict[str, Any], network: nn.Module, data: TrainingData
-) -> Any:
-    """What is compiled: as set, as in the run that is resumed, or the blocks if it pays."""
+def chosen_compile(config: RunConfig, meta: dict[str, Any], flops: float) -> Any:
+    """What is compiled: as set, as in the run that is resumed, or the blocks if it pays.
+
+    `flops` are those of the whole run.
+    """
     if config.compile != AUTO:
         return config.compile
+    saved = meta.get("kept", {})
     if not saved:
-        tokens = config.steps * config.batch_size / process_count()
-        tokens *= (data.sample_size // config.model.patch_size) ** 2
-        flops = 6 * tokens * sum(p.numel() for p in network.parameters())
-        choice = choose_compile(flops, pick_device("auto"))
+        choice = choose_compile(flops / process_count(), pick_device("auto"))
         words = Choice("regional" if choice.value else "no", choice.reason)
         return on_main(lambda: settled("compile", words))
     if saved["compile"] != "no":
@@ -417,7 +487,19 @@ def _clustered(data: TrainingData | None, centres: Tensor) -> Any:
     return with_clusters(data, centres, on_main(partial(nearest_clusters, data, centres)))
 
 
-def _identity(data: TrainingData) -> dict[str, Any]:
+def start_files(
+    config: RunConfig, accelerator: Accelerator, record: dict[str, Any], step: int
+) -> None:
+    """Write `config.yaml`, with the history of a resumed run, and start the tracker."""
+    out = Path(config.out)
+    if accelerator.is_main_process:
+        with atomic_file(out / "config.yaml") as partial_file:
+            comment = history_comment(record["changes"])
+            partial_file.write_text(comment + dump_settings(record["config"]))
+    start_tracker(config.report_to, accelerator, out, record["config"], step)
+
+
+def identity(data: TrainingData) -> dict[str, Any]:
     """What a checkpoint records of the training data, to know them again."""
     return {"fingerprint": data.fingerprint, "number of pictures": len(data)}
 
@@ -425,14 +507,14 @@ def _identity(data: TrainingData) -> dict[str, Any]:
 # Accelerator and tracker.
 
 
-def check_start(config: TrainConfig) -> None:
+def check_start(config: RunConfig, parts: int = 1) -> None:
     """Refuse what can be known to fail before anything is read or written."""
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(  # accelerate would ignore it silently
             f"report_to {config.report_to} needs the package {config.report_to}, which is not "
             f"installed: pip install {config.report_to}, or choose tensorboard or none"
         )
-    check_launcher(config.mixed_precision, config.gradient_accumulation_steps)
+    check_launcher(config.mixed_precision, parts)
     if config.compile not in ("no", AUTO):
         check_compiler()
 
@@ -449,7 +531,7 @@ def own_accelerator_state() -> Iterator[None]:
         AcceleratorState._shared_state.update(before)
 
 
-def make_accelerator(config: TrainConfig, foreign: bool = False) -> Accelerator:
+def make_accelerator(config: RunConfig, foreign: bool = False) -> Accelerator:
     """An `Accelerator`: processes and devices from the launcher, the rest from the config.
 
     Its `mixed_precision` must be chosen, and not `auto`. A network of others, `foreign`, may have
