@@ -125,7 +125,7 @@ def assert_pooled_as_good_as_eager(
     op: Op,
     definition: Op,
     draws: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor]]],
-    spread: Callable[[Sequence[Tensor | None]], list[Tensor | None]] | None = None,
+    spread: Callable[[Sequence[Tensor | None]], list[Tensor | None]],
     sums: float = 4.0,
 ) -> None:
     """Pooled over the draws: RMS error against fp64 at most 1.25 × eager's, plus `SLACK`.
@@ -139,7 +139,7 @@ def assert_pooled_as_good_as_eager(
         definition: The reference, in its own dtype and in fp64.
         draws: (arguments, gradients of the outputs) pairs.
         spread: Expands arguments shared by rows to one per row, whose gradients are the terms of
-            those sums; None allows no additional error.
+            those sums.
         sums: See above.
     """
     got, want, truth, terms = [], [], [], []
@@ -147,10 +147,7 @@ def assert_pooled_as_good_as_eager(
         got.append(results_of(op, given, down))
         want.append(results_of(definition, given, down))
         truth.append(results_of(definition, given, down, torch.float64))
-        each = (
-            None if spread is None else results_of(definition, spread(given), down, torch.float64)
-        )
-        terms.append(each or truth[-1])
+        terms.append(results_of(definition, spread(given), down, torch.float64))
     for index, (a, b, c, d) in enumerate(
         zip(*(zip(*table, strict=True) for table in (got, want, truth, terms)), strict=True)
     ):

@@ -122,10 +122,10 @@ def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(*lead, value.shape[-1]).expand(*groups, value.shape[-1])
 
 
-def conditions(op: str, x: Tensor, **values: Tensor | None) -> list[Any]:
-    """`per_sample` of each value by its name; None stays None, the others must have one shape."""
-    given = [v if v is None else per_sample(op, name, v, x) for name, v in values.items()]
-    shapes = sorted({tuple(v.shape) for v in given if v is not None})
+def conditions(op: str, x: Tensor, **values: Tensor) -> list[Tensor]:
+    """`per_sample` of each value by its name; all must have one shape."""
+    given = [per_sample(op, name, value, x) for name, value in values.items()]
+    shapes = sorted({tuple(value.shape) for value in given})
     if len(shapes) > 1:
         raise ValueError(f"{op}: {', '.join(values)} must have one shape, got {shapes}")
     return given
