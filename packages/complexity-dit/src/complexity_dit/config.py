@@ -723,6 +723,48 @@ class SampleConfig:
 
 
 @dataclass
+class StartConfig:
+    """What `sample` starts from in place of noise alone."""
+
+    image: str | None = None
+    """A picture, or a folder of them, to start from (image-to-image): its largest centred part of
+    the wanted shape, scaled. Labels that are not named are left out, not drawn. By default one
+    image for each picture and named label; further ones begin again with the first."""
+
+    mask: str | None = None
+    """With `image`, a picture of the same size (inpainting): white is made anew, black is kept."""
+
+    strength: float | None = None
+    """With `image`, the share of the steps to run: 0 is the picture itself, 1 keeps nothing of it.
+    By default 0.6, or with a mask 1."""
+
+    interpolate: bool = False
+    """A strip from the first named labels to the second (`--labels.style Cubism Fauvism`), in
+    `num_images` equal steps (8 by default), both ends included."""
+
+    to_seed: int | None = None
+    """With `interpolate`, the seed of the noise of the last image; by default that of the first."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for a value out of range, or for options that do not go together."""
+        check_range(self, "[0, 1]", "strength")
+        for name, value, needed in (
+            ("mask", self.mask, "image"),
+            ("strength", self.strength, "image"),
+            ("to_seed", self.to_seed, "interpolate"),
+        ):
+            if value is not None and not getattr(self, needed):
+                raise UserError(f"{name} {value} needs --{needed}")
+        if self.image and self.interpolate:
+            raise UserError("image and interpolate exclude each other: give one of them")
+
+    @property
+    def steps_share(self) -> float:
+        """The strength, or its default."""
+        return self.strength if self.strength is not None else 1.0 if self.mask else 0.6
+
+
+@dataclass
 class EvalSampleConfig(SampleConfig):
     """How the pictures of an evaluation are sampled; all of it is part of a result's settings."""
 

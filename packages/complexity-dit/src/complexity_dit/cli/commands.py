@@ -17,6 +17,7 @@ from complexity_dit.config import (
     EvalSampleConfig,
     PlanConfig,
     SampleConfig,
+    StartConfig,
     TrainConfig,
 )
 from inl_core.run.commands import Command, Option
@@ -49,12 +50,12 @@ def _autoencoder(config: AutoencoderConfig, source: str | None) -> None:
     print(f"the autoencoder is in {train_autoencoder(config)}")
 
 
-def _sample(config: SampleConfig, **options: Any) -> None:
+def _sample(config: SampleConfig, start: StartConfig, **options: Any) -> None:
     from complexity_dit.distributed import own_process_group
     from complexity_dit.pipelines.sampling import sample
 
     with own_process_group():
-        sample(**options, sampling=config)
+        sample(**options, sampling=config, start=start)
 
 
 def _evaluate(config: EvalConfig, **options: Any) -> None:
@@ -139,7 +140,7 @@ COMMANDS = {
             ),
             "overwrite": Option("Replace what --out holds.", False, bool),
         },
-        [SampleConfig],
+        [SampleConfig, StartConfig],
     ),
     "evaluate": Command(
         "Measure FID, KID and more of a pipeline or of images.",

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
@@ -297,17 +296,33 @@ def interpolate(
     if "return_dict" in settings:
         raise UserError("return_dict has no meaning here: the images themselves are returned")
     last = first if last is None else last
-    ends = [pipe.get_label_embeds(labels) for labels in (first, last)]
-    height, width = (settings.get(side) or pipe.sample_size for side in ("height", "width"))
-    factor, network = pipe.vae_scale_factor, pipe.transformer
-    shape = (1, network.config.in_channels, height // factor, width // factor)
+    size = [settings.get(side) or pipe.sample_size for side in ("height", "width")]
     noises = [
-        randn_tensor(shape, generator=torch.Generator().manual_seed(seed), dtype=network.dtype)
-        for seed in seeds
+        pipe._noise(1, *size, torch.Generator().manual_seed(seed), latents=None) for seed in seeds
+    ]
+    ends = [
+        pipe._filled_by_noise(pipe.get_label_ids(labels), noise)
+        for labels, noise in zip((first, last), noises, strict=True)
     ]
     shares = [i / (count - 1) for i in range(count)]
-    return pipe(
-        latents=torch.cat([slerp(*noises, share) for share in shares]),
-        label_embeds=torch.cat([torch.lerp(*ends, share) for share in shares]),
-        **settings,
-    ).images
+    return pipe(**between(pipe, ends, noises, shares), **settings).images
+
+
+@torch.no_grad()
+def between(
+    pipe: ComplexityDiTPipeline, ends: Sequence[Tensor], noises: Sequence[Tensor],
+    shares: Sequence[float],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Arguments of a pipeline for images between two.
+
+    Args:
+        pipe: The pipeline.
+        ends: Label ids of both, (1, F) each.
+        noises: Noise of both, (1, C, Y, X) each.
+        shares: Where the images lie: 0 is the first and 1 the last.
+    """
+    embeds = [pipe.transformer.embed_labels(ids.to(pipe._execution_device)) for ids in ends]
+    return {
+        "latents": torch.cat([slerp(*noises, share) for share in shares]),
+        "label_embeds": torch.cat([torch.lerp(*embeds, share) for share in shares]),
+    }

@@ -336,6 +336,11 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         filled = self._label_table.fill(class_labels.cpu().numpy(), shares)
         return torch.from_numpy(filled).to(class_labels.device)
 
+    def _filled_by_noise(self, class_labels: Tensor, noise: Tensor) -> Tensor:
+        """`fill_labels` by a hash of an image's noise, which is the same in every batch."""
+        hashes = [array_hash(one.float().cpu().numpy()) for one in noise]
+        return self.fill_labels(class_labels, [int(h[:13], 16) / 16**13 for h in hashes])
+
     @torch.no_grad()
     def get_label_embeds(self, labels: Labels | None = None, /, **named: Any) -> Tensor:
         """Embeddings of labels, (B, D), to blend and to pass as `label_embeds`.
@@ -543,9 +548,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         condition = repeat_rows(condition, count, repeats, "labels", "images").to(device)
         noise = self._noise(count, height, width, call.generator, call.latents)
         if image is None and call.class_labels is None and call.label_embeds is None:
-            # By a hash of its noise an image has the same labels in every batch.
-            hashes = [array_hash(one.float().cpu().numpy()) for one in noise]
-            condition = self.fill_labels(condition, [int(h[:13], 16) / 16**13 for h in hashes])
+            condition = self._filled_by_noise(condition, noise)
         set_steps(self.scheduler, steps, device)
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
         x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)

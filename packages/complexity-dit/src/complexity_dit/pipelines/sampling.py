@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from complexity_dit.config import ADAPTER_FILE, AUTOENCODER_KIND, SampleConfig
+from complexity_dit.config import ADAPTER_FILE, AUTOENCODER_KIND, SampleConfig, StartConfig
 from complexity_dit.distributed import is_main, on_main, own_blocks
 from complexity_dit.grids import draw_grid
 from complexity_dit.hashing import array_hash, module_hash, weights_sha256
+from complexity_dit.labels import MISSING
 from complexity_dit.models.loading import describe
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -30,6 +31,7 @@ from complexity_dit.pipelines.sample_folders import (
     prepare_samples,
 )
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler, prediction_type
+from complexity_dit.pipelines.starts import Between, FromPictures, Start, built_as, pictures_in
 from complexity_dit.seeding import SEEDING, generator_for, uniform
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
@@ -172,7 +174,10 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
 
 
 def sample_settings(
-    pipe: ComplexityDiTPipeline, labels: Tensor, config: SampleConfig
+    pipe: ComplexityDiTPipeline,
+    labels: Tensor,
+    config: SampleConfig,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the bits of the images."""
     sample, guide = asdict(config), {}
@@ -191,6 +196,7 @@ def sample_settings(
         "device": pipe.device.type,
         "dtype": str(pipe.transformer.dtype),
         **{f"sample.{name}": value for name, value in sample.items()},
+        **(start.settings if start else {}),
     }
 
 
@@ -205,6 +211,7 @@ def iter_samples(
     config: SampleConfig,
     indices: Sequence[int] | None = None,
     progress: bool = True,
+    start: Start | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Generate images of a seeded set.
 
@@ -215,19 +222,23 @@ def iter_samples(
         indices: Which images to generate, in ascending order; None means all N. With several
             processes, pass each its share.
         progress: Show a progress bar.
+        start: What the images start from other than noise; its labels are used, and of `labels`
+            only the number.
 
     Yields:
         Indices, and their images as uint8 (n, Y, X, 3), rounded to nearest.
     """
     guide = None if config.autoguidance is None else load_guide(config.autoguidance, pipe)
-    pipe = copy.copy(pipe)  # the caller's keeps its scheduler and its progress bar
+    # The caller's pipeline keeps its scheduler and its progress bar.
+    pipe = copy.copy(pipe) if start is None else built_as(start.pipeline, pipe)
     pipe.scheduler = named_scheduler(pipe.scheduler, config.scheduler, config.shift)
     pipe.set_progress_bar_config(disable=True)
     indices = list(range(len(labels)) if indices is None else indices)
     with Progress("sampling", len(indices), "image", shown=progress) as done:
         for batch in _consecutive_batches(indices, config.batch_size):
+            own = {"class_labels": labels[batch]} if start is None else start.arguments(pipe, batch)
             images = pipe(
-                class_labels=labels[batch],
+                **own,
                 generator=[generator_for(config.seed, "sample", i) for i in batch],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
@@ -286,6 +297,7 @@ def sample(
     labels: dict[str, list[str]] | None = None,
     sampling: SampleConfig | None = None,
     overwrite: bool = False,
+    start: StartConfig | None = None,
 ) -> Path:
     """Sample from a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
 
@@ -301,15 +313,16 @@ def sample(
         sampling: Seed, sampler and batch.
         overwrite: Replace an existing file, or the images of other settings in a folder of samples.
             A folder of the same settings is completed in any case.
+        start: Pictures to start from, or a strip between two images.
 
     Returns:
         What was written.
 
     Raises:
         UserError: If `out` is not a folder of these samples, exists, is the name of a file of
-            another kind, or cannot be written, or a label is unknown.
+            another kind, or cannot be written, a label is unknown, or a picture cannot be read.
     """
-    sampling = sampling or SampleConfig()
+    sampling, start = sampling or SampleConfig(), start or StartConfig()
     target = Path(out)
     is_file = target.suffix in (".png", ".npz")
     if not is_file and target.suffix.lower() in _OTHER_SUFFIXES and not target.is_dir():
@@ -317,23 +330,26 @@ def sample(
             f"--out {target} would be a folder; expected FILE.png (one grid), FILE.npz (arr_0), or "
             "the name of a folder"
         )
-    request = (pipeline, target, labels or {}, num_images, sampling, overwrite)
+    if start.image and target.is_dir() and target.resolve() == Path(start.image).resolve():
+        raise UserError(f"--out {target} is the folder of --image: choose another --out")
+    asked = labels or {}, num_images, sampling, start
     with ExitStack() as held:
         if is_file:
-            on_main(lambda: _sample_file(*request))
+            on_main(lambda: _sample_file(pipeline, target, overwrite, *asked))
         else:
             on_main(lambda: held.enter_context(claim_samples(target)))
-            _sample_folder(*request)
+            _sample_folder(pipeline, target, overwrite, *asked)
     return target
 
 
 def _sample_file(
     pipeline: str,
     target: Path,
+    overwrite: bool,
     labels: dict[str, list[str]],
     num_images: int | None,
     sampling: SampleConfig,
-    overwrite: bool,
+    start: StartConfig,
 ) -> None:
     """Write a grid or an archive."""
     if target.exists() and not overwrite:
@@ -341,8 +357,9 @@ def _sample_file(
     is_grid = target.suffix == ".png"
     with writing(target), atomic_file(target) as aside:  # now: it may not be possible to write it
         pipe = load_pipeline(pipeline)
-        rows = drawn_labels(pipe, _sample_labels(pipe, labels, num_images, is_grid), sampling.seed)
-        images = np.concatenate([batch for _, batch in iter_samples(pipe, rows, sampling)])
+        rows, begin = _rows_and_start(pipe, labels, num_images, sampling, start, is_grid)
+        batches = iter_samples(pipe, rows, sampling, start=begin)
+        images = np.concatenate([batch for _, batch in batches])
         with aside.open("wb") as file:
             if is_grid:
                 draw_grid(images, _COLUMNS, _row_captions(pipe, rows)).save(file, format="PNG")
@@ -354,15 +371,16 @@ def _sample_file(
 def _sample_folder(
     pipeline: str,
     folder: Path,
+    overwrite: bool,
     labels: dict[str, list[str]],
     num_images: int | None,
     sampling: SampleConfig,
-    overwrite: bool,
+    start: StartConfig,
 ) -> None:
     """Write the images that a claimed folder does not have yet; every process takes a share."""
     pipe = load_pipeline(pipeline)
-    rows = drawn_labels(pipe, _sample_labels(pipe, labels, num_images, False), sampling.seed)
-    settings = sample_settings(pipe, rows, sampling)
+    rows, begin = _rows_and_start(pipe, labels, num_images, sampling, start, is_grid=False)
+    settings = sample_settings(pipe, rows, sampling, begin)
     key = key_of(settings)
 
     def find_missing() -> list[int]:
@@ -372,7 +390,7 @@ def _sample_folder(
     missing = on_main(find_missing)
     share = {i for block in own_blocks(len(rows), sampling.chunk_size) for i in block}
     own = [i for i in missing if i in share]
-    for indices, batch in iter_samples(pipe, rows, sampling, own, progress=is_main()):
+    for indices, batch in iter_samples(pipe, rows, sampling, own, is_main(), begin):
         for i, image in zip(indices, batch, strict=True):
             keep_image(folder, i, image, key)
     had = f", which had the other {len(rows) - len(missing)}" if len(missing) < len(rows) else ""
@@ -387,23 +405,53 @@ def drawn_labels(pipe: ComplexityDiTPipeline, labels: Tensor, seed: int) -> Tens
     return pipe.fill_labels(labels, [uniform(seed, "labels", i) for i in range(len(labels))])
 
 
-def _sample_labels(
-    pipe: ComplexityDiTPipeline, labels: dict[str, list[str]], num_images: int | None, is_grid: bool
-) -> Tensor:
-    """Label ids (N, F) for the command line: names alternate, in a grid from row to row."""
+def _rows_and_start(
+    pipe: ComplexityDiTPipeline,
+    labels: dict[str, list[str]],
+    num_images: int | None,
+    sampling: SampleConfig,
+    start: StartConfig,
+    is_grid: bool,
+) -> tuple[Tensor, Start | None]:
+    """Label ids (N, F) for the command line, and what the images start from other than noise.
+
+    Labels alternate from image to image, in a grid from row to row.
+    """
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images {num_images} must be at least 1")
+    size = sampling.height or pipe.sample_size, sampling.width or pipe.sample_size
+    table = _combinations(pipe, labels)
+    if start.image:
+        files = pictures_in(Path(start.image))
+        rows = table[torch.arange(num_images or len(files) * len(table)) % len(table)]
+        mask = Path(start.mask) if start.mask else None
+        return rows, FromPictures(files, rows, size, mask, start.steps_share, len(table))
+    if start.interpolate:
+        if len(table) > 2:
+            raise UserError(f"interpolate goes from one label to another, not over {len(table)}")
+        seeds = sampling.seed, sampling.seed if start.to_seed is None else start.to_seed
+        ends = [
+            drawn_labels(pipe, row[None], seed)
+            for row, seed in zip((table[0], table[-1]), seeds, strict=True)
+        ]
+        way = Between(torch.cat(ends), seeds, num_images or _COLUMNS, size)
+        return torch.full((way.count, len(pipe.label_names)), MISSING), way
     if not labels and is_grid:
         rows = grid_labels(pipe, _COLUMNS)
-        return rows if num_images is None else rows[torch.arange(num_images) % len(rows)]
-    combinations = max((len(names) for names in labels.values()), default=1)
+        rows = rows if num_images is None else rows[torch.arange(num_images) % len(rows)]
+    else:
+        count = num_images or (_COLUMNS * len(table) if is_grid else 64)
+        rows = table[torch.arange(count) // (_COLUMNS if is_grid else 1) % len(table)]
+    return drawn_labels(pipe, rows, sampling.seed), None
+
+
+def _combinations(pipe: ComplexityDiTPipeline, labels: dict[str, list[str]]) -> Tensor:
+    """Label ids (n, F) of the named labels: field by field in turn, as many as the longest list."""
+    count = max((len(names) for names in labels.values()), default=1)
     cycled = {
-        f: [names[i % len(names)] for i in range(combinations)] for f, names in labels.items()
+        field: [names[i % len(names)] for i in range(count)] for field, names in labels.items()
     }
-    table = pipe.get_label_ids(cycled)
-    count = num_images or (_COLUMNS * combinations if is_grid else 64)
-    block = _COLUMNS if is_grid else 1
-    return table[torch.arange(count) // block % len(table)]
+    return pipe.get_label_ids(cycled)
 
 
 def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor) -> list[str]:
