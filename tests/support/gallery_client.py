@@ -15,6 +15,14 @@ _PNG = re.compile(r'<a href="data:image/png;base64,([^"]+)" download="[^"]*" tit
 _STATE = re.compile(r'data-state="(\w+)"')
 
 
+def values(
+    label: str, seed: int, count: int, steps: int, side: int, show: Any = "A grid of several seeds"
+) -> list[Any]:
+    """What the widgets of a pipeline with the fields style and genre send with *Paint*."""
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    return [show, count, seed, steps, 2.0, 1.0, scheduler, side, label, ""]
+
+
 class Page:
     """One open page: a session of its own, kept alive by a heartbeat as in a browser.
 
@@ -64,8 +72,7 @@ class Page:
             (state, HTML of the wall): waiting, generating, and at the end done, refused, cancelled,
             or HTTP 503 if the queue is full.
         """
-        grid, scheduler = "A grid of several seeds", "FlowMatchEulerDiscreteScheduler"
-        answer = await self.click([grid, count, seed, steps, 2.0, scheduler, side, label, ""])
+        answer = await self.click(values(label, seed, count, steps, side))
         if answer.status_code != 200:
             yield f"HTTP {answer.status_code}", answer.text
             return
