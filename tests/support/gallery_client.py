@@ -20,7 +20,8 @@ def values(
 ) -> list[Any]:
     """What the widgets of a pipeline with the fields style and genre send with *Paint*."""
     scheduler = "FlowMatchEulerDiscreteScheduler"
-    return [show, count, seed, steps, 2.0, 1.0, scheduler, side, label, ""]
+    form, labels = ["", "", "noise", show, 0.6, 1], [label, "", "", ""]
+    return [*form, count, seed, steps, 2.0, 1.0, scheduler, side, *labels]
 
 
 class Page:

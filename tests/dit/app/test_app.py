@@ -1,7 +1,9 @@
 """The addresses that the gallery's server answers, and a session in a browser."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import signal
 import socket
@@ -19,11 +21,12 @@ from complexity_dit.app.gallery import CHUNK, Gallery, Settings
 from complexity_dit.app.server import MAX_BODY, Guard, build_server, page_files
 from complexity_dit.config import AppConfig
 from inl_core.run.errors import UserError
+from support.pictures import encoded
 
 CHROMIUM = Path("/usr/bin/chromium")
 
 
-def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+def answer(method: str, path: str, body: bytes = b"", **limits: int) -> tuple[int, bytes]:
     """Send a request to the guard; its status, and the body that the guarded server received."""
     received, sent = [], []
 
@@ -39,7 +42,8 @@ def answer(method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path}
-    asyncio.run(Guard(server, frozenset({"/assets/a.js"}))(scope, receive, send))
+    guard = Guard(server, frozenset({"/assets/a.js"}), **limits)
+    asyncio.run(guard(scope, receive, send))
     return sent[0]["status"], received[0] if received else b""
 
 
@@ -84,7 +88,9 @@ def test_the_guard_accepts_only_plain_values():
     file = b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}'
     for body in (file, b'{"data": [[1]]}', b'{"event_data": {"path": "x"}}', b"[]", b"no json"):
         assert answer("POST", join, body)[0] == 400, body
-    assert answer("POST", join, b'{"data": ["' + b"a" * MAX_BODY + b'"]}')[0] == 413
+    large = b'{"data": ["' + b"a" * MAX_BODY + b'"]}'
+    assert answer("POST", join, large)[0] == 413
+    assert answer("POST", join, large, max_body=2 * MAX_BODY) == (200, large)
 
 
 def test_page_files_are_given_as_addresses(tmp_path):
@@ -237,6 +243,36 @@ def test_a_session_in_a_browser(address, browser, pipe, tmp_path):
     page.wait_for_selector("[data-state=done]")
     assert "Ukiyo e" in page.inner_text(".wall")
     assert saved("a.download")[1].strip == "style"
+
+    # A picture from the visitor's device, painted over in part: the rest stays as it is.
+    page.get_by_label("A picture", exact=True).click()
+    paint(".refusal")
+    assert "no image yet" in page.inner_text(".refusal")
+    own = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    page.set_input_files("#easel-file", {
+        "name": "own.png", "mimeType": "image/png", "buffer": encoded(Image.fromarray(own)),
+    })  # fmt: skip
+    page.wait_for_selector("#easel-mask")
+    box = page.locator("#easel-mask").bounding_box()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.9 * box["height"])
+    page.mouse.up()
+    paint("[data-state=done]")
+    image, settings, picture = saved(".wall figure a")
+    assert settings.mask is not None
+    *_, frame = Gallery(pipe).paint(settings)
+    np.testing.assert_array_equal(np.asarray(image), frame.images[picture])
+    kept = Image.open(io.BytesIO(base64.b64decode(settings.image)))
+    assert (np.asarray(image)[:, :4] == np.asarray(kept)[:, :4]).all()
+
+    # A strip between two images.
+    page.get_by_label("Two images", exact=True).click()
+    choose("To style", "Cubism")
+    paint("[data-state=done]")
+    _, settings, _ = saved("a.download")
+    assert (settings.to_labels, settings.to_seed) == ({"style": "Cubism"}, 1)
+    page.get_by_label("Noise", exact=True).click()
 
     # A refusal names what to do; sampling can be stopped, and started again.
     page.get_by_text("How it is painted").click()

@@ -1,5 +1,6 @@
 """Sampling, limits and PNGs of the gallery, without gradio or a browser."""
 
+import base64
 import io
 import json
 import shlex
@@ -24,8 +25,10 @@ from complexity_dit.app.gallery import (
 )
 from complexity_dit.config import AppConfig, Limits, ObjectiveConfig
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.seeding import generator_for
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
+from support.pictures import encoded
 
 # Solvers of the DPM family convert tensors to arrays in a way that numpy 2 warns about.
 uses_dpm_solvers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -57,13 +60,7 @@ def test_the_command_on_the_page_samples_the_same_bits(gallery, tmp_path):
     scheduler = "DPMSolverMultistepScheduler"
     settings = gallery.check(replace(ASKED, scheduler=scheduler, side=12, num_images=5))
     gallery.pipe.save_pretrained(tmp_path / "pipeline")
-    command = sample_command(gallery, settings, str(tmp_path / "pipeline"))
-    words = shlex.split(command)
-    words[words.index("pictures")] = str(tmp_path / "pictures")
-    cli.run(words[1:])
-    files = sorted((tmp_path / "pictures").glob("*.png"))
-    images = np.stack([np.asarray(Image.open(file)) for file in files])
-    np.testing.assert_array_equal(images, final_images(gallery, settings))
+    painted_by_command(gallery, settings, final_images(gallery, settings), tmp_path)
 
 
 def test_internal_guidance_is_in_pictures_and_command(pipe):
@@ -111,6 +108,64 @@ def test_a_strip_differs_only_in_its_label(gallery):
     assert sample_command(gallery, strip) is None
 
 
+def test_labels_that_are_left_open_are_those_of_training_pictures(counted_pipe, gallery, tmp_path):
+    counted = Gallery(counted_pipe)
+    assert {tuple(counted.labels_of(seed).items()) for seed in range(40)} == {
+        (("style", "Cubism"), ("genre", "landscape")), (("style", "Cubism"), ("genre", "portrait")),
+        (("style", "Fauvism"), ("genre", "portrait")), (("style", "Ukiyo_e"),),
+    }  # fmt: skip
+    assert gallery.labels_of(0) == {}
+    settings = counted.check(replace(ASKED, labels={}, num_images=5))
+    images = final_images(counted, settings)
+    first = replace(settings, labels=counted.labels_of(settings.seed))
+    assert np.array_equal(final_images(counted, first)[0], images[0])
+    counted.pipe.save_pretrained(tmp_path / "pipeline")
+    painted_by_command(counted, settings, images, tmp_path)
+
+
+def painted_by_command(gallery, settings, images, folder):
+    words = shlex.split(sample_command(gallery, settings, str(folder / "pipeline")))
+    words[words.index("pictures")] = str(folder / "pictures")
+    cli.run(words[1:])
+    files = sorted((folder / "pictures").glob("*.png"))
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(Image.open(file)) for file in files]), images
+    )
+
+
+def test_a_strip_between_two_images_is_that_of_the_command(gallery, tmp_path):
+    settings = gallery.check(replace(ASKED, to_labels={"style": "Cubism"}, to_seed=9, num_images=5))
+    images = final_images(gallery, settings)
+    assert len(images) == 5
+    gallery.pipe.save_pretrained(tmp_path / "pipeline")
+    painted_by_command(gallery, settings, images, tmp_path)
+    assert sample_command(gallery, replace(settings, to_labels={"genre": "portrait"})) is None
+
+
+def test_a_picture_is_changed_where_the_mask_is_white(gallery):
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = base64.b64encode(encoded(Image.fromarray(values))).decode()
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (4, 0, 8, 8))
+    whole = gallery.check(replace(ASKED, image=picture, strength=0.0))
+    assert (final_images(gallery, whole) == values).all()
+    mask_text = base64.b64encode(encoded(mask)).decode()
+    part = gallery.check(replace(ASKED, image=picture, mask=mask_text, strength=1.0))
+    images = final_images(gallery, part)
+    assert (images[:, :, :4] == values[:, :4]).all()
+    assert not (images[:, :, 4:] == values[:, 4:]).all()
+    assert sample_command(gallery, part) is None
+    # The settings in a PNG are whole: its picture and mask are in them.
+    content = json.loads(
+        Image.open(io.BytesIO(picture_png(gallery, part, images[0], 0))).text[CHUNK]
+    )
+    assert Settings(**content["settings"]) == part
+    assert gallery.check(part) == part
+    wide = base64.b64encode(encoded(Image.new("RGB", (513, 4)))).decode()
+    with pytest.raises(UserError, match=r"image cannot be read .*at most 512 px"):
+        gallery.check(replace(ASKED, image=wide))
+
+
 def test_previews_approach_the_result(gallery, monkeypatch):
     monkeypatch.setattr(gallery_module, "PREVIEW_SECONDS", 0.0)
     previews = []
@@ -119,6 +174,14 @@ def test_previews_approach_the_result(gallery, monkeypatch):
     result = final_images(gallery, ASKED).astype(float)
     distances = [np.abs(frame.images - result).mean() for frame in previews]
     assert distances[0] > distances[1] > 0
+    # They are the predicted clean picture, which after the first of three steps is no longer noise.
+    noise = gallery.pipe(
+        style="Fauvism", num_images_per_prompt=3,
+        generator=[generator_for(7, "sample", i) for i in range(3)],
+        num_inference_steps=3, chunk_size=4, output_type="np",
+        callback_on_step_end=lambda pipe, *_: setattr(pipe, "_interrupt", True) or {},
+    ).images  # fmt: skip
+    assert np.abs(255 * noise - result).mean() > distances[0]
 
 
 def test_closing_the_iterator_ends_the_sampling(gallery, monkeypatch):
@@ -179,6 +242,14 @@ def test_every_scheduler_on_offer_is_deterministic(pipe, objective):
         ({"labels": {"mood": "blue"}}, "unknown label field 'mood'"),
         ({"strip": "mood"}, "'mood' must be a label field: style, genre"),
         ({"chunk_size": 0}, "chunk_size 0"),
+        ({"strength": 1.5}, "strength 1.5 must be a number from 0 to 1"),
+        ({"to_labels": {"style": "Fauvizm"}}, "near: 'Fauvism'"),
+        ({"to_labels": {}, "to_seed": -1}, "last seed -1 must be a whole number"),
+        ({"to_labels": {}, "strip": "style"}, "exclude each other"),
+        ({"mask": "abcd"}, "a mask needs an image"),
+        ({"image": ""}, "there is no image yet"),
+        ({"image": "no base64!"}, "the image cannot be read"),
+        ({"image": "aaaa"}, "expected a PNG of at most 512 px"),
     ],
 )
 def test_invalid_settings_are_refused(gallery, wrong, message):

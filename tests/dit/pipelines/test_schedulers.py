@@ -25,6 +25,8 @@ from complexity_dit.pipelines.schedulers import (
     count_evaluations,
     named_scheduler,
     network_times,
+    noised,
+    predicted_clean,
     scheduler_names,
     set_steps,
 )
@@ -314,3 +316,21 @@ def test_the_noise_of_a_stochastic_scheduler_is_that_of_the_generators(pipe, nam
         ).images  # fmt: skip
 
     assert np.array_equal(paint(1, 2)[1], paint(2)[0])
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_the_clean_image_follows_from_an_exact_prediction(kind):
+    scheduler = build_scheduler(ObjectiveConfig(prediction_type=kind))
+    set_steps(scheduler, 10, torch.device("cpu"))
+    clean, noise = torch.randn(2, 1, 3, 4, 4)
+    for step in (0, 4, 9):
+        x, time = noised(scheduler, clean, noise, step), network_times(scheduler)[step]
+        if kind == "flow":
+            prediction = noise - clean
+        else:
+            kept = scheduler.alphas_cumprod[int(time)]
+            prediction = (
+                noise if kind == "epsilon" else kept**0.5 * noise - (1 - kept) ** 0.5 * clean
+            )
+        found = predicted_clean(scheduler, x, prediction, time)
+        torch.testing.assert_close(found, clean, atol=2e-2, rtol=0)

@@ -2,15 +2,17 @@
 
 No widgets here. The images are a function of the settings and the pipeline's weights: image i of a
 grid has the noise that `complexity-dit sample` gives image i of the same seed, and all images of a
-strip have the noise of image 0, so that only the label differs.
+strip over labels have the noise of image 0, so that only the label differs.
 """
 
+import base64
 import contextlib
 import copy
 import io
 import json
 import queue
 import shlex
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from complexity_dit.config import Limits
 from complexity_dit.grids import draw_grid
 from complexity_dit.labels import MISSING
+from complexity_dit.pictures import read_picture
+from complexity_dit.pipelines.image_to_image import (
+    ComplexityDiTImg2ImgPipeline,
+    ComplexityDiTInpaintPipeline,
+)
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline, NetworkBatches
 from complexity_dit.pipelines.sampling import drawn_labels, pipeline_hash, to_uint8
 from complexity_dit.pipelines.schedulers import (
@@ -34,6 +41,7 @@ from complexity_dit.pipelines.schedulers import (
     prediction_type,
     scheduler_names,
 )
+from complexity_dit.pipelines.starts import Between, built_as
 from complexity_dit.seeding import generator_for, uniform
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import one_line
@@ -43,6 +51,8 @@ MAX_SEED = 2**32 - 1
 
 PREVIEW_SECONDS = 0.2
 """Least time between two previews, each of which costs a decoding."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 CHUNK = "complexity-dit"
 """Keyword of the text chunk of a PNG: JSON with settings, picture (index of the image; null for a
@@ -58,6 +68,21 @@ class Settings:
 
     strip: str | None = None
     """Label field of a strip, one image for each of its names from the same noise; None: a grid."""
+
+    to_labels: dict[str, str] | None = None
+    """Labels of the last image of a strip that leads there from `labels`; None: another form."""
+
+    to_seed: int | None = None
+    """Seed of the noise of that image; None is `seed`."""
+
+    image: str | None = None
+    """A PNG in base64 to start from; None: noise."""
+
+    mask: str | None = None
+    """A PNG in base64 whose white is painted anew and whose black is kept; None: everything."""
+
+    strength: float = 0.6
+    """With an image, the share of the steps to run."""
 
     seed: int = 0
     """The noise of image i comes from (seed, i), as in `complexity-dit sample`."""
@@ -95,7 +120,7 @@ class Frame:
     """Steps in all."""
 
     images: NDArray[np.uint8]
-    """(N, Y, X, 3): noise at first, samples at the end."""
+    """(N, Y, X, 3): the clean pictures that the network predicts, at the end the samples."""
 
     @property
     def done(self) -> bool:
@@ -158,6 +183,8 @@ class Gallery:
         scheduler = settings.scheduler or self.own_scheduler
         for name, value, low, high, limit in (
             ("seed", settings.seed, 0, MAX_SEED, ""),
+            ("last seed", settings.to_seed or 0, 0, MAX_SEED, ""),
+            ("strength", settings.strength, 0, 1, ""),
             ("number of pictures", settings.num_images, 1, limits.max_images, "max_images"),
             ("number of steps", settings.num_inference_steps, 1, limits.max_steps, "max_steps"),
             ("size", side, multiple, limits.max_side, "max_side"),
@@ -165,7 +192,7 @@ class Gallery:
             ("guidance", settings.guidance_scale, 0, limits.max_guidance, ""),
             ("internal guidance", settings.internal_guidance_scale, 0, limits.max_guidance, ""),
         ):
-            is_scale = name.endswith("guidance")
+            is_scale = name.endswith("guidance") or name == "strength"
             kinds = (int, float) if is_scale else (int,)
             if type(value) not in kinds or not low <= value <= high:  # NaN is refused too
                 kind = "a number" if is_scale else "a whole number"
@@ -179,6 +206,17 @@ class Gallery:
         if scheduler not in self.schedulers:
             raise UserError(f"scheduler {scheduler!r} must be one of {', '.join(self.schedulers)}")
         self.pipe.get_label_ids(settings.labels)
+        self.pipe.get_label_ids(settings.to_labels or {})
+        forms = (settings.strip, settings.to_labels, settings.image)
+        if sum(form is not None for form in forms) > 1:
+            raise UserError("strip, to_labels and image exclude each other: give one of them")
+        if settings.mask is not None and settings.image is None:
+            raise UserError("a mask needs an image")
+        pictures = {
+            name: self._fitted(name, text, side)
+            for name, text in (("image", settings.image), ("mask", settings.mask))
+            if text is not None
+        }
         if settings.strip is not None:
             if settings.strip not in self.label_names:
                 names = ", ".join(self.label_names) or "none"
@@ -191,7 +229,24 @@ class Gallery:
                     f"--max_images {count}"
                 )
         labels = {name: v for name, v in settings.labels.items() if name != settings.strip}
-        return replace(settings, labels=labels, scheduler=scheduler, side=side)
+        return replace(settings, labels=labels, scheduler=scheduler, side=side, **pictures)
+
+    def _fitted(self, name: str, text: str, side: int) -> str:
+        """A PNG in base64, checked and cut to a square of `side` pixels."""
+        if not text:
+            raise UserError(f"there is no {name} yet: choose one")
+        try:
+            data = base64.b64decode(text, validate=True)
+            if data[:8] != PNG or max(struct.unpack(">II", data[16:24])) > self.limits.max_side:
+                raise ValueError(f"expected a PNG of at most {self.limits.max_side} px")
+            picture = read_picture(data)
+        except (UserError, ValueError, struct.error) as error:
+            raise UserError(f"the {name} cannot be read ({error}): choose another") from error
+        if picture.size != (side, side):
+            picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        return base64.b64encode(file.getvalue()).decode()
 
     def paint(self, settings: Settings) -> Iterator[Frame]:
         """Sample, with previews on the way.
@@ -236,13 +291,13 @@ class Gallery:
             stop.set()
 
     def _paint(self, settings: Settings, stop: threading.Event, show: Any) -> Frame:
-        pipe = copy.copy(self.pipe)  # with an interrupt, scheduler and progress bar of its own
+        cls, arguments = self._start(settings)
+        pipe = built_as(cls, self.pipe)  # with an interrupt, scheduler and progress bar of its own
         pipe.set_progress_bar_config(disable=True)
         if settings.scheduler == self.own_scheduler:
             pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
         else:
             pipe.scheduler = named_scheduler(self.pipe.scheduler, settings.scheduler)
-        labels, noise = self._conditions(settings)
         steps, last_preview = settings.num_inference_steps, 0.0
 
         def after_step(running: Any, call: int, _: Tensor, tensors: dict) -> dict:
@@ -250,7 +305,7 @@ class Gallery:
             running._interrupt = stop.is_set()
             is_last = call + 1 == running.num_timesteps
             if not is_last and time.monotonic() - last_preview >= PREVIEW_SECONDS:
-                x = tensors["latents"].to(running.transformer.dtype)
+                x = tensors["pred_original_sample"].to(running.transformer.dtype)
                 pixels = running._decode(x, NetworkBatches(settings.chunk_size, 0))
                 images = running.image_processor.postprocess(pixels, output_type="np")
                 # A second-order scheduler makes two calls per step.
@@ -260,8 +315,7 @@ class Gallery:
             return {}
 
         images = pipe(
-            class_labels=labels,
-            generator=[generator_for(settings.seed, "sample", i) for i in noise],
+            **arguments,
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale,
             internal_guidance_scale=settings.internal_guidance_scale,
@@ -270,6 +324,7 @@ class Gallery:
             chunk_size=settings.chunk_size,
             output_type="np",
             callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
         ).images
         if not np.isfinite(images).all():
             raise UserError(
@@ -278,17 +333,36 @@ class Gallery:
             )
         return Frame(steps, steps, to_uint8(images))
 
-    def _conditions(self, settings: Settings) -> tuple[Tensor, list[int]]:
-        """Label ids (N, F), and the index of the noise of each image."""
-        row = self.pipe.get_label_ids(settings.labels)
-        if settings.strip is None:
-            rows = drawn_labels(self.pipe, row.repeat(settings.num_images, 1), settings.seed)
-            return rows, list(range(settings.num_images))
-        count = len(self.label_names[settings.strip])
-        rows = row.repeat(count, 1)
-        rows[:, list(self.label_names).index(settings.strip)] = torch.arange(count)
-        shares = [uniform(settings.seed, "labels", 0)] * count
-        return self.pipe.fill_labels(rows, shares), [0] * count
+    def _start(self, settings: Settings) -> tuple[type[ComplexityDiTPipeline], dict[str, Any]]:
+        """The class of the pipeline, and its arguments for labels, noise and picture."""
+        row, count = self.pipe.get_label_ids(settings.labels), settings.num_images
+        if settings.to_labels is not None:
+            last = self.pipe.get_label_ids(settings.to_labels)
+            seeds = settings.seed, settings.seed if settings.to_seed is None else settings.to_seed
+            side = settings.side or self.pipe.sample_size
+            ends = [drawn_labels(self.pipe, *end) for end in zip((row, last), seeds, strict=True)]
+            way = Between(torch.cat(ends), seeds, count, (side, side))
+            return way.pipeline, way.arguments(self.pipe, range(count))
+        noise, cls, more = list(range(count)), type(self.pipe), {}
+        if settings.strip is not None:
+            names = self.label_names[settings.strip]
+            rows, noise = row.repeat(len(names), 1), [0] * len(names)
+            rows[:, list(self.label_names).index(settings.strip)] = torch.arange(len(names))
+            labels = self.pipe.fill_labels(rows, [uniform(settings.seed, "labels", 0)] * len(names))
+        elif settings.image is not None:
+            labels, cls = row.repeat(count, 1), ComplexityDiTImg2ImgPipeline
+            more = {"image": _picture(settings.image), "strength": settings.strength}
+            if settings.mask is not None:
+                cls = ComplexityDiTInpaintPipeline
+                more["mask_image"] = _picture(settings.mask)
+        else:
+            labels = drawn_labels(self.pipe, row.repeat(count, 1), settings.seed)
+        generators = [generator_for(settings.seed, "sample", i) for i in noise]
+        return cls, {"class_labels": labels, "generator": generators, **more}
+
+
+def _picture(text: str) -> Image.Image:
+    return read_picture(base64.b64decode(text))
 
 
 def picture_png(
@@ -311,12 +385,22 @@ def sheet_columns(count: int) -> int:
 
 
 def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELINE") -> str | None:
-    """The command that samples the images of a grid again, bit for bit; None for a strip."""
-    if settings.strip is not None:
+    """The command that samples the images again, bit for bit; None if there is none.
+
+    That is so for a strip over a field, for a picture, and between labels of different fields.
+    """
+    last = settings.to_labels
+    if settings.strip is not None or settings.image is not None:
         return None
     words = ["complexity-dit", "sample", pipeline, "--out", "pictures"]
+    if last is not None:
+        if last.keys() != settings.labels.keys():
+            return None
+        words += ["--interpolate", "true"]
+        if settings.to_seed is not None:
+            words += ["--to_seed", f"{settings.to_seed}"]
     for name, value in settings.labels.items():
-        words += [f"--labels.{name}", value]
+        words += [f"--labels.{name}", value, *([last[name]] if last else [])]
     for name in ("num_images", "seed", "num_inference_steps", "guidance_scale", "chunk_size"):
         words += [f"--{name}", f"{getattr(settings, name)}"]
     if settings.internal_guidance_scale != 1:

@@ -74,10 +74,109 @@ footer { display: none !important; }
 .wall .refusal { margin: auto !important; max-width: 520px; padding: 16px 20px; border-radius: 10px;
   border-left: 4px solid #b3261e; background: var(--background-fill-primary);
   box-shadow: 0 1px 3px rgba(20,18,14,.14); font-size: 14.5px; line-height: 1.55; }
+[data-start=noise] .from-picture, [data-start=noise] .from-two,
+[data-start=picture] .from-noise, [data-start=picture] .from-two,
+[data-start=two] .from-noise, [data-start=two] .from-picture { display: none !important; }
+#easel .choose { display: block; padding: 10px 12px; border-radius: 8px; cursor: pointer;
+  border: 1px dashed var(--border-color-primary); font-size: 14px; }
+#easel input { display: block; margin-top: 6px; max-width: 100%; font-size: 13px; }
+#easel-canvas { position: relative; margin-top: 10px; }
+#easel-canvas canvas { display: block; width: 100%; border-radius: 4px; }
+#easel-mask { position: absolute; inset: 0; opacity: .6; touch-action: none; cursor: crosshair; }
+#easel p { margin: 6px 0 0; font-size: 12.5px; color: var(--quiet); }
+#easel button { all: unset; cursor: pointer; text-decoration: underline; }
+@media (max-width: 640px) {
+  .wall { padding: 12px; min-height: 340px; }
+  .wall .pictures { gap: 10px; }
+}
 .wall .refusal b { display: block; color: #b3261e; margin-bottom: 4px; }
 """
 
-_EASEL = (
+EASEL = (
+    '<label class="choose">Choose a picture'
+    '<input id="easel-file" type="file" accept="image/*"></label>'
+    '<div id="easel-canvas" hidden><canvas id="easel-picture"></canvas>'
+    '<canvas id="easel-mask"></canvas></div>'
+    '<p id="easel-hint" hidden>Paint over what is to be made anew; without that, all of it is. '
+    '<button id="easel-clear" type="button">Clear</button></p>'
+)
+"""The picture to start from and, over it, the mask that is painted with a finger or a mouse."""
+
+_SCRIPT = """() => {
+  const side = SIDE, brush = side / 10;
+  const part = name => document.getElementById("easel-" + name);
+  let chosen = false, masked = false, last = null;
+  document.body.dataset.start = "noise";
+
+  function clear(name) {  // also what a canvas of a new size is
+    part(name).width = part(name).height = side;
+    masked = false;
+  }
+
+  async function show(file) {
+    const image = await createImageBitmap(file), draw = part("picture").getContext("2d");
+    const shorter = Math.min(image.width, image.height);
+    clear("picture");
+    clear("mask");
+    draw.fillStyle = "white";
+    draw.fillRect(0, 0, side, side);
+    draw.imageSmoothingQuality = "high";
+    draw.drawImage(image, (image.width - shorter) / 2, (image.height - shorter) / 2, shorter,
+                   shorter, 0, 0, side, side);
+    chosen = true;
+    part("canvas").hidden = part("hint").hidden = false;
+  }
+
+  function stroke(event) {
+    const box = part("mask").getBoundingClientRect(), draw = part("mask").getContext("2d");
+    const now = [event.clientX - box.left, event.clientY - box.top].map(x => x * side / box.width);
+    draw.lineWidth = brush;
+    draw.lineCap = draw.lineJoin = "round";
+    draw.strokeStyle = "white";
+    draw.beginPath();
+    draw.moveTo(...(last ?? now));
+    draw.lineTo(...now);
+    draw.stroke();
+    last = now;
+    masked = true;
+  }
+
+  document.addEventListener("change", event => {
+    if (event.target.id === "easel-file" && event.target.files.length) show(event.target.files[0]);
+  });
+  document.addEventListener("click", event => {
+    if (event.target.id === "easel-clear") clear("mask");
+  });
+  document.addEventListener("pointerdown", event => {
+    if (event.target.id === "easel-mask") { last = null; stroke(event); }
+  });
+  document.addEventListener("pointermove", event => {
+    if (event.target.id === "easel-mask" && event.buttons) stroke(event);
+  });
+
+  const data = canvas => canvas.toDataURL("image/png").split(",")[1];
+  function on_black() {
+    const canvas = document.createElement("canvas"), draw = canvas.getContext("2d");
+    canvas.width = canvas.height = side;
+    draw.fillRect(0, 0, side, side);
+    draw.drawImage(part("mask"), 0, 0);
+    return canvas;
+  }
+  window.easel = {
+    pictures() {
+      if (!chosen || document.body.dataset.start !== "picture") return ["", ""];
+      return [data(part("picture")), masked ? data(on_black()) : ""];
+    },
+  };
+}"""
+
+
+def easel_script(gallery: Gallery) -> str:
+    """The script of the page, which reads and sends the picture at most as large as is painted."""
+    return _SCRIPT.replace("SIDE", str(gallery.limits.max_side), 1)
+
+
+_DRAWING = (
     '<svg width="72" height="72" viewBox="0 0 72 72" fill="none" stroke="currentColor" '
     'stroke-width="2.4" stroke-linecap="round" stroke-linejoin="round"><rect x="14" y="16" '
     'width="44" height="32" rx="2"/><path d="M20 42l10-12 8 8 6-6 8 10M36 16V8M24 48l-6 18M48 48l6 '
@@ -97,7 +196,7 @@ def masthead(gallery: Gallery) -> str:
 def empty_wall() -> str:
     """The wall before the first picture."""
     return _wall(
-        f'<div class="empty">{_EASEL}Choose what to paint and press <b>Paint</b>. The same seed '
+        f'<div class="empty">{_DRAWING}Choose what to paint and press <b>Paint</b>. The same seed '
         "gives the same pictures, here and on the command line.</div>"
     )
 
@@ -147,6 +246,11 @@ def _status(gallery: Gallery, settings: Settings, frame: Frame) -> str:
     asked = " · ".join(settings.labels.values()).replace("_", " ") or "no label"
     if settings.strip is not None:
         asked = f"every {settings.strip}, from the same noise"
+    elif settings.to_labels is not None:
+        there = " · ".join(settings.to_labels.values()).replace("_", " ") or "no label"
+        asked = f"{asked} → {there}"
+    elif settings.image is not None:
+        asked = f"{asked}, over a picture at {settings.strength:g}"
     about = f"<span><b>{html.escape(asked)}</b> · seed {settings.seed}</span>"
     if frame.done:
         sheet = _data(sheet_png(gallery, settings, frame.images), "png")

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from complexity_dit.app.gallery import MAX_SEED, Gallery, Settings
-from complexity_dit.app.page import CSS, empty_wall, masthead, refusal, wall
+from complexity_dit.app.page import CSS, EASEL, easel_script, empty_wall, masthead, refusal, wall
 from complexity_dit.config import AppConfig
 from complexity_dit.distributed import pick_device
 from complexity_dit.pipelines.sampling import load_pipeline
@@ -35,7 +35,10 @@ except ImportError as missing:
     ) from missing
 
 MAX_BODY = 16 * 1024
-"""Largest request in bytes; an event of the gallery has a few hundred."""
+"""Largest request in bytes without a picture; an event of the gallery has a few hundred."""
+
+BYTES_PER_PIXEL = 8
+"""Of a picture and its mask in a request: PNG in base64, however little they compress."""
 
 _GET = {
     "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt",
@@ -49,6 +52,8 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _IPV6 = {"[::1]", "["}
 
 _ANY = "any"
+_NOISE, _PICTURE, _TWO = "noise", "picture", "two"
+_STARTS = [("Noise", _NOISE), ("A picture", _PICTURE), ("Two images", _TWO)]
 _GRID = "A grid of several seeds"
 
 
@@ -63,10 +68,11 @@ class Guard:
     Args:
         app: The server.
         files: Addresses of the files of gradio's page.
+        max_body: Largest request in bytes.
     """
 
-    def __init__(self, app: ASGIApp, files: frozenset[str]) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, files: frozenset[str], max_body: int = MAX_BODY) -> None:
+        self.app, self.max_body = app, max_body
         self.addresses = files | _GET
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,10 +83,10 @@ class Guard:
         if scope["type"] == "http":
             method, path = scope["method"], scope["path"]
             if method == "POST" and path in _POST:
-                body = await _read(receive)
+                body = await _read(receive, self.max_body)
                 receive = _replay(body, receive)
-                if len(body) > MAX_BODY:
-                    status, message = 413, f"refused: more than {MAX_BODY} bytes"
+                if len(body) > self.max_body:
+                    status, message = 413, f"refused: more than {self.max_body} bytes"
                 elif error := event_error(body):
                     status, message = 400, f"refused: {error}"
             elif method not in ("GET", "HEAD") or not (
@@ -113,13 +119,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-async def _read(receive: Receive) -> bytes:
-    """Read a body, or a little more than `MAX_BODY` of it."""
-    body, more = b"", True
-    while more and len(body) <= MAX_BODY:
+async def _read(receive: Receive, limit: int) -> bytes:
+    """Read a body, or a little more than `limit` bytes of it."""
+    body, more = bytearray(), True
+    while more and len(body) <= limit:
         message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return body
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -161,15 +168,21 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
         gr.HTML(masthead(gallery))
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300):
-                labels = [
-                    gr.Dropdown(
-                        [(_ANY, ""), *((name.replace("_", " "), name) for name in names)],
-                        value="",
-                        label=field.replace("_", " ").capitalize(),
-                    )
-                    for field, names in gallery.label_names.items()
-                ]
-                show = gr.Dropdown([_GRID, *strips], value=_GRID, label="Show")
+                start = gr.Radio(_STARTS, value=_NOISE, label="Start from", elem_id="start")
+                labels = _dropdowns(gallery, "")
+                with gr.Column(elem_classes=f"from-{_NOISE}"):
+                    show = gr.Dropdown([_GRID, *strips], value=_GRID, label="Show")
+                with gr.Column(elem_classes=f"from-{_PICTURE}"):
+                    gr.HTML(EASEL, elem_id="easel")
+                    # Filled in by the script of the page when a button is pressed.
+                    image, mask = gr.Textbox(visible=False), gr.Textbox(visible=False)
+                    strength = gr.Slider(
+                        0, 1, defaults.strength, step=0.05, label="Strength",
+                        info="0 keeps the picture, 1 forgets it",
+                    )  # fmt: skip
+                with gr.Column(elem_classes=f"from-{_TWO}"):
+                    last = _dropdowns(gallery, "To ")
+                    to_seed = gr.Number(1, label="To seed", precision=0)
                 count = gr.Slider(
                     1, min(16, limits.max_images), defaults.num_images, step=1, precision=0,
                     label="Pictures",
@@ -204,7 +217,12 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 canvas = gr.HTML(empty_wall(), elem_id="canvas")
 
         def sample(
+            image: str,
+            mask: str,
+            start: str,
             show: str,
+            strength: float,
+            to_seed: int,
             count: int,
             seed: int,
             steps: int,
@@ -214,9 +232,18 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             side: int,
             *names: str,
         ) -> Iterator[str]:
+            first, second = (
+                {f: name for f, name in zip(fields, half, strict=True) if name}
+                for half in (names[: len(fields)], names[len(fields) :])
+            )
+            forms: dict[str, dict[str, Any]] = {
+                _NOISE: {"strip": strips.get(show)},
+                _PICTURE: {"image": image, "mask": mask or None, "strength": strength},
+                _TWO: {"to_labels": second, "to_seed": to_seed},
+            }
             settings = Settings(
-                labels={f: name for f, name in zip(fields, names, strict=True) if name},
-                strip=strips.get(show),
+                labels=first,
+                **forms.get(start, {}),
                 seed=seed,
                 num_images=count,
                 num_inference_steps=steps,
@@ -239,12 +266,30 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
 
         painting = paint.click(
             sample,
-            [show, count, seed, steps, guidance, internal, scheduler, side, *labels],
+            [
+                image,
+                mask,
+                start,
+                show,
+                strength,
+                to_seed,
+                count,
+                seed,
+                steps,
+                guidance,
+                internal,
+                scheduler,
+                side,
+                *labels,
+                *last,
+            ],
             canvas,
+            js="(image, mask, ...rest) => [...window.easel.pictures(), ...rest]",
             concurrency_limit=1,
             show_progress="minimal",
             api_visibility="private",
         )
+        start.change(None, start, None, js="start => { document.body.dataset.start = start; }")
         stop.click(None, cancels=painting, queue=False)
         surprise.click(
             surprised, None, [seed, *labels], show_progress="hidden", api_visibility="private"
@@ -252,6 +297,19 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
         dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})")
     page.queue(max_size=queue_size, api_open=False)
     return page
+
+
+def _dropdowns(gallery: Gallery, prefix: str) -> list[gr.Dropdown]:
+    """One for each label field, which may be left open."""
+    fields = {field: field.replace("_", " ") for field in gallery.label_names}
+    return [
+        gr.Dropdown(
+            [(_ANY, ""), *((name.replace("_", " "), name) for name in names)],
+            value="",
+            label=f"{prefix}{fields[field]}" if prefix else fields[field].capitalize(),
+        )
+        for field, names in gallery.label_names.items()
+    ]
 
 
 def build_server(gallery: Gallery, config: AppConfig) -> Guard:
@@ -285,8 +343,13 @@ def build_server(gallery: Gallery, config: AppConfig) -> Guard:
         show_error=False,
         theme=theme,
         css=CSS,
+        js=easel_script(gallery),
     )
-    return Guard(server, page_files(Path(gr.__file__).parent / "templates" / "frontend"))
+    return Guard(
+        server,
+        page_files(Path(gr.__file__).parent / "templates" / "frontend"),
+        MAX_BODY + BYTES_PER_PIXEL * gallery.limits.max_side**2,
+    )
 
 
 def serve(pipeline: str, config: AppConfig) -> None:

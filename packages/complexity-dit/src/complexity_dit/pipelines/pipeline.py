@@ -34,6 +34,7 @@ from complexity_dit.pipelines.schedulers import (
     network_times,
     noised,
     objective_of,
+    predicted_clean,
     set_steps,
 )
 from inl_core.run.errors import UserError
@@ -202,7 +203,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     scheduler: SchedulerMixin
     vae: Vae | None
     config: Any
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
     _optional_components: ClassVar[list[str]] = ["vae"]
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
 
@@ -473,7 +474,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             return_dict: False returns a plain tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; it
                 may return replaced tensors, and may set `pipeline._interrupt`.
-            callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents".
+            callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents", which it
+                may replace, and "pred_original_sample", the clean image that the network predicts
+                at this step, in the form of latents.
             labels: Labels by field: a name, an id, None, or a list of these.
             attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
             internal_guidance_scale: Guidance away from the auxiliary output of the network itself
@@ -646,7 +649,11 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 if after_step is not None:
                     x = after_step(i, x)
                 if callback is not None:
-                    tensors = dict.fromkeys(callback_tensors, x)  # "latents" is the only name
+                    tensors = dict.fromkeys(callback_tensors, x)
+                    if "pred_original_sample" in tensors:
+                        tensors["pred_original_sample"] = predicted_clean(
+                            self.scheduler, model_input, prediction, times[i]
+                        )
                     x = callback(self, i, t, tensors).get("latents", x)
                 progress_bar.update()
         return x

@@ -265,6 +265,30 @@ def noised(scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, step: int) -
     return scheduler.add_noise(clean, noise, scheduler.timesteps[step : step + 1])
 
 
+def predicted_clean(
+    scheduler: SchedulerMixin, x: Tensor, prediction: Tensor, time: Tensor
+) -> Tensor:
+    """The clean image that a prediction of the network means.
+
+    Args:
+        scheduler: Of the model; what it predicts and its noise levels.
+        x: Input of the network, as scaled for it.
+        prediction: Its output, guided or not.
+        time: Network time in [0, 1000].
+    """
+    level = float(time)
+    if is_flow(scheduler):
+        return x - level / scheduler.config.num_train_timesteps * prediction
+    last = len(scheduler.alphas_cumprod) - 1
+    kept = float(scheduler.alphas_cumprod[min(round(level), last)])
+    signal, noise = kept**0.5, (1 - kept) ** 0.5
+    return {
+        "epsilon": (x - noise * prediction) / signal,
+        "v_prediction": signal * x - noise * prediction,
+        "sample": prediction,
+    }[prediction_type(scheduler)]
+
+
 def begin_at(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> int:
     """Skip the first steps of a set scheduler, so that a share `strength` is run.
 

@@ -91,7 +91,9 @@ class FromPictures:
     ) -> None:
         self.files, self.labels, self.size = files, labels, size
         self.repeats, self.strength = repeats, strength
-        self.pipeline = ComplexityDiTInpaintPipeline if mask else ComplexityDiTImg2ImgPipeline
+        self.pipeline: type[ComplexityDiTPipeline] = (
+            ComplexityDiTInpaintPipeline if mask else ComplexityDiTImg2ImgPipeline
+        )
         whole = _read(mask, "--mask") if mask else None
         self.mask = whole and self._fitted(whole)
         digest = hashlib.sha256()
@@ -103,7 +105,7 @@ class FromPictures:
                     f"{picture.width}x{picture.height}: make them one size"
                 )
             digest.update(_hash(self._fitted(picture)))
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "images_sha256": digest.hexdigest(),
             "mask_sha256": self.mask and _hash(self.mask).decode(),
             "strength": strength,
@@ -137,7 +139,7 @@ class Between:
         UserError: There are fewer than 2 images, or both ends are the same.
     """
 
-    pipeline = ComplexityDiTPipeline
+    pipeline: type[ComplexityDiTPipeline] = ComplexityDiTPipeline
 
     def __init__(
         self, labels: Tensor, seeds: tuple[int, int], count: int, size: tuple[int, int]
@@ -150,7 +152,7 @@ class Between:
                 "(--labels.style Cubism Fauvism), or another seed for the last one (--to_seed 1)"
             )
         self.labels, self.seeds, self.count, self.size = labels, seeds, count, size
-        self.settings = {"between": labels.tolist(), "to_seed": seeds[1]}
+        self.settings: dict[str, Any] = {"between": labels.tolist(), "to_seed": seeds[1]}
 
     def arguments(self, pipe: ComplexityDiTPipeline, batch: Sequence[int]) -> dict[str, Any]:
         noises = [
