@@ -132,6 +132,8 @@ def shape_of(config, network):
         (settings["data"], "crop", "center"),
         (settings["model"], "auxiliary_layer", 0),
         (settings.get("objective", {}), "auxiliary_weight", 0.5),
+        (settings.get("ema", {}), "snapshot_every", 0),
+        (settings.get("ema", {}), "lengths", [0.05, 0.1]),
         (settings, "heldout_every", 0),
         (settings, "heldout_num_images", 256),
         (settings, "evaluate_dtype", "auto"),

@@ -14,6 +14,9 @@ from inl_core.run.settings import Setting, check_range
 DATA_FILE = "data.json"
 """In a pipeline or adapter folder: the `DataConfig` that it was trained with."""
 
+AVERAGE_FILE = "average.json"
+"""In a pipeline folder of `complexity-dit average`: length and step of its average."""
+
 ADAPTER_FILE = "adapter.json"
 """In an adapter folder: the pipeline that it belongs to."""
 
@@ -329,10 +332,28 @@ class EMAConfig:
     power: float = 0.75
     """Warm-up: the decay at step s is 1 - (1 + s)^-power until it reaches `decay`."""
 
+    snapshot_every: int = 0
+    """Steps between snapshots in `averages/`, from which `complexity-dit average` makes an average
+    of any length afterwards; about 20 in a run are enough. 0 is off."""
+
+    lengths: list[float] = field(default_factory=lambda: [0.05, 0.1])
+    """Lengths of the averages in a snapshot: standard deviations of their power-function profiles
+    as shares of the training so far (arXiv 2312.02696), from 0.01 to 0.28. Each takes the memory
+    of the weights."""
+
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
         check_range(self, "[0, 1)", "decay")
         check_range(self, "(0, inf)", "power")
+        check_range(self, "[0, inf)", "snapshot_every")
+        check_range(self, "[0.01, 0.28]", "lengths")
+        if len(set(self.lengths)) < max(1, len(self.lengths)):
+            raise UserError(f"lengths {self.lengths} must be different ones, at least one")
+
+    @property
+    def kept_lengths(self) -> list[float]:
+        """Lengths of the averages that are kept; none without snapshots."""
+        return self.lengths if self.snapshot_every else []
 
 
 @dataclass
@@ -505,6 +526,11 @@ class TrainConfig(RunConfig):
             self, "[0, inf)", "noise_bins", "dynamics_every", "sample_every", "evaluate_every"
         )
         check_range(self, "[2, inf)", "evaluate_num_images")
+        if self.lora.rank and self.ema.snapshot_every:
+            raise UserError(
+                f"ema.snapshot_every {self.ema.snapshot_every} is for the weights of a full "
+                "network: leave it at 0 for an adapter"
+            )
         if self.optim.spike_factor and self.mixed_precision == "fp16":
             raise UserError(
                 f"spike_factor {self.optim.spike_factor} does not work with mixed_precision fp16, "

@@ -58,12 +58,22 @@ def _sample(config: SampleConfig, start: StartConfig, **options: Any) -> None:
         sample(**options, sampling=config, start=start)
 
 
-def _evaluate(config: EvalConfig, **options: Any) -> None:
+def _evaluate(config: EvalConfig, lengths: list[float], **options: Any) -> None:
+    from complexity_dit.cli.average import evaluate_lengths
     from complexity_dit.distributed import own_process_group
     from complexity_dit.evaluation.evaluate import evaluate
 
     with own_process_group():
-        evaluate(**options, config=config)
+        if lengths:
+            evaluate_lengths(**options, lengths=lengths, config=config)
+        else:
+            evaluate(**options, config=config)
+
+
+def _average(**options: Any) -> None:
+    from complexity_dit.cli.average import average
+
+    average(**options)
 
 
 def _compare(first: str, second: str, allow: list[str]) -> None:
@@ -162,6 +172,12 @@ COMMANDS = {
                 None,
                 DataConfig | None,
             ),
+            "lengths": Option(
+                "Measure averages of these lengths of a run, each in OUT/length-L, and name the "
+                "best (see average).",
+                [],
+                list[float],
+            ),
         },
         [EvalConfig],
         {"sample": EvalSampleConfig},
@@ -174,6 +190,25 @@ COMMANDS = {
             "allow": Option(
                 "Settings that may differ, e.g. --allow [sample.guidance_scale].", [], list[str]
             )
+        },
+    ),
+    "average": Command(
+        "Average the weights of a run over a length chosen now, from its snapshots.",
+        _average,
+        {"run": Option("folder of a run with ema.snapshot_every")},
+        {
+            "length": Option(
+                "Standard deviation of the average's profile, as a share of the training; by "
+                "default the best of --result.",
+                None,
+                float | None,
+            ),
+            "result": Option(
+                "Result of evaluate --lengths, for the best length and the model card.",
+                None,
+                str | None,
+            ),
+            "out": Option("Pipeline folder to write."),
         },
     ),
     "inspect": Command(

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from complexity_dit.config import ADAPTER_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, AVERAGE_FILE, DATA_FILE
 from complexity_dit.labels import LabelTable
 from complexity_dit.pictures import read_picture
 from inl_core.run.files import atomic_file, final_path, read_text
@@ -215,6 +215,10 @@ def _architecture(folder: Path, index: dict) -> str:
         rows["dynamics"] = placement + adaptive
     if early := network.get("auxiliary_layer"):
         rows["auxiliary output"] = f"after layer {early}, for internal guidance"
+    if average := _read(folder / AVERAGE_FILE):
+        rows["weights"] = (
+            f"power-function average of length {average['length']:g} at step {average['step']}"
+        )
     lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items()]
     return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
@@ -251,6 +255,13 @@ def _evaluation(result: dict | None) -> str:
         protocol += (
             " Distances in the features of a random network are **not** FID and cannot be compared "
             "with other metrics."
+        )
+    if by_length := result.get("average", {}).get("by_length"):
+        metric = result["average"]["metric"]
+        values = ", ".join(f"{_escape(k)} {value:.4g}" for k, value in by_length.items())
+        protocol += (
+            f" The average was chosen by {_METRICS.get(metric) or _escape(metric)} from these "
+            f"lengths: {values}."
         )
     return "\n".join([*lines, "", protocol])
 

@@ -18,7 +18,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 from torch import nn
 
-from complexity_dit.config import DATA_FILE
+from complexity_dit.config import AVERAGE_FILE, DATA_FILE
 from complexity_dit.hub import check_reachable, upload
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import only_safetensors, warn_of_pickles
@@ -179,7 +179,7 @@ class FilesMixin:
         hub = {k: kwargs.pop(k) for k in _HUB_ARGUMENTS if k in kwargs}
         target = Path(save_directory)
         with merged_folder(target) as folder:
-            for read in (CARD_FILE, GRID_FILE, DATA_FILE):  # by `write_card`
+            for read in (CARD_FILE, GRID_FILE, DATA_FILE, AVERAGE_FILE):  # by `write_card`
                 if (target / read).is_file():
                     shutil.copy(target / read, folder)
             self._write(folder, **kwargs)

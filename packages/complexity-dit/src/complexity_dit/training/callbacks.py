@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 
 from complexity_dit.config import EvalConfig, RunConfig, SampleConfig, TrainConfig
@@ -28,14 +29,23 @@ from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import drawn_labels, grid_labels, iter_samples
 from complexity_dit.seeding import derive_seed
+from complexity_dit.training.averages import AVERAGES_FILE, AVERAGES_FOLDER
 from complexity_dit.training.batches import StepBatches, images_per_pass
 from complexity_dit.training.objective import training_loss
 from complexity_dit.training.state import SavedPipeline, TrainState
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.automatic import AUTO, Choice, choose_by_units, settled
-from inl_core.run.checkpoints import latest_checkpoint
+from inl_core.run.checkpoints import (
+    all_checkpoints,
+    folder_of_step,
+    latest_checkpoint,
+    step_of,
+    write_sums,
+)
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
+from inl_core.run.files import atomic_folder, remove_folder, remove_partial_writes
+from inl_core.run.folders import writing
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +180,8 @@ def build_callbacks(
 ) -> list[Callback]:
     """The callbacks that a config asks for."""
     callbacks: list[Callback] = []
+    if config.ema.snapshot_every:
+        callbacks.append(Snapshots(config, accelerator, start_step))
     if config.sample_every:
         callbacks.append(SampleGrids(config, saved, accelerator))
     if config.dynamics_every:
@@ -179,6 +191,31 @@ def build_callbacks(
     if config.evaluate_every:
         callbacks.append(Evaluation(config, data, saved, accelerator, start_step))
     return callbacks
+
+
+class Snapshots(Callback):
+    """The power-function averages at intervals, `<out>/averages/step-XXXXXXXX/` (`averages`)."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, start_step: int) -> None:
+        self.every, self.folder = config.ema.snapshot_every, Path(config.out) / AVERAGES_FOLDER
+        if accelerator.is_main_process:
+            remove_partial_writes(self.folder)
+            for later in all_checkpoints(self.folder):  # of a way that is now left
+                if step_of(later) > start_step:
+                    remove_folder(later)
+
+    def is_done(self, step: int) -> bool:
+        return folder_of_step(self.folder, step).exists()
+
+    def __call__(self, state: TrainState) -> None:
+        tensors, target = state.full_averages(), folder_of_step(self.folder, state.step)
+
+        def write() -> None:
+            with writing(target), atomic_folder(target) as folder:
+                save_file(tensors, folder / AVERAGES_FILE)
+                write_sums(folder)
+
+        on_main(write)
 
 
 GRID_COLUMNS, GRID_ROWS = 4, 12

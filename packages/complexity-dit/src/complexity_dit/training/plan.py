@@ -81,10 +81,13 @@ def activation_bytes(
         return total_of_two - total + block_of_two - block
 
 
-def state_bytes(config: Config, precision: str, optim: OptimConfig) -> dict[str, int]:
+def state_bytes(
+    config: Config, precision: str, optim: OptimConfig, averages: int = 1
+) -> dict[str, int]:
     """Bytes that do not depend on the batch.
 
-    Weights, gradients, moments and EMA in fp32, and copies of the weights in bf16 under autocast.
+    Weights, gradients, moments and averages in fp32, and copies of the weights in bf16 under
+    autocast.
     """
     with FakeTensorMode():
         network = ComplexityDiTTransformer2DModel.from_config(config)
@@ -98,7 +101,7 @@ def state_bytes(config: Config, precision: str, optim: OptimConfig) -> dict[str,
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": moments,
-        "average": 4 * parameters,
+        "average" if averages == 1 else "averages": 4 * parameters * averages,
         "weights in bf16": 0 if precision == "no" else 2 * parameters,
     }
 
@@ -241,7 +244,7 @@ def _memory_lines(
     config: TrainConfig, options: PlanConfig, network: dict, kept: int | None
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
-    state = state_bytes(network, precision, config.optim)
+    state = state_bytes(network, precision, config.optim, 1 + len(config.ema.kept_lengths))
     parts = config.gradient_accumulation_steps
     local = images_per_pass(config.batch_size, options.processes, parts)
     activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)

@@ -4,6 +4,7 @@ A checkpoint folder holds
 
     pipeline/               the EMA weights as a pipeline folder that can be sampled from; for an
                             adapter: adapter/, and ema.safetensors with its parameters by name
+    averages.safetensors    power-function averages, if the run keeps any (see `averages`)
     model.safetensors       the raw weights, for an adapter only its own
     optimizer.safetensors   the moments of the optimizer
     state.json              step, EMA counter, fp16's loss scale, recent gradient norms, process
@@ -40,6 +41,7 @@ from complexity_dit.models.adapters import blank_copy
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.training.averages import AVERAGES_FILE, PowerEMA, tensor_name
 from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
 from inl_core import defer_bounds
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
@@ -291,6 +293,7 @@ class TrainState:
 
     model: Any  # a ModelMixin with ConfigMixin
     ema: EMAModel
+    averages: dict[float, PowerEMA]  # by length
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     guard: SpikeGuard | None = None
@@ -303,8 +306,18 @@ class TrainState:
         return self.scaler.get_scale() if self.scaler is not None else 1.0
 
     def reset_ema(self) -> None:
-        """Restart the average at the current weights, placed and sharded as they are now."""
-        self.ema.shadow_params = [p.detach().clone() for p in trainable(self.model).values()]
+        """Restart the averages at the current weights, placed and sharded as they are now."""
+        for average in (self.ema, *self.averages.values()):
+            average.shadow_params = [p.detach().clone() for p in trainable(self.model).values()]
+
+    def full_averages(self) -> dict[str, Tensor]:
+        """The power-function averages as the tensors of a file. All processes call it together."""
+        names = trainable(self.model)
+        return {
+            tensor_name(length, name): full_tensor(value).contiguous()
+            for length, average in self.averages.items()
+            for name, value in zip(names, average.shadow_params, strict=True)
+        }
 
     @torch.no_grad()
     def export(self, weights: Literal["raw", "ema"]) -> Any:
@@ -322,6 +335,7 @@ class TrainState:
         If the disk is full or not writable, nothing half-written stays.
         """
         averaged, weights = self.export("ema"), full_tensors(self.model)
+        averages = self.full_averages()
         optimizer = self.optimizer.state_dict()
         moments = {  # named tensors and JSON, so that no pickle is needed
             f"{index}.{name}": full_tensor(value).contiguous()
@@ -348,6 +362,8 @@ class TrainState:
             try:
                 with atomic_folder(target) as folder:
                     saved.save_ema(averaged, folder)
+                    if averages:
+                        save_file(averages, folder / AVERAGES_FILE)
                     save_file(weights, folder / "model.safetensors")
                     save_file(moments, folder / "optimizer.safetensors")
                     (folder / STATE_FILE).write_text(json.dumps(meta, indent=1) + "\n")
@@ -376,6 +392,7 @@ class TrainState:
             weights = load_file(checkpoint / "model.safetensors")
             moments = load_file(checkpoint / "optimizer.safetensors")
             shadow = saved.load_ema(checkpoint, label_names, self.model.config)
+            averages = load_file(checkpoint / AVERAGES_FILE) if self.averages else {}
             check_shapes(weights, trainable(self.model), f"{checkpoint}")
             self.ema.optimization_step = int(meta["ema"]["optimization_step"])
             with torch.no_grad():
@@ -383,6 +400,11 @@ class TrainState:
                 for (name, parameter), average in averaged:
                     parameter.copy_(shard_like(weights[name], parameter))
                     average.copy_(shard_like(shadow[name], average))
+                names = list(trainable(self.model))
+                for length, kept in self.averages.items():
+                    kept.optimization_step = meta["step"]
+                    for name, average in zip(names, kept.shadow_params, strict=True):
+                        average.copy_(shard_like(averages[tensor_name(length, name)], average))
             self._load_optimizer(moments, meta["optimizer_groups"], checkpoint)
             move_schedule(self.lr_scheduler, meta["step"])
             guard = meta.get("guard") or {}
@@ -455,8 +477,11 @@ def schedule_and_average(
         trainable(model).values(), decay=config.ema.decay, use_ema_warmup=True,
         power=config.ema.power, foreach=True,
     )  # fmt: skip
+    averages = {
+        length: PowerEMA(trainable(model).values(), length) for length in config.ema.kept_lengths
+    }
     guard = SpikeGuard(optim) if optim.spike_factor else None
-    return TrainState(model, ema, optimizer, lr_scheduler, guard)
+    return TrainState(model, ema, averages, optimizer, lr_scheduler, guard)
 
 
 def prepared_state(

@@ -116,7 +116,7 @@ OWNERS = table_of_owners(
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
         model.token_drop_start model.token_drop_end model.auxiliary_layer model.overrides
         objective.prediction_type objective.network_output
-        optim.name lora.rank lora.alpha lora.targets lora.labels
+        optim.name ema.snapshot_every ema.lengths lora.rank lora.alpha lora.targets lora.labels
     """,
     free="""
         out resume init_from log_every report_to noise_bins dynamics_every heldout_every
@@ -327,6 +327,8 @@ def run_steps(
             lr = state.lr_scheduler.get_last_lr()[0]
             loss, grad_norm, taken = step(batch)
             state.step += 1
+            for average in state.averages.values():
+                average.step(trainable(state.model).values())
             state.skipped += not taken
             log.add(state.step, loss, grad_norm, lr, skipped=not taken)
             bar.update()
