@@ -20,6 +20,7 @@ from complexity_dit.cli.inspect import inspect
 from complexity_dit.config import (
     AutoencoderModelConfig,
     DataConfig,
+    EMAConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -176,6 +177,7 @@ def test_a_run_that_cannot_be_is_refused(trained, tmp_path, settings, words):
             lambda: autoencoder_run("x", data=DataConfig(vae="y")),
             "has no use for data.vae y",
         ),
+        (lambda: autoencoder_run("x", ema=EMAConfig(snapshot_every=1)), "ema.snapshot_every 1"),
         (lambda: autoencoder_run("x", adversarial_start=2.0), "adversarial_start is 2.0"),
         (lambda: autoencoder_run("x", critic_layers=0), "critic_layers is 0"),
         (lambda: autoencoder_run("x", edge_weight=math.nan), "edge_weight is nan"),

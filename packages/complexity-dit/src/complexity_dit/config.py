@@ -649,6 +649,11 @@ class AutoencoderConfig(RunConfig):
             )
         if self.optim.name != "adamw":
             raise UserError(f"optim.name {self.optim.name}: an autoencoder is trained with adamw")
+        if self.ema.snapshot_every:
+            raise UserError(
+                f"ema.snapshot_every {self.ema.snapshot_every}: an autoencoder has one average, of "
+                "ema.decay"
+            )
         if self.data.vae is not None or self.data.clusters:
             raise UserError(
                 f"an autoencoder has no use for data.vae {self.data.vae} and data.clusters "

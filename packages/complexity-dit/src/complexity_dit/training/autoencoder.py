@@ -72,6 +72,7 @@ OWNERS = table_of_owners(
         model.latent_channels model.patch_size model.block_out_channels model.layers_per_block
         model.decoder_layers_per_block model.pool_channels model.latent_bound
         critic_channels critic_layers optim.name optim.muon_lr optim.muon_momentum
+        ema.snapshot_every ema.lengths
     """,
     free="""
         out resume log_every report_to heldout_every heldout_num_images evaluate_num_images
