@@ -151,7 +151,7 @@ def test_wrong_input_exits_with_2_and_a_hint(command, tmp_path, paintings):
 
 def test_label_lists_are_joined():
     words = ["--labels.style", "A", "[B", "--seed", "1", "--labels.genre=x"]
-    _, (config,), options = cli.PROGRAM.parse(["sample", "pipe", "--out=x", *words])
+    _, (config, *_), options = cli.PROGRAM.parse(["sample", "pipe", "--out=x", *words])
     assert options["labels"] == {"style": ["A", "[B"], "genre": ["x"]}
     assert config.seed == 1
 
