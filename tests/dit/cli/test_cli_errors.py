@@ -14,7 +14,7 @@ CASES = [
     (["train", "--batch_size=many"], "batch_size is 'many'; expected int"),
     (
         ["train", "--compile=fast"],
-        "compile is 'fast'; expected one of 'auto', 'no', 'regional' or bool",
+        "compile is 'fast'; expected one of 'auto', 'no', 'regional', 'max' or bool",
     ),
     (["train", "--config=/nowhere.yaml"], "/nowhere.yaml"),
     (["train", "extra"], "train takes no 'extra'"),

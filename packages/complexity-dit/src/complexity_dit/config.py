@@ -416,10 +416,13 @@ class RunConfig:
     device has units for it (a GPU, a CPU with amx_bf16 or avx512_bf16), else no; a resumed run
     keeps what it started with."""
 
-    compile: Literal["auto", "no", "regional"] | bool = "auto"
+    compile: Literal["auto", "no", "regional", "max"] | bool = "auto"
     """regional compiles the repeated blocks (torch.compile, fullgraph), once for all of them, which
-    takes about a minute at the start; auto does so in runs that are long enough to save more. true
-    and false are read as regional and no; a resumed run keeps what auto was."""
+    takes about a minute at the start; auto does so in runs that are long enough to save more. max
+    compiles the whole network as one graph, which takes several minutes, and a GPU replays it as
+    CUDA graphs, without waiting for Python: for small networks on a fast GPU; not with accumulated
+    gradients, gradient checkpointing or FSDP. true and false are read as regional and no; a resumed
+    run keeps what auto was."""
 
     loader_workers: int = 0
     """Processes that prepare batches; 0 is best for pictures that fit in memory. On a GPU a thread
@@ -535,6 +538,17 @@ class TrainConfig(RunConfig):
             raise UserError(
                 f"spike_factor {self.optim.spike_factor} does not work with mixed_precision fp16, "
                 "whose gradient scaler skips steps itself: use bf16, or spike_factor 0"
+            )
+        if self.compile == "max" and self.gradient_accumulation_steps > 1:
+            raise UserError(
+                "compile max does not work with gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}, as its CUDA graphs would overwrite the "
+                "gradients of one part by those of the next: use compile regional, or 1"
+            )
+        if self.compile == "max" and self.gradient_checkpointing:
+            raise UserError(
+                "compile max does not work with gradient_checkpointing, which torch does not trace "
+                "as part of one graph here: use compile regional, or leave it off"
             )
 
 

@@ -42,6 +42,7 @@ from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.averages import AVERAGES_FILE, PowerEMA, tensor_name
+from complexity_dit.training.compilation import compile_network
 from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
 from inl_core import defer_bounds
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
@@ -489,15 +490,14 @@ def prepared_state(
 ) -> tuple[TrainState, nn.Module]:
     """A new state on the devices and processes of the run, and the wrapped model to call.
 
-    The order matters: blocks are compiled before FSDP2 hooks into them, and the average restarts
-    from the parameters as they are placed after that.
+    The order matters: the network is compiled before accelerate wraps its forward and FSDP2 hooks
+    into its blocks, and the average restarts from the parameters as they are placed after that.
     """
     network = state.model
     parts = getattr(config, "gradient_accumulation_steps", 1)
     if parts * accelerator.num_processes > 1:
         defer_bounds(network)  # `optimizer_step` applies them to the gradient of the whole batch
-    if config.compile == "regional":
-        network.compile_repeated_blocks(fullgraph=True)
+    compile_network(network, str(config.compile))
     model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     state.scaler = accelerator.scaler
     state.reset_ema()

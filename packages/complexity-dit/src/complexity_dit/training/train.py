@@ -519,6 +519,11 @@ def check_start(config: RunConfig, parts: int = 1) -> None:
     check_launcher(config.mixed_precision, parts)
     if config.compile not in ("no", AUTO):
         check_compiler()
+    if config.compile == "max" and sharding_plugin() is not None:
+        raise UserError(
+            "compile max needs the whole network in every process, and the launcher asks for FSDP: "
+            "use compile regional, or a launcher without FSDP"
+        )
 
 
 @contextmanager
