@@ -6,7 +6,8 @@
     python3 -m benchmarks.speed.gpu models    # bench_tax: training steps of compiled stacks of
                                               # blocks, B/2 and XL/2, with each kind of dynamics
     python3 -m benchmarks.speed.gpu train     # bench_train: whole steps of S/2 and B/2, AdamW and
-                                              # Muon: images/s, share of the peak, tax, memory
+                                              # Muon, compiled by blocks and whole: images/s, share
+                                              # of the peak, tax, memory
 
 Needs torch and triton; the packages need not be installed. `train` measures the image model where
 diffusers is installed, and else the stack of blocks. Rows are written to the folder $OUT
@@ -119,7 +120,7 @@ def device_train(options, rows, deadline):
     from benchmarks.speed import bench_train
 
     small = ["--sizes", "S/2", "--depth", "1", "--batch_size", "2", "--side", "4", "--rounds", "1",
-             "--eager", "--quick"]  # fmt: skip
+             "--modes", "no", "--quick"]  # fmt: skip
     chosen = small if options.quick else ["--rounds", str(options.rounds)]
     parsed = bench_train.parse([*chosen, "--device", options.device, "--out", str(rows)])
     bench_train.run(parsed, deadline)
