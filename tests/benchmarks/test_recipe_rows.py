@@ -23,7 +23,8 @@ from support.benchmark_rows import call, row
 
 ROWS = [
     "diffusers-dit", "flow-none", "flip", "logit-normal", "time-shift", "writes-sample",
-    "label-dropout", "token-dropping", "muon", "dynamics", "three-none", "three",
+    "label-dropout", "token-dropping", "muon", "labels", "no-labels", "clusters", "dynamics",
+    "three-none", "three",
 ]  # fmt: skip
 
 
