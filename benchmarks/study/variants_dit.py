@@ -20,12 +20,10 @@ class _Branches(ComplexityDiTBlock):
 
     on_attention, on_mlp = True, True
 
-    def forward(self, h_BND, v_BND, first_BNHE, c_BD, cos_NE, sin_NE, plan=None):
+    def forward(self, h_BND, v_BND, c_BD, cos_NE, sin_NE):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
         normed_BND = self.norm1(h_BND, shift1, scale1)
-        branch_BND, values_BNHE = self.attn(normed_BND, cos_NE, sin_NE, first_BNHE)
-        if self.gives_values:
-            first_BNHE = values_BNHE
+        branch_BND = self.attn(normed_BND, cos_NE, sin_NE)
         if self.on_attention:
             branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
         h_BND = h_BND + gate1[:, None] * branch_BND
@@ -33,7 +31,7 @@ class _Branches(ComplexityDiTBlock):
         if self.on_mlp:
             dynamics = self.dynamics_mlp if self.on_attention else self.dynamics
             branch_BND, v_BND = dynamics(branch_BND, v_BND)
-        return h_BND + gate2[:, None] * branch_BND, v_BND, first_BNHE
+        return h_BND + gate2[:, None] * branch_BND, v_BND
 
 
 class MLPBranch(_Branches):
@@ -47,10 +45,9 @@ class BothBranches(_Branches):
 class AcrossBlocks(ComplexityDiTBlock):
     """Momentum across blocks only: the force is the change made by the whole plain block."""
 
-    def forward(self, h_BND, v_BND, first_BNHE, *inputs):
-        after_BND, _, first_BNHE = super().forward(h_BND, None, first_BNHE, *inputs)
-        h_BND, v_BND = self.dynamics(h_BND, v_BND, force=after_BND - h_BND)
-        return h_BND, v_BND, first_BNHE
+    def forward(self, h_BND, v_BND, *inputs):
+        after_BND, _ = super().forward(h_BND, None, *inputs)
+        return self.dynamics(h_BND, v_BND, force=after_BND - h_BND)
 
 
 def _needs(model, placement):

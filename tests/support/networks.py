@@ -29,8 +29,6 @@ def randomised(
     for name, p in model.named_parameters():
         if "adaln" in name or "proj_out" in name:
             p.normal_(std=0.1)
-        if "value_mix" in name:
-            p.uniform_(0.2, 0.8)
     return model
 
 
