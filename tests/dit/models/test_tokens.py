@@ -179,7 +179,7 @@ def test_training_with_dropped_tokens_and_accumulation(small_run):
         ({"token_drop_rate": 1.0}, r"token_drop_rate 1.0 must be at least 0 \(off\) and below 1"),
         ({"token_drop_rate": -0.5}, "token_drop_rate -0.5 must be"),
         ({"token_drop_until": 0.0}, "token_drop_until 0.0 must be above 0"),
-        ({"token_drop_rate": 0.5}, "2 blocks has no middle"),
+        ({"token_drop_rate": 0.5}, "2 blocks have no middle"),
         ({"token_drop_start": 2, "token_drop_end": 1}, "0 <= start < end <= num_layers 2"),
         ({"token_drop_end": 3}, "token_drop_end 3 must satisfy"),
     ],

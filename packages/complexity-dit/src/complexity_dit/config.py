@@ -129,6 +129,10 @@ class ModelConfig:
     """Number of blocks, best a third of them, after which a second output layer learns the same
     target, for internal guidance (arXiv 2512.24176). 0 is off."""
 
+    num_loops: int = 1
+    """How often the blocks in the middle are applied, with the same weights and a velocity that is
+    carried from one repetition to the next; 1 is the plain stack."""
+
     overrides: dict[str, Setting] = field(default_factory=dict)
     """Any other argument of ComplexityDiTTransformer2DModel, e.g. {hidden_size: 256}."""
 
@@ -145,7 +149,7 @@ class ModelConfig:
             raise UserError(
                 f"token_drop_rate {self.token_drop_rate} must be at least 0 (off) and below 1"
             )
-        check_range(self, "[1, inf)", "patch_size")
+        check_range(self, "[1, inf)", "patch_size", "num_loops")
         check_range(self, "[0, inf)", "token_drop_start", "token_drop_end", "auxiliary_layer")
 
 
@@ -487,6 +491,11 @@ class TrainConfig(RunConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
 
+    loop_sampling: Literal["fixed", "uniform", "poisson"] = "fixed"
+    """Repetitions of a training step of a network with a loop: always num_loops, or a number drawn
+    for each step with that mean, from 1 to 2 num_loops - 1 (uniform) or of 1 + Poisson. Samples and
+    held-out losses are computed at num_loops."""
+
     noise_bins: int = 5
     """Bins of the noise level in noise_levels.csv, mean squared errors; 0 is off."""
 
@@ -745,6 +754,9 @@ class SampleConfig:
     """Pipeline folder of a weaker model of the same data, e.g. of an early checkpoint: guidance
     leads away from it in place of the null rows (arXiv 2406.02507)."""
 
+    num_loops: int | None = None
+    """Repetitions of the loop of a network that has one; by default those of its training."""
+
     height: int | None = None
     """Height in pixels; the training size by default."""
 
@@ -760,8 +772,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
         check_range(
-            self, "[1, inf)", "num_inference_steps", "height", "width", "batch_size", "chunk_size"
-        )
+            self, "[1, inf)", "num_inference_steps", "height", "width", "batch_size", "chunk_size",
+            "num_loops",
+        )  # fmt: skip
         check_range(self, "(0, inf)", "shift")
         check_range(self, "(-inf, inf)", "guidance_scale", "internal_guidance_scale")
         check_range(self, "[0, 1]", "guidance_interval")

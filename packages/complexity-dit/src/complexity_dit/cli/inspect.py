@@ -8,10 +8,10 @@ import torch
 from complexity_dit.config import DATA_FILE
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, looped_blocks
 from complexity_dit.models.vae import find_autoencoder, load_vae, scale_factor
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
-from inl_core import certify, dynamics_modules, read_dynamics
+from inl_core import LoopedDynamics, certify, dynamics_modules, read_dynamics
 from inl_core.run.json_files import read_json_object
 
 PROBE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -47,6 +47,11 @@ def inspect(path: str) -> dict[str, Any]:
                 "in_channels", "network_output", "auxiliary_layer",
             )
         },
+        **(
+            {"loop": {k: v for k, v in model.config.items() if k == "num_loops" or "loop_" in k}}
+            if looped_blocks(model.config)
+            else {}
+        ),
         "labels": {field: len(names) for field, names in pipe.label_names.items()},
         "scheduler": type(pipe.scheduler).__name__,
         "vae": None if vae is None else type(vae).__name__,
@@ -78,7 +83,8 @@ def _autoencoder(folder: Path) -> dict[str, Any]:
 
 def _dynamics(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
     """Statistics of each layer's dynamics on noise, and the stability certificate."""
-    if not dynamics_modules(model):
+    modules = dynamics_modules(model).values()
+    if not modules:
         return {}
     side, count = model.config.sample_size, len(PROBE_LEVELS)
     noise = torch.randn(
@@ -87,10 +93,11 @@ def _dynamics(model: ComplexityDiTTransformer2DModel) -> dict[str, Any]:
     times = torch.tensor(PROBE_LEVELS) * NUM_TRAIN_TIMESTEPS
     labels = torch.full((count, len(model.config.label_fields)), -1)
     inputs = (noise, times, labels)
+    in_layers = any(not isinstance(module, LoopedDynamics) for module in modules)
     return {
         "layers": {
             name: {key: round(value, 6) for key, value in stats.items()}
             for name, stats in read_dynamics(model, inputs).items()
         },
-        "certificate": certify(model, inputs).summary(),
+        **({"certificate": certify(model, inputs).summary()} if in_layers else {}),
     }

@@ -79,7 +79,7 @@ from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sample_folders import SETTINGS_FILE, claim_samples
-from complexity_dit.pipelines.sampling import scheduler_settings
+from complexity_dit.pipelines.sampling import recorded, scheduler_settings
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.folders import claim_folder, has_result
@@ -175,7 +175,7 @@ def evaluate(
             pipe, images, generated_rows = None, subject, draw(len(subject), n, config.seed)
         else:
             pipe, generated_rows = subject, np.arange(n)
-            settings |= {"sample": asdict(sample), **scheduler_settings(pipe, sample)}
+            settings |= {"sample": recorded(sample), **scheduler_settings(pipe, sample)}
             keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
             if keep:
                 on_main(lambda: held.enter_context(claim_samples(keep)))

@@ -31,6 +31,7 @@ from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenS
 from inl_core import (
     INLDynamics,
     INLDynamicsLite,
+    LoopedDynamics,
     ModulatedRMSNorm,
     RMSNorm,
     branch_epilogue,
@@ -354,6 +355,18 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         auxiliary_layer: Number of blocks after which a second output layer predicts the same
             target, for internal guidance (arXiv 2512.24176); 0 is none. Take the first third of
             the depth: in the second half it harms.
+        num_loops: How often the blocks `loop_start` to `loop_end` - 1 are applied, with the same
+            weights, where a call gives no other number. 1 is the plain stack.
+        loop_start: First block of the loop. None means that there is no loop if `num_loops` is 1,
+            else the second block (with less than three blocks the first).
+        loop_end: The block after the last one of the loop, likewise; None leaves the last block
+            outside (with less than three blocks none).
+        loop_dynamics: Whether the loop carries a velocity from one repetition to the next
+            (`inl_core.LoopedDynamics`), with the input of the loop as its equilibrium.
+        loop_alpha: Initial inertia of that velocity, in [0, 1]; 0 starts as the plain loop.
+        loop_tolerance: Outside of training an image stops where its velocity, and the change of
+            it, is at most this share of its position, and the loop ends when all have stopped;
+            None computes all repetitions. Needs `loop_dynamics`.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -399,6 +412,12 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         token_drop_start: int | None = None,
         token_drop_end: int | None = None,
         auxiliary_layer: int = 0,
+        num_loops: int = 1,
+        loop_start: int | None = None,
+        loop_end: int | None = None,
+        loop_dynamics: bool = True,
+        loop_alpha: float = 0.5,
+        loop_tolerance: float | None = None,
     ) -> None:
         super().__init__()
         config = self.config
@@ -416,6 +435,11 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             }
         )
         self.blocks = nn.ModuleList([ComplexityDiTBlock(config) for _ in range(num_layers)])
+        if loop_dynamics and looped_blocks(config):
+            self.dynamics_loop = LoopedDynamics(
+                hidden_size, loop_alpha, beta_max=dynamics_beta_max,
+                velocity_max=dynamics_velocity_max,
+            )  # fmt: skip
         self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
@@ -475,6 +499,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         return_auxiliary: bool = False,
+        num_loops: int | None = None,
     ) -> ComplexityDiTOutput | tuple[Tensor, ...]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
 
@@ -491,6 +516,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             return_dict: False returns a plain tuple.
             attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
             return_auxiliary: Also return the prediction of block `auxiliary_layer`.
+            num_loops: Repetitions of the loop; None means those of the config.
 
         Returns:
             `ComplexityDiTOutput` with `sample` of shape (B, out_channels, Y, X), and `auxiliary`
@@ -498,8 +524,9 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
         Raises:
             ValueError: If the size is not divisible by the patch, labels or kept tokens have the
-                wrong shape, tokens are dropped in a network without middle blocks, or there is no
-                auxiliary output to return.
+                wrong shape, tokens are dropped in a network without middle blocks, there is no
+                auxiliary output to return, or `num_loops` is below 1, or above it in a network
+                without a loop.
         """
         if attention_kwargs is not None:
             if unknown := attention_kwargs.keys() - {"scale"}:
@@ -509,7 +536,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             try:
                 return self.forward(
                     hidden_states, timestep, class_labels, kept_tokens, label_embeds, return_dict,
-                    return_auxiliary=return_auxiliary,
+                    return_auxiliary=return_auxiliary, num_loops=num_loops,
                 )  # fmt: skip
             finally:
                 unscale_lora_layers(self, scale)
@@ -520,6 +547,7 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
             raise ValueError("give class_labels or label_embeds, not both")
         if isinstance(class_labels, list | tuple):
             class_labels = torch.tensor(class_labels, device=hidden_states.device)
+        loops = check_num_loops(self.config, num_loops)
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -544,27 +572,22 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         c_BD = nn.functional.silu(c_BD + labels)
 
         state: LayerState = (x_BND, None)
-        blocks = list(self.blocks)
-        cuts, subset = {0, early, len(blocks)}, None
+        cuts, subset = {0, early, len(self.blocks)}, None
         if kept_tokens is not None:
+            check_bypass(self.config)
             start, end = middle_blocks(self.config)
-            if start >= end:
-                raise ValueError(
-                    f"kept_tokens: {len(blocks)} blocks have no middle ones to bypass: use 3 or "
-                    "more, or set token_drop_start and token_drop_end"
-                )
             cuts |= {start, end}
             subset = TokenSubset(kept_tokens, batch, rows * columns)
             cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
         early_BND = x_BND
         for first, last in itertools.pairwise(sorted(cuts)):
-            some = blocks[first:last]
+            some = range(first, last)
             if subset is not None and start <= first < end:
                 part = subset.take(state)
-                part = self._through(some, part, c_BD, cos_BKE, sin_BKE)
+                part = self._through(some, part, loops, c_BD, cos_BKE, sin_BKE)
                 state = subset.put_back(part, state)
             else:
-                state = self._through(some, state, c_BD, cos_NE, sin_NE)
+                state = self._through(some, state, loops, c_BD, cos_NE, sin_NE)
             if last == early:
                 early_BND = state[0]
 
@@ -582,21 +605,47 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         return ComplexityDiTOutput(*found) if return_dict else tuple(found)
 
     def _through(
-        self,
-        blocks: list[nn.Module],
-        state: LayerState,
-        c_BD: Tensor,
-        cos_NE: Tensor,
-        sin_NE: Tensor,
+        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor
     ) -> LayerState:
+        """Apply blocks by number; those of the loop, if they are among them, several times."""
+        loop = looped_blocks(self.config)
+        if not loop or loop[0] not in blocks:
+            return self._once(blocks, state, *inputs)
+        state = self._once(range(blocks.start, loop.start), state, *inputs)
+        state = self._repeat(loop, state, num_loops, *inputs)
+        return self._once(range(loop.stop, blocks.stop), state, *inputs)
+
+    def _once(self, blocks: range, state: LayerState, *inputs: Tensor) -> LayerState:
         """Apply blocks in turn, with gradient checkpointing if it is enabled."""
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        for block in blocks:
-            inputs = (*state, c_BD, cos_NE, sin_NE)
+        for index in blocks:
+            block = self.blocks[index]
             if checkpointing:
-                state = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore
+                state = self._gradient_checkpointing_func(block, *state, *inputs)  # pyright: ignore
             else:
-                state = block(*inputs)
+                state = block(*state, *inputs)
+        return state
+
+    def _repeat(
+        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor
+    ) -> LayerState:
+        """Apply the blocks of the loop.
+
+        Each repetition starts with the position that the one before left, and with the velocity of
+        the blocks with which the loop was entered.
+        """
+        h_BND, v_BND = state
+
+        def force(h_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+            next_BND, last_v_BND = self._once(blocks, (h_BND, v_BND), *inputs)
+            return next_BND - h_BND.to(next_BND.device), last_v_BND
+
+        if self.config.loop_dynamics:
+            tolerance = None if self.training else self.config.loop_tolerance
+            end = self.dynamics_loop.loop(force, h_BND, num_loops, tolerance=tolerance)
+            return end.h, end.other
+        for _ in range(num_loops):
+            state = self._once(blocks, (state[0], v_BND), *inputs)
         return state
 
     def embed_labels(self, class_labels: Tensor) -> Tensor:
@@ -657,6 +706,55 @@ def middle_blocks(config: Mapping[str, Any]) -> tuple[int, int]:
     return 1 if start is None else start, config["num_layers"] - 1 if end is None else end
 
 
+def check_bypass(config: Mapping[str, Any]) -> None:
+    """Check that dropped tokens have blocks to bypass, which no loop enters or leaves.
+
+    Raises:
+        ValueError: They have not.
+    """
+    middle, loop = range(*middle_blocks(config)), looped_blocks(config)
+    if not middle:
+        raise ValueError(
+            f"{config['num_layers']} blocks have no middle ones to bypass: use 3 or more, or set "
+            "token_drop_start and token_drop_end"
+        )
+    if len({block in middle for block in loop}) > 1:
+        raise ValueError(
+            f"the loop over blocks {loop[0]} to {loop[-1]} enters or leaves those that dropped "
+            f"tokens bypass, {middle[0]} to {middle[-1]}: set token_drop_start and token_drop_end, "
+            "or loop_start and loop_end"
+        )
+
+
+def looped_blocks(config: Mapping[str, Any]) -> range:
+    """Numbers of the blocks that are repeated; empty without a loop."""
+    start, end, layers = config["loop_start"], config["loop_end"], config["num_layers"]
+    if config["num_loops"] == 1 and start is None and end is None:
+        return range(0)
+    inner = layers > 2
+    return range(
+        (1 if inner else 0) if start is None else start,
+        (layers - 1 if inner else layers) if end is None else end,
+    )
+
+
+def check_num_loops(config: Mapping[str, Any], num_loops: int | None) -> int:
+    """The repetitions of a call, by default those of the config.
+
+    Raises:
+        ValueError: If the number is below 1, or above it in a network without a loop.
+    """
+    count = config["num_loops"] if num_loops is None else num_loops
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_loops must be a whole number of at least 1, got {count!r}")
+    if count > 1 and not looped_blocks(config):
+        raise ValueError(
+            f"num_loops {count}: this network has no loop; make it with num_loops above 1 (or "
+            "loop_start and loop_end) in its config"
+        )
+    return count
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Check sizes, names and what depends on them."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -696,6 +794,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"token_drop_start {start} and token_drop_end {end} must satisfy 0 <= start < end <= "
             f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
         )
+    _check_loop(config)
     fields, counts = config["label_fields"], config["num_classes"]
     if len(fields) != len(counts) or len(set(fields)) != len(fields):
         raise ValueError(
@@ -707,3 +806,30 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"label field {field!r}: {count} must be a printable name with at least 1 label"
             )
+
+
+def _check_loop(config: Mapping[str, Any]) -> None:
+    start, end, layers = config["loop_start"], config["loop_end"], config["num_layers"]
+    loop = looped_blocks(config)
+    given = start is not None or end is not None
+    if given and not 0 <= loop.start < loop.stop <= layers:
+        raise ValueError(
+            f"loop_start {loop.start} and loop_end {loop.stop} must satisfy 0 <= loop_start < "
+            f"loop_end <= num_layers {layers}: the loop repeats the blocks loop_start to "
+            "loop_end - 1"
+        )
+    if loop and loop.start < config["auxiliary_layer"] < loop.stop:
+        raise ValueError(
+            f"auxiliary_layer {config['auxiliary_layer']} is inside the loop over blocks "
+            f"{loop.start} to {loop.stop - 1}: set loop_start, or another auxiliary_layer"
+        )
+    if check_num_loops(config, None) > MAX_LAYERS:
+        raise ValueError(f"num_loops {config['num_loops']} must be at most {MAX_LAYERS}")
+    if not 0 <= config["loop_alpha"] <= 1:
+        raise ValueError(f"loop_alpha {config['loop_alpha']} must be in [0, 1]")
+    tolerance = config["loop_tolerance"]
+    if tolerance is not None and not (tolerance > 0 and loop and config["loop_dynamics"]):
+        raise ValueError(
+            f"loop_tolerance {tolerance} must be positive, and needs a loop with loop_dynamics: "
+            "the velocity says when to stop"
+        )

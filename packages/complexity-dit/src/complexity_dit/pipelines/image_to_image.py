@@ -141,6 +141,7 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
+        num_loops: int | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Add noise to an image and denoise it under other labels.
@@ -210,6 +211,7 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
+        num_loops: int | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.

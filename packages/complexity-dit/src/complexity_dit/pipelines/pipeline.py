@@ -24,7 +24,10 @@ from complexity_dit.models.adapters import (
     without_prefix,
 )
 from complexity_dit.models.loading import warn_of_pickles
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.models.transformer import (
+    ComplexityDiTTransformer2DModel,
+    check_num_loops,
+)
 from complexity_dit.models.vae import Vae, posterior, scale_factor
 from complexity_dit.pipelines.saving import FilesMixin
 from complexity_dit.pipelines.schedulers import (
@@ -438,6 +441,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
+        num_loops: int | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
@@ -482,6 +486,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             internal_guidance_scale: Guidance away from the auxiliary output of the network itself
                 (Zhou et al., arXiv 2512.24176) in the same interval, without a further evaluation;
                 1 is off. If both scales are on, their two steps are added.
+            num_loops: Repetitions of the loop of a network that has one; None means those of its
+                config. A `guide` has its own.
             **named: The same as keywords, `style="Cubism"`; a field with the name of an argument,
                 such as `height`, can be asked for by `labels={"height": ...}` only.
 
@@ -507,7 +513,14 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         or B, 1, Y, X).
         """
         self._check_names(call)
-        self._attention_kwargs = call.attention_kwargs
+        options = {"attention_kwargs": call.attention_kwargs, "num_loops": call.num_loops}
+        # A denoiser of another class, as `train` takes one, need not know them.
+        self._options = {name: value for name, value in options.items() if value is not None}
+        if call.num_loops is not None:
+            try:
+                check_num_loops(self.transformer.config, call.num_loops)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         steps = call.num_inference_steps
         if steps < 1:
             raise UserError(f"num_inference_steps {steps} must be at least 1")
@@ -663,10 +676,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     ) -> Tensor:
         """The transformer's prediction, led away from weaker ones where a scale is not 1."""
         scale, internal, guide = guidance.scale, guidance.internal_scale, guidance.guide
-        # A denoiser of another class, as `train` takes one, need not know these.
-        options: dict[str, Any] = {"return_auxiliary": True} if internal != 1 else {}
-        if self._attention_kwargs is not None:
-            options["attention_kwargs"] = self._attention_kwargs
+        options = self._options | ({"return_auxiliary": True} if internal != 1 else {})
 
         def predict(x: Tensor, condition: Tensor) -> Tensor:
             own, weak = (x, condition), None

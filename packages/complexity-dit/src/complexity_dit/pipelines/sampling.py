@@ -173,6 +173,12 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
     }
 
 
+def recorded(config: SampleConfig) -> dict[str, Any]:
+    """The settings of a result: all, but those younger than other results where they do nothing."""
+    young = {"num_loops": None}
+    return {k: v for k, v in asdict(config).items() if k not in young or v != young[k]}
+
+
 def sample_settings(
     pipe: ComplexityDiTPipeline,
     labels: Tensor,
@@ -180,7 +186,7 @@ def sample_settings(
     start: Start | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the bits of the images."""
-    sample, guide = asdict(config), {}
+    sample, guide = recorded(config), {}
     sample.pop("batch_size")
     if config.internal_guidance_scale == 1:  # folders of older versions do not name it
         del sample["internal_guidance_scale"]
@@ -249,6 +255,7 @@ def iter_samples(
                 width=config.width,
                 chunk_size=config.chunk_size,
                 chunk_offset=batch[0] % config.chunk_size,
+                num_loops=config.num_loops,
                 output_type="np",
             ).images
             finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)

@@ -21,7 +21,7 @@ from complexity_dit.data.latents import (
     source_config,
 )
 from complexity_dit.hashing import weights_sha256
-from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, middle_blocks
+from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, check_bypass
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.pipelines.schedulers import prediction_type
@@ -37,7 +37,7 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
     own = config.model
     same = (
         "patch_size", "dynamics_placement", "dynamics_adaptive", "token_drop_start",
-        "token_drop_end", "auxiliary_layer",
+        "token_drop_end", "auxiliary_layer", "num_loops",
     )  # fmt: skip
     settings = {name: getattr(own, name) for name in same} | {
         "sample_size": data.sample_size,
@@ -54,13 +54,11 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
         model = ComplexityDiTTransformer2DModel.from_size(own.size, **(settings | own.overrides))
     except (TypeError, ValueError) as error:
         raise UserError(f"this model cannot be built: {error}") from error
-    start, end = middle_blocks(model.config)
-    if own.token_drop_rate and start >= end:
-        raise UserError(
-            f"token_drop_rate {own.token_drop_rate}: a network of {model.config.num_layers} blocks "
-            "has no middle ones to bypass; use 3 or more, or set token_drop_start and "
-            "token_drop_end"
-        )
+    if own.token_drop_rate:
+        try:
+            check_bypass(model.config)
+        except ValueError as error:
+            raise UserError(f"token_drop_rate {own.token_drop_rate}: {error}") from error
     return model
 
 

@@ -70,7 +70,7 @@ from complexity_dit.training.state import (
     read_state,
     trainable,
 )
-from inl_core import apply_bounds
+from inl_core import apply_bounds, draw_num_loops
 from inl_core.run.automatic import (
     AUTO,
     Choice,
@@ -100,7 +100,7 @@ logger = logging.getLogger(__name__)
 
 OWNERS = table_of_owners(
     taken="""
-        steps gradient_accumulation_steps compile gradient_checkpointing
+        steps gradient_accumulation_steps compile gradient_checkpointing loop_sampling
         data.crop data.flip model.token_drop_rate model.token_drop_until
         objective.time_sampling objective.logit_mean objective.logit_std objective.shift
         objective.sampling_shift objective.label_dropout objective.label_dropout_all
@@ -114,7 +114,8 @@ OWNERS = table_of_owners(
         seed batch_size mixed_precision
         data.resolution data.holdout data.num_images data.clusters data.image_column
         model.size model.patch_size model.dynamics_placement model.dynamics_adaptive
-        model.token_drop_start model.token_drop_end model.auxiliary_layer model.overrides
+        model.token_drop_start model.token_drop_end model.auxiliary_layer model.num_loops
+        model.overrides
         objective.prediction_type objective.network_output
         optim.name ema.snapshot_every ema.lengths lora.rank lora.alpha lora.targets lora.labels
     """,
@@ -377,7 +378,12 @@ def optimizer_step(
     chunks = {name: value.chunk(parts) for name, value in batch.items()}
     total = torch.zeros((), device=accelerator.device)
     # A network of others has no such argument.
-    wanted = {"return_auxiliary": True} if state.model.config.get("auxiliary_layer") else {}
+    wanted: dict[str, Any] = (
+        {"return_auxiliary": True} if state.model.config.get("auxiliary_layer") else {}
+    )
+    if config.loop_sampling != "fixed":
+        mean = state.model.config["num_loops"]
+        wanted["num_loops"] = draw_num_loops(mean, config.loop_sampling, config.seed, state.step)
     for i in range(parts):
         part = {name: values[i] for name, values in chunks.items()}
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
