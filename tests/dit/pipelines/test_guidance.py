@@ -183,7 +183,7 @@ def test_the_sample_command_loads_a_guide_and_refuses_a_wrong_one(pipe, guide, t
 
 
 def test_the_options_of_the_command():
-    _, (parsed,), _ = PROGRAM.parse(
+    _, (parsed, *_), _ = PROGRAM.parse(
         ["sample", "pipe", "--out", "x", "--scheduler", "UniPCMultistepScheduler", "--shift", "3",
          "--autoguidance", "weak", "--guidance_interval", "[0.2, 0.8]", "--height", "64",
          "--width", "128"]
