@@ -62,6 +62,7 @@ from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, m
 from inl_core.run.files import merged_folder
 from inl_core.run.hub import download_weights
 from inl_core.run.weights import weights_fit
+from inl_core.tracing import transformed
 
 from .configuration_complexity import DeepConfig
 
@@ -268,7 +269,8 @@ def _own_random_stream() -> Iterator[None]:
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        seed = int(torch.randint(2**62, (), device="cpu"))
+        draw = torch.randint(2**62, (), device="cpu")
+        seed = int(draw) if type(draw) is Tensor else 0  # one of FakeTensorMode has no value
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
@@ -661,6 +663,7 @@ class DeepModel(DeepPreTrainedModel):
             past_key_values = DynamicCache(config=unrolled)
         if self.config.loop_start is not None:
             self._check_cache(past_key_values, unrolled.num_hidden_layers, **kwargs)
+        given_positions = position_ids  # others are looked through for the beginnings of documents
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start
@@ -674,7 +677,7 @@ class DeepModel(DeepPreTrainedModel):
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     past_key_values=masked_cache,
-                    position_ids=position_ids,
+                    position_ids=given_positions,
                 )
                 for kind in set(self.config.layer_types or [])
             }
@@ -793,6 +796,8 @@ class DeepModel(DeepPreTrainedModel):
 
     def _check_ids(self, ids: Tensor) -> None:
         if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+            return
+        if type(ids) is not Tensor or transformed():  # FakeTensorMode, torch.func: no values
             return
         low, high = int(ids.min()), int(ids.max())
         size = self.config.vocab_size

@@ -41,6 +41,7 @@ from inl_core.reference import (
 )
 from inl_core.reference.dynamics import controller_output
 from inl_core.reference.layers import causal_mask, query_groups
+from inl_core.tracing import settled_while_tracing, transformed
 
 __all__ = [
     "Backend",
@@ -136,21 +137,6 @@ def use_backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
-def _settled_while_tracing(function: Callable[P, T]) -> Callable[P, T]:
-    """Let the compiler call `function` while tracing and use the result as a constant.
-
-    ``torch.compiler.assume_constant_result``, without its import of the whole compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_settled_while_tracing
-def _transformed() -> bool:
-    """Whether a ``torch.func`` transform is active; the compiler has its own guards for those."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
-
-
 def _has_kernels(x: Tensor) -> bool:
     """Whether the device of `x` can run the kernels."""
     return x.is_cuda and _triton_installed
@@ -168,7 +154,7 @@ def takes_kernel(name: str, tensors: list[Tensor]) -> bool:
         return False
     if first.ndim == 0 or not 1 <= first.shape[-1] <= _MAX_WIDTH:
         return False
-    return all(x.dtype != torch.float64 for x in tensors) and not _transformed()
+    return all(x.dtype != torch.float64 for x in tensors) and not transformed()
 
 
 def _switched(definition: Callable[P, T]) -> Callable[P, T]:
@@ -192,7 +178,7 @@ def _switched(definition: Callable[P, T]) -> Callable[P, T]:
     return operation
 
 
-@_settled_while_tracing
+@settled_while_tracing
 def _load_kernels() -> bool:
     """Import all kernel files on first use: this takes seconds and fixes the interpreter mode.
 
@@ -250,7 +236,7 @@ def routed_mlp(
         ValueError: If a shape or a dtype does not fit.
     """
     x, gate, up, down = segments.as_linear_casts(x, gate, up, down)
-    if _backend == "reference" or x.dtype == torch.float64 or _transformed():
+    if _backend == "reference" or x.dtype == torch.float64 or transformed():
         return reference.routed_mlp(x, plan, gate, up, down)
     if takes_kernel("routed_mlp", [x, gate, up, down]):
         _load_kernels()
@@ -273,7 +259,7 @@ def attention(
     "reference" uses the definition, as does everything under a ``torch.func`` transform. "triton"
     has no effect, because there is no kernel. Autocast applies as it does to torch's function.
     """
-    if _backend == "reference" or _transformed():
+    if _backend == "reference" or transformed():
         return reference.attention(q, k, v, mask, causal=causal, scale=scale)
     groups = query_groups(q, k)
     products = takes_cpu_attention(q, k, v, mask)
@@ -301,7 +287,7 @@ def takes_cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     bf16, by dtype or by autocast, on a CPU, with a boolean mask or none, several queries and at
     most `MOST_KEYS_OF_CPU_ATTENTION` keys. Not in an exported program, which others run.
     """
-    if q.device.type != "cpu" or _backend == "reference" or _transformed():
+    if q.device.type != "cpu" or _backend == "reference" or transformed():
         return False
     if torch.is_autocast_enabled("cpu"):
         bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16 and q.dtype != torch.float64

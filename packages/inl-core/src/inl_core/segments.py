@@ -9,11 +9,14 @@ Shape letters: T tokens of the batch, E experts, D channels, I inner channels of
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from inl_core.tracing import transformed
 
 __all__ = [
     "RoutingPlan",
@@ -54,20 +57,22 @@ def make_routing_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
 
     Raises:
         ValueError: If `expert_ids` are not integers, or num_experts is below 1.
-        RuntimeError: If an id is outside [0, num_experts); on a GPU it is raised asynchronously.
+        RuntimeError: If an id is outside [0, num_experts); on a GPU it is raised asynchronously,
+            under ``torch.func`` not at all.
     """
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if expert_ids.is_floating_point() or expert_ids.is_complex() or expert_ids.dtype == torch.bool:
         raise ValueError(f"expert_ids must be integers, got dtype {expert_ids.dtype}")
     flat = expert_ids.reshape(-1)
-    inside = ((flat >= 0) & (flat < num_experts)).all()
-    # The assertion of the compiler: checked on the tensor's device, without waiting for it.
-    message = f"expert_ids must lie in [0, {num_experts})"
-    torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
+    if not transformed():  # vmap has no rule for assertions
+        inside = ((flat >= 0) & (flat < num_experts)).all()
+        # The assertion of the compiler: checked on the tensor's device, without waiting for it.
+        message = f"expert_ids must lie in [0, {num_experts})"
+        torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
     grouped, order = torch.sort(flat, stable=True)
     rows = torch.arange(flat.shape[0], device=flat.device)
-    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    inverse = rows.scatter(0, order, rows)  # not in place: vmap has a rule for this form alone
     experts = torch.arange(num_experts, device=flat.device, dtype=flat.dtype)
     return RoutingPlan(order, inverse, torch.searchsorted(grouped, experts, right=True).int())
 
@@ -89,7 +94,7 @@ def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, dow
         raise ValueError(
             f"the plan is for {plan.offsets.shape[0]} experts, the weights for {experts}"
         )
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # numel() would fix the sizes of an export
     if plan.order.shape != (rows,):
         raise ValueError(
             f"the plan is for {plan.order.shape[0]} tokens, x of shape {tuple(x.shape)} has {rows}"
@@ -108,7 +113,7 @@ def as_linear_casts(x: Tensor, *weights: Tensor) -> list[Tensor]:
     fp64 is not cast.
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return [x, *weights]
     dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights)]
@@ -138,7 +143,7 @@ def routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, down: Ten
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     expert_of_row = torch.searchsorted(plan.offsets, plan.inverse.int(), right=True)
     y = torch.zeros_like(rows)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         for expert in range(gate.shape[0]):
             # Zero rows: a NaN in a row of one expert never reaches the weights of another.
             mine = torch.where((expert_of_row == expert).unsqueeze(-1), rows, 0.0)
