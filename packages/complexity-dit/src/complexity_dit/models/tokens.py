@@ -6,6 +6,7 @@ rejoin after them. Which ones is drawn before the network runs.
 Shapes: B batch · N tokens · K kept tokens of N.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ LayerState = tuple[Tensor, Tensor | None]
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps are this many times the noise level, as in diffusers' schedulers."""
+
+
+@dataclass
+class Carried:
+    """The velocity, which blocks pass on beside the hidden state they return.
+
+    The caches of diffusers skip blocks by their hidden states, and know no other state.
+    """
+
+    velocity: Tensor | None
 
 
 def kept_count(tokens: int, rate: float) -> int:

@@ -8,17 +8,20 @@ network the K kept ones, if some are dropped) · D hidden · H heads · E head w
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import FasterCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 — looked up here by diffusers
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from complexity_dit.models.adapters import LabelAdapterMixin, LabelTables
 from complexity_dit.models.loading import SafeModel
-from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, LayerState, TokenSubset
+from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS, Carried, LayerState, TokenSubset
 from inl_core import (
     INLDynamics,
     INLDynamicsLite,
@@ -163,6 +166,7 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
     _available_processors: ClassVar[list] = [ComplexityDiTAttnProcessor]
     _supports_qkv_fusion = False
     processor: ComplexityDiTAttnProcessor
+    is_cross_attention = False  # read by the caches of diffusers
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
@@ -247,18 +251,23 @@ class ComplexityDiTBlock(nn.Module):
 
     def forward(
         self,
-        h_BND: Tensor,
+        hidden_states: Tensor,
         v_BND: Tensor | None,
         c_BD: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
-    ) -> LayerState:
+        carried: Carried | None = None,
+    ) -> LayerState | Tensor:
         """Map hidden state and velocity to those after this block.
 
         The velocity is None in the first block and without dynamics. `c_BD` is the activated
         condition (time plus labels); the rotary tables are (B, N, E) if each image keeps its own
-        subset of tokens.
+        subset of tokens. With `carried`, the velocity is read from it and written into it, and the
+        hidden state alone is returned.
         """
+        h_BND = hidden_states
+        if carried is not None:
+            v_BND = carried.velocity
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
         normed_BND = self.norm1(h_BND, shift1, scale1)
@@ -283,6 +292,9 @@ class ComplexityDiTBlock(nn.Module):
             h_BND = ops.gated_residual(h_BND, branch_BND, gate2)
             if self.placement == "stream":
                 h_BND, v_BND = self.dynamics(h_BND, v_BND)
+        if carried is not None:
+            carried.velocity = v_BND
+            return h_BND
         return h_BND, v_BND
 
     def _pushed(
@@ -311,7 +323,9 @@ class ComplexityDiTOutput(Transformer2DModelOutput):
     auxiliary: Tensor | None = None
 
 
-class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin, AttentionMixin):
+class ComplexityDiTTransformer2DModel(
+    LabelAdapterMixin, SafeModel, ConfigMixin, AttentionMixin, CacheMixin
+):
     """A diffusion transformer over patches with INL dynamics in every block.
 
     The condition is the sum of a timestep embedding and one embedding per label field. Each field's
@@ -617,6 +631,11 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
 
     def _once(self, blocks: range, state: LayerState, *inputs: Tensor) -> LayerState:
         """Apply blocks in turn, with gradient checkpointing if it is enabled."""
+        if self.is_cache_enabled:
+            h_BND, carried = state[0], Carried(state[1])
+            for index in blocks:
+                h_BND = self.blocks[index](h_BND, None, *inputs, carried)
+            return h_BND, carried.velocity
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for index in blocks:
             block = self.blocks[index]
@@ -647,6 +666,31 @@ class ComplexityDiTTransformer2DModel(LabelAdapterMixin, SafeModel, ConfigMixin,
         for _ in range(num_loops):
             state = self._once(blocks, (state[0], v_BND), *inputs)
         return state
+
+    def enable_cache(self, config: Any) -> None:
+        """As in diffusers: skip work that hardly changes from one denoising step to the next.
+
+        With `FirstBlockCacheConfig` call the model inside `cache_context`, as the pipeline does.
+        `FasterCacheConfig` takes a batch of images without labels followed by the same ones with
+        them, as the pipeline makes it, and needs `tensor_format="BCHW"`.
+
+        Raises:
+            ValueError: Another cache is on, FasterCache would read images in another format, or the
+                network repeats blocks: a cache takes every call of a block for the next step.
+        """
+        if looped_blocks(self.config):
+            raise ValueError("this network repeats blocks (loop_start): no cache knows that")
+        TransformerBlockRegistry.register(
+            ComplexityDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0)
+        )
+        if isinstance(config, FasterCacheConfig):
+            if config.tensor_format != "BCHW" and not config.is_guidance_distilled:
+                raise ValueError(f"tensor_format is {config.tensor_format!r}; images are 'BCHW'")
+            split = "_unconditional_conditional_input_kwargs_identifiers"
+            config = replace(
+                config, **{split: (*getattr(config, split), "class_labels", "label_embeds")}
+            )
+        super().enable_cache(config)
 
     def embed_labels(self, class_labels: Tensor) -> Tensor:
         """Sum of the embeddings of labels.

@@ -209,6 +209,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
     _optional_components: ClassVar[list[str]] = ["vae"]
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
+    _current_timestep: Tensor | None = None
 
     def __init__(
         self,
@@ -265,6 +266,14 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Noise level of the current step, in [0, 1000], for the callbacks of diffusers' caches.
+
+        None outside of a call.
+        """
+        return self._current_timestep
 
     @property
     def num_evaluations(self) -> int:
@@ -646,6 +655,14 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         # Noise of a stochastic scheduler; the others have no such argument, or make no use of it.
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if draws else {}
+        caches = getattr(self.transformer, "is_cache_enabled", False)
+        if caches and (batches.size is not None or guidance.internal_scale != 1):
+            raise UserError(
+                "a cache of diffusers holds the state of one network call a step, and may skip the "
+                "block of the auxiliary output: leave out chunk_size and internal_guidance_scale, "
+                "or call transformer.disable_cache()"
+            )
+        was_guided = None
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
@@ -654,6 +671,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(x, t)
                 active = guidance.at(times[i])
+                if caches and (active.scale != 1) != was_guided:  # another number of rows
+                    self.transformer._reset_stateful_cache()
+                was_guided, self._current_timestep = active.scale != 1, times[i]
                 prediction = self._predict(
                     model_input.to(dtype), times[i], condition, active, batches
                 )
@@ -669,6 +689,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                         )
                     x = callback(self, i, t, tensors).get("latents", x)
                 progress_bar.update()
+        self._current_timestep = None
         return x
 
     def _predict(
@@ -677,16 +698,20 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         """The transformer's prediction, led away from weaker ones where a scale is not 1."""
         scale, internal, guide = guidance.scale, guidance.internal_scale, guidance.guide
         options = self._options | ({"return_auxiliary": True} if internal != 1 else {})
+        caches = getattr(self.transformer, "is_cache_enabled", False)
 
         def predict(x: Tensor, condition: Tensor) -> Tensor:
             own, weak = (x, condition), None
             if scale != 1 and guide is None:
-                own = torch.cat([x, x]), torch.cat([condition, self._null(condition)])
+                rows = [condition, self._null(condition)]
+                if caches:  # FasterCache expects the rows without labels first
+                    rows.reverse()
+                own = torch.cat([x, x]), torch.cat(rows)
             strong, *auxiliary = _run(self.transformer, *own, t, **options)
             if scale != 1 and guide is not None:
                 weak = _run(guide, x.to(guide.dtype), condition, t)[0].to(strong)
             elif scale != 1:
-                strong, weak = strong.chunk(2)
+                strong, weak = reversed(strong.chunk(2)) if caches else strong.chunk(2)
             guided = strong if weak is None else weak + scale * (strong - weak)
             if auxiliary:
                 guided = guided + (internal - 1) * (strong - auxiliary[0][: len(x)])
@@ -825,6 +850,11 @@ def _run(
     t: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:
+    if getattr(network, "is_cache_enabled", False):  # FasterCache splits rows given by name
+        name = "label_embeds" if condition.is_floating_point() else "class_labels"
+        options |= {"hidden_states": x, "timestep": t.expand(len(x)), name: condition}
+        with network.cache_context("step"):
+            return network(return_dict=False, **options)
     if condition.is_floating_point():
         return network(x, t, label_embeds=condition, return_dict=False, **options)
     return network(x, t, condition, return_dict=False, **options)
