@@ -34,16 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from complexity_dit.config import OptimConfig
 from complexity_dit.training.compilation import compile_network
 from complexity_dit.training.optimizer import MuonWithAdamW, build_optimizer
-
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100 80GB PCIe": 312,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H200": 989,
-}
-"""Dense bf16 products, from the data sheets, by the name that torch reports."""
+from inl_core.run.peaks import PEAK_TFLOPS
 
 OPTIMIZERS = ("adamw", "muon")
 MODES = ("regional", "max")

@@ -128,6 +128,10 @@ def shape_of(config, network):
         settings["objective"] |= {"direction_weight": 0.0, "direction_over": "image"}
     if config.__class__.__module__.startswith("complexity_lm"):
         settings["tracker"] = settings.pop("report_to")
+        young = {"keep_best": False, "peak_tflops": None, "init_from": None, "push_to_hub": None}
+        settings = {k: v for k, v in settings.items() if k not in young or v != young[k]}
+        if not settings["lora"]["rank"]:
+            del settings["lora"]
     for group, name, usual in (
         (settings["data"], "crop", "center"),
         (settings["model"], "auxiliary_layer", 0),
@@ -143,6 +147,8 @@ def shape_of(config, network):
         (settings["data"], "document_separator", None),
         (settings["model"], "num_loops", 1),
         (settings, "loop_sampling", "fixed"),
+        (settings["data"], "format", "text"),
+        (settings["data"], "messages_column", "messages"),
     ):
         if name in group and group[name] == usual:
             del group[name]

@@ -119,6 +119,16 @@ def test_help_explains_every_field(command):
         assert flag in text
 
 
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_help_shows_its_own_options_before_those_of_transformers(command, name):
+    own, _, others = command(name, "--help")[1].partition("options of transformers'")
+    for flag in ("--tokenizer", "--seed", "--device"):
+        assert f"{flag} " in own
+    for flag in ("--max_new_tokens", "--do_sample", "--top_k"):
+        assert f"{flag} " in others
+        assert f"{flag} " not in own.partition("options:")[2]  # the usage line has all
+
+
 def test_every_generation_option_has_a_type_and_help():
     flags = cli.generation_flags()
     assert flags["temperature"][0] == float | None

@@ -236,6 +236,38 @@ metadata: {{version: 1.0}}
 
 @pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
 @pytest.mark.filterwarnings("default")
+def test_tasks_that_generate_fit_into_a_short_context(loaded, tmp_path, caplog):
+    rows = [{"question": f"ka {i} lo", "answer": "mi"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def task(name: str, more: str) -> str:
+        (tmp_path / f"{name}.yaml").write_text(
+            f"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"]{more}}}
+metric_list: [{{metric: exact_match}}]
+metadata: {{version: 1.0}}
+"""
+        )
+        return str(tmp_path / f"{name}.yaml")
+
+    assert loaded.context < 256
+    result = evaluate(loaded, None, config=replace(QUIET, tasks=[task("short", "")]))
+    assert 0 <= result["tasks"]["short"]["exact_match"] <= 1
+    assert "neither marked as CausalLM" not in caplog.text
+    long = task("long", ", max_gen_toks: 256")
+    with pytest.raises(UserError, match=r"as many new tokens as the context of \d+ has, or more"):
+        evaluate(loaded, None, config=replace(QUIET, tasks=[long]))
+
+
+@pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (the extra [eval])")
+@pytest.mark.filterwarnings("default")
 def test_unknown_tasks_are_rejected(loaded, tmp_path):
     with pytest.raises(UserError, match="lm-eval has no task no_such_task"):
         evaluate(loaded, None, config=replace(QUIET, tasks=["no_such_task"]))

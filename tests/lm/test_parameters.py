@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_lm import (
     PRESETS,
@@ -10,6 +11,7 @@ from complexity_lm import (
     count_parameters,
     decay_parameter_names,
 )
+from complexity_lm.parameters import flops_per_token
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -71,3 +73,24 @@ def test_norms_biases_and_dynamics_have_no_weight_decay(tiny) -> None:
         assert any("dynamics.weight_out" in name for name in kept) == (placement != "none")
     wrapped = torch.nn.ModuleDict({"inner": model})
     assert set(decay_parameter_names(wrapped)) == {f"inner.{name}" for name in decayed}
+
+
+@pytest.mark.parametrize("adaptive", ["token", "channel"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "mlp"])
+@pytest.mark.parametrize("loops", [1, 3])
+def test_flops_are_those_that_torch_counts(lively, ids, tied, adaptive, frozen, loops) -> None:
+    model = lively(
+        "eager", tie_word_embeddings=tied, dynamics_adaptive=adaptive, num_loops=loops
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = frozen not in name
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    counted = flops_per_token(model, ids.shape[1]) * ids.numel()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_flops_of_experts_are_those_of_one(tiny) -> None:
+    counts = {flops_per_token(DeepForCausalLM(tiny(num_experts=n)), 8) for n in (0, 2, 4)}
+    assert len(counts) == 1  # of one and the shared expert, together as wide as a dense MLP

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from complexity_lm.config import TrainConfig
 from complexity_lm.data import load_split, pack, token_bytes, tokenize
 from complexity_lm.loading import load
+from complexity_lm.parameters import flops_per_token
 from complexity_lm.train import train
 from inl_core.run.checkpoints import all_checkpoints, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
@@ -214,7 +216,25 @@ def test_progress_in_a_file_is_a_line_per_interval(small_run, tmp_path):
     assert max(map(len, lines)) < 400
     assert not [line for line in lines if "%|" in line]
     shown = [line.split("INFO ")[1] for line in lines if "tokens/s" in line]
+    assert all(re.search(r"\d tokens/s, \d+\.\d\d GB$", line) for line in shown), shown
     assert [line.split(":")[0] for line in shown] == [f"step {i} of 8" for i in (3, 4, 6, 8)]
+
+
+def test_speed_memory_and_share_of_the_peak_are_tracked(small_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(dataclasses.replace(small_run, report_to="tensorboard", peak_tflops=1e-3))
+    logs = EventAccumulator(str(Path(small_run.out) / "logs"))
+    logs.Reload()
+    curves = {
+        name: [event.value for event in logs.Scalars(f"train/{name}")]
+        for name in ("tokens_per_second", "memory_gb", "mfu")
+    }
+    assert [event.step for event in logs.Scalars("train/mfu")] == [3, 4, 6, 8]
+    flops = flops_per_token(load(small_run.out).model, small_run.data.context)
+    for speed, memory, share in zip(*curves.values(), strict=True):
+        assert share == pytest.approx(speed * flops / 1e9, rel=1e-4)
+        assert 0.05 < memory < 100
 
 
 def edit_record(checkpoint: Path, packing: int | None) -> None:

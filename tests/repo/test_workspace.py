@@ -114,8 +114,8 @@ def test_inl_core_needs_torch_only() -> None:
     needs = [Requirement(line).name for line in pyproject("inl-core")["project"]["dependencies"]]
     assert needs == ["torch"]
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "inl_core"}
-    # `inl_core.run`: command lines and progress of the other packages, and the Hub.
-    allowed |= {"yaml", "jsonargparse", "tqdm", "huggingface_hub"}
+    # `inl_core.run`: command lines and progress of the other packages, the Hub, and adapters.
+    allowed |= {"yaml", "jsonargparse", "tqdm", "huggingface_hub", "peft"}
     for path in source("inl-core").rglob("*.py"):
         assert set(imported(path, "inl_core")) <= allowed, path
 

@@ -180,7 +180,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("complexity_dit.hub.reach_hub", lambda *_: None)
+    monkeypatch.setattr("inl_core.run.hub.unreachable", lambda: None)
     return calls
 
 

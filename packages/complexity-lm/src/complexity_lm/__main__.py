@@ -4,7 +4,7 @@ import inspect as python_inspect
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import GenerationConfig
@@ -112,12 +112,23 @@ def _tokenizer(**options: Any) -> None:
     print(make_tokenizer(**options))
 
 
+def _export(model: str, out: str, format: str, outtype: Any) -> None:
+    from complexity_lm.export import export_gguf
+
+    print(export_gguf(model, out, outtype))
+
+
 def _inspect(model: str) -> None:
     from complexity_lm.inspect_model import inspect
 
     print(yaml.safe_dump(inspect(model), sort_keys=False), end="")
 
 
+_GENERATION = {
+    "options of transformers' GenerationConfig": {
+        name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()
+    }
+}
 _MODEL = {"model": Option("model folder, folder of a run, checkpoint, or Hub id")}
 
 # Each command imports what it needs itself, so that `--help` loads neither datasets nor Trainer.
@@ -149,9 +160,9 @@ COMMANDS = {
                     "A smaller model with the same tokenizer, to draft.",
                 ),
             )
-        }
-        | {name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()},
+        },
         [GenerateConfig],
+        others=_GENERATION,
     ),
     "chat": Command(
         "Talk to a model that has a chat template; accepts transformers' options.",
@@ -160,9 +171,9 @@ COMMANDS = {
         {
             "system": Option("What the model is told before the first turn.", None, str | None),
             "tokenizer": Option("Another tokenizer: folder or Hub id.", None, str | None),
-        }
-        | {name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()},
+        },
         [GenerateConfig],
+        others=_GENERATION,
         skip=frozenset({"batch_size", "only_new"}),
     ),
     "evaluate": Command(
@@ -188,6 +199,18 @@ COMMANDS = {
             "out": Option("Folder of the tokenizer."),
             "vocab_size": Option("Number of ids.", TokenizerConfig.vocab_size, int),
             "data": Option("How to read the source.", None, DataConfig | None),
+        },
+    ),
+    "export": Command(
+        "Write a model as a file for llama.cpp, where that has its architecture.",
+        _export,
+        _MODEL,
+        {
+            "out": Option("The file."),
+            "format": Option("Form of the file.", "gguf", Literal["gguf"]),
+            "outtype": Option(
+                "Type of the matrices.", "f32", Literal["f32", "f16", "bf16", "q8_0"]
+            ),
         },
     ),
     "inspect": Command("Print the contents of a model folder or checkpoint.", _inspect, _MODEL),

@@ -20,6 +20,13 @@ class DataConfig:
     source: str = "stdlib"
     """stdlib (the source code of Python's standard library), text:PATH, or hub:NAME (streamed)."""
 
+    format: Literal["text", "chat"] = "text"
+    """chat: each document is a conversation, a line of JSON in files, a row of a dataset, read into
+    memory; loss is on the answers that the tokenizer's chat template marks. Needs text: or hub:."""
+
+    messages_column: str = "messages"
+    """chat: key or column of the messages, a list of {role: ..., content: ...}."""
+
     heldout_source: str | None = None
     """Source of the held-out text; by default a part of `source`."""
 
@@ -31,7 +38,8 @@ class DataConfig:
     """Tokens per training block."""
 
     separate_documents: bool = False
-    """Keep attention within each document of a block, with positions from its beginning."""
+    """Keep attention within each document of a block, with positions from its beginning; with
+    format chat it is anyway."""
 
     piece_bytes: int | None = None
     """text: cut files into documents of about this many bytes, at line ends, and lines of more than
@@ -65,6 +73,8 @@ class DataConfig:
             raise UserError(f"data.holdout is {self.holdout}; expected a fraction in [0, 1)")
         if self.context < 2:
             raise UserError(f"data.context is {self.context}; a block needs at least 2 tokens")
+        if self.format == "chat" and "stdlib" in (self.source, self.heldout_source):
+            raise UserError("data.format chat reads text:PATH (JSON lines) or hub:NAME, not stdlib")
         check_range(self, "[0, inf)", "piece_bytes")
         separator = self.document_separator
         if separator is not None and (not separator.strip() or len(separator.splitlines()) > 1):
@@ -161,6 +171,35 @@ class OptimConfig:
 
 
 @dataclass
+class LoraOptions:
+    """An adapter to train in place of the network: low-rank matrices beside frozen weights."""
+
+    rank: int = 0
+    """Rank of the matrices that are added to the frozen weights of `init_from` (LoRA, arXiv
+    2106.09685); the run then writes an adapter folder. 0 trains the full network."""
+
+    alpha: float | None = None
+    """Scale of the product of the matrices, times the rank; by default the rank, a scale of 1."""
+
+    dropout: float = 0.0
+    """Dropout of the input of the matrices."""
+
+    targets: list[str] = field(
+        default_factory=lambda: [
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+        ]
+    )  # fmt: skip
+    """Linear layers that get matrices, by the end of their names."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "(0, inf)", "alpha")
+        check_range(self, "[0, inf)", "rank")
+        check_range(self, "[0, 1)", "dropout")
+        if self.rank and not self.targets:
+            raise UserError("lora.targets is empty: name layers, e.g. [q_proj, v_proj]")
+
+
+@dataclass
 class TrainConfig:
     """A training run."""
 
@@ -169,6 +208,11 @@ class TrainConfig:
 
     resume: str = "none"
     """auto (continue from the last checkpoint in `out`, if any), none, or a checkpoint folder."""
+
+    init_from: str | None = None
+    """Model folder, checkpoint, folder of a run, or Hub id whose weights, sizes and tokenizer a new
+    run starts from (fine-tuning). Ignored when a run is resumed, unless it trains an adapter
+    (`lora`) of that model."""
 
     seed: int = 0
     """Seed of the initial weights and of the data order."""
@@ -214,12 +258,24 @@ class TrainConfig:
     keep_last: int = 2
     """Number of checkpoints to keep; 0 keeps all."""
 
+    keep_best: bool = False
+    """Also keep the checkpoint of the lowest held-out loss, measured every `eval_every` steps and
+    after the last; `model/` is then that one, else the last."""
+
     dynamics_every: int = 100
     """Steps between records of the dynamics (dynamics.csv and the tracker); 0 for none."""
 
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Tracker that gets the curves in addition to the CSV files; tensorboard writes `logs/` in
     `out`."""
+
+    push_to_hub: str | None = None
+    """Hub id, such as NAME/MODEL, that `model/` or `adapter/` is uploaded to at the end; needs the
+    login of `hf auth login`, which is checked at the start."""
+
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s at the run's precision, for the share of it that training
+    reaches (MFU); null knows that of some GPUs in bf16, and shows no share on others."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
@@ -233,12 +289,31 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
 
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """An adapter to train in place of the network."""
+
     def __post_init__(self) -> None:
         check_range(
             self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "log_every",
             "eval_blocks", "checkpoint_every",
         )  # fmt: skip
         check_range(self, "[0, inf)", "eval_every", "keep_last", "dynamics_every")
+        check_range(self, "(0, inf)", "peak_tflops")
+        if self.keep_best and not self.eval_every:
+            raise UserError("keep_best needs measurements: set eval_every above 0")
+        if self.lora.rank and self.init_from is None:
+            raise UserError(
+                f"lora.rank {self.lora.rank} trains an adapter of a model: name it with --init_from"
+            )
+        usual = ModelConfig(dtype=self.model.dtype)
+        if self.init_from is not None and self.model != usual:
+            name = next(
+                name for name, value in vars(usual).items() if getattr(self.model, name) != value
+            )
+            raise UserError(
+                f"model.{name} is {getattr(self.model, name)!r}, but the network is that of "
+                "init_from: leave the settings of model out, except its dtype"
+            )
 
 
 @dataclass

@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from complexity_lm.config import DataConfig, Split
+from complexity_lm.conversations import message_texts, read_conversations
 from complexity_lm.hub import first_line, report_errors
 from complexity_lm.sources import PACKING, is_streamed, read_documents, stream_documents
 from complexity_lm.tokenizer import (
@@ -94,7 +95,7 @@ def load_corpus(config: DataConfig, packing: int = PACKING) -> Corpus:
     """
     # With a separate held-out source, all of the training source is trained on.
     fraction = 0.0 if config.heldout_source else config.holdout
-    if is_streamed(config.source):
+    if is_streamed(config.source) and config.format == "text":
         train, heldout = _split_stream(config, fraction)
         sample = _dataset(row["text"] for row in islice(train, config.sample_documents))
     else:
@@ -133,10 +134,16 @@ def make_tokenizer(
     """
     folder = Path(out)
     with new_folder(folder) as partial:
-        texts = load_split(replace(data or DataConfig(), source=source), "train")["text"]
-        tokenizer = train_tokenizer(texts, vocab_size)
+        settings = replace(data or DataConfig(), source=source)
+        texts = load_split(settings, "train")["text"]
+        tokenizer = train_tokenizer(written_texts(texts, settings), vocab_size)
         tokenizer.save_pretrained(partial)
     return f"a tokenizer of {len(tokenizer)} ids, from {len(texts)} documents, is in {folder}"
+
+
+def written_texts(documents: Iterable[str], config: DataConfig) -> Iterable[str]:
+    """What a tokenizer is trained on: the documents, of conversations their messages."""
+    return message_texts(documents) if config.format == "chat" else documents
 
 
 class _Rows:
@@ -177,23 +184,27 @@ def _stream(source: str, config: DataConfig) -> datasets.IterableDataset:
 
 
 def _read_all(source: str, config: DataConfig, packing: int = PACKING) -> datasets.Dataset:
-    if is_streamed(source):
+    if is_streamed(source) and config.format == "text":
         rows = islice(_stream(source, config), config.heldout_documents)
         return _dataset(row["text"] for row in rows)
+    return _dataset(_texts(source, config, packing))
+
+
+def _texts(source: str, config: DataConfig, packing: int) -> Iterator[str]:
+    if config.format == "chat":
+        return read_conversations(source, config)
     documents = read_documents(
         source, config.files, config.piece_bytes, packing, config.document_separator
     )
-    return _dataset(document.text for document in documents)
+    return (document.text for document in documents)
 
 
 def _split_documents(
     config: DataConfig, fraction: float, packing: int
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     sides = {False: _Rows(), True: _Rows()}
-    for document in read_documents(
-        config.source, config.files, config.piece_bytes, packing, config.document_separator
-    ):
-        sides[is_held_out(document.text, fraction)].add(document.text)
+    for text in _texts(config.source, config, packing):
+        sides[is_held_out(text, fraction)].add(text)
     train, heldout = sides[False].dataset(), sides[True].dataset()
     if fraction and not (train and heldout):
         raise UserError(
@@ -363,11 +374,17 @@ def count_tokens(tokens: datasets.Dataset, vocab_size: int) -> Tensor:
 def collate(rows: list[dict[str, Any]], separator: int | None = None) -> dict[str, Tensor]:
     """Join blocks to a batch: ``input_ids`` and ``labels``, both (B, context) int64.
 
-    With the id of the separator, ``position_ids`` begin again at each one: transformers' form of
+    Blocks of conversations have labels and ``position_ids`` of their own. With the id of the
+    separator, ``position_ids`` begin again at each one: transformers' form of
     documents in a row that attention does not look across.
     """
-    ids = torch.tensor(np.asarray([row["input_ids"] for row in rows]), dtype=torch.int64)
-    batch = {"input_ids": ids, "labels": ids}
+    batch = {
+        name: torch.tensor(np.asarray([row[name] for row in rows]), dtype=torch.int64)
+        for name in ("input_ids", "labels", "position_ids")
+        if name in rows[0]
+    }
+    ids = batch["input_ids"]
+    batch.setdefault("labels", ids)
     if separator is not None:
         places = torch.arange(ids.shape[1]).expand_as(ids)
         begins = torch.where(ids == separator, places, 0).cummax(dim=1).values

@@ -17,7 +17,8 @@ from complexity_lm.data import load_split
 from complexity_lm.evaluate import baselines, table
 from complexity_lm.generate import generate
 from complexity_lm.loading import Loaded, load
-from complexity_lm.train import STATE_FILE, train
+from complexity_lm.train import train
+from complexity_lm.trainer import STATE_FILE
 from inl_core.run.checkpoints import claim_run
 from inl_core.run.files import atomic_file
 from inl_core.run.json_files import read_json_object

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from complexity_lm.config import RUN_KIND, DataConfig, EvalConfig
+from complexity_lm.conversations import use_template
 from complexity_lm.data import load_split
 from complexity_lm.loading import Loaded, load, repeating, versions, weights_hash
-from complexity_lm.scoring import score_report, score_texts
+from complexity_lm.scoring import score_conversations, score_report, score_texts
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file
 from inl_core.run.folders import claim_folder, has_result
@@ -95,9 +96,17 @@ def _measured(
         if split == "auto":
             split = "heldout" if is_training_source else "all"
         texts = list(load_split(text_settings, split)["text"])[: config.max_documents]
-        score = score_texts(
-            loaded.model, loaded.tokenizer, texts, context, config.stride, config.batch_size
-        )
+        if text_settings.format == "chat":
+            if config.stride or config.baselines:
+                raise UserError("conversations are scored as wholes: leave stride and baselines")
+            use_template(loaded.tokenizer)
+            score = score_conversations(
+                loaded.model, loaded.tokenizer, texts, context, config.batch_size
+            )
+        else:
+            score = score_texts(
+                loaded.model, loaded.tokenizer, texts, context, config.stride, config.batch_size
+            )
         result = score_report(score, texts)
         if config.baselines:
             result["metrics"] |= baselines(loaded, texts)
@@ -252,7 +261,8 @@ def run_tasks(
     file is searched for what it includes. `limit` is the documents per task; None for all.
 
     Raises:
-        UserError: lm-eval is not installed, or does not know a task, or a file names code.
+        UserError: lm-eval is not installed, or does not know a task, a file names code, or a task
+            generates more tokens than the context has.
     """
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]
@@ -276,8 +286,15 @@ def run_tasks(
             "the path of a task file"
         )
 
-    class RollingWindows(HFLM):
-        """`HFLM` without a second separator in rolling windows, where lm-eval adds one itself."""
+    class FittingLM(HFLM):
+        """`HFLM` for contexts below lm-eval's default of 256 tokens to generate.
+
+        In rolling windows it adds no second separator, because lm-eval adds one itself.
+        """
+
+        @property
+        def max_gen_toks(self) -> int:
+            return min(super().max_gen_toks, self.max_length // 2)
 
         def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
             before, self.add_bos_token = self.add_bos_token, False
@@ -286,13 +303,21 @@ def run_tasks(
             finally:
                 self.add_bos_token = before
 
-    model = RollingWindows(
+    model = FittingLM(
         pretrained=loaded.model,  # pyright: ignore[reportArgumentType]
         tokenizer=loaded.tokenizer,  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
         max_length=context,
     )
-    results = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, limit=limit)
+    try:
+        results = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, limit=limit)
+    except AssertionError as error:
+        if "max tokens to generate" not in str(error):
+            raise
+        raise UserError(
+            f"a task asks for as many new tokens as the context of {context} has, or more (its "
+            "max_gen_toks): use a model of a longer context"
+        ) from error
     assert results is not None  # None only in the helper processes of a distributed run
     return {
         task: {key.removesuffix(",none"): value for key, value in values.items()}

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from complexity_lm.adapters import ADAPTER_FILE, base_of, is_adapter, load_adapter
 from complexity_lm.config import DataConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.hub import locate, report_errors
@@ -68,8 +69,9 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
     """Load a model and its tokenizer; no pickle is opened and no code of the folder is run.
 
     Args:
-        name: A model folder, a run's folder (its `model/`, else its newest checkpoint), a
-            checkpoint, or a Hub id of any causal language model.
+        name: A model folder, a run's folder (its `model/` or `adapter/`, else its newest
+            checkpoint), a checkpoint, or a Hub id, of any causal language model or of a LoRA
+            adapter, which is loaded with the model that it names.
         tokenizer: Another folder or Hub id for the tokenizer; the model's own by default.
         device: auto (a GPU if there is one), cpu, cuda, cuda:N.
 
@@ -78,15 +80,13 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
             not belong to the model.
     """
     target = _device(device)
-    folder = locate(name, "give the path of a model folder")
-    if folder is not None:
-        folder = _model_folder(folder)
-        check_damage(folder)
+    own = folder = find_model(name)
     # transformers validates few values of a config.json and raises errors of any type.
     with report_errors(f"cannot load a model from {name}"):
-        if folder is None:
-            folder = download_weights(name, {}, _TOKENIZER_FILES)
-        refuse_strange_files(folder)
+        refuse_strange_files(own)
+        if is_adapter(own):
+            folder = find_model(base_of(own))
+            refuse_strange_files(folder)
         _check_folder(folder)
         # trust_remote_code is given because the default asks on the terminal.
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -97,11 +97,29 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
         differences += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
         if differences:
             raise UserError(f"the weights do not match config.json: {'; '.join(differences[:3])}")
-    data, trained_with = read_training_file(folder)
-    own = load_tokenizer(tokenizer or folder)
-    check_tokenizer(own, model.config, trained_with)
+        if own != folder:
+            load_adapter(model, own)
+    data, trained_with = read_training_file(own)
+    with_tokenizer = own if (own / "tokenizer_config.json").exists() else folder
+    reader = load_tokenizer(tokenizer or with_tokenizer)
+    check_tokenizer(reader, model.config, trained_with)
     model.to(target)  # pyright: ignore[reportArgumentType] — transformers wraps nn.Module.to
-    return Loaded(model.eval(), own, data, name)
+    return Loaded(model.eval(), reader, data, name)
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model or adapter that a name means, as for `load`; the Hub's in the cache.
+
+    Raises:
+        UserError: There is none, or it is a damaged checkpoint.
+    """
+    folder = locate(name, "give the path of a model folder")
+    if folder is None:
+        with report_errors(f"cannot load a model from {name}"):
+            return download_weights(name, {}, [*_TOKENIZER_FILES, "adapter_model.safetensors"])
+    folder = _model_folder(folder)
+    check_damage(folder)
+    return folder
 
 
 def _device(name: str) -> torch.device:
@@ -118,12 +136,13 @@ def _device(name: str) -> torch.device:
 
 def _model_folder(folder: Path) -> Path:
     finish_merge(folder)
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
+    for part, file in (("model", "config.json"), ("adapter", ADAPTER_FILE)):
+        if (folder / part / file).is_file():
+            return folder / part
     if newest := latest_checkpoint(folder / "checkpoints"):
         logger.info("%s is not finished: taking its newest checkpoint", folder)
         return newest
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         problem = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"{folder} {problem}: give a model folder, the folder of a run, or a checkpoint"
@@ -132,10 +151,10 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse an adapter, and weights that cannot fill the network of their config."""
-    if (folder / "adapter_config.json").exists():
+    """Refuse an adapter in the folder, and weights that cannot fill the network of their config."""
+    if (folder / ADAPTER_FILE).exists():
         raise UserError(
-            "it has an adapter (adapter_config.json), which is not loaded: merge it into the model "
+            f"it has an adapter ({ADAPTER_FILE}), which is not loaded: merge it into the model "
             "with peft's merge_and_unload and save that"
         )
 

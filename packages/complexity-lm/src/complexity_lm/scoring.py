@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from complexity_lm.conversations import IGNORED, encode_conversations
 from complexity_lm.data import fingerprint
 from complexity_lm.tokenizer import check_lossless, encode_text, separator_id
 from inl_core.run.errors import UserError
@@ -86,9 +89,7 @@ def score_texts(
         UserError: `context` or `stride` is out of range, there is no text, or the tokenizer loses
             some of it (its ids decode to another text, whose bytes are not those that count).
     """
-    longest = int(model.config.max_position_embeddings)
-    if not 1 <= context <= longest:
-        raise UserError(f"context is {context}; this model accepts 1 to {longest} tokens")
+    _check_context(model, context)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"stride is {stride}; expected 1 to {context}, the context")
@@ -113,6 +114,53 @@ def score_texts(
         tokens=sum(len(document) - 1 for document in documents),
         bytes=sum(len(text.encode()) for text in texts),
     )
+
+
+def score_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[str],
+    context: int,
+    batch_size: int = 16,
+) -> Score:
+    """Score the answers of conversations (JSON of messages), each given what precedes it.
+
+    Raises:
+        UserError: `context` is out of range, or no conversation has an answer and fits in it.
+    """
+    _check_context(model, context)
+    documents = datasets.Dataset.from_dict({"text": list(conversations)})
+    encoded: Any = encode_conversations(documents, tokenizer, context, "scored")
+    rows: list[Any] = sorted(encoded, key=lambda row: -len(row["input_ids"]))
+    nats = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), Progress("scoring", len(rows), "conversation") as progress:
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            ids, labels = (
+                pad_sequence([torch.tensor(row[name]) for row in batch], True, value)
+                for name, value in (("input_ids", 0), ("labels", IGNORED))
+            )
+            # Attention is causal and padding is on the right: it does not affect scored positions.
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            nats += _nats(logits[:, :-1], labels[:, 1:])
+            progress.update(len(batch))
+    answers = sum(label != IGNORED for row in rows for label in row["labels"])
+    return Score(float(nats), answers, sum(row["bytes"] for row in rows))
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p over the targets that are not ignored, () float64 on the CPU."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    targets = targets.flatten().to(logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return losses.double().sum().cpu()
+
+
+def _check_context(model: PreTrainedModel, context: int) -> None:
+    longest = int(model.config.max_position_embeddings)
+    if not 1 <= context <= longest:
+        raise UserError(f"context is {context}; this model accepts 1 to {longest} tokens")
 
 
 def score_report(score: Score, texts: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +189,7 @@ def _batch_nats(model: PreTrainedModel, jobs: Sequence[tuple[Tensor, Window]]) -
     longest = max(window.end - window.begin for _, window in jobs)
     ids = torch.zeros(len(jobs), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, -100)
+    targets = torch.full_like(ids, IGNORED)
     for row, (document, window) in enumerate(jobs):
         length = window.end - window.begin
         ids[row, :length] = document[window.begin : window.end]
@@ -153,8 +201,4 @@ def _batch_nats(model: PreTrainedModel, jobs: Sequence[tuple[Tensor, Window]]) -
     logits = model(
         input_ids=ids.to(model.device), attention_mask=attention_mask, use_cache=False
     ).logits
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    targets = targets.flatten().to(logits.device)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    return losses.double().sum().cpu()
+    return _nats(logits, targets)

@@ -81,17 +81,11 @@ def read_documents(
         UserError: The source has another form, does not exist, is empty or is not UTF-8, or no file
             has the separator.
     """
-    scheme, _, name = source.partition(":")
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = _stdlib_files(root)
-    elif scheme == "text" and name:
-        root, paths = _text_files(name, files)
+        filled = [path for path in _stdlib_files(root) if path.stat().st_size]
     else:
-        raise UserError(f"source is {source!r}; expected {_FORMS}")
-    filled = [path for path in paths if path.stat().st_size]
-    if not filled:
-        raise UserError(f"{source}: the {len(paths)} file(s) contain no text")
+        root, filled = text_files(source, files)
     if piece_bytes is None and separator is None and len(filled) == 1 and source != "stdlib":
         piece_bytes = PIECE_BYTES
         logger.info("%s: a single file, cut into documents of about %d bytes", source, piece_bytes)
@@ -126,7 +120,23 @@ def _stdlib_files(root: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _text_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
+def text_files(source: str, pattern: str) -> tuple[Path, list[Path]]:
+    """The folder of ``text:PATH`` and the files in it that have content, in a fixed order.
+
+    Raises:
+        UserError: The source has another form, does not exist or is empty.
+    """
+    scheme, _, name = source.partition(":")
+    if scheme != "text" or not name:
+        raise UserError(f"source is {source!r}; expected {_FORMS}")
+    root, paths = _matching_files(name, pattern)
+    filled = [path for path in paths if path.stat().st_size]
+    if not filled:
+        raise UserError(f"{source}: the {len(paths)} file(s) contain no text")
+    return root, filled
+
+
+def _matching_files(name: str, pattern: str) -> tuple[Path, list[Path]]:
     target = Path(name).expanduser()
     if target.is_file():
         return target.parent, [target]
@@ -193,9 +203,11 @@ def _lines(path: Path, longest: int) -> Iterator[str]:
 
 
 def stream_documents(
-    source: str, subset: str | None, split: str, text_column: str
+    source: str, subset: str | None, split: str, column: str, kind: type = str
 ) -> datasets.IterableDataset:
     """Open a streamed source, ``hub:NAME``; rows have the single column ``text``.
+
+    Of another kind than str, such as a list of messages, the column keeps its name.
 
     Raises:
         UserError: There is no network, no such dataset, or no such column.
@@ -210,10 +222,10 @@ def stream_documents(
     failure = f"cannot read {source} (subset {subset}, split {split})"
     with report_errors(failure, _HUB_HINT, kinds):
         builder = datasets.load_dataset_builder(str(folder or name), subset)
-    kind = type(builder).__module__.rpartition(".")[2]
-    if kind not in _READERS:
+    reader = type(builder).__module__.rpartition(".")[2]
+    if reader not in _READERS:
         raise UserError(
-            f"{source} has files of the kind {kind!r}; text is read from {', '.join(_READERS)}"
+            f"{source} has files of the kind {reader!r}; text is read from {', '.join(_READERS)}"
         )
     check_data_files(builder.config.data_files, name, folder)
     with report_errors(failure, _HUB_HINT, kinds):
@@ -221,14 +233,15 @@ def stream_documents(
         rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
         rows = rows.decode(False)
         first = next(iter(rows), None)
-        if first is not None and first.get(text_column, "") is None:
-            first = next((row for row in rows if row[text_column] is not None), first)
+        if first is not None and first.get(column, "") is None:
+            first = next((row for row in rows if row[column] is not None), first)
     if first is None:
         raise UserError(f"{source}: split {split} has no rows")
-    if not isinstance(first.get(text_column), str):
+    if not isinstance(first.get(column), kind):
+        what, option = ("text", "text_column") if kind is str else ("messages", "messages_column")
         raise UserError(
-            f"{source}: no text in column {text_column!r} (its columns: {', '.join(first)}); set "
-            "--data.text_column"
+            f"{source}: no {what} in column {column!r} (its columns: {', '.join(first)}); set "
+            f"--data.{option}"
         )
-    rows = rows.select_columns(text_column)
-    return rows if text_column == "text" else rows.rename_column(text_column, "text")
+    rows = rows.select_columns(column)
+    return rows if kind is not str or column == "text" else rows.rename_column(column, "text")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -16,8 +17,15 @@ from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from complexity_lm.adapters import add_adapter, is_adapter
 from complexity_lm.config import RUN_KIND, TrainConfig
 from complexity_lm.configuration_complexity import DeepConfig
+from complexity_lm.conversations import (
+    IGNORED,
+    encode_conversations,
+    pack_conversations,
+    use_template,
+)
 from complexity_lm.data import (
     BlockStream,
     Corpus,
@@ -28,11 +36,12 @@ from complexity_lm.data import (
     pack,
     token_bytes,
     tokenize,
+    written_texts,
 )
 from complexity_lm.hub import report_errors
-from complexity_lm.loading import load, versions, weights_hash
+from complexity_lm.loading import find_model, load, versions, weights_hash
 from complexity_lm.modeling_complexity import DeepForCausalLM
-from complexity_lm.scoring import score_report, score_texts
+from complexity_lm.scoring import score_conversations, score_report, score_texts
 from complexity_lm.sources import PACKING
 from complexity_lm.tokenizer import (
     check_tokenizer,
@@ -44,6 +53,7 @@ from complexity_lm.tokenizer import (
 )
 from complexity_lm.trainer import (
     RECORD_FILE,
+    STATE_FILE,
     DynamicsMonitor,
     LMTrainer,
     check_batch,
@@ -63,32 +73,34 @@ from inl_core.run.checkpoints import folder_of_step, open_run_folder, step_of
 from inl_core.run.csv_log import read_columns
 from inl_core.run.errors import RunStopped, UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.hub import check_login, upload
 from inl_core.run.json_files import read_json_object
 from inl_core.run.launcher import check_compiler, check_launcher, check_whole_checkpoints
 from inl_core.run.ownership import check_data, history_comment, table_of_owners, take_settings
 from inl_core.run.settings import dump_settings, nearest, read_settings
 from inl_core.run.workers import report_dead_workers
 
-STATE_FILE = "trainer_state.json"
-"""File that Trainer writes into every checkpoint."""
+logger = logging.getLogger(__name__)
 
 OWNERS = table_of_owners(
     taken="""
         steps gradient_accumulation_steps compile gradient_checkpointing loop_sampling
         optim.lr optim.beta1 optim.beta2 optim.weight_decay optim.warmup_steps optim.schedule
-        optim.schedule_options optim.grad_clip
+        optim.schedule_options optim.grad_clip lora.dropout
     """,
     fixed="""
         seed batch_size mixed_precision
-        data.holdout data.context data.separate_documents data.piece_bytes data.document_separator
-        data.files data.text_column data.hub_subset data.hub_split data.heldout_documents
-        data.sample_documents tokenizer.vocab_size
+        data.holdout data.format data.messages_column data.context data.separate_documents
+        data.piece_bytes data.document_separator data.files data.text_column data.hub_subset
+        data.hub_split data.heldout_documents data.sample_documents tokenizer.vocab_size
         model.preset model.dynamics_placement model.dynamics_adaptive model.num_experts
         model.routing_scheme model.num_loops model.overrides model.dtype
+        lora.rank lora.alpha lora.targets
     """,
     free="""
-        out resume log_every eval_every eval_blocks checkpoint_every keep_last dynamics_every
-        report_to data.source data.heldout_source tokenizer.path
+        out resume init_from log_every eval_every eval_blocks checkpoint_every keep_last keep_best
+        dynamics_every report_to push_to_hub peak_tflops
+        data.source data.heldout_source tokenizer.path
     """,
 )
 """Who decides a setting of a resumed run, see `inl_core.run.ownership`.
@@ -108,12 +120,13 @@ def train(config: TrainConfig, build: Callable[..., PreTrainedModel] | None = No
     Writes into `out`: `config.yaml`, `tokenizer/`, `train_log.csv` (one row per step),
     `heldout_log.csv`, `dynamics.csv` (one row per layer and record), `logs/` (tensorboard),
     `checkpoints/step-XXXXXXXX/`, and at the end `model/` (a transformers folder with the
-    tokenizer), `loss.png` and `result.json`.
+    tokenizer), `loss.png` and `result.json`. With `config.lora` it is `adapter/` instead.
 
     Args:
         config: The run.
-        build: Creates the network from (config, tokenizer, tokens); `build_model` by default. Any
-            causal language model that transformers' Auto classes know can be trained this way.
+        build: Creates the network from (config, tokenizer, tokens) where `init_from` names none;
+            `build_model` by default. Any causal language model that transformers' Auto classes know
+            can be trained this way.
 
     Returns:
         The folder of the finished model.
@@ -156,6 +169,10 @@ def _train(
     start_step = step_of(checkpoint) if checkpoint else 0
     has_heldout = bool(config.data.heldout_source or config.data.holdout)
     check_batch(config, processes.num_processes)
+    if config.push_to_hub:
+        on_main(lambda: check_login(str(config.push_to_hub)))
+    if config.keep_best and not has_heldout:
+        raise UserError("keep_best needs held-out text: set data.holdout or data.heldout_source")
     record: dict[str, Any] = {"settings": dataclasses.asdict(config), "changes": []}
     earlier = _read_record(checkpoint) if checkpoint else {}
     saved: dict[str, Any] = {}
@@ -167,10 +184,17 @@ def _train(
         now = record["settings"]
         if config.tokenizer.path is None:  # the run keeps the tokenizer that it started with
             now["tokenizer"]["path"] = earlier["settings"].get("tokenizer", {}).get("path")
+        if not config.lora.rank:  # the network is that of the checkpoint
+            now["init_from"] = earlier["settings"].get("init_from")
         saved = kept(earlier["settings"], earlier.get("resolved", {}), FORMER)
         now = kept_settings(now, saved)
         changes = take_settings(OWNERS, saved, now, checkpoint, start_step)
         record["changes"] = [*earlier.get("changes", []), *changes]
+        if best := earlier.get("best"):
+            if folder_of_step(out / "checkpoints", best["step"]).is_dir():
+                record["best"] = best
+            else:
+                logger.warning("the best checkpoint, of step %d, is gone", best["step"])
     corpus = load_corpus(config.data, packing)
     record["data"] = _identity(corpus)
     if checkpoint is not None:
@@ -178,26 +202,45 @@ def _train(
         check_data(earlier.get("data"), record["data"], checkpoint, otherwise)
     with processes.main_process_first():  # it trains the tokenizer, the others read it
         tokenizer = _tokenizer(config, corpus, out)
-    tokens = tokenize(corpus.sample, tokenizer, packing)
-    heldout = None if corpus.heldout is None else tokenize(corpus.heldout, tokenizer, packing)
-    model = build(config, tokenizer, tokens)
+    is_chat = config.data.format == "chat"
+
+    def encode(documents: datasets.Dataset, side: str) -> datasets.Dataset:
+        if is_chat:
+            return encode_conversations(documents, tokenizer, context, side)
+        return tokenize(documents, tokenizer, packing)
+
+    def packed(tokens: datasets.Dataset, side: str) -> datasets.Dataset:
+        if is_chat:
+            return pack_conversations(tokens, context, tokenizer)
+        return pack(tokens, context, side)
+
+    tokens = encode(corpus.sample, "training")
+    heldout = None if corpus.heldout is None else encode(corpus.heldout, "held-out")
+    if record["settings"]["init_from"] is None:
+        model = build(config, tokenizer, tokens)
+    else:
+        model, record["base_sha256"] = _pretrained(config, checkpoint, earlier)
     record["resolved"] = _resolved(config, saved, model, processes, on_main)
     config = dataclasses.replace(config, **record["resolved"])
-    args = training_arguments(config, processes.num_processes, has_heldout)
+    args = training_arguments(config, processes.num_processes, has_heldout, corpus.streamed)
     assert args.world_size == processes.num_processes  # or the batch size would be another
     tokenizer.model_max_length = model.config.max_position_embeddings
     if corpus.streamed:
         train_tokens = tokenize(corpus.train, tokenizer, packing)
         blocks = BlockStream(pack(train_tokens, context), config.batch_size)
     else:
-        blocks = pack(tokens, context)
+        blocks = packed(tokens, "training")
     heldout_blocks, bytes_per_token = None, math.nan
     if heldout is not None and corpus.heldout is not None:
-        heldout_blocks = pack(heldout, context, "held-out")
+        heldout_blocks = packed(heldout, "held-out")
         heldout_blocks = heldout_blocks.take(min(config.eval_blocks, len(heldout_blocks)))
-        # The first token of a block is not predicted.
-        sizes = token_bytes(corpus.heldout, tokenizer, len(heldout_blocks) * context, packing)
-        bytes_per_token = sizes.reshape(-1, context)[:, 1:].mean().item()
+        if is_chat:
+            answers = np.sum(np.asarray(heldout_blocks["labels"]) != IGNORED)
+            bytes_per_token = float(sum(heldout_blocks["bytes"]) / answers)
+        else:
+            # The first token of a block is not predicted.
+            sizes = token_bytes(corpus.heldout, tokenizer, len(heldout_blocks) * context, packing)
+            bytes_per_token = sizes.reshape(-1, context)[:, 1:].mean().item()
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "logs")
     trainer = LMTrainer(
@@ -205,7 +248,7 @@ def _train(
         record,
     )  # fmt: skip
     if config.dynamics_every:
-        source = pack(tokens, context) if heldout_blocks is None else heldout_blocks
+        source = packed(tokens, "training") if heldout_blocks is None else heldout_blocks
         probe = collate([source[i] for i in range(min(_PROBE_BLOCKS, len(source)))])["input_ids"]
         trainer.add_callback(DynamicsMonitor(trainer, probe))
     if processes.is_main_process:
@@ -222,11 +265,14 @@ def _train(
             f"{folder_of_step(out / 'checkpoints', step)}; resume with --resume auto",
         )
 
-    folder = out / "model"
-    trainer.save_final(folder)
+    folder = out / ("adapter" if config.lora.rank else "model")
+    step = trainer.save_final(folder)
     if processes.is_main_process:
         plot_loss(out / "train_log.csv", out / "heldout_log.csv", out / "loss.png")
-        _write_result(config, folder, corpus, record)
+        _write_result(config, folder, corpus, record, step)
+        if config.push_to_hub:
+            url = upload(folder, f"Upload {folder.name} of step {step}", config.push_to_hub)
+            logger.info("uploaded to %s", url)
     processes.wait_for_everyone()
     return folder
 
@@ -324,14 +370,58 @@ def build_model(
         model_config = DeepConfig.from_preset(config.model.preset, **overrides)
         model = DeepForCausalLM(model_config)
     check_tokenizer(tokenizer, model_config, trained_with=None)
-    if config.data.context > model_config.max_position_embeddings:
-        raise UserError(
-            f"data.context is {config.data.context}, but the model is made for "
-            f"{model_config.max_position_embeddings} tokens (max_position_embeddings)"
-        )
+    _check_context(config, model)
     if model_config.num_experts and config.model.routing_scheme == "balanced":
         model.balance_experts(count_tokens(tokens, model_config.vocab_size))
     return model.to(getattr(torch, config.model.dtype))
+
+
+def _pretrained(
+    config: TrainConfig, checkpoint: Path | None, earlier: dict[str, Any]
+) -> tuple[PreTrainedModel, str | None]:
+    """The network of `init_from`, or of the checkpoint of a resumed run; and its hash.
+
+    If an adapter is trained, it is added to the network of `init_from`, which has to be the same
+    one when the run is resumed.
+    """
+    with_adapter = config.lora.rank > 0
+    source = str(config.init_from if checkpoint is None or with_adapter else checkpoint)
+    folder = _full_model(source)
+    loaded = load(source, tokenizer=str(Path(config.out) / "tokenizer"), device="cpu")
+    model = loaded.model.to(getattr(torch, config.model.dtype))  # pyright: ignore[reportArgumentType]
+    _check_context(config, model)
+    if checkpoint is not None and not with_adapter:
+        return model, earlier.get("base_sha256")
+    base = weights_hash(model)
+    if checkpoint is not None and base != earlier.get("base_sha256"):
+        raise UserError(
+            f"--init_from {source} has other weights than the base of {checkpoint}: give the model "
+            "that the run started with"
+        )
+    if with_adapter:
+        name = str(folder.resolve()) if Path(source).expanduser().is_dir() else source
+        add_adapter(model, name, config.lora, config.seed)
+    logger.info("started from the weights of %s", source)
+    return model, base
+
+
+def _full_model(source: str) -> Path:
+    folder = find_model(source)
+    if is_adapter(folder):
+        raise UserError(
+            f"--init_from {source} is an adapter: merge it into its model first (peft's "
+            "merge_and_unload), and save that"
+        )
+    return folder
+
+
+def _check_context(config: TrainConfig, model: PreTrainedModel) -> None:
+    longest = model.config.max_position_embeddings
+    if config.data.context > longest:
+        raise UserError(
+            f"data.context is {config.data.context}, but the model is made for {longest} tokens "
+            "(max_position_embeddings)"
+        )
 
 
 def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedTokenizerFast:
@@ -339,7 +429,13 @@ def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedToke
     folder = out / "tokenizer"
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     if not folder.is_dir():
-        new = given or train_tokenizer(corpus.sample["text"], config.tokenizer.vocab_size)
+        if given is None and config.init_from is not None:
+            new = load_tokenizer(_full_model(config.init_from))
+        else:
+            written = written_texts(corpus.sample["text"], config.data)
+            new = given or train_tokenizer(written, config.tokenizer.vocab_size)
+        if config.data.format == "chat":
+            use_template(new)
         with atomic_folder(folder) as partial:
             new.save_pretrained(partial)
     tokenizer = load_tokenizer(folder)
@@ -352,7 +448,7 @@ def _tokenizer(config: TrainConfig, corpus: Corpus, out: Path) -> PreTrainedToke
 
 
 def _write_result(
-    config: TrainConfig, folder: Path, corpus: Corpus, record: dict[str, Any]
+    config: TrainConfig, folder: Path, corpus: Corpus, record: dict[str, Any], step: int
 ) -> None:
     """Measure the saved model, rather than the one in memory, on all held-out text."""
     losses = _read_columns(Path(config.out) / "train_log.csv", "loss")[1].tolist()
@@ -361,12 +457,14 @@ def _write_result(
     loaded = load(str(folder))
     if corpus.heldout is not None:
         texts = list(corpus.heldout["text"])
-        score = score_texts(loaded.model, loaded.tokenizer, texts, config.data.context)
+        score_all = score_conversations if config.data.format == "chat" else score_texts
+        score = score_all(loaded.model, loaded.tokenizer, texts, config.data.context)
         result = score_report(score, texts)
     result["metrics"]["train_loss"] = sum(last) / len(last)
     result |= {
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "tokens_trained": config.steps * config.batch_size * config.data.context,
+        "step": step,
+        "tokens_trained": step * config.batch_size * config.data.context,
         "settings": record["settings"],
         "resolved": record["resolved"],
         "changed_settings": record["changes"],

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -36,12 +38,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from complexity_lm.adapters import fill_adapter
 from complexity_lm.config import TrainConfig
-from complexity_lm.data import BlockOrder, BlockStream, collate
+from complexity_lm.conversations import IGNORED
+from complexity_lm.data import POSITION_FILE, BlockOrder, BlockStream, collate
 from complexity_lm.hub import report_errors
 from complexity_lm.loading import check_checkpoint, write_training_file
-from complexity_lm.parameters import decay_parameter_names
-from complexity_lm.sources import is_streamed
+from complexity_lm.parameters import decay_parameter_names, flops_per_token
 from complexity_lm.tokenizer import separator_id
 from inl_core import (
     DYNAMICS_COLUMNS,
@@ -51,6 +54,7 @@ from inl_core import (
     read_dynamics,
 )
 from inl_core.run.checkpoints import (
+    SUMS_FILE,
     drop_old_checkpoints,
     folder_of_step,
     latest_checkpoint,
@@ -60,13 +64,21 @@ from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
 from inl_core.run.ownership import keeping_settings, move_schedule
+from inl_core.run.peaks import PEAK_TFLOPS
 from inl_core.run.stopping import StopRequest
+from inl_core.run.torch_files import check_torch_files
 from inl_core.run.workers import largest
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "run.json"
 """In a checkpoint: the settings of the run, their changes on the way, and what it is trained on."""
+
+STATE_FILE = "trainer_state.json"
+"""File that Trainer writes into every checkpoint."""
+
+_RESUME_ONLY = {STATE_FILE, RECORD_FILE, POSITION_FILE, SUMS_FILE}
+_RESUME_KINDS = {".pt", ".pth", ".bin"}
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:
@@ -79,7 +91,9 @@ def check_batch(config: TrainConfig, processes: int) -> None:
         )
 
 
-def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, processes: int, evaluate: bool, streamed: bool
+) -> TrainingArguments:
     """Translate the settings of a run for Trainer; `evaluate` if there is held-out text.
 
     `mixed_precision` and `compile` must be chosen, and not `auto`.
@@ -95,7 +109,7 @@ def training_arguments(config: TrainConfig, processes: int, evaluate: bool) -> T
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         dataloader_pin_memory=torch.accelerator.is_available(),
         # A stream restores its position itself.
-        ignore_data_skip=is_streamed(config.data.source),
+        ignore_data_skip=streamed,
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),
         bf16=config.mixed_precision == "bf16",
@@ -152,12 +166,18 @@ class LMTrainer(Trainer):
         self.folder, self.record = Path(config.out), record
         self.stop, self.stopped_by = StopRequest(), 0
         self.stream = train if isinstance(train, BlockStream) else None
+        is_chat = config.data.format == "chat"
+        separate = config.data.separate_documents and not is_chat
+        # Blocks of conversations differ in their number of answer tokens, (held-out blocks,).
+        self.answers = None
+        if is_chat and heldout is not None:
+            self.answers = np.sum(np.asarray(heldout["labels"]) != IGNORED, axis=1)
         super().__init__(
             model,
             args,
             data_collator=partial(
                 collate,
-                separator=separator_id(tokenizer) if config.data.separate_documents else None,
+                separator=separator_id(tokenizer) if separate else None,
             ),
             train_dataset=train,  # pyright: ignore[reportArgumentType] (datasets' own type)
             eval_dataset=heldout,  # pyright: ignore[reportArgumentType]
@@ -210,6 +230,16 @@ class LMTrainer(Trainer):
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any
+    ) -> Any:
+        """Weight the held-out loss of blocks by their answers: the mean is one over tokens."""
+        loss, *others = super().prediction_step(model, inputs, *arguments, **named)
+        if self.answers is not None:
+            labels = inputs["labels"]
+            loss = loss * ((labels != IGNORED).sum() / (len(labels) * self.answers.mean()))
+        return loss, *others
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         apply_bounds(model)  # to the gradient of the whole batch
         norm = super()._clip_grad_norm(model)
@@ -227,6 +257,20 @@ class LMTrainer(Trainer):
             if self.heldout_log:
                 self.heldout_log.write([(self.state.global_step, logs["eval_loss"], bits)])
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save a checkpoint at a new lowest held-out loss; it is kept until there is a lower one.
+
+        Its step is in the record of the run instead of Trainer's state, which names the folder that
+        Trainer wrote into.
+        """
+        best = self.record.get("best")
+        loss = metrics["eval_loss"]
+        if not self.config.keep_best or (best and loss >= best["loss"]):
+            return False
+        self.record["best"] = {"step": self.state.global_step, "loss": loss}
+        self.control.should_save = True
+        return True
 
     def log_to_tracker(self, logs: dict[str, float]) -> None:
         """Send numbers to the tracker only; those passed to `log` stay in `trainer_state.json`.
@@ -293,7 +337,8 @@ class LMTrainer(Trainer):
                     self.stream.save(written, step * self.config.batch_size)
                 write_sums(written)
                 _move(written, target)
-                drop_old_checkpoints(checkpoints, self.config.keep_last)
+                kept = [self.record["best"]["step"]] if "best" in self.record else []
+                drop_old_checkpoints(checkpoints, self.config.keep_last, kept=kept)
         # safetensors and torch raise errors of their own for a full disk.
         except Exception as error:
             last = latest_checkpoint(checkpoints)
@@ -306,8 +351,17 @@ class LMTrainer(Trainer):
                 shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def save_final(self, target: Path) -> None:
-        """Write the model folder; to be called in every process: a sharded model is gathered."""
+    def save_final(self, target: Path) -> int:
+        """Write the model folder; to be called in every process: a sharded model is gathered.
+
+        Returns:
+            The step of the model: with `keep_best` that of the lowest held-out loss, else the last.
+        """
+        if self.config.keep_best:
+            step: int = self.record["best"]["step"]
+            if self.is_world_process_zero():
+                _copy_model(folder_of_step(self.folder / "checkpoints", step), target)
+            return step
         partial = target.with_name(f".trainer.{target.name}.complexity-partial")
         self.save_model(str(partial), _internal_call=True)
         if self.is_world_process_zero():
@@ -316,10 +370,14 @@ class LMTrainer(Trainer):
             shutil.rmtree(partial)
             # Trainer makes this one at its start; with no step left to train, no save removed it.
             shutil.rmtree(str(self.args.output_dir), ignore_errors=True)
+        return self.state.global_step
 
     def _complete(self, folder: Path) -> None:
         """Remove the pickle that Trainer wrote into a model folder, and add the training file."""
         (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.config.lora.rank:  # the code of the model is in the folder of the base
+            for path in folder.glob("*.py"):
+                path.unlink()
         write_training_file(folder, self.config.data, self.tokenizer)
 
     def _load_from_checkpoint(
@@ -327,9 +385,14 @@ class LMTrainer(Trainer):
     ) -> None:
         assert isinstance(self.model, PreTrainedModel)
         checkpoint = Path(resume_from_checkpoint)
-        check_checkpoint(self.model, checkpoint)
         if self.stream is not None:
             self.stream.load(checkpoint)
+        if self.config.lora.rank:
+            check_torch_files(checkpoint)
+            with report_errors(f"cannot read checkpoint {checkpoint}"):
+                fill_adapter(self.model, checkpoint)
+            return
+        check_checkpoint(self.model, checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -358,14 +421,35 @@ def _move(written: Path, target: Path) -> None:
             path.replace(folder / path.name)
 
 
+def _copy_model(checkpoint: Path, target: Path) -> None:
+    """Copy what `from_pretrained` reads of a checkpoint, without the state of its training."""
+    with atomic_folder(target) as folder:
+        for path in checkpoint.iterdir():
+            if path.name not in _RESUME_ONLY and path.suffix not in _RESUME_KINDS:
+                shutil.copy(path, folder)
+
+
 class _Progress(TrainerCallback):
     """Progress, stop requests, and a check of the losses before they are logged or saved.
 
-    Progress is a bar in a terminal, else a line in the log for every `log_every` steps.
+    Progress is a bar in a terminal, else a line in the log for every `log_every` steps. Speed since
+    the last one, memory, and the share of the device's peak where that is known go to the tracker.
     """
 
     def __init__(self, trainer: LMTrainer) -> None:
         self.trainer = trainer
+        config, model = trainer.config, trainer.model
+        assert isinstance(model, PreTrainedModel)
+        peak = config.peak_tflops
+        device = trainer.accelerator.device
+        in_bf16 = config.mixed_precision == "bf16" or model.dtype == torch.bfloat16
+        if peak is None and in_bf16 and device.type == "cuda":
+            peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(device))
+        # Tokens per second of all devices at their peak.
+        self.limit = None
+        if peak is not None:
+            flops = flops_per_token(model, config.data.context)
+            self.limit = 1e12 * peak * trainer.args.world_size / flops
         self.bar: tqdm | None = None
         self.last_step, self.last_time = 0, 0.0
 
@@ -389,6 +473,8 @@ class _Progress(TrainerCallback):
         trainer.stopped_by = largest(trainer.stop.number)
         if trainer.stopped_by:
             control.should_save = control.should_training_stop = True
+        if trainer.config.keep_best and state.global_step >= state.max_steps:
+            control.should_evaluate = True
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
         loss, now = trainer.stop_if_not_finite(), time.perf_counter()
@@ -397,18 +483,31 @@ class _Progress(TrainerCallback):
         tokens = (state.global_step - self.last_step) * trainer.config.batch_size
         speed = tokens * trainer.config.data.context / (now - self.last_time)
         self.last_step, self.last_time = state.global_step, now
-        self.bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:.0f}")
+        memory = memory_used(trainer.accelerator.device) / 1e9
+        shown = {"tokens_per_second": speed, "memory_gb": memory}
+        words = f"{speed:.0f} tokens/s, {memory:.2f} GB"
+        if self.limit is not None:
+            shown["mfu"] = speed / self.limit
+            words += f", MFU {speed / self.limit:.1%}"
+        trainer.log_to_tracker(shown)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {words}")
         if self.bar.disable and state.is_world_process_zero:
             logger.info(
-                "step %d of %d: loss %.4f, %.0f tokens/s",
-                state.global_step, state.max_steps, loss, speed,
-            )  # fmt: skip
+                "step %d of %d: loss %.4f, %s", state.global_step, state.max_steps, loss, words
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.bar is not None
         self.bar.close()
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: on an accelerator the most that tensors took so far, else those of the process."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss
+    return torch.accelerator.max_memory_allocated(device)
 
 
 class DynamicsMonitor(TrainerCallback):

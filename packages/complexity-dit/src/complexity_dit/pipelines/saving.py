@@ -19,7 +19,6 @@ from PIL import Image
 from torch import nn
 
 from complexity_dit.config import AVERAGE_FILE, DATA_FILE
-from complexity_dit.hub import check_reachable, upload
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import only_safetensors, warn_of_pickles
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
@@ -30,6 +29,7 @@ from inl_core.run.files import (
     merged_folder,
     refuse_strange_files,
 )
+from inl_core.run.hub import check_reachable, upload
 from inl_core.run.json_files import fits, read_json_object
 from inl_core.run.weights import weights_fit
 

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -74,16 +74,20 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     return next(reversed(all_checkpoints(checkpoints)), None)
 
 
-def drop_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int = 0) -> None:
+def drop_old_checkpoints(
+    checkpoints: Path, keep_last: int, keep_every: int = 0, kept: Container[int] = ()
+) -> None:
     """Remove old checkpoints.
 
     Args:
         checkpoints: Their folder.
         keep_last: Number of newest checkpoints to keep; 0 keeps all.
         keep_every: Also keep those at a multiple of this many steps; 0 for none.
+        kept: Also keep those of these steps.
     """
     for old in all_checkpoints(checkpoints)[:-keep_last] if keep_last else []:
-        if not keep_every or step_of(old) % keep_every:
+        step = step_of(old)
+        if step not in kept and (not keep_every or step % keep_every):
             remove_folder(old)
 
 

@@ -65,6 +65,8 @@ class Command:
         options: Options of its own.
         configs: Dataclasses whose fields are options.
         groups: Dataclasses whose fields are options with a prefix: {prefix: class}.
+        others: Options that another library defines, below a title of their own at the end of the
+            help: {title: options}.
         skip: Fields of `configs` that are not options.
         defaults: Defaults that differ from those of `configs`.
         has_config: Whether `--config FILE` reads options from YAML.
@@ -77,6 +79,7 @@ class Command:
     options: Mapping[str, Option] = field(default_factory=dict)
     configs: Sequence[type] = ()
     groups: Mapping[str, type] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     has_config: bool = False
@@ -85,6 +88,8 @@ class Command:
     def kinds(self) -> dict[str, Any]:
         """The types of all options, by name."""
         found = {name: one.kind for name, one in self.options.items()} | dict(self.groups)
+        for options in self.others.values():
+            found |= {name: one.kind for name, one in options.items()}
         for config in self.configs:
             hints = get_type_hints(config)
             found |= {name: kind for name, kind in hints.items() if name not in self.skip}
@@ -97,12 +102,7 @@ class Command:
             parser.add_argument(name, type=option.kind, help=_escaped(option.help))
         if self.has_config:
             parser.add_argument("--config", action="config", help="a YAML file with any options")
-        for name, option in self.options.items():
-            needed = option.default is REQUIRED
-            default = {"required": True} if needed else {"default": option.default}
-            parser.add_argument(
-                f"--{name}", type=option.kind, help=_escaped(option.help), **default
-            )
+        _add_options(parser, self.options)
         kinds = self.kinds()
         for former, present in self.renamed.items():
             help_line = f"former name of --{present}"
@@ -111,6 +111,8 @@ class Command:
             parser.add_class_arguments(config, None, skip=set(self.skip))
         for name, config in self.groups.items():
             parser.add_class_arguments(config, name)
+        for title, options in self.others.items():
+            _add_options(parser.add_argument_group(title), options)
         parser.set_defaults(dict(self.defaults))
         return parser
 
@@ -162,6 +164,13 @@ class Command:
             names = [one.name for one in dataclasses.fields(config)]
             configs.append(config(**{name: options.pop(name) for name in names if name in options}))
         return configs, options
+
+
+def _add_options(parser: Any, options: Mapping[str, Option]) -> None:
+    for name, option in options.items():
+        needed = option.default is REQUIRED
+        default = {"required": True} if needed else {"default": option.default}
+        parser.add_argument(f"--{name}", type=option.kind, help=_escaped(option.help), **default)
 
 
 def group_class(kind: Any) -> type | None:
