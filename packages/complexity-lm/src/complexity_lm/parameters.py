@@ -49,7 +49,8 @@ def flops_per_token(model: PreTrainedModel, context: int) -> int:
     layers, times = config.num_hidden_layers, {}
     if getattr(config, "loop_start", None) is not None:
         layers = config.unrolled().num_hidden_layers
-        core: Any = model.base_model.layers[config.loop_start : config.loop_end]
+        stack: Any = model.base_model.layers
+        core = stack[config.loop_start : config.loop_end]
         times = {id(weight): config.num_loops for weight in core.parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
     experts = {
