@@ -3,10 +3,11 @@
 import pytest
 from torch import distributed
 
+import complexity_dit.cli.average
 import complexity_dit.evaluation.evaluate
 import complexity_dit.pipelines.sampling
 from complexity_dit.cli import commands
-from complexity_dit.config import EvalConfig, SampleConfig
+from complexity_dit.config import EvalConfig, SampleConfig, StartConfig
 from complexity_dit.distributed import own_process_group
 
 
@@ -38,6 +39,9 @@ def test_a_group_of_the_caller_is_kept():
 def test_sample_and_evaluate_end_their_group(monkeypatch):
     monkeypatch.setattr(complexity_dit.pipelines.sampling, "sample", begin)
     monkeypatch.setattr(complexity_dit.evaluation.evaluate, "evaluate", begin)
-    for command, config in ((commands._sample, SampleConfig()), (commands._evaluate, EvalConfig())):
-        command(config)
+    monkeypatch.setattr(complexity_dit.cli.average, "evaluate_lengths", begin)
+    commands._sample(SampleConfig(), StartConfig())
+    assert not distributed.is_initialized()
+    for lengths in ([], [0.1]):
+        commands._evaluate(EvalConfig(), lengths)
         assert not distributed.is_initialized()
