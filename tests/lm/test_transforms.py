@@ -29,6 +29,7 @@ def loss_of(model, weights: dict[str, Tensor], row: Tensor) -> Tensor:
 
 # Of torch, which has no rule for searching a sorted row.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # likewise
 def test_gradients_per_row_are_those_of_each_row_alone(model, ids) -> None:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     both = vmap(grad(lambda w, row: loss_of(model, w, row)), in_dims=(None, 0))(weights, ids)

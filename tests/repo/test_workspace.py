@@ -238,7 +238,9 @@ SUBCOMMANDS = {
         "demo", "train", "encode", "autoencoder", "sample", "evaluate", "average", "compare",
         "inspect", "plan", "convert", "app",
     ],
-    "complexity-lm": ["demo", "train", "generate", "chat", "evaluate", "tokenizer", "inspect"],
+    "complexity-lm": [
+        "demo", "train", "generate", "chat", "evaluate", "tokenizer", "inspect", "export",
+    ],
 }  # fmt: skip
 
 

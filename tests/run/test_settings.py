@@ -236,7 +236,7 @@ CONFIGS = [
     for cls in vars(module).values()
     if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
 ]
-MAY_BE_NEGATIVE = {"seed", "guidance_scale", "logit_mean"}
+MAY_BE_NEGATIVE = {"internal_guidance_scale", "seed", "guidance_scale", "logit_mean"}
 
 
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: f"{cls.__module__[:13]}.{cls.__name__}")
