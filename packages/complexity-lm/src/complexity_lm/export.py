@@ -133,8 +133,10 @@ def _write(path: Path, loaded: Loaded, core: dict[str, Any], outtype: OutType) -
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        if isinstance(template, dict):  # several, by name
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(template)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
     matrices = gguf.GGMLQuantizationType[outtype.upper()]
