@@ -625,7 +625,7 @@ class AutoencoderConfig(RunConfig):
 
     adversarial_weight: float = 0.3
     """Length of the critic's gradient with respect to the reconstruction, in parts of that of L1
-    and edges; 0 is no critic."""
+    and edges; 0 trains without one."""
 
     adversarial_start: float = 0.6
     """Share of the run before the critic."""

@@ -370,10 +370,10 @@ class DeepConfig(PreTrainedConfig):
             num_loops: Repetitions; `None` means those of the configuration.
 
         Returns:
-            A copy, or the configuration itself where there is no loop.
+            A copy; without a loop, this configuration itself.
 
         Raises:
-            ValueError: The number is below 1 or absurd, or there is no loop and it is not 1.
+            ValueError: `num_loops` is below 1 or unreasonably large, or is not 1 without a loop.
         """
         start, end = self.loop_start, self.loop_end
         count = self.num_loops if num_loops is None else num_loops

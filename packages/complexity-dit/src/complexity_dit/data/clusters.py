@@ -57,8 +57,8 @@ def features(data: TrainingData, indices: Tensor) -> Tensor:
 def k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Centres (K, D) of points (N, D): Lloyd's algorithm from k-means++.
 
-    (Arthur & Vassilvitskii 2007.) Here because scikit-learn is no dependency, and the k-means++ of
-    scipy takes time with the square of K.
+    (Arthur & Vassilvitskii 2007.) Written here because scikit-learn is not a dependency, and the
+    time of scipy's k-means++ grows with the square of K.
 
     Raises:
         UserError: There are fewer than K different points.

@@ -371,10 +371,10 @@ class ComplexityDiTTransformer2DModel(
             the depth: in the second half it harms.
         num_loops: How often the blocks `loop_start` to `loop_end` - 1 are applied, with the same
             weights, where a call gives no other number. 1 is the plain stack.
-        loop_start: First block of the loop. None means that there is no loop if `num_loops` is 1,
-            else the second block (with less than three blocks the first).
+        loop_start: First block of the loop. None means no loop if `num_loops` is 1, otherwise the
+            second block (the first if there are fewer than three).
         loop_end: The block after the last one of the loop, likewise; None leaves the last block
-            outside (with less than three blocks none).
+            outside (no block if there are fewer than three).
         loop_dynamics: Whether the loop carries a velocity from one repetition to the next
             (`inl_core.LoopedDynamics`), with the input of the loop as its equilibrium.
         loop_alpha: Initial inertia of that velocity, in [0, 1]; 0 starts as the plain loop.

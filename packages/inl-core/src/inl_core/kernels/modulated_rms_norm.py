@@ -124,7 +124,7 @@ def modulated_rms_norm_bwd(
 
 
 def empty_sums(scale: Tensor, weight: Tensor | None) -> Tensor:
-    """Space for S = Σ_tokens dy · n, which is dscale itself if there is no weight."""
+    """An empty tensor for S = Σ_tokens dy · n; without a weight, S is dscale itself."""
     return scale.new_empty(scale.shape, dtype=scale.dtype if weight is None else torch.float32)
 
 
