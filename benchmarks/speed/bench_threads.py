@@ -1,12 +1,13 @@
-"""Training steps with OpenMP's two ways of waiting, on an idle machine and beside other work.
+"""Training steps with three ways of waiting in OpenMP, on an idle machine and beside other work.
 
     python -m benchmarks.speed.bench_threads --rows benchmarks/results.csv
 
 Each candidate is a process of its own, as the policy is read when torch is loaded: the default of
-OpenMP, which spins for a while, and a passive one, with as many threads as there are cores. They
-take turns of `--seconds`, one at a time, in `--rounds` rounds: alone, and beside `--busy` processes
-that compute without end. A row is the median of steps per second, and the median over the rounds of
-its ratio to the default on an idle machine. Run it with nothing else on the machine.
+OpenMP, which spins for long, a passive one, and the short spin that the commands set, with as many
+threads as there are cores. They take turns of `--seconds`, one at a time, in `--rounds` rounds:
+alone, and beside `--busy` processes that compute without end. A row is the median of steps per
+second, and the median over the rounds of its ratio to the default on an idle machine. Run it with
+nothing else on the machine.
 """
 
 import argparse
@@ -18,7 +19,13 @@ from contextlib import ExitStack, contextmanager
 
 from benchmarks.common.results import append_rows, as_rows, format_values
 
-POLICIES = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}}
+from inl_core.run.threads import SHORT_SPIN
+
+POLICIES = {
+    "default": {},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
+    "short spin": SHORT_SPIN,
+}
 SET = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 
 # Waits for a line, trains for so many seconds, and prints its steps per second.

@@ -10,7 +10,7 @@ import pytest
 from inl_core.run import threads
 from inl_core.run.threads import cpu_quota, usable_cores
 
-NAMES = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
 
 
 def write(path: Path, text: str) -> None:
@@ -31,7 +31,7 @@ def started(code: str, *words: str, **environment: str) -> list[str]:
 PRINT = """
 import os, sys
 {start}
-names = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 print(*(os.environ.get(name, "-") for name in names))
 import torch
 print(torch.get_num_threads())
@@ -51,18 +51,18 @@ except SystemExit:
 @pytest.mark.parametrize(
     ("environment", "policy", "count"),
     [
-        ({}, ["PASSIVE", "0"], None),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "-"], None),
-        ({"OMP_NUM_THREADS": "1"}, ["PASSIVE", "0"], 1),  # as torchrun sets it
-        ({"LOCAL_WORLD_SIZE": "4096"}, ["PASSIVE", "0"], 1),
+        ({}, ["-", "20000", "1"], None),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "-", "-"], None),
+        ({"OMP_NUM_THREADS": "1"}, ["-", "20000", "1"], 1),  # as torchrun sets it
+        ({"LOCAL_WORLD_SIZE": "4096"}, ["-", "20000", "1"], 1),
     ],
     ids=["by default", "a policy", "a number", "processes"],
 )
 def test_a_command_sets_what_is_not_set(package, environment, policy, count):
     start = SCRIPT.format(program=package.replace("_", "-"), package=package)
-    *_, waiting, blocktime, variable, found = started(PRINT.format(start=start), **environment)
+    *_, waiting, spins, blocktime, variable, found = started(PRINT.format(start=start), **environment)
     wanted = str(count or usable_cores())
-    assert [waiting, blocktime] == policy
+    assert [waiting, spins, blocktime] == policy
     assert variable == found == wanted
 
 
@@ -70,14 +70,14 @@ def test_a_command_sets_what_is_not_set(package, environment, policy, count):
 def test_python_m_is_the_command_too(package, tmp_path):
     """The variables of the process, seen by one that it starts: an optional package's import."""
     write(tmp_path / "sitecustomize.py", "import atexit, os\natexit.register(lambda: print(*(\n"
-          "    'seen', os.environ.get('OMP_WAIT_POLICY'))))")  # fmt: skip
+          "    'seen', os.environ.get('GOMP_SPINCOUNT'))))")  # fmt: skip
     own = {name: value for name, value in os.environ.items() if name not in NAMES}
     own["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{own.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [sys.executable, "-m", package, "--version"],
         env=own, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "seen PASSIVE" in done.stdout
+    assert "seen 20000" in done.stdout
 
 
 @pytest.mark.parametrize("package", ["complexity_dit", "complexity_lm", "inl_core"])

@@ -1,9 +1,10 @@
-"""Threads of a command: as many as there are cores to use, which wait without spinning.
+"""Threads of a command: as many as there are cores to use, which soon sleep while they wait.
 
 The variables are read when torch loads its OpenMP: libgomp in its wheels for Linux
-(OMP_WAIT_POLICY), libomp or libiomp in others (KMP_BLOCKTIME). A thread that waits for the others
-of its team by spinning takes the core that one of them needs as soon as anything else runs on the
-machine.
+(GOMP_SPINCOUNT), libomp or libiomp in others (KMP_BLOCKTIME). A thread that waits for the others of
+its team by spinning takes the core that one of them needs as soon as anything else runs on the
+machine; one that sleeps at once wakes too late for the next small operation
+(`benchmarks/speed/bench_threads.py`).
 """
 
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables that set how a thread waits."""
+
+SHORT_SPIN = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
+"""Turns of the waiting loop (300,000 by default) or milliseconds (200) before a thread sleeps."""
 
 
 def set_threads(root: Path = Path("/")) -> None:
@@ -27,7 +31,7 @@ def set_threads(root: Path = Path("/")) -> None:
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in WAITING):
-        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+        os.environ |= SHORT_SPIN
     if "OMP_NUM_THREADS" not in os.environ:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "")
         share = int(processes) if processes.isdecimal() and int(processes) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -137,6 +138,18 @@ def allow_open_files(loaders: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+def _release_frames(error: BaseException | None) -> None:
+    """Drop what the finished frames of an error hold, its loader with a dead worker above all.
+
+    While that loader lives, torch's handler raises for its worker again, anywhere in the program,
+    whenever a child process of any kind ends.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+
+
 @contextmanager
 def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
     """Translate torch's errors about a dead data loader worker or process of the run.
@@ -147,15 +160,13 @@ def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
     Raises:
         UserError: Naming what died, as far as torch reports it.
     """
-    # The loader of an earlier run that died in this process may wait in a cycle of its traceback:
-    # torch's handler would raise for its worker again, at the end of any child process.
-    gc.collect()
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         first_line = text.partition("\n")[0]
         if "DataLoader worker" in text:
+            _release_frames(error)
             raise UserError(
                 f"a data loader worker died ({first_line}): it may have run out of memory, use "
                 f"fewer loader workers; {hint}"
