@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from inl_core.run import threads
-from inl_core.run.threads import cpu_quota, usable_cores
+from inl_core.run.threads import WAITING, cpu_quota, usable_cores
 
-NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+NAMES = (*WAITING, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
 
 
 def write(path: Path, text: str) -> None:
@@ -60,10 +60,12 @@ except SystemExit:
 )
 def test_a_command_sets_what_is_not_set(package, environment, policy, count):
     start = SCRIPT.format(program=package.replace("_", "-"), package=package)
-    *_, waiting, spins, blocktime, variable, found = started(PRINT.format(start=start), **environment)
+    *_, waiting, spins, blocktime, threads, found = started(
+        PRINT.format(start=start), **environment
+    )
     wanted = str(count or usable_cores())
     assert [waiting, spins, blocktime] == policy
-    assert variable == found == wanted
+    assert threads == found == wanted
 
 
 @pytest.mark.parametrize("package", ["complexity_dit", "complexity_lm"])
