@@ -517,6 +517,18 @@ def test_cache_without_mirror_images(source, tmp_path):
         data.clean([0], torch.tensor([True]))
 
 
+def test_latents_of_bf16_are_rounded_and_not_mixed_with_others(source, caches, tmp_path):
+    rounded = encode(source, tmp_path / "cache", batch_size=4, part_size=10, mixed_precision="bf16")
+    flips = torch.zeros(8, dtype=torch.bool)
+    exact, found = (
+        load_training_data(as_latents(cache)).clean(range(8), flips)
+        for cache in (caches["tiny"], rounded)
+    )
+    assert 0 < (found - exact).std() < 0.05 * exact.std()
+    with pytest.raises(UserError, match=r"begun with mixed_precision bf16 \(now no\)"):
+        encode(source, rounded, batch_size=4, part_size=10)
+
+
 def test_a_label_field_may_have_any_printable_name(tiny, tmp_path):
     fields = ["type", "keys", "generator", "height", "latents", "sha256", "a.b", "é x", "self"]
     folder = tmp_path / "paintings"
@@ -546,6 +558,8 @@ def test_bad_settings_of_encode_are_refused(source, tmp_path):
             encode(config, tmp_path / out)
     with pytest.raises(UserError, match="at least 1"):
         encode(source, tmp_path / "new", part_size=0)
+    with pytest.raises(UserError, match="mixed_precision 'fp16' must be no or bf16"):
+        encode(source, tmp_path / "new", mixed_precision="fp16")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
     assert not (tmp_path / "new").exists()
 

@@ -124,6 +124,7 @@ COMMANDS = {
             "out": Option("Folder of the latents."),
             "batch_size": Option("Images per call of the VAE.", 16, int),
             "part_size": Option("Images per file.", 512, int),
+            "mixed_precision": Option("no, or bf16 for autocast.", "no"),
         },
         configs=[DataConfig],
         skip=frozenset({"clusters"}),

@@ -52,7 +52,13 @@ LATENTS_KIND = "complexity-dit-latents"
 """Mark of a folder of latents."""
 
 
-def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: int = 512) -> Path:
+def encode(
+    data: DataConfig,
+    out: str | Path,
+    batch_size: int = 16,
+    part_size: int = 512,
+    mixed_precision: str = "no",
+) -> Path:
     """Encode every picture of a source, training and held-out, with `data.vae`.
 
     An interrupted run continues where it stopped when it is started again. Under `accelerate
@@ -66,6 +72,8 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         out: Folder of the cache.
         batch_size: Pictures per call of the VAE.
         part_size: Pictures per file; an interrupted run loses at most the work of one file.
+        mixed_precision: `no`, or `bf16` for autocast: two to three times faster where the device
+            has units for it, with rounding of about a hundredth of the latents' deviation.
 
     Returns:
         The folder.
@@ -77,6 +85,8 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
     folder = Path(out)
     if batch_size < 1 or part_size < 1:
         raise UserError(f"batch_size {batch_size} and part_size {part_size} must be at least 1")
+    if mixed_precision not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {mixed_precision!r} must be no or bf16")
     if data.vae is None:
         raise UserError(
             "--vae is missing: give a hub id or a folder, e.g. stabilityai/sd-vae-ft-mse"
@@ -86,12 +96,17 @@ def encode(data: DataConfig, out: str | Path, batch_size: int = 16, part_size: i
         report_dead_workers("start the same command again"),
         ExitStack() as claims,
     ):
-        _encode(data, folder, batch_size, part_size, claims)
+        _encode(data, folder, batch_size, part_size, mixed_precision, claims)
     return folder
 
 
 def _encode(
-    data: DataConfig, folder: Path, batch_size: int, part_size: int, claims: ExitStack
+    data: DataConfig,
+    folder: Path,
+    batch_size: int,
+    part_size: int,
+    precision: str,
+    claims: ExitStack,
 ) -> None:
     check_crop(data)
     vae = load_vae(str(data.vae))
@@ -102,10 +117,12 @@ def _encode(
             f"the latents of {data.vae} are smaller"
         )
     pictures = main_first(lambda: load_data(data, "all"))
-    plan = _plan(data, pictures, vae, part_size)
+    plan = _plan(data, pictures, vae, part_size) | {"mixed_precision": precision}
     complete = on_main(lambda: _begin(folder, plan, claims))
     if complete is None:
-        _write_parts(folder, plan, pictures, vae.to(pick_device("auto")), batch_size)
+        vae = vae.to(pick_device("auto"), memory_format=torch.channels_last)  # faster convolutions
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            _write_parts(folder, plan, pictures, vae, batch_size)
         all_agree(True)  # waits for the parts of the others
     elif complete["statistics"]["holdout"] == data.holdout:
         logger.info("%s is complete already", folder)
@@ -183,7 +200,10 @@ def _identity(plan: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal to continue a plan; a VAE counts by its weights, not its place."""
     keys = ("format", "images", "source_fingerprint", "resolution", "mirrored", "part_size")
     vae = plan.get("vae") or {"sha256": ""}
-    return {key: plan.get(key) for key in keys} | {"vae": vae["sha256"][:16]}
+    return {key: plan.get(key) for key in keys} | {
+        "mixed_precision": plan.get("mixed_precision", "no"),
+        "vae": vae["sha256"][:16],
+    }
 
 
 def _write_parts(
