@@ -126,6 +126,8 @@ def shape_of(config, network):
         settings["data"]["balanced_labels"] = None
         settings["model"] |= {"value_residual": False, "routing": "none", "num_experts": 4}
         settings["objective"] |= {"direction_weight": 0.0, "direction_over": "image"}
+        if config.text_encoder == type(config.text_encoder)():
+            del settings["text_encoder"]
     if config.__class__.__module__.startswith("complexity_lm"):
         settings["tracker"] = settings.pop("report_to")
         young = {"keep_best": False, "peak_tflops": None, "init_from": None, "push_to_hub": None}
@@ -149,6 +151,8 @@ def shape_of(config, network):
         (settings, "loop_sampling", "fixed"),
         (settings["data"], "format", "text"),
         (settings["data"], "messages_column", "messages"),
+        (settings["data"], "text_column", None),
+        (settings["data"], "caption_template", None),
     ):
         if name in group and group[name] == usual:
             del group[name]

@@ -20,6 +20,22 @@ CASES = [
     (["train", "extra"], "train takes no 'extra'"),
     (["sample", "p", "--out=x", "--num_imges=3"], "did you mean num_images?"),
     (["sample", "p", "--out=x", "--labels.style", "A", "--sed=1"], "did you mean seed?"),
+    (["train", "--text_encoder.source=t5"], "'t5' must be none, lm, lm:PATH or hf:ID_OR_PATH"),
+    (["train", "--text_encoder.source=hf:"], "'hf:' must be none, lm, lm:PATH or hf:ID_OR_PATH"),
+    (["train", "--text_encoder.max_length=0"], "max_length is 0; expected at least 1"),
+    (["train", "--text_encoder.caption_dropout=2"], "caption_dropout is 2.0; expected a number in"),
+    (
+        ["train", "--text_encoder.source=lm", "--text_encoder.trainable=false"],
+        "lm is a new model without any training",
+    ),
+    (
+        ["train", "--text_encoder.source=hf:t5", "--text_encoder.bidirectional=true"],
+        "hf:t5 is used as it is",
+    ),
+    (
+        ["train", "--text_encoder.source=lm:x", "--text_encoder.overrides={hidden_size: 8}"],
+        "sizes of a new model, source lm, not of lm:x",
+    ),
     (["plan", "--model.overrides.hiden_size=8"], "no field 'hiden_size': did you mean hidden_size"),
     (["plan", "--model.overrides={class_path: a.B}"], "model.overrides has no field 'class_path'"),
     (["sample"], "pipeline, sample.out"),
@@ -57,6 +73,12 @@ def test_errors_on_the_command_line(monkeypatch, capsys, arguments, words):
 def test_errors_in_a_yaml_file(monkeypatch, capsys, tmp_path, values, words):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert words in error_of(monkeypatch, capsys, ["train", f"--config={tmp_path}/run.yaml"])
+
+
+@pytest.mark.parametrize("template", ["{title}", "{style} by {artist}: {title} | {title}"])
+def test_a_template_of_captions_is_text_although_it_looks_like_a_mapping(template):
+    config = cli.PROGRAM.parse(["train", f"--data.caption_template={template}"])[1][0]
+    assert config.data.caption_template == template
 
 
 def test_a_broken_yaml_file(monkeypatch, capsys, tmp_path):

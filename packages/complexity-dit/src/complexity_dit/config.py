@@ -79,6 +79,15 @@ class DataConfig:
     image_column: str | None = None
     """Column that holds the picture; by default `image`, or the only image column."""
 
+    text_column: str | list[str] | None = None
+    """Columns of captions for a network with a text encoder: text, or lists of texts, of which each
+    step draws one. By default `text` if there is one and no template; `[]` for none."""
+
+    caption_template: str | None = None
+    """Captions composed of columns, e.g. "{style} {genre} by {artist}: {title}"; of phrasings
+    separated by | each step draws one, and drops each part at random. Titles lose dates, numbers
+    and what is left of file names. With `text_column`, one more caption beside those."""
+
     num_workers: int = 0
     """Processes that decode the pictures the first time a source is read; 0 uses this one."""
 
@@ -397,6 +406,60 @@ class LoraOptions:
 
 
 @dataclass
+class TextEncoderConfig:
+    """The model that reads captions and prompts; its states are part of the network's input."""
+
+    source: str = "none"
+    """none; lm, a small complexity-lm model that is trained together with the network; lm:PATH, a
+    trained one; or hf:ID_OR_PATH, any text encoder of transformers, which stays as it is."""
+
+    trainable: bool | None = None
+    """Whether the run trains it too: by default lm is, and those that come trained are not."""
+
+    bidirectional: bool = False
+    """Let every token of a complexity-lm model see the whole caption, not only what precedes it."""
+
+    max_length: int = 64
+    """Tokens of a caption at most; what is longer is cut."""
+
+    caption_dropout: float = 0.1
+    """Probability that the caption of an image is left out, for guidance."""
+
+    overrides: dict[str, Setting] = field(default_factory=dict)
+    """Other sizes of `lm`, arguments of DeepConfig, e.g. {hidden_size: 384}."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for a value out of range, or for options that do not go together."""
+        kind, _, place = self.source.partition(":")
+        if self.source not in ("none", "lm") and (kind not in ("lm", "hf") or not place):
+            raise UserError(
+                f"text_encoder.source {self.source!r} must be none, lm, lm:PATH or hf:ID_OR_PATH"
+            )
+        check_range(self, "[1, inf)", "max_length")
+        check_range(self, "[0, 1]", "caption_dropout")
+        if self.source == "lm" and self.trainable is False:
+            raise UserError(
+                "text_encoder.trainable is false, and lm is a new model without any training: "
+                "leave it out, or give a trained one as lm:PATH"
+            )
+        if kind == "hf" and (self.trainable or self.bidirectional):
+            raise UserError(
+                f"text_encoder.trainable {self.trainable} and bidirectional {self.bidirectional} "
+                f"are for complexity-lm models, and {self.source} is used as it is: leave both out"
+            )
+        if self.overrides and self.source != "lm":
+            raise UserError(
+                f"text_encoder.overrides {self.overrides} are sizes of a new model, source lm, not "
+                f"of {self.source}: leave them out"
+            )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the encoder's weights are trained."""
+        return self.source == "lm" if self.trainable is None else self.trainable
+
+
+@dataclass
 class RunConfig:
     """What every training of this package has: its folder, its length, its data, its files."""
 
@@ -529,6 +592,9 @@ class TrainConfig(RunConfig):
 
     lora: LoraOptions = field(default_factory=LoraOptions)
     """An adapter to train in place of the network."""
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """The reader of captions, for a network that takes prompts."""
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""

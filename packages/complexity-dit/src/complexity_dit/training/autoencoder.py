@@ -78,6 +78,7 @@ OWNERS = table_of_owners(
         out resume log_every report_to heldout_every heldout_num_images evaluate_num_images
         evaluate_weights checkpoint_every keep_last keep_every loader_workers
         data.source data.vae data.label_fields data.strict data.num_workers
+        data.text_column data.caption_template
     """,
 )
 """Who decides a setting of a resumed run, see `inl_core.run.ownership`."""

@@ -108,7 +108,7 @@ OWNERS = table_of_owners(
         optim.lr optim.muon_lr optim.muon_momentum optim.beta1 optim.beta2 optim.weight_decay
         optim.warmup_steps optim.schedule optim.grad_clip
         optim.spike_factor optim.spike_window optim.spike_limit
-        ema.decay ema.power lora.dropout
+        ema.decay ema.power lora.dropout text_encoder.caption_dropout
     """,
     fixed="""
         seed batch_size mixed_precision
@@ -118,12 +118,15 @@ OWNERS = table_of_owners(
         model.overrides
         objective.prediction_type objective.network_output
         optim.name ema.snapshot_every ema.lengths lora.rank lora.alpha lora.targets lora.labels
+        data.text_column data.caption_template text_encoder.trainable text_encoder.bidirectional
+        text_encoder.max_length text_encoder.overrides
     """,
     free="""
         out resume init_from log_every report_to noise_bins dynamics_every heldout_every
         heldout_num_images sample_every evaluate_every evaluate_num_images evaluate_reference
         evaluate_dtype checkpoint_every keep_last keep_every loader_workers
         data.source data.vae data.label_fields data.strict data.num_workers
+        text_encoder.source
     """,
 )
 """Who decides a setting of a resumed run, see `inl_core.run.ownership`.
@@ -157,6 +160,8 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             disk, a damaged checkpoint, or a process of the run that died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
+    if config.text_encoder.source != "none":
+        raise UserError("text_encoder: training on captions is not in this version yet")
     parts = config.gradient_accumulation_steps
     with open_run(config, RUN_KIND, build is not build_model, parts) as run:
         return _train(config, build, *run)
