@@ -2,7 +2,8 @@
 
 In reading order: sizes and choices, patches, attention, feed-forward, block, model, and the checks
 of its config. Shape suffixes: B batch · C channels · Y, X pixels · N tokens (in the middle of the
-network the K kept ones, if some are dropped) · D hidden · H heads · E head width · F label fields.
+network the K kept ones, if some are dropped; with a text also the T tokens of it, after those of
+the image) · D hidden · H heads · E head width · F label fields.
 """
 
 import itertools
@@ -40,6 +41,7 @@ from inl_core import (
     branch_epilogue,
     norm_and_rotate,
     ops,
+    rotary_1d,
     rotary_2d,
 )
 from inl_core.run.json_files import without_retired
@@ -116,7 +118,7 @@ def canvas_positions(
 
 
 class ComplexityDiTAttnProcessor:
-    """Self-attention with QK-norm and 2-D rotary embedding, on the backend that is set."""
+    """Self-attention with QK-norm and rotary embedding, on the backend that is set."""
 
     _attention_backend = None
     _parallel_config = None
@@ -127,7 +129,9 @@ class ComplexityDiTAttnProcessor:
         x_BND: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
+        mask_BN: Tensor | None = None,
     ) -> Tensor:
+        mask = None if mask_BN is None else mask_BN[:, None, None]
         q_BNHE = attn.to_q(x_BND).unflatten(-1, (attn.heads, attn.head_dim))
         k_BNHE = attn.to_k(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
         v_BNHE = attn.to_v(x_BND).unflatten(-1, (attn.kv_heads, attn.head_dim))
@@ -137,13 +141,14 @@ class ComplexityDiTAttnProcessor:
                 q_BNHE,
                 k_BNHE,
                 v_BNHE,
+                attn_mask=mask,
                 enable_gqa=attn.kv_heads != attn.heads,
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
         else:
             out_BHNE = ops.attention(
-                q_BNHE.transpose(1, 2), k_BNHE.transpose(1, 2), v_BNHE.transpose(1, 2)
+                q_BNHE.transpose(1, 2), k_BNHE.transpose(1, 2), v_BNHE.transpose(1, 2), mask
             )
             out_BNHE = out_BHNE.transpose(1, 2)
         return attn.to_out[0](out_BNHE.flatten(-2))
@@ -179,9 +184,11 @@ class ComplexityDiTAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = RMSNorm(self.head_dim, eps=eps)
         self.set_processor(ComplexityDiTAttnProcessor())
 
-    def forward(self, x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-        """Return the output, (B, N, D)."""
-        return self.processor(self, x_BND, cos_NE, sin_NE)
+    def forward(
+        self, x_BND: Tensor, cos_NE: Tensor, sin_NE: Tensor, mask_BN: Tensor | None = None
+    ) -> Tensor:
+        """Return the output, (B, N, D); tokens where the mask is False are not attended to."""
+        return self.processor(self, x_BND, cos_NE, sin_NE, mask_BN)
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -256,14 +263,15 @@ class ComplexityDiTBlock(nn.Module):
         c_BD: Tensor,
         cos_NE: Tensor,
         sin_NE: Tensor,
+        mask_BN: Tensor | None = None,
         carried: Carried | None = None,
     ) -> LayerState | Tensor:
         """Map hidden state and velocity to those after this block.
 
         The velocity is None in the first block and without dynamics. `c_BD` is the activated
-        condition (time plus labels); the rotary tables are (B, N, E) if each image keeps its own
-        subset of tokens. With `carried`, the velocity is read from it and written into it, and the
-        hidden state alone is returned.
+        condition (time, labels and text); the rotary tables are (B, N, E) if each image keeps its
+        own subset of tokens. Tokens where the mask is False are not attended to. With `carried`,
+        the velocity is read from it and written into it, and the hidden state alone is returned.
         """
         h_BND = hidden_states
         if carried is not None:
@@ -271,7 +279,7 @@ class ComplexityDiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
 
         normed_BND = self.norm1(h_BND, shift1, scale1)
-        branch_BND = self.attn(normed_BND, cos_NE, sin_NE)
+        branch_BND = self.attn(normed_BND, cos_NE, sin_NE, mask_BN)
         # The residual sum is fused with the norm after it, and with the dynamics step of a branch.
         conditions, eps = (gate1, shift2, scale2), self.norm2.eps
         if self.placement == "force":
@@ -332,6 +340,10 @@ class ComplexityDiTTransformer2DModel(
     table has one row more than labels, the *null row*, which means "not given" (missing in the
     data, dropped for guidance, or not requested).
 
+    A network with `caption_channels` also reads a text, as the hidden states of a text encoder. Its
+    tokens join those of the image in one sequence, and their mean joins the condition. A learned
+    token, the *null text*, stands for an empty one.
+
     Args:
         sample_size: Default height and width of the input, in pixels or latent cells.
         patch_size: Side of a square patch; one patch is one token.
@@ -381,6 +393,7 @@ class ComplexityDiTTransformer2DModel(
         loop_tolerance: Outside of training an image stops where its velocity, and the change of
             it, is at most this share of its position, and the loop ends when all have stopped;
             None computes all repetitions. Needs `loop_dynamics`.
+        caption_channels: Width of the hidden states of the text encoder; 0 is a network without.
 
     Raises:
         ValueError: If sizes do not fit each other or a name is unknown.
@@ -391,7 +404,7 @@ class ComplexityDiTTransformer2DModel(
     _no_split_modules: ClassVar[list[str]] = ["ComplexityDiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["ComplexityDiTBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
-        "patch_embed", "norm", "dynamics", "label_embed",
+        "patch_embed", "norm", "dynamics", "label_embed", "caption",
     ]  # fmt: skip
 
     @register_to_config
@@ -432,6 +445,7 @@ class ComplexityDiTTransformer2DModel(
         loop_dynamics: bool = True,
         loop_alpha: float = 0.5,
         loop_tolerance: float | None = None,
+        caption_channels: int = 0,
     ) -> None:
         super().__init__()
         config = self.config
@@ -463,6 +477,13 @@ class ComplexityDiTTransformer2DModel(
                 self.norm_out_aux = ModulatedRMSNorm(hidden_size, eps=norm_eps)
                 self.adaln_out_aux = nn.Linear(hidden_size, 2 * hidden_size)
                 self.proj_out_aux = nn.Linear(hidden_size, self.proj_out.out_features)
+        if caption_channels:
+            with torch.random.fork_rng(devices=[]):
+                # Encoders differ in the scale of their hidden states.
+                self.caption_norm = RMSNorm(caption_channels, eps=norm_eps)
+                self.caption_embed = nn.Linear(caption_channels, hidden_size)
+                self.caption_null = nn.Embedding(1, hidden_size)
+                self.caption_pool = nn.Linear(hidden_size, hidden_size)
 
         self.gradient_checkpointing = False
         self._init_weights()
@@ -514,6 +535,8 @@ class ComplexityDiTTransformer2DModel(
         attention_kwargs: dict[str, Any] | None = None,
         return_auxiliary: bool = False,
         num_loops: int | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> ComplexityDiTOutput | tuple[Tensor, ...]:
         """Predict the target of the objective (flow velocity, noise, or v) for a noisy input.
 
@@ -531,16 +554,19 @@ class ComplexityDiTTransformer2DModel(
             attention_kwargs: `{"scale": s}` multiplies the strength of the adapters in this call.
             return_auxiliary: Also return the prediction of block `auxiliary_layer`.
             num_loops: Repetitions of the loop; None means those of the config.
+            encoder_hidden_states: The text, (B, T, caption_channels); None is the null text.
+            encoder_attention_mask: True or 1 at the tokens of the text and False or 0 at padding,
+                (B, T); a row without tokens is the null text. None means no padding.
 
         Returns:
             `ComplexityDiTOutput` with `sample` of shape (B, out_channels, Y, X), and `auxiliary`
             of the same shape or None; as a tuple, one tensor or two.
 
         Raises:
-            ValueError: If the size is not divisible by the patch, labels or kept tokens have the
-                wrong shape, tokens are dropped in a network without middle blocks, there is no
-                auxiliary output to return, or `num_loops` is below 1, or above it in a network
-                without a loop.
+            ValueError: If the size is not divisible by the patch, labels, text or kept tokens have
+                the wrong shape, the network reads no text and there is one, tokens are dropped in a
+                network without middle blocks, there is no auxiliary output to return, or
+                `num_loops` is below 1, or above it in a network without a loop.
         """
         if attention_kwargs is not None:
             if unknown := attention_kwargs.keys() - {"scale"}:
@@ -551,6 +577,8 @@ class ComplexityDiTTransformer2DModel(
                 return self.forward(
                     hidden_states, timestep, class_labels, kept_tokens, label_embeds, return_dict,
                     return_auxiliary=return_auxiliary, num_loops=num_loops,
+                    encoder_hidden_states=encoder_hidden_states,
+                    encoder_attention_mask=encoder_attention_mask,
                 )  # fmt: skip
             finally:
                 unscale_lora_layers(self, scale)
@@ -583,7 +611,20 @@ class ComplexityDiTTransformer2DModel(
         labels: Tensor | float | None = label_embeds
         if labels is None:
             labels = self._embed_labels(class_labels, batch, x_BND.device)
-        c_BD = nn.functional.silu(c_BD + labels)
+        c_BD = c_BD + labels
+        tokens, mask_BN = rows * columns, None
+        if self.config.caption_channels:
+            text_BTD, text_mask_BT, pooled_BD = self._embed_text(
+                encoder_hidden_states, encoder_attention_mask, x_BND
+            )
+            c_BD = c_BD + pooled_BD
+            x_BND = torch.cat([x_BND, text_BTD], dim=1)
+            mask_BN = nn.functional.pad(text_mask_BT, (tokens, 0), value=True)
+            cos_TE, sin_TE = rotary_1d(text_BTD.shape[1], head_dim, device=x_BND.device)
+            cos_NE, sin_NE = torch.cat([cos_NE, cos_TE]), torch.cat([sin_NE, sin_TE])
+        elif encoder_hidden_states is not None or encoder_attention_mask is not None:
+            raise ValueError("this network reads no text: its caption_channels is 0")
+        c_BD = nn.functional.silu(c_BD)
 
         state: LayerState = (x_BND, None)
         cuts, subset = {0, early, len(self.blocks)}, None
@@ -591,23 +632,28 @@ class ComplexityDiTTransformer2DModel(
             check_bypass(self.config)
             start, end = middle_blocks(self.config)
             cuts |= {start, end}
-            subset = TokenSubset(kept_tokens, batch, rows * columns)
-            cos_BKE, sin_BKE = cos_NE[kept_tokens], sin_NE[kept_tokens]
+            TokenSubset(kept_tokens, batch, tokens)  # checks them: the text has no part in it
+            text = torch.arange(tokens, x_BND.shape[1], device=kept_tokens.device)
+            kept = torch.cat([kept_tokens, text.expand(batch, -1)], dim=1)
+            subset = TokenSubset(kept, batch, x_BND.shape[1])
+            cos_BKE, sin_BKE = cos_NE[kept], sin_NE[kept]
+            mask_BK = None if mask_BN is None else mask_BN.gather(1, kept)
         early_BND = x_BND
         for first, last in itertools.pairwise(sorted(cuts)):
             some = range(first, last)
             if subset is not None and start <= first < end:
                 part = subset.take(state)
-                part = self._through(some, part, loops, c_BD, cos_BKE, sin_BKE)
+                part = self._through(some, part, loops, c_BD, cos_BKE, sin_BKE, mask_BK)
                 state = subset.put_back(part, state)
             else:
-                state = self._through(some, state, loops, c_BD, cos_NE, sin_NE)
+                state = self._through(some, state, loops, c_BD, cos_NE, sin_NE, mask_BN)
             if last == early:
                 early_BND = state[0]
 
         def output(h_BND: Tensor, norm: nn.Module, adaln: nn.Module, proj: nn.Module) -> Tensor:
             shift_BD, scale_BD = adaln(c_BD).chunk(2, dim=-1)
-            sample = unpatchify(proj(norm(h_BND, shift_BD, scale_BD)), patch, rows, columns)
+            normed_BND = norm(h_BND[:, :tokens], shift_BD, scale_BD)
+            sample = unpatchify(proj(normed_BND), patch, rows, columns)
             if self.config.network_output == "sample":
                 sample = velocity_towards(sample, hidden_states, timestep)
             return sample
@@ -618,8 +664,47 @@ class ComplexityDiTTransformer2DModel(
             found.append(output(early_BND, *second))
         return ComplexityDiTOutput(*found) if return_dict else tuple(found)
 
+    def _embed_text(
+        self, states_BTC: Tensor | None, mask_BT: Tensor | None, x_BND: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of the text, (B, T, D), where they are, and their part of the condition, (B, D).
+
+        `x_BND` gives batch, dtype and device. A row without tokens gets the null text as its only
+        one, padding becomes zero.
+        """
+        batch, width = len(x_BND), self.config.caption_channels
+        if states_BTC is None:
+            if mask_BT is not None:
+                raise ValueError("encoder_attention_mask needs encoder_hidden_states")
+            states_BTC = x_BND.new_zeros(batch, 1, width)
+            mask_BT = torch.zeros(batch, 1, dtype=torch.bool, device=x_BND.device)
+        shape = tuple(states_BTC.shape)
+        if len(shape) != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != width:
+            raise ValueError(
+                f"encoder_hidden_states of shape {shape} must be ({batch}, T, {width}): a text for "
+                "each image, of at least one token, from the encoder that the network was trained "
+                "with"
+            )
+        if mask_BT is None:
+            mask_BT = states_BTC.new_ones(shape[:2])
+        if tuple(mask_BT.shape) != shape[:2]:
+            raise ValueError(
+                f"encoder_attention_mask of shape {tuple(mask_BT.shape)} must be {shape[:2]}"
+            )
+        mask_BT = mask_BT.bool()
+        text_BTD = self.caption_embed(self.caption_norm(states_BTC.to(x_BND)))
+        is_null_BT = ~mask_BT.any(dim=1, keepdim=True) & (
+            torch.arange(shape[1], device=mask_BT.device) == 0
+        )
+        null_D = self.caption_null(torch.zeros((), dtype=torch.long, device=x_BND.device))
+        text_BTD = torch.where(mask_BT[..., None], text_BTD, 0.0)
+        text_BTD = torch.where(is_null_BT[..., None], null_D, text_BTD).to(x_BND.dtype)
+        mask_BT = mask_BT | is_null_BT
+        mean_BD = text_BTD.sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
+        return text_BTD, mask_BT, self.caption_pool(mean_BD.to(x_BND.dtype))
+
     def _through(
-        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor
+        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor | None
     ) -> LayerState:
         """Apply blocks by number; those of the loop, if they are among them, several times."""
         loop = looped_blocks(self.config)
@@ -629,7 +714,7 @@ class ComplexityDiTTransformer2DModel(
         state = self._repeat(loop, state, num_loops, *inputs)
         return self._once(range(loop.stop, blocks.stop), state, *inputs)
 
-    def _once(self, blocks: range, state: LayerState, *inputs: Tensor) -> LayerState:
+    def _once(self, blocks: range, state: LayerState, *inputs: Tensor | None) -> LayerState:
         """Apply blocks in turn, with gradient checkpointing if it is enabled."""
         if self.is_cache_enabled:
             h_BND, carried = state[0], Carried(state[1])
@@ -646,7 +731,7 @@ class ComplexityDiTTransformer2DModel(
         return state
 
     def _repeat(
-        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor
+        self, blocks: range, state: LayerState, num_loops: int, *inputs: Tensor | None
     ) -> LayerState:
         """Apply the blocks of the loop.
 
@@ -839,6 +924,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"num_layers {config['num_layers']}: dropped tokens bypass blocks start to end - 1"
         )
     _check_loop(config)
+    if config["caption_channels"] < 0:
+        raise ValueError(f"caption_channels {config['caption_channels']} must be at least 0")
     fields, counts = config["label_fields"], config["num_classes"]
     if len(fields) != len(counts) or len(set(fields)) != len(fields):
         raise ValueError(
