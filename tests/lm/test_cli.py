@@ -10,7 +10,7 @@ import yaml
 from complexity_lm import DeepConfig, __version__, count_parameters
 from complexity_lm import __main__ as cli
 from complexity_lm.config import TrainConfig
-from complexity_lm.demo import demo_config, python_lines
+from complexity_lm.demo import demo_config, sample_lines
 from complexity_lm.loading import load
 
 SMALL = [
@@ -209,9 +209,8 @@ def test_interrupt_exits_with_status_130(command, trained, monkeypatch):
     assert "interrupted" in err
 
 
-def test_demo_samples_thirty_lines(trained, monkeypatch):
-    monkeypatch.setattr("complexity_lm.demo.PROMPTS", ("Ka", "lo mi"))  # fit into 24 tokens
-    lines = python_lines(load(str(trained))).splitlines()
+def test_demo_samples_thirty_lines(trained):
+    lines = sample_lines(load(str(trained)), ("Ka", "lo mi")).splitlines()  # fit into 24 tokens
     assert len([line for line in lines if not line.startswith("# --- sample")]) == 30
 
 

@@ -27,20 +27,20 @@ def loaded(trained):
     return load(str(trained))
 
 
-def byte_model_by_definition(train, test) -> float:
-    """Bits per byte of the order-3 Witten-Bell model, one byte at a time."""
-    counts = [Counter() for _ in range(4)]
+def byte_model_by_definition(train, test, longest) -> float:
+    """Bits per byte of the Witten-Bell model of that order, one byte at a time."""
+    counts = [Counter() for _ in range(longest + 1)]
     for text in train:
-        data = bytes(3) + text.encode()
-        for i in range(3, len(data)):
-            for order in range(4):
+        data = bytes(longest) + text.encode()
+        for i in range(longest, len(data)):
+            for order in range(longest + 1):
                 counts[order][data[i - order : i + 1]] += 1
     bits, n = 0.0, 0
     for text in test:
-        data = bytes(3) + text.encode()
-        for i in range(3, len(data)):
+        data = bytes(longest) + text.encode()
+        for i in range(longest, len(data)):
             p = 1 / 256
-            for order in range(4):
+            for order in range(longest + 1):
                 context = data[i - order : i]
                 followers = [c for gram, c in counts[order].items() if gram[:-1] == context]
                 if followers:
@@ -85,13 +85,14 @@ def test_units_of_a_score():
     assert score.perplexity == pytest.approx(8)
 
 
-def test_byte_model_equals_its_definition(texts):
+@pytest.mark.parametrize("order", [3, 5])
+def test_byte_model_equals_its_definition(texts, order):
     train = [(texts / f"0{i}.txt").read_text()[:400] for i in range(3)]
     test = [(texts / "05.txt").read_text()[:200], "unseen: \U0001f680", ""]
-    assert ByteModel(train).bits_per_byte(test) == pytest.approx(
-        byte_model_by_definition(train, test), rel=1e-12
+    assert ByteModel(train, order).bits_per_byte(test) == pytest.approx(
+        byte_model_by_definition(train, test, order), rel=1e-12
     )
-    assert ByteModel([]).bits_per_byte(["anything"]) == pytest.approx(8)
+    assert ByteModel([], order).bits_per_byte(["anything"]) == pytest.approx(8)
 
 
 def test_gzip_bits_per_byte(texts):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from complexity_lm.config import (
@@ -24,7 +25,7 @@ from inl_core.run.files import atomic_file
 from inl_core.run.json_files import read_json_object
 
 LINES = 30
-"""Lines of Python in `samples.txt`."""
+"""Lines in `samples.txt`."""
 
 PROMPTS = ('"""', "class ", "def ", "import ", "    def __init__(self, ", "if __name__ == ")
 """Beginnings of the samples, in turn."""
@@ -75,7 +76,7 @@ def _demo(folder: Path) -> None:
     config = demo_config(str(folder))
     model = train(config)
     loaded = load(str(model))
-    samples = python_lines(loaded)
+    samples = sample_lines(loaded)
     with atomic_file(folder / "samples.txt") as partial:
         partial.write_text(samples)
 
@@ -102,12 +103,20 @@ Next:
     )
 
 
-def python_lines(loaded: Loaded) -> str:
-    """Sample `LINES` lines of Python, with a comment before each sample."""
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+def sample_lines(
+    loaded: Loaded, prompts: Sequence[str] = PROMPTS, new_tokens: int | None = None
+) -> str:
+    """Sample `LINES` lines of text with the prompts in turn and a comment before each sample.
+
+    Every sample has its number as seed, and up to `new_tokens` tokens, `DEFAULT_NEW_TOKENS` for
+    None.
+    """
+    options = {
+        "do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": new_tokens
+    }  # fmt: skip
     count, lines = 0, []
     for seed in range(LINES):
-        prompt = PROMPTS[seed % len(PROMPTS)]
+        prompt = prompts[seed % len(prompts)]
         (text,) = next(generate(loaded, [prompt], options, GenerateConfig(seed=seed)))
         # Without trailing blank lines, and no more than are still needed.
         new = text.rstrip().splitlines()[: LINES - count]

@@ -192,12 +192,17 @@ class ByteModel:
         P_k(b | c) = (n(c·b) + t(c) P_{k-1}(b | c')) / (n(c) + t(c)),
 
     where c' is c without its oldest byte and P_{-1} = 1/256. A context that did not occur keeps
-    P_{k-1}. Three zero bytes precede each document.
+    P_{k-1}. As many zero bytes as the longest context has precede each document.
+
+    Args:
+        texts: Documents to count.
+        order: Bytes of the longest context, at most 7.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        keys = _keys(texts)
-        self.tables = [_count(keys & (256 ** (order + 1) - 1)) for order in range(ORDER + 1)]
+    def __init__(self, texts: Iterable[str], order: int = ORDER) -> None:
+        self.order = order
+        keys = _keys(texts, order)
+        self.tables = [_count(keys & (256 ** (length + 1) - 1)) for length in range(order + 1)]
 
     def bits_per_byte(self, texts: Sequence[str]) -> float:
         """Bits per byte of other documents.
@@ -205,7 +210,7 @@ class ByteModel:
         Raises:
             UserError: There is no text.
         """
-        keys = _keys(texts)
+        keys = _keys(texts, self.order)
         if not len(keys):
             raise UserError("there is no text to predict")
         p = np.full(len(keys), 1 / 256)
@@ -219,24 +224,23 @@ class ByteModel:
         return float(-np.log2(p).sum() / len(keys))
 
 
-def _keys(texts: Iterable[str]) -> NDArray[np.uint32]:
-    """For each byte the number whose base-256 digits are its three predecessors and itself."""
-    parts = [np.zeros(0, np.uint32)]
+def _keys(texts: Iterable[str], order: int) -> NDArray[np.unsignedinteger[Any]]:
+    """For each byte the number whose base-256 digits are its `order` predecessors and itself."""
+    number = np.uint32 if order < 4 else np.uint64
+    parts = [np.zeros(0, number)]
     for text in texts:
-        padded = np.frombuffer(bytes(ORDER) + text.encode(), np.uint8).astype(np.uint32)
-        keys = np.zeros(len(padded) - ORDER, np.uint32)
-        for i in range(ORDER + 1):
-            keys += padded[i : i + len(keys)] << np.uint32(8 * (ORDER - i))
+        padded = np.frombuffer(bytes(order) + text.encode(), np.uint8).astype(number)
+        keys = np.zeros(len(padded) - order, number)
+        for i in range(order + 1):
+            keys += padded[i : i + len(keys)] << number(8 * (order - i))
         parts.append(keys)
     return np.concatenate(parts)
 
 
-def _count(grams: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
+def _count(grams: NDArray[np.unsignedinteger[Any]]) -> tuple[NDArray[Any], ...]:
     """Distinct grams and their counts; their contexts with totals and numbers of followers."""
     unique, counts = np.unique(grams, return_counts=True)
-    contexts, first, kinds = np.unique(
-        unique >> np.uint32(8), return_index=True, return_counts=True
-    )
+    contexts, first, kinds = np.unique(unique >> 8, return_index=True, return_counts=True)
     totals = np.add.reduceat(counts, first) if len(counts) else counts
     return unique, counts, contexts, totals, kinds
 
