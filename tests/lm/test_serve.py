@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from complexity_lm import DeepConfig, DeepForCausalLM
+from complexity_lm import (
+    DeepConfig,
+    DeepForCausalLM,
+    DeepForQuestionAnswering,
+    DeepForSequenceClassification,
+    DeepForTokenClassification,
+    DeepModel,
+)
 from complexity_lm.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from support.processes import python
 
@@ -24,17 +31,25 @@ needs_serving = pytest.mark.skipif(
 
 def test_transformers_finds_the_class_that_a_saved_config_names(tmp_path, tiny):
     """The server looks the architecture up there, in a process that imports only transformers."""
-    DeepForCausalLM(tiny()).save_pretrained(tmp_path)
+    kinds = [
+        DeepForSequenceClassification, DeepForTokenClassification, DeepForQuestionAnswering,
+        DeepForCausalLM, DeepModel,
+    ]  # fmt: skip
+    for kind in kinds:
+        kind(tiny()).save_pretrained(tmp_path / kind.__name__)
     code = (
         "import sys, transformers\n"
         "from transformers import AutoProcessor\n"  # replaces sys.modules["transformers"]
-        "c = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "kind = getattr(transformers, c.architectures[0])\n"
-        "model = kind.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert 'complexity_lm' not in sys.modules\n"
-        "print(type(model).__name__)\n"
+        "for folder in sys.argv[1:]:\n"
+        "    c = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)\n"
+        "    kind = getattr(transformers, c.architectures[0])\n"
+        "    model = kind.from_pretrained(folder, trust_remote_code=True)\n"
+        "    assert 'complexity_lm' not in sys.modules\n"
+        "    print(type(model).__name__)\n"
     )
-    assert python("-c", code, tmp_path).stdout.strip() == "DeepForCausalLM"
+    folders = [tmp_path / kind.__name__ for kind in kinds]
+    done = python("-c", code, *folders, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.stdout.split() == [kind.__name__ for kind in kinds]
 
 
 def _free_port() -> int:

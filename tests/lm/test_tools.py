@@ -76,9 +76,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LabelSmoother
 
 folder = sys.argv[1]
-kinds = (
-    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-    AutoModelForTokenClassification, AutoModelForQuestionAnswering,
+kinds = (  # the heads first: AutoModel has not seen the config of the folder yet
+    AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering, AutoModel, AutoModelForCausalLM,
 )
 for kind in kinds:
     model = kind.from_pretrained(folder, trust_remote_code=True)
@@ -92,6 +92,9 @@ find = pipeline(
     "feature-extraction", folder, tokenizer=folder, trust_remote_code=True, return_tensors=True
 )
 assert find("ka lo").shape[-1] == model.config.hidden_size
+head = folder + "/again" + AutoModelForSequenceClassification.__name__
+classify = pipeline("text-classification", head, tokenizer=folder, trust_remote_code=True)
+assert classify("ka lo")[0]["label"] in model.config.id2label.values()
 print("fine")
 """
 

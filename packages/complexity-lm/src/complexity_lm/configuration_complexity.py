@@ -9,7 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -417,6 +424,13 @@ __all__ = ["PRESETS", "DeepConfig", "Preset"]
 # `transformers serve` looks the name in `architectures` up among the names of transformers. It has
 # read this file by then, the copy in a model folder included, but not yet the file of the model.
 # Transformers imports itself a second time for processors, and the server has the first copy: the
-# class of both has the name.
-if not hasattr(transformers, "DeepForCausalLM"):
-    setattr(type(transformers), "DeepForCausalLM", AutoModelForCausalLM)  # noqa: B010
+# class of both has the names.
+for _name, _auto in {
+    "DeepModel": AutoModel,
+    "DeepForCausalLM": AutoModelForCausalLM,
+    "DeepForSequenceClassification": AutoModelForSequenceClassification,
+    "DeepForTokenClassification": AutoModelForTokenClassification,
+    "DeepForQuestionAnswering": AutoModelForQuestionAnswering,
+}.items():
+    if not hasattr(transformers, _name):
+        setattr(type(transformers), _name, _auto)

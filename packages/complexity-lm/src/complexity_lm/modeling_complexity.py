@@ -931,15 +931,29 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
         return inputs
 
 
-class DeepForSequenceClassification(GenericForSequenceClassification, DeepPreTrainedModel):
+class _WithDecoder:
+    """A head of transformers, which builds its decoder by `AutoModel` from the config.
+
+    transformers copies the file of a config alone and the file of a model with those it imports:
+    the config of a folder is of the first copy, which only the Auto class in use has been told of.
+    """
+
+    def __init__(self, config: DeepConfig) -> None:
+        AutoModel.register(type(config), DeepModel, exist_ok=True)
+        super().__init__(config)  # pyright: ignore[reportCallIssue]
+
+
+class DeepForSequenceClassification(
+    _WithDecoder, GenericForSequenceClassification, DeepPreTrainedModel
+):
     """The decoder with a label for each text, read at its last token that is not padding."""
 
 
-class DeepForTokenClassification(GenericForTokenClassification, DeepPreTrainedModel):
+class DeepForTokenClassification(_WithDecoder, GenericForTokenClassification, DeepPreTrainedModel):
     """The decoder with a label for each token."""
 
 
-class DeepForQuestionAnswering(GenericForQuestionAnswering, DeepPreTrainedModel):
+class DeepForQuestionAnswering(_WithDecoder, GenericForQuestionAnswering, DeepPreTrainedModel):
     """The decoder with the first and last token of an answer within the text."""
 
 
