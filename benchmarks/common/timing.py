@@ -131,6 +131,17 @@ def training_step(model, loss, lr=1e-4, clip=False, optimizer=None):
     return step
 
 
+def profile_of(step, device, steps=3, operations=25):
+    """The operations of some steps by their own time, as a table of torch's profiler."""
+    for _ in range(steps):
+        step()
+    with torch.profiler.profile() as profile:
+        for _ in range(steps):
+            step()
+    on = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    return profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=operations)
+
+
 def copy_gbs(device, megabytes):
     """GB/s of a plain copy, counting bytes read and written."""
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)

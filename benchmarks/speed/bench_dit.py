@@ -26,7 +26,7 @@ import torch
 from benchmarks.common.diffusers_dit import DiffusersDiT
 from benchmarks.common.memory import of_process, parameters
 from benchmarks.common.results import append_rows, as_rows, format_values
-from benchmarks.common.timing import in_turn, ratio_of, training_step
+from benchmarks.common.timing import in_turn, profile_of, ratio_of, training_step
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,18 +157,6 @@ def peak_memory(case, options):
     return of_process("VmHWM") - before
 
 
-def profiled(case, options, compiled, dtype):
-    """The operations of three steps by time, from torch's profiler."""
-    step, _ = TASKS[options.task](case, options, compiled, dtype)
-    for _ in range(3):
-        step()
-    with torch.profiler.profile() as profile:
-        for _ in range(3):
-            step()
-    on = "cuda" if torch.device(options.device).type == "cuda" else "cpu"
-    return profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=25)
-
-
 def measure(options):
     """{(case, dtype, mode): {metric: (value, unit)}}, medians over rounds of all of them."""
     # Each model is another compilation of the same code.
@@ -218,7 +206,8 @@ def main():
     options.threads = torch.get_num_threads()
     if options.profile:
         for dtype, mode in itertools.product(options.dtypes, options.modes):
-            table = profiled(options.profile, options, mode == "compiled", dtype)
+            step, _ = TASKS[options.task](options.profile, options, mode == "compiled", dtype)
+            table = profile_of(step, options.device)
             print(f"{options.profile}, {dtype}, {mode}\n{table}")
         return
 

@@ -8,6 +8,7 @@ those of norms. Qwen3 is Llama with QK norm, which our models have too: it shows
 alone.
 
     python -m benchmarks.speed.bench_lm --rows benchmarks/results.csv
+    python -m benchmarks.speed.bench_lm --tasks train --dtypes bf16 --profile llama plain
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import torch
 from benchmarks.common.memory import parameters
 from benchmarks.common.results import append_rows, as_rows, format_values
-from benchmarks.common.timing import in_turn, ratio_of, training_step
+from benchmarks.common.timing import in_turn, profile_of, ratio_of, training_step
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from complexity_lm import DeepConfig, DeepForCausalLM
@@ -119,6 +120,7 @@ def main():
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"])
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", nargs="+", metavar="CASE", help="print these profiles only")
     parser.add_argument("--rows", help="CSV to add the rows to")
     options = parser.parse_args()
     pairs = (pair.split("=") for pair in options.override)
@@ -128,7 +130,7 @@ def main():
     shape = (options.batch_size, options.length)
     ids = torch.randint(0, vocabulary, shape, device=options.device)
 
-    candidates = list(itertools.product(models, options.dtypes))
+    candidates = list(itertools.product(options.profile or models, options.dtypes))
     prompt, new_tokens = ids[:1, :16], options.new_tokens
     for mode, task in itertools.product(options.modes, options.tasks):
         compiled = mode == "compiled"
@@ -143,6 +145,10 @@ def main():
             works = {
                 (m, d): decoder(models[m], prompt, new_tokens, compiled, d) for m, d in candidates
             }
+        if options.profile:
+            for (case, dtype), work in works.items():
+                print(f"{case}, {task}, {dtype}, {mode}\n{profile_of(work, options.device)}")
+            continue
         rows = []
         found = measure(works, tokens, options.rounds, options.device)
         for (case, dtype), values in found.items():
