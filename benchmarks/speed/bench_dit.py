@@ -13,7 +13,7 @@ fresh process with one model, eager.
 
     python -m benchmarks.speed.bench_dit --rows benchmarks/results.csv
     python -m benchmarks.speed.bench_dit --task sample --batch_size 8 --dtypes fp32 bf16
-    python -m benchmarks.speed.bench_dit --profile dynamics
+    python -m benchmarks.speed.bench_dit --profile dynamics [--attention native]
 """
 
 import argparse
@@ -63,6 +63,8 @@ def build(case, options):
         if changes.get("mlp_ratio") == "equal":
             changes = changes | {"mlp_ratio": equal_ratio(shape, options)}
         model = ComplexityDiTTransformer2DModel(**shape, **changes)
+        if options.attention:
+            model.set_attention_backend(options.attention)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -199,6 +201,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--attention", help="backend of diffusers for our models, e.g. native")
     parser.add_argument("--profile", choices=CASES, help="print a profile of this case only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", help="CSV to add the rows to")
