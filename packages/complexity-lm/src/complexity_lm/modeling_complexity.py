@@ -58,6 +58,7 @@ from inl_core import (
     norm_and_rotate,
     ops,
 )
+from inl_core.rotary import stored
 from inl_core.routing import RoutingPlan, TokenRoutedMLP, build_routing_table, make_routing_plan
 from inl_core.run.files import merged_folder
 from inl_core.run.hub import download_weights
@@ -104,7 +105,7 @@ class DeepRotaryEmbedding(nn.Module):
         dtype = torch.float32 if x.device.type == "mps" else torch.float64
         angles = position_ids[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
         scaling = self.attention_scaling
-        return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+        return stored((angles.cos() * scaling).float()), stored((angles.sin() * scaling).float())
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "DeepRotaryEmbedding":
         # `model.to(torch.bfloat16)` must move the frequencies without rounding them: at position

@@ -26,48 +26,52 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hk, R, E), and the weights (B, Hk, R, M) if they are kept, else nothing.
 
-    R are the rows of all heads that share keys, `mask` is True where a row may attend.
+    R are the rows of all heads that share keys; `mask` is True where a row may attend, and
+    broadcasts to (B, Hk, R, M).
     """
     shape = (*q.shape[:3], k.shape[2])
-    out, kept = torch.empty_like(q), q.new_empty(shape if keep else 0)
+    out, kept = q.new_empty(q.shape), q.new_empty(shape if keep else 0)
+    blocked = ~mask if mask is not None else None
+    empty = blocked.all(-1, keepdim=True) if blocked is not None else None
+    if empty is not None and not empty.any():
+        empty = None
     for part in _chunks(shape):
         weights = _product(q[part], k[part].mT, scale)
-        if mask is None:
-            weights = torch.softmax(weights, -1)
-        else:
-            allowed = mask.expand(shape)[part]
-            weights = torch.softmax(weights.masked_fill_(~allowed, -torch.inf), -1)
+        if blocked is not None:
+            weights.masked_fill_(blocked.expand(shape)[part], -torch.inf)
+        weights = torch.softmax(weights, -1)
+        if empty is not None:
             # A row without any key gets zeros, not the NaN of an empty softmax.
-            weights.masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
+            weights.masked_fill_(empty.expand(*shape[:3], 1)[part], 0.0)
         if keep:
             kept[part] = weights
-        out[part] = _product(weights, v[part])
+        _product(weights, v[part], out=out[part])
     return out, kept
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: bool):
-    return torch.empty_like(q), q.new_empty((*q.shape[:3], k.shape[2]) if keep else 0)
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:3], k.shape[2]) if keep else 0)
 
 
 @torch.library.custom_op("inl_core::cpu_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
+    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
     for part in _chunks(kept.shape):
         weights, g = kept[part], grad[part]
         of_weights = _product(g, v[part].mT)
         of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, q.dtype)
-        of_q[part] = _product(of_scores, k[part], scale)
-        of_k[part] = _product(of_scores.mT, q[part], scale)
-        of_v[part] = _product(weights.mT, g)
+        _product(of_scores, k[part], scale, of_q[part])
+        _product(of_scores.mT, q[part], scale, of_k[part])
+        _product(weights.mT, g, out=of_v[part])
     return of_q, of_k, of_v
 
 
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -95,11 +99,13 @@ def _chunks(shape: tuple[int, ...] | torch.Size) -> Iterator[tuple[slice, slice]
             yield slice(first, first + samples), slice(head, head + min(matrices, heads))
 
 
-def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · a @ b, rounded once."""
+def _product(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scale · a @ b, rounded once; into `out`, whose samples and heads make one dimension."""
     a, b, (batch, heads) = a.flatten(0, 1), b.flatten(0, 1), a.shape[:2]
     unused = a.new_empty(()).expand(len(a), a.shape[1], b.shape[2])
-    return torch.baddbmm(unused, a, b, beta=0, alpha=scale).unflatten(0, (batch, heads))
+    into = None if out is None else out.view(-1, *out.shape[2:])
+    product = torch.baddbmm(unused, a, b, beta=0, alpha=scale, out=into)
+    return product.unflatten(0, (batch, heads))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -111,7 +117,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     rows = q.unflatten(1, (heads, groups)).flatten(2, 3)
     if mask is not None and groups > 1:
-        mask = mask.expand(*q.shape[:3], k.shape[2])
-        mask = mask.unflatten(1, (heads, groups)).flatten(2, 3)
+        mask = mask.expand(*(1,) * (4 - mask.ndim), *mask.shape)
+        # Not of all samples and heads: the compiler writes it anew in every layer.
+        split = mask.unflatten(1, (heads, groups)) if mask.shape[1] > 1 else mask[:, :, None]
+        mask = split.expand(-1, -1, groups, q.shape[2], -1).flatten(2, 3)
     out, _ = _attention(rows, k, v, mask, scale, keep)
     return out.unflatten(2, (groups, -1)).flatten(1, 2)
