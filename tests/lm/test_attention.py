@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from complexity_lm import DeepConfig, DeepForCausalLM
+from complexity_lm import DeepConfig, DeepForCausalLM, DeepModel
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -36,7 +36,7 @@ def test_bf16_on_a_cpu_uses_products_unless_an_implementation_is_named(product_c
     named.save_pretrained(tmp_path)
     assert "attention" not in (tmp_path / "config.json").read_text().replace(
         "num_attention_heads", ""
-    ).replace("full_attention", "")
+    ).replace("full_attention", "").replace("use_bidirectional_attention", "")
     for options, count in (({}, 2), ({"attn_implementation": "sdpa"}, 0)):
         product_calls.clear()
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
@@ -112,3 +112,37 @@ def test_it_compiles_as_one_graph_and_checkpoints(product_calls):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", None])
+@pytest.mark.parametrize("window", [None, 4])
+@torch.no_grad()
+def test_a_bidirectional_model_reads_what_follows(implementation, window, tmp_path):
+    torch.manual_seed(0)
+    config = DeepConfig(**SIZES, sliding_window=window, use_bidirectional_attention=True)
+    if implementation:
+        config._attn_implementation = implementation
+    model = DeepModel(config).eval()
+    plain = model(IDS).last_hidden_state
+    other = IDS.clone()
+    other[:, 5] = 7
+    changed = model(other).last_hidden_state
+    near = slice(2, 9) if window else slice(0, 12)  # a token farther away is seen through layers
+    assert not torch.isclose(changed[:, near], plain[:, near]).all(dim=-1).any()
+    padded = torch.cat([IDS, torch.zeros_like(IDS)[:, :3]], dim=1)
+    mask = (torch.arange(15) < 12).long().expand(2, -1)
+    found = model(padded, attention_mask=mask).last_hidden_state[:, :12]
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = DeepModel.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+    torch.testing.assert_close(again(IDS).last_hidden_state, plain)
+    config.use_bidirectional_attention = False
+    earlier = slice(0, 5)
+    before, after = (model(ids).last_hidden_state[:, earlier] for ids in (IDS, other))
+    assert torch.equal(before, after)
+
+
+def test_a_bidirectional_model_does_not_generate():
+    model = model_of(use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="reads whole texts"):
+        model.generate(IDS, max_new_tokens=2)

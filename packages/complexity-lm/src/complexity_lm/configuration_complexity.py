@@ -93,6 +93,8 @@ class DeepConfig(PreTrainedConfig):
             current one; `None` means that no layer slides.
         layer_types: "full_attention" or "sliding_attention" per layer. `None` means that all layers
             slide if `sliding_window` is set, and none otherwise.
+        use_bidirectional_attention: Whether a token also attends to those after it: for an encoder
+            of whole texts, which cannot generate.
         tie_word_embeddings: Whether the output head shares the embedding table.
         use_cache: Whether generation keeps keys and values.
         pad_token_id: Padding id, or `None`.
@@ -196,6 +198,7 @@ class DeepConfig(PreTrainedConfig):
     loop_dynamics: bool = True
     loop_alpha: float | int = 0.5
     loop_tolerance: float | None = None
+    use_bidirectional_attention: bool = False
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeepConfig":

@@ -72,6 +72,7 @@ def check_architecture(loaded: Loaded) -> None:
         f"num_experts {config.num_experts}": config.num_experts > 0,
         f"num_loops {config.num_loops}": config.loop_start is not None,
         f"sliding_window {config.sliding_window}": config.sliding_window is not None,
+        "use_bidirectional_attention": config.use_bidirectional_attention,
         f"rope_type {rope['rope_type']!r}": rope["rope_type"] != "default",
     }
     if missing := [name for name, differs in settings.items() if differs]:

@@ -34,7 +34,12 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import fixed_cross_entropy
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -67,9 +72,13 @@ from inl_core.tracing import transformed
 
 from .configuration_complexity import DeepConfig
 
+# Of a model that attends to earlier tokens, and of one that attends to all.
 _MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
+    "full_attention": (create_causal_mask, create_bidirectional_mask),
+    "sliding_attention": (
+        create_sliding_window_causal_mask,
+        create_bidirectional_sliding_window_mask,
+    ),
 }
 
 
@@ -182,7 +191,7 @@ def default_attention(
 
 
 class ComplexityAttention(nn.Module):
-    """Causal grouped-query attention; each query and key head is RMS-normalised, then rotated."""
+    """Grouped-query attention; each query and key head is RMS-normalised, then rotated."""
 
     def __init__(self, config: DeepConfig, layer_idx: int) -> None:
         super().__init__()
@@ -197,7 +206,6 @@ class ComplexityAttention(nn.Module):
         self.head_dim = head_dim
         self.num_key_value_groups = heads // kv_heads
         self.scaling = head_dim**-0.5
-        self.is_causal = True
         slides = layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
 
@@ -210,6 +218,10 @@ class ComplexityAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
 
+    @property
+    def is_causal(self) -> bool:
+        return not self.config.use_bidirectional_attention
+
     def forward(
         self,
         x_BND: Tensor,
@@ -218,7 +230,7 @@ class ComplexityAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to the current and all earlier tokens.
+        """Attend to the current and all earlier tokens, or to all of the text.
 
         `position_embeddings` are cosines and sines (B, N, E/2); mask and `kwargs` are those of the
         attention backend. Returns the output (B, N, D) and, from the eager backend, the weights.
@@ -646,8 +658,15 @@ class DeepModel(DeepPreTrainedModel):
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, a routed model
                 has no ids to route by, or an id is outside the vocabulary (checked in eager mode
                 on the CPU only: elsewhere the check would wait for the device); `num_loops` is
-                below 1, the model has no loop, or the cache is that of another number.
+                below 1, the model has no loop, or the cache is that of another number; there is a
+                cache and the model attends in both directions.
         """
+        if self.config.use_bidirectional_attention:
+            if past_key_values is not None:
+                raise ValueError(
+                    "use_bidirectional_attention: the model reads whole texts, it cannot generate"
+                )
+            use_cache = False
         unrolled = self.config.unrolled(num_loops)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -673,7 +692,7 @@ class DeepModel(DeepPreTrainedModel):
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = {
-                kind: _MASKS[kind](
+                kind: _MASKS[kind][self.config.use_bidirectional_attention](
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
