@@ -83,6 +83,7 @@ def load_weights(
     build: Callable[[dict], Any],
     source: Any,
     allow_unused: bool = False,
+    optional: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> Any:
     """Load a network of diffusers or transformers whose every tensor comes from safetensors.
@@ -93,6 +94,7 @@ def load_weights(
             device, to compare sizes before memory is allocated.
         source: A folder or Hub id.
         allow_unused: Whether the files may have more tensors than the network, e.g. a head.
+        optional: Beginnings of the names of tensors that the files may lack.
         **kwargs: Further arguments of `load`.
     """
     only_safetensors(kwargs)
@@ -111,7 +113,11 @@ def load_weights(
         raise
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the weights in {folder} do not fit its config.json: {error}") from error
-    wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    wrong = [
+        f"{name} is missing"
+        for name in sorted(info["missing_keys"])
+        if not name.startswith(optional)
+    ]
     if not allow_unused:
         wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
     if wrong:
