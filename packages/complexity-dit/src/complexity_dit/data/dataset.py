@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from complexity_dit.config import DataConfig
+from complexity_dit.data.captions import Captions, column_kinds, known_rows, text_columns
 from complexity_dit.data.sources import read_rows
 from complexity_dit.labels import MISSING
 from complexity_dit.pictures import VERSION
@@ -55,7 +56,11 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             resolution, the split and the version of the preprocessing.
         skipped: Number of images of this split that could not be used.
         jpegs: Fraction of the pictures whose file name is that of a JPEG; None without files.
+        kinds: Columns that captions can be made of, see `column_kinds`.
+        captions: The captions of the pictures, if they were asked for.
     """
+
+    captions: Captions | None = None
 
     channels = 3
     samples_posterior = False
@@ -64,6 +69,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         rows: datasets.Dataset,
+        columns: datasets.Dataset,
         kept: Sequence[int],
         labels: Tensor,
         label_names: dict[str, list[str]],
@@ -71,11 +77,12 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         split: str,
         skipped: int,
     ) -> None:
-        """Take the prepared rows of a source and the indices of those that form the split."""
+        """Take the prepared rows and the columns of a source, and the indices of the split."""
         self.label_names = label_names
         self.resolution = self.sample_size = resolution
         self.skipped = skipped
-        self._rows = rows
+        self._rows, self._columns = rows, columns
+        self.kinds = column_kinds(columns)
         self._kept = torch.as_tensor(kept, dtype=torch.int64)
         self.labels = labels[self._kept]
         names = self._rows.data.column("name").take(self._kept.numpy()).to_pylist()
@@ -116,6 +123,11 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def name(self, index: int) -> str:
         """Return where a picture comes from, for messages."""
         return self._rows.data.column("name")[int(self._kept[index])].as_py()
+
+    def known(self, indices: Sequence[int] | None = None) -> list[str]:
+        """Return what is known about pictures, or all of them, see `known_rows`."""
+        kept = self._kept if indices is None else self._kept[list(indices)]
+        return known_rows(self._columns, kept.tolist())
 
     def clean(
         self,
@@ -158,7 +170,7 @@ class PaintingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()
 
 
-def load_data(config: DataConfig, split: str) -> PaintingDataset:
+def load_data(config: DataConfig, split: str, captions: bool = False) -> PaintingDataset:
     """Read a source and return one split of it.
 
     A file is held out when the first 64 bits of its bytes' sha256, as a fraction of 2⁶⁴, are
@@ -173,14 +185,17 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
     Args:
         config: What to read.
         split: "train", "heldout" or "all".
+        captions: Whether they are needed too; columns of captions are then no labels by default.
 
     Raises:
-        UserError: The source, the labels or a setting cannot be used, or the split is empty.
+        UserError: The source, the labels, the captions or a setting cannot be used, or the split is
+            empty.
     """
     _check(config, split)
     started = time.perf_counter()
     rows, columns, left_out = read_rows(config)
-    label_names, labels = read_labels(columns, config.label_fields)
+    texts = text_columns(column_kinds(columns), config) if captions else []
+    label_names, labels = read_labels(columns, config.label_fields, but=texts)
 
     names, reasons, hashes = (
         rows.data.column(name).to_pylist() for name in ("name", "reason", "sha256")
@@ -204,8 +219,10 @@ def load_data(config: DataConfig, split: str) -> PaintingDataset:
         log.warning("skipped %d of the %d images of %r", len(skipped), len(members), split)
         left_out = [f"{len(skipped)} that cannot be used", *left_out]
     dataset = PaintingDataset(
-        rows, kept, labels, label_names, config.resolution, split, len(skipped)
+        rows, columns, kept, labels, label_names, config.resolution, split, len(skipped)
     )
+    if captions:
+        dataset.captions = Captions(dataset.known(), dataset.kinds, config)
     fields = ", ".join(f"{field} ({len(n)})" for field, n in label_names.items()) or "no labels"
     seconds = time.perf_counter() - started
     missing = f" (left out: {', '.join(left_out)})" if left_out else ""
@@ -234,7 +251,7 @@ def _check(config: DataConfig, split: str) -> None:
 
 
 def read_labels(
-    rows: datasets.Dataset, fields: Sequence[str] | None
+    rows: datasets.Dataset, fields: Sequence[str] | None, but: Sequence[str] = ()
 ) -> tuple[dict[str, list[str]], Tensor]:
     """Convert the label columns of a dataset into names and ids.
 
@@ -250,6 +267,7 @@ def read_labels(
     Args:
         rows: All rows of the data, of every split, so that ids agree between splits.
         fields: Column names, an empty list for no labels, or None for the rule above.
+        but: Columns that the rule leaves out.
 
     Returns:
         Names by field, and the ids, int64 of shape (rows, fields), with -1 where missing.
@@ -258,7 +276,8 @@ def read_labels(
         UserError: A named field is absent, given twice, or cannot be a label.
     """
     if fields is None:
-        fields = [name for name in rows.column_names if _is_categorical(rows, name)]
+        chosen = [name for name in rows.column_names if name not in but]
+        fields = [name for name in chosen if _is_categorical(rows, name)]
     for field in fields:
         if not field.strip() or not field.isprintable():
             raise UserError(

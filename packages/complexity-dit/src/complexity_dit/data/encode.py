@@ -18,6 +18,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from complexity_dit.config import DataConfig
+from complexity_dit.data.captions import sha256_of
 from complexity_dit.data.dataset import PaintingDataset, in_split, load_data
 from complexity_dit.data.latents import (
     CACHE_FILE,
@@ -118,6 +119,9 @@ def _encode(
         )
     pictures = main_first(lambda: load_data(data, "all"))
     plan = _plan(data, pictures, vae, part_size) | {"mixed_precision": precision}
+    begun = _read_if_present(folder / PLAN_FILE)
+    if begun is not None and "known" not in begun:  # by an earlier version; continued as one
+        del plan["known"]
     complete = on_main(lambda: _begin(folder, plan, claims))
     if complete is None:
         vae = vae.to(pick_device("auto"), memory_format=torch.channels_last)  # faster convolutions
@@ -143,6 +147,7 @@ def _plan(data: DataConfig, pictures: PaintingDataset, vae: Vae, part_size: int)
         "source": asdict(data),
         "source_fingerprint": pictures.fingerprint,
         "label_names": pictures.label_names,
+        "known": {"columns": pictures.kinds, "sha256": sha256_of(pictures.known())},
         "resolution": data.resolution,
         "mirrored": data.flip,
         "part_size": part_size,
@@ -199,10 +204,10 @@ def _check_plan(folder: Path, existing: dict[str, Any], plan: dict[str, Any]) ->
 def _identity(plan: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal to continue a plan; a VAE counts by its weights, not its place."""
     keys = ("format", "images", "source_fingerprint", "resolution", "mirrored", "part_size")
-    vae = plan.get("vae") or {"sha256": ""}
+    hashed = {"vae": plan.get("vae"), "captions": plan.get("known")}
     return {key: plan.get(key) for key in keys} | {
         "mixed_precision": plan.get("mixed_precision", "no"),
-        "vae": vae["sha256"][:16],
+        **{name: part["sha256"][:16] if part else "" for name, part in hashed.items()},
     }
 
 
@@ -229,6 +234,8 @@ def _write_parts(
             }
             for i, field in enumerate(pictures.label_names):
                 columns[f"label_{field}"] = pictures.labels[rows.start : rows.stop, i].numpy()
+            if "known" in plan:
+                columns["known"] = pictures.known(rows)
             latents = _encode_rows(rows, pictures, vae, plan, batch_size, progress)
             for name, values in latents.items():
                 flat = pa.array(values.reshape(-1))

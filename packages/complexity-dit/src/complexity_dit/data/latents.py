@@ -8,7 +8,8 @@ A cache is a folder with
 
 so a folder without `cache.json` is incomplete. A row has the file's `sha256` and `name`, one
 `label_<field>` per field, and `latents`: the posterior means of the picture and of its mirror
-image, with `latents_std` next to them where the VAE has a posterior.
+image, with `latents_std` next to them where the VAE has a posterior. `known` has what captions can
+be made of, as JSON; caches of version 0.2.0 have none.
 """
 
 import copy
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from complexity_dit.config import DataConfig
+from complexity_dit.data.captions import Captions, sha256_of
 from complexity_dit.data.dataset import PaintingDataset, in_split, load_data
 from complexity_dit.hashing import weights_sha256
 from complexity_dit.models.vae import Vae, load_vae
@@ -77,9 +79,20 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         fingerprint: sha256 over the source, the VAE, the split and the labels.
         skipped: Number of images of the source that could not be encoded.
         on_device: Whether `clean` reads the memory of an accelerator, see `copied_to`.
+        kinds: Columns that captions can be made of.
+        captions: The captions of the pictures, if they were asked for.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], config: DataConfig, split: str) -> None:
+    captions: Captions | None = None
+
+    def __init__(
+        self,
+        folder: Path,
+        info: dict[str, Any],
+        config: DataConfig,
+        split: str,
+        captions: bool = False,
+    ) -> None:
         """Map a cache whose `cache.json` was read by `read_cache`."""
         self.resolution, self.skipped = info["resolution"], info["skipped"]
         self.channels, self.sample_size, _ = info["shape"]
@@ -99,7 +112,22 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
                 f"{len(hashes)} images leaves none"
             )
         self._kept = np.asarray(kept)
-        self.label_names = _chosen_labels(info["label_names"], config.label_fields, folder)
+        self.kinds = info.get("known", {}).get("columns", {})
+        label_names = info["label_names"]
+        if captions:
+            if "known" not in info:
+                raise UserError(
+                    f"{folder} was encoded without captions, by an earlier version: encode into a "
+                    "new folder"
+                )
+            known = self._rows.data.column("known").to_pylist()
+            if sha256_of(known) != info["known"]["sha256"]:
+                raise UserError(f"the captions in {folder} are damaged: encode into a new folder")
+            self.captions = Captions([known[i] for i in kept], self.kinds, config)
+            if config.label_fields is None:
+                texts = self.captions.columns
+                label_names = {f: names for f, names in label_names.items() if f not in texts}
+        self.label_names = _chosen_labels(label_names, config.label_fields, folder)
         labels = np.empty((len(kept), len(self.label_names)), np.int64)
         for i, field in enumerate(self.label_names):
             labels[:, i] = self._rows.data.column(f"label_{field}").to_numpy()[self._kept]
@@ -252,7 +280,9 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 TrainingData = PaintingDataset | LatentDataset
 
 
-def load_training_data(config: DataConfig, split: str = "train") -> TrainingData:
+def load_training_data(
+    config: DataConfig, split: str = "train", captions: bool = False
+) -> TrainingData:
     """Read pictures as `load_data` does, or, for `latents:PATH`, the latents that `encode` cached.
 
     Raises:
@@ -265,7 +295,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
                 f"data.vae {config.vae!r} goes with source latents:PATH; {config.source} is "
                 "trained on as pixels: encode it first (complexity-dit encode)"
             )
-        return load_data(config, split)
+        return load_data(config, split, captions)
     folder = folder_of(config)
     info = read_cache(folder)
     if config.resolution != info["resolution"]:
@@ -286,7 +316,7 @@ def load_training_data(config: DataConfig, split: str = "train") -> TrainingData
             f"data.flip is true, and {folder} has no mirrored latents: set it false, or encode "
             "again with --flip true"
         )
-    dataset = LatentDataset(folder, info, config, split)
+    dataset = LatentDataset(folder, info, config, split, captions)
     dataset.warn_of_removed_pictures(filled(DataConfig, info["source"]).source)
     return dataset
 
@@ -355,6 +385,7 @@ def source_config(config: DataConfig) -> DataConfig:
     info = read_cache(folder_of(config))
     return replace(
         filled(DataConfig, info["source"]), vae=None, holdout=config.holdout, flip=config.flip,
+        text_column=config.text_column, caption_template=config.caption_template,
         label_fields=list(_chosen_labels(info["label_names"], config.label_fields, config.source)),
     )  # fmt: skip
 
@@ -395,6 +426,7 @@ def part_schema(plan: dict[str, Any]) -> dict[str, pa.DataType]:
     latent = pa.list_(pa.float16(), sides * math.prod(plan["shape"]))
     types = {"sha256": text, "name": text}
     types |= {f"label_{field}": pa.int64() for field in plan["label_names"]}
+    types |= {"known": text} if "known" in plan else {}
     return types | dict.fromkeys(("latents", "latents_std")[: 1 + plan["has_std"]], latent)
 
 
@@ -440,6 +472,9 @@ def _check_info(info: dict[str, Any]) -> None:
         "label_names": dict[str, list[str]], "vae": dict[str, Any], "statistics": dict[str, Any],
     }  # fmt: skip
     _check_types(info, types)
+    if "known" in info:
+        _check_types(info, {"known": dict[str, Any]})
+        _check_types(info["known"], {"columns": dict[str, str], "sha256": str})
     _check_types(info["vae"], {"name": str, "class": str, "sha256": str})
     _check_types(info["statistics"], {"mean": list[float], "std": list[float], "holdout": float})
     if len(info["shape"]) != 3 or info["shape"][1] != info["shape"][2]:
