@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing import Pipe
 
 import pytest
 
 from inl_core.run import checkpoints
+from inl_core.run.errors import UserError
+from inl_core.run.workers import report_dead_workers
 from support.pictures import pictures, write_folder
 from support.processes import ENVIRONMENT, python
 
@@ -138,6 +141,21 @@ def test_an_evaluation_stops(tmp_path, victim):
     message = message_of_the_survivor(command, victim, tmp_path)
     assert "start the same command again" in message
     assert not (tmp_path / "result" / "result.json").exists()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_reported(error, monkeypatch):
+    ours, theirs = Pipe()
+    theirs.close()
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(ours, "_recv", failing, raising=False)
+    with pytest.raises(UserError, match=r"worker died.*--resume"), report_dead_workers():
+        ours.recv()
+    with pytest.raises(FileNotFoundError, match="gone"), report_dead_workers():
+        raise FileNotFoundError("gone")  # as of a picture, in a worker
 
 
 def test_a_killed_data_loader_worker_is_reported(tmp_path):

@@ -138,6 +138,19 @@ def allow_open_files(loaders: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+@contextmanager
+def _dying_workers() -> Iterator[None]:
+    """Give a worker that dies while it hands over a batch torch's words for a dead worker."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        modules = {frame.f_globals.get("__name__") for frame, _ in frames}
+        if "multiprocessing.connection" not in modules:
+            raise
+        raise RuntimeError(f"DataLoader worker closed its connection, {error!r}") from error
+
+
 def _release_frames(error: BaseException | None) -> None:
     """Drop what the finished frames of an error hold, its loader with a dead worker above all.
 
@@ -161,7 +174,8 @@ def report_dead_workers(hint: str = RESUME_HINT) -> Iterator[None]:
         UserError: Naming what died, as far as torch reports it.
     """
     try:
-        yield
+        with _dying_workers():
+            yield
     except RuntimeError as error:
         text = str(error)
         first_line = text.partition("\n")[0]
