@@ -74,12 +74,14 @@ def test_int8_weights_are_saved_and_loaded(lively, ids, tmp_path, experts) -> No
 
     plain = lively(num_experts=experts, vocab_size=300, eos_token_id=0)
     plain.save_pretrained(tmp_path / "plain")
-    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    int8 = quantization.Int8WeightOnlyConfig()
+    by_name = quantization.FqnToConfig({r"re:.*\.(\w+_proj|mlp\.(gate|up|down))": int8})
+    settings = TorchAoConfig(by_name if experts else int8)
     small = DeepForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
     kinds = {name: type(p.data).__name__ for name, p in small.named_parameters()}
     assert kinds["model.layers.0.self_attn.q_proj.weight"] == "Int8Tensor"
-    if experts:  # rows of raw parameters, which torchao leaves as they are
-        assert kinds["model.layers.0.mlp.gate"] == "Tensor"
+    mlp = ["gate", "up", "down"] if experts else ["up_proj.weight", "down_proj.weight"]
+    assert {kinds[f"model.layers.0.mlp.{name}"] for name in mlp} == {"Int8Tensor"}
     with torch.no_grad():
         logits, expected = small(ids).logits, plain(ids).logits
         assert 0 < (logits - expected).norm() / expected.norm() < 0.05
@@ -90,3 +92,7 @@ def test_int8_weights_are_saved_and_loaded(lively, ids, tmp_path, experts) -> No
             load(str(tmp_path / "small")).model,
         ):
             torch.testing.assert_close(again(ids).logits, logits)
+    x = torch.randn(1, 5, small.config.hidden_size, requires_grad=True)
+    small(inputs_embeds=x, routing_ids=ids[:1, :5]).logits.sum().backward()  # as beside an adapter
+    assert x.grad is not None
+    assert (x.grad != 0).all()

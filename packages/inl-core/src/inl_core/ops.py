@@ -220,7 +220,8 @@ def routed_mlp(
 
     "auto" uses the kernel on a GPU and torch's grouped matrix product elsewhere. fp64 uses the
     definition, as does everything under a ``torch.func`` transform or the backend "reference".
-    Arguments are cast under autocast as by ``F.linear``.
+    Experts quantised by torchao use its products. Arguments are cast under autocast as by
+    ``F.linear``.
 
     Args:
         x: (..., D) with T rows.
@@ -238,7 +239,8 @@ def routed_mlp(
     x, gate, up, down = segments.as_linear_casts(x, gate, up, down)
     if _backend == "reference" or x.dtype == torch.float64 or transformed():
         return reference.routed_mlp(x, plan, gate, up, down)
-    if takes_kernel("routed_mlp", [x, gate, up, down]):
+    quantized = segments.are_quantized(gate, up, down)
+    if not quantized and takes_kernel("routed_mlp", [x, gate, up, down]):
         _load_kernels()
         return _kernels["routed_mlp"][0](x, plan, gate, up, down)
     return segments.grouped_routed_mlp(x, plan, gate, up, down)

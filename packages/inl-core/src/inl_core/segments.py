@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from inl_core.tracing import transformed
 
 __all__ = [
     "RoutingPlan",
+    "are_quantized",
     "as_linear_casts",
     "check_routed_mlp",
     "grouped_routed_mlp",
@@ -105,6 +107,11 @@ def check_routed_mlp(x: Tensor, plan: RoutingPlan, gate: Tensor, up: Tensor, dow
             "x, gate, up and down must have one floating-point dtype, got "
             f"{', '.join(str(dtype) for dtype in dtypes)}; cast x, or use torch.autocast"
         )
+
+
+def are_quantized(*weights: Tensor) -> bool:
+    """Whether weights are tensors of a class with products of its own, such as torchao's int8."""
+    return any(is_traceable_wrapper_subclass(weight) for weight in weights)
 
 
 def as_linear_casts(x: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -223,15 +230,10 @@ def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return _opaque_product(rows, weight.transpose(1, 2), offsets)
 
 
-@torch.library.custom_op("inl_core::experts_in_turn", mutates_args=())
 def _experts_in_turn(
     rows: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """Apply the experts to their rows of (T, D), on a CPU and without gradients.
-
-    One operation for all three products, none for experts without rows: when decoding, a token uses
-    one expert, and calls would cost as much as the products.
-    """
+    """Apply the experts to their rows of (T, D), one after the other; none to no rows."""
     y = torch.empty_like(rows)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -244,7 +246,18 @@ def _experts_in_turn(
     return y
 
 
-@_experts_in_turn.register_fake
+@torch.library.custom_op("inl_core::experts_in_turn", mutates_args=())
+def _opaque_experts(
+    rows: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """`_experts_in_turn` on a CPU and without gradients, as one operation.
+
+    When decoding, a token uses one expert, and calls would cost as much as the products.
+    """
+    return _experts_in_turn(rows, offsets, gate, up, down)
+
+
+@_opaque_experts.register_fake
 def _(rows: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.empty_like(rows)
 
@@ -256,15 +269,21 @@ def grouped_routed_mlp(
 
     The products round to the dtype of `x`, as those of an MLP of ``nn.Linear`` do. Widths that are
     not multiples of 16 bytes are padded with zeros, at the cost of a copy of the weights. On a GPU
-    torch's product is one kernel in bf16; in other dtypes it synchronizes.
+    torch's product is one kernel in bf16; in other dtypes it synchronizes. Quantised experts are
+    applied one after the other by their own products.
 
     Arguments, result and errors are those of `routed_mlp`, in fp32, bf16 or fp16.
     """
     check_routed_mlp(x, plan, gate, up, down)
     width = x.shape[-1]
     rows = _Permute.apply(x.reshape(-1, width), plan.order, plan.inverse)
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        y = _experts_in_turn(rows, plan.offsets, gate, up, down)
+    in_turn = None
+    if are_quantized(gate, up, down):
+        in_turn = _experts_in_turn
+    elif x.device.type == "cpu" and not torch.is_grad_enabled():
+        in_turn = _opaque_experts
+    if in_turn is not None:
+        y = in_turn(rows, plan.offsets, gate, up, down)
         return _Permute.apply(y, plan.inverse, plan.order).reshape(x.shape)
     rows = _aligned(rows, -1)
     gate, up, down = (_aligned(weight, -1, -2) for weight in (gate, up, down))
