@@ -18,7 +18,7 @@ from benchmarks.common.timing import DEVICE, paired, training_step
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_lm import DeepConfig, DeepForCausalLM
 
-# Placement and kind of coefficients; the default of the model is the first after `none`.
+# Placement and kind of coefficients; after `none`, the first is the demo's of each model.
 CASES = {
     "dit": ("none", "branch channel", "branch token", "stream channel", "force channel",
             "force_mlp channel"),

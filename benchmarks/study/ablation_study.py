@@ -120,7 +120,9 @@ def shape_of(config, network):
     stay those of the same settings.
     """
     if is_dit := hasattr(config, "objective"):
-        config = replace(config, objective=config.objective.resolved())
+        config = replace(
+            config, model=config.model.resolved(), objective=config.objective.resolved()
+        )
     settings = asdict(config) | {"swap": network.swap}
     if is_dit:
         settings["data"]["balanced_labels"] = None
@@ -148,6 +150,7 @@ def shape_of(config, network):
         (settings["data"], "separate_documents", False),
         (settings["data"], "document_separator", None),
         (settings["model"], "num_loops", 1),
+        (settings["model"], "preset", None),
         (settings, "loop_sampling", "fixed"),
         (settings["data"], "format", "text"),
         (settings["data"], "messages_column", "messages"),

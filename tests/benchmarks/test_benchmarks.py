@@ -18,6 +18,7 @@ from benchmarks.speed import (
     op_cases,
 )
 
+from complexity_dit.cli.demo import demo_config
 from complexity_dit.config import ModelConfig, OptimConfig
 from complexity_dit.training.optimizer import build_optimizer
 from complexity_lm import DeepConfig
@@ -167,11 +168,12 @@ def test_bench_tax_compares_with_none_and_with_dense(tmp_path):
     assert found["mlp mask loop", "ratio"] > 0
 
 
-def test_bench_placements_compares_each_default_with_none(tmp_path):
-    for name, config in (("dit", ModelConfig()), ("lm", DeepConfig())):
+def test_bench_placements_compares_each_demo_with_none(tmp_path):
+    for name, config in (("dit", demo_config("").model), ("lm", DeepConfig())):
         none, default = (bench_placements.settings(c) for c in bench_placements.CASES[name][:2])
         assert none == {"dynamics_placement": "none"}
-        assert default == {field: getattr(config, field) for field in default}, "the default first"
+        assert default == {field: getattr(config, field) for field in default}
+    assert ModelConfig().resolved().dynamics_placement == "none"
     rows = measure(
         tmp_path / "rows.csv", "speed.bench_placements", "--eager", "--rounds", 1, "--images", 1,
         "--texts", 1, "--context", 8, "--device", "cpu", "--rows",

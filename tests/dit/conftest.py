@@ -104,6 +104,7 @@ def small_run(tmp_path) -> TrainConfig:
         data=DataConfig(resolution=16, num_images=64),
         model=ModelConfig(
             size="nano",
+            dynamics_placement="branch",
             overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2},
         ),
         optim=OptimConfig(warmup_steps=2),

@@ -23,7 +23,8 @@ def dit_run(out: Path, **fields) -> dit_config.TrainConfig:
             "checkpoint_every": EVERY, "report_to": "none", "mixed_precision": "no",
             "data": dit_data.DataConfig(resolution=8, num_images=32),
             "model": dit_config.ModelConfig(
-                overrides={"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
+                dynamics_placement="branch",
+                overrides={"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2},
             ),
             "optim": dit_config.OptimConfig(warmup_steps=2),
         } | fields

@@ -1,6 +1,7 @@
 """Commands as typed: results, exit statuses and error messages."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import yaml
 from PIL import Image
 
 from complexity_dit import __main__ as cli
-from complexity_dit.config import TrainConfig
+from complexity_dit.cli.demo import demo_config
+from complexity_dit.config import ModelConfig, TrainConfig
 from complexity_dit.models.autoencoder import TinyAutoencoder
 
 SMALL = [
@@ -58,9 +60,10 @@ def test_train_sample_and_evaluate(command, tmp_path):
     assert (tmp_path / "eval" / "result.json").exists()
 
 
-def test_demo_yaml_equals_the_defaults():
+def test_demo_yaml_is_the_demo():
     _, (config,), _ = cli.PROGRAM.parse(["train", "--config=configs/dit/demo.yaml"])
-    assert config == TrainConfig()
+    assert config == demo_config(TrainConfig().out)
+    assert replace(config, model=ModelConfig()) == TrainConfig()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/dit").glob("*.yaml")))

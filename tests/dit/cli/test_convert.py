@@ -15,6 +15,7 @@ from complexity_dit.__main__ import run
 from complexity_dit.cli.convert import convert, from_state_dict
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel, patchify, unpatchify
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training.network import start_from
 from inl_core import rotary_2d
 from inl_core.run.errors import UserError
@@ -142,7 +143,8 @@ def test_training_starts_from_the_written_folder(tmp_path, capsys):
     new = ComplexityDiTTransformer2DModel.from_config(
         pipe.transformer.config, label_fields=["style"], num_classes=[3]
     )
-    start_from(new, str(tmp_path / "out"), {"style": ["a", "b", "c"]})
+    source = load_pipeline(str(tmp_path / "out"))
+    start_from(new, source, {"style": ["a", "b", "c"]}, "it")
     weight = pipe.transformer.blocks[1].attn.to_q.weight
     assert torch.equal(new.blocks[1].attn.to_q.weight, weight)
     with pytest.raises(UserError, match="exists"):

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from complexity_dit.config import ModelConfig
+from complexity_dit.data.dataset import load_data
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
-from complexity_dit.training.network import start_from
+from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.training.network import build_model, start_from
 from complexity_dit.training.state import check_labels
 from complexity_dit.training.train import train
+from inl_core import dynamics_modules
 from inl_core.run.checkpoints import write_sums
 from inl_core.run.errors import UserError
 from support.outcomes import last_checkpoint, losses_of
@@ -26,7 +30,7 @@ def test_labels_are_matched_by_name(pipe, tmp_path):
     # Styles in another order, one added and one removed; no genres; artists are new.
     names = {"style": ["Ukiyo_e", "Cubism", "Orphism"], "artist": ["Delaunay"]}
     model = another(pipe, label_fields=list(names), num_classes=[3, 1])
-    start_from(model, str(tmp_path), names)
+    start_from(model, load_pipeline(str(tmp_path)), names, "it")
     x = torch.randn(5, 3, 8, 8)
     t = torch.tensor([5.0, 100.0, 400.0, 700.0, 999.0])
     # Ukiyo_e, Cubism, the new style, no style, an artist.
@@ -38,8 +42,7 @@ def test_labels_are_matched_by_name(pipe, tmp_path):
     assert not torch.allclose(expected[0], expected[2], atol=1e-3)  # labels matter here
 
 
-def test_another_network_is_refused(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
+def test_another_network_is_refused(pipe):
     for changes, words in (
         ({"hidden_size": 64}, r"another model \(\d+ tensors differ\): .*32.*there.*64.*here"),
         ({"num_layers": 1}, "blocks.1.*is unknown"),
@@ -49,9 +52,7 @@ def test_another_network_is_refused(pipe, tmp_path):
         ({"num_attention_heads": 2}, "num_attention_heads is 4 there and 2 here|tensors differ"),
     ):
         with pytest.raises(UserError, match=words):
-            start_from(another(pipe, **changes), str(tmp_path), pipe.label_names)
-    with pytest.raises(UserError, match="not a pipeline folder"):
-        start_from(pipe.transformer, str(tmp_path / "nowhere"), pipe.label_names)
+            start_from(another(pipe, **changes), pipe, pipe.label_names, "it")
 
 
 def test_labels_added_after_training(small_run, tmp_path, caplog):
@@ -92,6 +93,52 @@ def test_checkpoint_of_a_network_of_equal_shapes_is_refused(small_run):
     stream = dataclasses.replace(small_run.model, dynamics_placement="stream")
     with pytest.raises(UserError, match=r"give --model.dynamics_placement branch, or"):
         train(dataclasses.replace(small_run, model=stream, resume="auto"))
+
+
+def recorded_model(out):
+    return json.loads((last_checkpoint(out) / "state.json").read_text())["config"]["model"]
+
+
+def test_dynamics_that_are_not_named_are_those_of_before(small_run, tmp_path):
+    """Of the run that is resumed and of the pipeline that is started from; a preset names them."""
+    lite = dataclasses.replace(small_run.model, dynamics_adaptive="lite")
+    unnamed = dataclasses.replace(small_run.model, dynamics_placement=None, dynamics_adaptive=None)
+    train(dataclasses.replace(small_run, model=lite, steps=4))
+    whole = train(dataclasses.replace(small_run, model=unnamed, resume="auto"))
+    assert recorded_model(small_run.out)["dynamics_placement"] == "branch"
+    tuned = dataclasses.replace(
+        small_run, model=unnamed, init_from=str(whole), out=str(tmp_path / "tuned")
+    )
+    train(tuned)
+    assert recorded_model(tuned.out)["dynamics_adaptive"] == "lite"
+    paper = dataclasses.replace(unnamed, preset="paper")
+    with pytest.raises(UserError, match="dynamics_placement is 'branch' there and 'stream' here"):
+        train(dataclasses.replace(tuned, model=paper, out=str(tmp_path / "paper")))
+    with pytest.raises(UserError, match="not a pipeline folder"):
+        train(
+            dataclasses.replace(
+                tuned, init_from=str(tmp_path / "nowhere"), out=str(tmp_path / "no")
+            )
+        )
+
+
+def test_the_preset_and_the_default(small_run):
+    unnamed = dataclasses.replace(small_run.model, dynamics_placement=None, dynamics_adaptive=None)
+    found = {}
+    for preset in (None, "paper"):
+        model = dataclasses.replace(unnamed, preset=preset)
+        network = build_model(
+            dataclasses.replace(small_run, model=model), load_data(small_run.data, "train")
+        )
+        found[preset] = network
+    assert not dynamics_modules(found[None])
+    first, _ = dynamics_modules(found["paper"]).values()
+    assert found["paper"].config.dynamics_placement == "stream"
+    assert (first.adaptive, first.init_alpha, first.init_beta, first.init_gate, first.dt) == (
+        "token", 0.9, 0.1, 0.5, 0.1,
+    )  # fmt: skip
+    named = ModelConfig(preset="paper", dynamics_adaptive="channel").resolved({"a": 1})
+    assert (named.dynamics_placement, named.dynamics_adaptive) == ("stream", "channel")
 
 
 def test_another_number_of_processes_is_logged(small_run, caplog):

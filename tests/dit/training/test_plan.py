@@ -128,7 +128,7 @@ def test_the_table_of_a_run():
     with torch.device("meta"):
         model = ComplexityDiTTransformer2DModel.from_size(
             "tiny", num_layers=2, sample_size=32, patch_size=2, in_channels=4,
-            label_fields=["style"], num_classes=[27], dynamics_adaptive="channel",
+            label_fields=["style"], num_classes=[27], dynamics_placement="none",
         )  # fmt: skip
     assert table["tokens an image"] == "256"
     assert table["parameters"] == f"{model.num_parameters():,}"

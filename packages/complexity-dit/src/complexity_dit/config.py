@@ -26,9 +26,24 @@ RUN_KIND = "complexity-dit-run"
 AUTOENCODER_KIND = "complexity-dit-autoencoder"
 """Mark of the folder of a training of an autoencoder."""
 
+PRESETS = {"paper": {"dynamics_placement": "stream", "dynamics_adaptive": "token"}}
+"""Named networks as fields of `ModelConfig`."""
+
 Dtype = Literal["float32", "bfloat16"]
 Resize = Literal["tf1", "pytorch-fid", "antialias"]
 Measure = Literal["fid", "kid", "prdc", "is"]
+
+
+def _filled(config: Any, usual: Mapping[str, Any], before: Mapping[str, Any]) -> Any:
+    """A copy whose fields of None have the value before, if it has the usual type, or the usual."""
+    return replace(
+        config,
+        **{
+            name: before[name] if fits(before.get(name), type(value)) else value
+            for name, value in usual.items()
+            if getattr(config, name) is None
+        },
+    )
 
 
 @dataclass
@@ -114,11 +129,18 @@ class ModelConfig:
     patch_size: int = 4
     """Side of a patch in pixels or latent cells; one patch is one token."""
 
-    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] = "branch"
-    """Where INL dynamics act in a layer; none is the plain transformer."""
+    preset: Literal["paper"] | None = None
+    """Named dynamics, for what the next two fields leave open: paper is the layer of the INL
+    dynamics paper, placement stream with coefficients that a controller sets per token."""
 
-    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] = "channel"
-    """What the coefficients of the dynamics depend on; lite has constant ones."""
+    dynamics_placement: Literal["stream", "branch", "force", "force_mlp", "none"] | None = None
+    """Where INL dynamics act in a layer; none is the plain transformer. By default that of the
+    preset, else that of the run that is resumed or of the network of `init_from`, else none: the
+    others cost 1 to 7 % of a step, and FID stayed where it was (docs/results/dynamics.md)."""
+
+    dynamics_adaptive: Literal["token", "channel", "layer", "lite"] | None = None
+    """What the coefficients of the dynamics depend on; lite has constant ones. By default found as
+    the placement is, in the end channel."""
 
     token_drop_rate: float = 0.0
     """Share of an image's tokens, drawn anew at each step, that bypass the middle blocks in
@@ -160,6 +182,17 @@ class ModelConfig:
             )
         check_range(self, "[1, inf)", "patch_size", "num_loops")
         check_range(self, "[0, inf)", "token_drop_start", "token_drop_end", "auxiliary_layer")
+
+    def resolved(self, recorded: Mapping[str, Any] | None = None) -> "ModelConfig":
+        """A copy whose dynamics are named.
+
+        Args:
+            recorded: Fields of the run that is resumed, or of the network that a new run starts
+                from, which decide before the defaults but not before a preset.
+        """
+        usual = {"dynamics_placement": "none", "dynamics_adaptive": "channel"}
+        preset = PRESETS[self.preset] if self.preset else {}
+        return _filled(self, usual, preset or recorded or {})
 
 
 @dataclass
@@ -239,16 +272,11 @@ class ObjectiveConfig:
         Args:
             recorded: Objective of the run that is resumed, which decides before the defaults.
         """
-        flow, before = self.prediction_type == "flow", recorded or {}
+        flow = self.prediction_type == "flow"
         usual = {"time_sampling": "logit_normal", "shift": 2.0} if flow else {
             "time_sampling": "uniform", "shift": 1.0
         }  # fmt: skip
-        left_open = {
-            name: before[name] if fits(before.get(name), type(value)) else value
-            for name, value in usual.items()
-            if getattr(self, name) is None
-        }
-        return replace(self, **left_open)
+        return _filled(self, usual, recorded or {})
 
     @property
     def writes_sample(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from complexity_dit.config import RUN_KIND, EvalConfig, SampleConfig, TrainConfig
+from complexity_dit.config import RUN_KIND, EvalConfig, ModelConfig, SampleConfig, TrainConfig
 from complexity_dit.data.dataset import load_data
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
@@ -22,6 +22,12 @@ from inl_core.run.files import atomic_file
 
 NUM_EVALUATED = 256
 """Generated and real images of the demo's FID; few, so that it takes minutes on two cores."""
+
+
+def demo_config(out: str) -> TrainConfig:
+    """The demo's run, also configs/dit/demo.yaml: the defaults, and dynamics, to be looked at."""
+    dynamics = ModelConfig(dynamics_placement="branch", dynamics_adaptive="channel")
+    return TrainConfig(out=out, model=dynamics)
 
 
 def demo(out: str) -> None:
@@ -39,7 +45,7 @@ def demo(out: str) -> None:
 
 def _demo(folder: Path) -> None:
     start = time.perf_counter()
-    config = TrainConfig(out=str(folder), resume="auto")
+    config = replace(demo_config(str(folder)), resume="auto")
     # Fill the cache with several processes; their number is not part of the run's settings.
     load_data(replace(config.data, num_workers=os.cpu_count() or 1), "train")
     pipeline = train(config)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransformer2DModel:
     """A new network with one label table for each field of the data."""
-    own = config.model
+    own = config.model.resolved()
     same = (
         "patch_size", "dynamics_placement", "dynamics_adaptive", "token_drop_start",
         "token_drop_end", "auxiliary_layer", "num_loops",
@@ -67,8 +67,9 @@ def build_model(config: TrainConfig, data: TrainingData) -> ComplexityDiTTransfo
 
 def start_from(
     model: ComplexityDiTTransformer2DModel,
-    pipeline: str,
+    source: ComplexityDiTPipeline,
     label_names: Mapping[str, Sequence[str]],
+    name: str,
 ) -> None:
     """Copy the weights of a trained network into a new one.
 
@@ -80,25 +81,25 @@ def start_from(
 
     Args:
         model: The new network, changed in place.
-        pipeline: Pipeline folder or Hub id.
+        source: The pipeline of the trained one.
         label_names: Of the data, in id order: the rows of the new network's label tables.
+        name: Of the pipeline, for messages.
     """
-    source = load_pipeline(pipeline)
-    check_meaning(source.transformer.config, model.config, f"--init_from {pipeline}")
+    check_meaning(source.transformer.config, model.config, f"--init_from {name}")
     old, new = (
         {name: p for name, p in network.named_parameters() if "label_embed." not in name}
         for network in (source.transformer, model)
     )
-    check_shapes(old, new, f"--init_from {pipeline}")
+    check_shapes(old, new, f"--init_from {name}")
     with torch.no_grad():
-        for name, parameter in new.items():
-            parameter.copy_(old[name])
+        for key, parameter in new.items():
+            parameter.copy_(old[key])
         for field, names in label_names.items():
             model.label_embed[field].weight.copy_(_label_table(source, field, names))
         for field in source.label_names:
             if field not in label_names:
                 model.time_embed.linear_2.bias += source.transformer.label_embed[field].weight[-1]
-    logger.info("started from the weights of %s", pipeline)
+    logger.info("started from the weights of %s", name)
 
 
 def _label_table(source: ComplexityDiTPipeline, field: str, names: Sequence[str]) -> Tensor:

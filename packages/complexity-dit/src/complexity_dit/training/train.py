@@ -125,7 +125,7 @@ OWNERS = table_of_owners(
         out resume init_from log_every report_to noise_bins dynamics_every heldout_every
         heldout_num_images sample_every evaluate_every evaluate_num_images evaluate_reference
         evaluate_dtype checkpoint_every keep_last keep_every loader_workers
-        data.source data.vae data.label_fields data.strict data.num_workers
+        data.source data.vae data.label_fields data.strict data.num_workers model.preset
         text_encoder.source
     """,
 )
@@ -218,9 +218,19 @@ def _train(
     checkpoint: Path | None,
     meta: dict[str, Any],
 ) -> Path:
-    recorded = meta["config"].get("objective")
-    objective = config.objective.resolved(recorded if isinstance(recorded, dict) else None)
-    config = dataclasses.replace(config, objective=objective)
+    source, before = None, meta["config"]
+    if config.init_from is not None and checkpoint is None and not config.lora.rank:
+        source = load_pipeline(config.init_from)
+        before = {"model": source.transformer.config}
+    model, objective = (
+        one if isinstance(one := before.get(name), Mapping) else None
+        for name in ("model", "objective")
+    )
+    config = dataclasses.replace(
+        config,
+        model=config.model.resolved(model),
+        objective=config.objective.resolved(objective),
+    )
     out, settings = Path(config.out), dataclasses.asdict(config)  # with what the user wrote
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
     checkpoints = out / "checkpoints"
@@ -250,8 +260,9 @@ def _train(
         )
         torch.manual_seed(config.seed)
         network = build(config, data)
-        if config.init_from is not None and checkpoint is None:
-            start_from(network, config.init_from, data.label_names)
+        if source is not None:
+            start_from(network, source, data.label_names, str(config.init_from))
+            source = None  # its weights are not needed any more
     tokens = config.steps * config.batch_size * (data.sample_size // config.model.patch_size) ** 2
     flops = 6 * tokens * sum(p.numel() for p in network.parameters())
     config = dataclasses.replace(config, compile=chosen_compile(config, meta, flops))
