@@ -20,10 +20,10 @@ class _Branches(ComplexityDiTBlock):
 
     on_attention, on_mlp = True, True
 
-    def forward(self, h_BND, v_BND, c_BD, cos_NE, sin_NE):
+    def forward(self, h_BND, v_BND, c_BD, cos_NE, sin_NE, mask_BN=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c_BD).chunk(6, dim=-1)
         normed_BND = self.norm1(h_BND, shift1, scale1)
-        branch_BND = self.attn(normed_BND, cos_NE, sin_NE)
+        branch_BND = self.attn(normed_BND, cos_NE, sin_NE, mask_BN)
         if self.on_attention:
             branch_BND, v_BND = self.dynamics(branch_BND, v_BND)
         h_BND = h_BND + gate1[:, None] * branch_BND
