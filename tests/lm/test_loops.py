@@ -231,6 +231,19 @@ def test_a_graph_for_each_number_of_repetitions(lively, ids) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_training_under_autocast(calm, ids, count) -> None:
+    model = calm(num_loops=3).float().train()
+    exact = model(ids, labels=ids, num_loops=count).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids, num_loops=count).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(exact, rel=0.01)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    # The first repetition has no velocity to keep; DDP still finds a gradient.
+    assert bool(model.model.dynamics_loop.alpha.grad.any()) == (count > 1)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_a_layer_in_the_loop_acts_in_every_repetition(lively, ids, fit) -> None:
     peft = pytest.importorskip("peft")

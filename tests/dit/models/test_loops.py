@@ -138,6 +138,20 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_training_under_autocast(count):
+    model = looped().float().train()
+    x, t, labels = inputs(dtype=torch.float32)
+    exact = model(x, t, labels, num_loops=count).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, t, labels, num_loops=count).sample
+    found.float().square().mean().backward()
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    # The first repetition has no velocity to keep; DDP still finds a gradient.
+    assert bool(model.dynamics_loop.alpha.grad.any()) == (count > 1)
+
+
 def test_a_graph_for_each_number_of_repetitions():
     model = looped()
     torch.compiler.reset()  # graphs of a function are counted over all its models

@@ -107,6 +107,8 @@ def test_what_does_not_fit_into_one_graph_is_refused(small_run, monkeypatch):
         dataclasses.replace(small_run, compile="max", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=r"gradient_checkpointing.*use compile regional"):
         dataclasses.replace(small_run, compile="max", gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"loop_sampling uniform.*compile regional"):
+        dataclasses.replace(small_run, compile="max", loop_sampling="uniform")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="compile max needs the whole network in every process"):

@@ -648,6 +648,12 @@ class TrainConfig(RunConfig):
                 f"{self.gradient_accumulation_steps}, as its CUDA graphs would overwrite the "
                 "gradients of one part by those of the next: use compile regional, or 1"
             )
+        if self.compile == "max" and self.loop_sampling != "fixed":
+            raise UserError(
+                f"compile max does not work with loop_sampling {self.loop_sampling}: it makes a "
+                "graph of the whole network, another one for each number of repetitions; use "
+                "compile regional, or loop_sampling fixed"
+            )
         if self.compile == "max" and self.gradient_checkpointing:
             raise UserError(
                 "compile max does not work with gradient_checkpointing, which torch does not trace "
