@@ -1,0 +1,294 @@
+"""Loops that solve: the error of a block that is applied several times, over the repetitions.
+
+    python -m benchmarks.study.loops --rows benchmarks/results.csv
+
+In-context regression: 32 points in 8 dimensions with the values of a linear function, and a query.
+The inputs of a problem have exactly the condition number κ and the largest eigenvalue 1, in a
+random rotation: no fixed preconditioner solves it, and a plain loop is stable. Every network is
+trained to be right after `LOOPS` repetitions of one block, and measured after 1 to four times as
+many. The error is the mean square of the query's, in variances of the value.
+
+linear κ     One linear-attention step (von Oswald et al., arXiv 2212.07677). The state of a token
+             is what is left of its value, so that a repetition of the plain loop is one step of
+             gradient descent.
+softmax κ    A pre-norm block of softmax attention and MLP, width 32, which has to find its own
+             algorithm. 4 dimensions, 16 points.
+
+The arms differ in how a repetition uses the output f of the block:
+
+plain        h + f
+1/N          h + f / N for N trained repetitions
+step sizes   h + s_k f, a number for each trained repetition; later ones use the last
+damped       a h + b x + f with a in (0, 1) and b per channel, and the input x; as in Parcae
+recall       norm(h + f(h + W x)): the input is recalled, and the sum normalised. A norm of one
+             channel is its sign, so that `linear` has no such arm
+momentum     v = a v + f, h + v with one learned a
+no carry     `LoopedDynamics` whose velocity starts at zero in each repetition
+unshared     h + f_k with a block of its own for each trained repetition: more weights for the same
+             FLOPs; later repetitions use the last
+velocity     `LoopedDynamics`
+
+In `softmax` all but `unshared` have the parameters of `velocity`, by the width of the MLP; in
+`linear` they differ by 1 to 8 numbers. Runs with rows are not repeated.
+"""
+
+import argparse
+import math
+import time
+
+import torch
+from benchmarks.common.memory import parameters
+from benchmarks.common.results import append_rows, as_rows, commit, format_values, read_rows
+from benchmarks.study.loops_report import ARMS, LOOPS, MEASURED, SOLVED, curves, draw
+from benchmarks.theory.physics_report import known_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from inl_core import LoopedDynamics, RMSNorm
+
+WIDTH, HEADS = 32, 4
+LONGEST = 512
+"""Repetitions within which `SOLVED` must be reached."""
+
+
+def problems(kappa, dimensions, points, batch, generator):
+    """Inputs (batch, points + 1, dimensions) and their values (batch, points + 1, 1), query last.
+
+    The covariance of the points has eigenvalues from 1 down to 1 / kappa, evenly in the logarithm.
+    """
+
+    def normal(*shape):
+        return torch.randn(batch, *shape, generator=generator)
+
+    eigenvalues = torch.logspace(0, -math.log10(kappa), dimensions)
+    turn = torch.linalg.qr(normal(dimensions, dimensions)).Q
+    white = torch.linalg.qr(normal(points, dimensions)).Q * points**0.5
+    x = torch.cat([white, normal(1, dimensions)], 1) @ (eigenvalues.sqrt()[:, None] * turn.mT)
+    return x, x @ normal(dimensions, 1) / eigenvalues.sum().sqrt()
+
+
+class LinearStep(nn.Module):
+    """What a linear-attention step subtracts from the rest h (B, N, 1) of each value."""
+
+    def __init__(self):
+        super().__init__()
+        size = TASKS["linear"].dimensions
+        self.product = nn.Parameter(torch.eye(size) + 0.02 * torch.randn(size, size))
+
+    def forward(self, h, x):
+        keys, rests = x[:, :-1], h[:, :-1]
+        return -(x @ self.product) @ (keys.mT @ rests) / keys.shape[1]
+
+
+class SoftmaxBlock(nn.Module):
+    """The change of h (B, N, WIDTH) by attention and MLP; the query, last, is no key."""
+
+    def __init__(self, wider=0):
+        super().__init__()
+        inner = 2 * WIDTH + wider
+        self.norms = nn.ModuleList([RMSNorm(WIDTH), RMSNorm(WIDTH)])
+        self.enter = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.leave = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, inner), nn.GELU(), nn.Linear(inner, WIDTH))
+        for layer in (self.leave, self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, h):
+        q, k, v = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for part in self.enter(self.norms[0](h)).chunk(3, -1)
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k[..., :-1, :], v[..., :-1, :])
+        change = self.leave(out.transpose(1, 2).flatten(-2))
+        return change + self.mlp(self.norms[1](h + change))
+
+
+class Loop(nn.Module):
+    """Blocks that are applied in turn in the manner of an arm."""
+
+    def __init__(self, arm, block, width):
+        super().__init__()
+        self.arm = arm
+        self.blocks = nn.ModuleList([block() for _ in range(LOOPS if arm == "unshared" else 1)])
+        if arm == "step sizes":
+            self.steps = nn.Parameter(torch.ones(LOOPS))
+        elif arm == "damped":
+            self.decay = nn.Parameter(torch.full((width,), 4.0))
+            self.input = nn.Parameter(torch.full((width,), 0.02))
+        elif arm == "recall":
+            self.recall, self.norm = nn.Linear(width, width, bias=False), RMSNorm(width)
+        elif arm == "momentum":
+            self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        elif arm in ("no carry", "velocity"):
+            self.dynamics = LoopedDynamics(width)
+
+    def forward(self, x, count, *context):
+        """Yield the state after 1 to `count` repetitions."""
+        h, v = x, None
+        mu = self.dynamics.equilibrium(x) if self.arm in ("no carry", "velocity") else None
+        for k in range(count):
+            block = self.blocks[min(k, len(self.blocks) - 1)]
+            f = block(h + self.recall(x) if self.arm == "recall" else h, *context)
+            match self.arm:
+                case "1/N":
+                    h = h + f / LOOPS
+                case "step sizes":
+                    h = h + self.steps[min(k, LOOPS - 1)] * f
+                case "damped":
+                    h = self.decay.sigmoid() * h + self.input * x + f
+                case "recall":
+                    h = self.norm(h + f)
+                case "momentum":
+                    v = f if v is None else self.alpha * v + f
+                    h = h + v
+                case "no carry":
+                    h, _ = self.dynamics(h, None, f, mu)
+                case "velocity":
+                    h, v = self.dynamics(h, v, f, mu)
+                case _:
+                    h = h + f
+            yield h
+
+
+class Linear(nn.Module):
+    """The prediction is what has been subtracted from the value 0 of the query."""
+
+    def __init__(self, arm, wider=0):
+        super().__init__()
+        self.loop = Loop(arm, LinearStep, 1)
+
+    def forward(self, x, y, count):
+        """Yield predictions (B,) after 1 to `count` repetitions."""
+        for rest in self.loop(_hidden(y), count, x):
+            yield -rest[:, -1, 0]
+
+
+class Softmax(nn.Module):
+    """Tokens of input and value enter by a linear map, and the query leaves by one."""
+
+    def __init__(self, arm, wider=0):
+        super().__init__()
+        self.enter = nn.Linear(TASKS["softmax"].dimensions + 1, WIDTH)
+        self.loop = Loop(arm, lambda: SoftmaxBlock(wider), WIDTH)
+        self.leave = nn.Sequential(RMSNorm(WIDTH), nn.Linear(WIDTH, 1))
+
+    def forward(self, x, y, count):
+        """Yield predictions (B,) after 1 to `count` repetitions."""
+        for h in self.loop(self.enter(torch.cat([x, _hidden(y)], -1)), count):
+            yield self.leave(h[:, -1])[:, 0]
+
+
+def _hidden(y):
+    return torch.cat([y[:, :-1], torch.zeros_like(y[:, -1:])], 1)
+
+
+class Task:
+    """A kind of network with the size of its problems and its training."""
+
+    def __init__(self, network, dimensions, points, steps, rate):
+        self.network, self.dimensions, self.points = network, dimensions, points
+        self.steps, self.rate = steps, rate
+
+
+TASKS = {
+    "linear": Task(Linear, 8, 32, steps=800, rate=3e-3),
+    "softmax": Task(Softmax, 4, 16, steps=2000, rate=2e-3),
+}
+BATCH_SIZE = 64
+
+
+def build(kind, arm, seed):
+    """The network of an arm, with the parameters of `velocity` as near as an MLP allows."""
+    network = TASKS[kind].network
+    # A block of its own per repetition has the width of the shared one in `plain`.
+    like = "plain" if arm == "unshared" else arm
+    wanted, plain, one = (
+        parameters(network(name, wider)) for name, wider in (("velocity", 0), (like, 0), (like, 1))
+    )
+    wider = round((wanted - plain) / (one - plain)) if one > plain else 0
+    torch.manual_seed(seed)
+    return network(arm, wider)
+
+
+def run(kind, kappa, arm, seed):
+    """Train one network and return its metrics."""
+    task, model = TASKS[kind], build(kind, arm, seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=task.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, task.steps, pct_start=0.1)
+    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
+    for _ in range(task.steps):
+        x, y = problems(kappa, task.dimensions, task.points, BATCH_SIZE, generator)
+        *_, last = model(x, y, LOOPS)
+        loss = nn.functional.mse_loss(last, y[:, -1, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    x, y = problems(
+        kappa, task.dimensions, task.points, 1024, torch.Generator().manual_seed(10_000)
+    )
+    with torch.no_grad():
+        errors = []
+        for out in model(x, y, LONGEST if kind == "linear" else MEASURED[-1]):
+            errors.append(float((out - y[:, -1, 0]).square().mean()))
+            if len(errors) >= MEASURED[-1] and errors[-1] <= SOLVED:
+                break
+        with FlopCounterMode(display=False) as counter:
+            *_, _ = model(x[:1], y[:1], LOOPS)
+    result = {f"error, {k} loops": (errors[k - 1], "") for k in MEASURED}
+    if kind == "linear":
+        reached = (k for k, error in enumerate(errors, 1) if error <= SOLVED)
+        result["loops to solve"] = (float(next(reached, math.inf)), "")
+    if hasattr(model.loop, "dynamics"):
+        dynamics = model.loop.dynamics
+        for name in ("alpha", "beta", "gate"):
+            result[name] = (dynamics.get_parameter(name).clamp(0, 1).mean().item(), "")
+    result["parameters"] = (parameters(model), "")
+    result["forward"] = (counter.get_total_flops() / 1e6, "MFLOP")
+    result["training"] = (seconds, "s")
+    return result
+
+
+def main():
+    """Run what has no rows yet, print the table of all rows, and draw the figure if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kappas", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this")
+    parser.add_argument("--rows", help="CSV to add the rows to; runs that it has are skipped")
+    parser.add_argument("--figure", help="PNG of the error over the repetitions")
+    options = parser.parse_args()
+    started_from, begin = commit(), time.monotonic()
+    rows = [row for row in read_rows(options.rows or "") if row["bench"] == "loops"]
+    known = known_of(rows)
+    wanted = [
+        (kind, kappa, arm, seed)
+        for seed in range(options.seeds)
+        for kind in options.tasks
+        for kappa in options.kappas
+        for arm in options.arms
+        if (kind, arm) != ("linear", "recall")
+    ]
+    for kind, kappa, arm, seed in wanted:
+        case = f"{kind} κ={kappa} / {arm} / seed {seed}"
+        if case in known or time.monotonic() - begin > 60 * options.minutes:
+            continue
+        result = run(kind, kappa, arm, seed)
+        print(f"{case}: {format_values(result)}", flush=True)
+        known[case] = {metric: value for metric, (value, _) in result.items()}
+        if options.rows:
+            shape = f"{TASKS[kind].steps} steps of {BATCH_SIZE}"
+            new = as_rows(result, case, shape=shape)
+            command = "python -m benchmarks.study.loops --rows benchmarks/results.csv"
+            append_rows(options.rows, "loops", new, "cpu", commit=started_from, command=command)
+    print("\n".join(curves(known)))
+    if options.figure:
+        draw(known, options.figure)
+
+
+if __name__ == "__main__":
+    main()
