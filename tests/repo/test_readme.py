@@ -99,6 +99,8 @@ def test_python_blocks_run(page, desk, monkeypatch, capsys):
         pytest.importorskip("trl", reason="needs pip install trl")
         # Of TRL's own settings.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    if "torchao" in "".join(python_blocks(page)):
+        pytest.importorskip("torchao", reason="needs pip install torchao")
     monkeypatch.chdir(desk)
     names = {"__name__": "example"}
     for number, code in enumerate(python_blocks(page), 1):
