@@ -23,6 +23,9 @@ PAGES = [
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 
+NOT_OURS = ("trl", "torchao")
+"""Packages of pages that no extra installs: a page is run up to the first that is absent."""
+
 
 def python_blocks(page: str) -> list[str]:
     text = (ROOT / page).read_text()
@@ -95,15 +98,14 @@ def desk(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
 def test_python_blocks_run(page, desk, monkeypatch, capsys):
-    if "from trl import" in "".join(python_blocks(page)):
-        pytest.importorskip("trl", reason="needs pip install trl")
-        # Of TRL's own settings.
-        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    if "torchao" in "".join(python_blocks(page)):
-        pytest.importorskip("torchao", reason="needs pip install torchao")
+    # Of TRL's own settings.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     monkeypatch.chdir(desk)
     names = {"__name__": "example"}
     for number, code in enumerate(python_blocks(page), 1):
+        for package in NOT_OURS:
+            if f"from {package}" in code:
+                pytest.importorskip(package, reason=f"needs pip install {package}")
         exec(compile(code, f"{page}, block {number}", "exec"), names)
 
 
