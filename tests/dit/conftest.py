@@ -13,11 +13,14 @@ from complexity_dit.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    TextEncoderConfig,
     TrainConfig,
 )
+from complexity_dit.models.text import build_text_encoder, text_width
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.objective import build_scheduler
+from support.networks import randomised, small_network
 from support.pictures import pictures, write_folder
 
 STYLES = ["Cubism", "Fauvism", "Ukiyo_e"]
@@ -75,6 +78,22 @@ def pipe() -> ComplexityDiTPipeline:
                 p.normal_(std=0.1)
     names = {"style": dict(enumerate(STYLES)), "genre": dict(enumerate(GENRES))}
     pipeline = ComplexityDiTPipeline(model, build_scheduler(ObjectiveConfig()), id2label=names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def text_pipe(pipe: ComplexityDiTPipeline) -> ComplexityDiTPipeline:
+    """A pipeline with the same labels and a new complexity-lm model that reads prompts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = TextEncoderConfig(source="lm", max_length=8, overrides=sizes | {"vocab_size": 280})
+    tokenizer, encoder = build_text_encoder(config, ["a river in winter", "a portrait"])
+    network = small_network(caption_channels=text_width(encoder))
+    pipeline = ComplexityDiTPipeline(
+        randomised(network), pipe.scheduler, id2label=pipe.id2label, text_encoder=encoder,
+        tokenizer=tokenizer, prompt_length=8,
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -260,6 +260,6 @@ def test_ids_that_are_not_in_the_tables_are_refused(pipe, ids, words):
         generate(pipe, class_labels=ids)
 
 
-def test_a_label_in_the_place_of_a_number_is_explained(pipe):
+def test_a_count_that_is_no_number_is_refused(pipe):
     with pytest.raises(UserError, match=r"'Cubism' must be a whole number.*pipe\(style=...\)"):
-        pipe("Cubism")
+        pipe(num_images_per_prompt="Cubism")

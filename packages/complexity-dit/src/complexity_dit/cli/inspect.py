@@ -55,6 +55,14 @@ def inspect(path: str) -> dict[str, Any]:
         "labels": {field: len(names) for field, names in pipe.label_names.items()},
         "scheduler": type(pipe.scheduler).__name__,
         "vae": None if vae is None else type(vae).__name__,
+        **(
+            {}
+            if pipe.text_encoder is None
+            else {
+                "text_encoder": type(pipe.text_encoder).__name__,
+                "prompt_length": pipe.config.prompt_length,
+            }
+        ),
         "dynamics": {k: v for k, v in model.config.items() if k.startswith("dynamics_")},
         **_dynamics(model),
         "trained_on": read_json_object(trained_on)

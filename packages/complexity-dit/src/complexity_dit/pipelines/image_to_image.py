@@ -19,6 +19,7 @@ from complexity_dit.pipelines.pipeline import (
     Generators,
     Labels,
     LabelValue,
+    Prompts,
     StepCallback,
 )
 from inl_core.run.errors import UserError
@@ -109,7 +110,7 @@ def _four_dimensions(value: np.ndarray | Tensor, is_mask: bool) -> Tensor:
 
 
 class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
-    """Images from images and labels: SDEdit (Meng et al., arXiv 2108.01073).
+    """Images from images, prompts and labels: SDEdit (Meng et al., arXiv 2108.01073).
 
     Built as `ComplexityDiTPipeline` is. `from_pipe(pipe)` shares the networks of another pipeline,
     and `from_pretrained` loads the same folders.
@@ -142,18 +143,25 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
         num_loops: int | None = None,
+        prompt: Prompts = None,
+        negative_prompt: Prompts = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Add noise to an image and denoise it under other labels.
+        """Add noise to an image and denoise it under another prompt or other labels.
 
         Arguments not listed here are those of `ComplexityDiTPipeline`.
 
         Args:
-            image: One image for all labels, or one each: PIL, arrays or tensors in [0, 1]; or
+            image: One image for all prompts and labels, or one each: PIL, arrays or tensors in
+                [0, 1]; or
                 latents (B, C, Y, X) as `output_type="latent"` returns them, if C is not 3.
             strength: Share of the steps to run. 0 returns the image (as the VAE decodes it); 1
                 keeps nothing of it and gives the result of `ComplexityDiTPipeline` for that noise.
-            num_images_per_prompt: Images per label or input image.
+            num_images_per_prompt: Images per prompt, label or input image.
             height: Height in pixels to resize `image` to; None keeps its own.
             width: Width in pixels, likewise.
             num_inference_steps: Steps from pure noise, of which `strength` selects a share.
@@ -177,7 +185,9 @@ class ComplexityDiTImg2ImgPipeline(ComplexityDiTPipeline):
 
 
 class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
-    """Regions of images regenerated from the rest and labels; built as `ComplexityDiTPipeline` is.
+    """Regions of images regenerated from the rest, prompts and labels.
+
+    Built as `ComplexityDiTPipeline` is.
 
     The network is an ordinary one: after each step the region to keep is replaced by the image at
     the noise level of that step (Lugmayr et al., arXiv 2201.09865, without their resampling), and
@@ -212,6 +222,12 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
         num_loops: int | None = None,
+        prompt: Prompts = None,
+        negative_prompt: Prompts = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Regenerate the white part of a mask.
@@ -219,7 +235,8 @@ class ComplexityDiTInpaintPipeline(ComplexityDiTPipeline):
         Arguments not listed here are those of `ComplexityDiTImg2ImgPipeline`.
 
         Args:
-            image: One image for all labels, or one each: PIL, arrays or tensors in [0, 1].
+            image: One image for all prompts and labels, or one each: PIL, arrays or tensors in
+                [0, 1].
             mask_image: One mask for all images, or one each: white (0.5 and above) is regenerated,
                 black is kept. Black pixels are copied from `image`, because a VAE does not
                 reproduce them exactly. With a VAE, a latent that is white in part is regenerated;

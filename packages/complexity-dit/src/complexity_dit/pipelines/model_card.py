@@ -32,7 +32,7 @@ _IN_RUNS = ("pipeline", "adapter")
 """Folders of a run, whose cards have its name."""
 
 _USE = """\
-A diffusion transformer with INL dynamics that generates images from labels
+A diffusion transformer with INL dynamics that generates images from {given}
 ([complexity-dit](https://pypi.org/project/complexity-dit/)).
 
 ```python
@@ -42,7 +42,7 @@ pipe = DiffusionPipeline.from_pretrained({name}, trust_remote_code=True)
 image = pipe({arguments}).images[0]
 ```
 
-`trust_remote_code` runs two one-line modules in this repository that import the installed package
+`trust_remote_code` runs {n} one-line modules in this repository that import the installed package
 `complexity_dit`. `complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
 
 _USE_ADAPTER = """\
@@ -57,6 +57,8 @@ image = pipe({arguments}).images[0]
 ```
 
 It fits a base whose transformer has the sha256 {sha256}."""
+
+_PROMPT = "a landscape with a river"
 
 _LIMITS = """\
 - Images reflect the training data: its subjects, cropping, gaps and biases.
@@ -107,25 +109,31 @@ def write_card(
     grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
     if adapter:
         use, labels, architecture, counts = _USE_ADAPTER, adapter["labels"], "", None
+        index: dict[str, Any] = {}
         base = adapter["base"] if _is_hub_id(adapter["base"]) else f"./{Path(adapter['base']).name}"
         about = {"base": _literal(base), "base_text": _escape(base)}
         about["sha256"] = _escape(adapter["base_sha256"])
     else:
-        use, index, about = _USE, _read(folder / "model_index.json"), {}
+        use, index = _USE, _read(folder / "model_index.json")
         names = index["id2label"]
         fields = _read(folder / "transformer" / "config.json")["label_fields"]
         labels = {
             field: [names[field][str(i)] for i in range(len(names[field]))] for field in fields
         }
         architecture, counts = _architecture(folder, index), index.get("label_counts")
-    use = use.format(name=_literal(name), arguments=_arguments(labels, counts), **about)
+        about = {"given": "labels", "n": "two"}
+    arguments = _arguments(labels, counts)
+    if reads := (index.get("text_encoder") or [None])[0] is not None:
+        about = {"given": "prompts and labels" if labels else "prompts", "n": "three"}
+        arguments = _literal(_PROMPT)
+    use = use.format(name=_literal(name), arguments=arguments, **about)
     sections = (
         f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data),
         _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
     )  # fmt: skip
     text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
-        aside.write_text(f"---\n{_metadata(title, data, adapter, result)}\n---\n\n{text}\n")
+        aside.write_text(f"---\n{_metadata(title, data, adapter, result, reads)}\n---\n\n{text}\n")
     return card
 
 
@@ -133,7 +141,9 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> ModelCardData:
+def _metadata(
+    name: str, data: dict, adapter: dict, result: dict | None, reads: bool
+) -> ModelCardData:
     """The YAML header that the Hub reads."""
     scheme, _, place = str(data.get("source", "")).partition(":")
     wikiart = _is_wikiart(data)
@@ -156,7 +166,7 @@ def _metadata(name: str, data: dict, adapter: dict, result: dict | None) -> Mode
     base = adapter.get("base")
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if reads else "unconditional-image-generation",
         base_model=base if base and _is_hub_id(base) else None,
         tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(adapter),
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
@@ -207,6 +217,7 @@ def _architecture(folder: Path, index: dict) -> str:
         f"{network['num_attention_heads']} heads, patch {network['patch_size']}",
         "input": f"{network['in_channels']} channels of {size} x {size}, "
         + (f"latents of {vae}" if vae else "pixels"),
+        "text encoder": (index.get("text_encoder") or [None, None])[1],
         "scheduler": _read(folder / "scheduler" / "scheduler_config.json").get("_class_name"),
     }
     placement = network.get("dynamics_placement")  # None: a denoiser of another class
@@ -219,7 +230,7 @@ def _architecture(folder: Path, index: dict) -> str:
         rows["weights"] = (
             f"power-function average of length {average['length']:g} at step {average['step']}"
         )
-    lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items()]
+    lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items() if value]
     return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
 

@@ -1,7 +1,9 @@
-"""ComplexityDiTPipeline: images from labels, as a diffusers pipeline."""
+"""ComplexityDiTPipeline: images from prompts and labels, as a diffusers pipeline."""
 
 import inspect
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from complexity_dit.hashing import array_hash
 from complexity_dit.labels import LabelTable, resolve_label
@@ -24,6 +26,7 @@ from complexity_dit.models.adapters import (
     without_prefix,
 )
 from complexity_dit.models.loading import warn_of_pickles
+from complexity_dit.models.text import check_text_encoder, encode_prompts, text_width
 from complexity_dit.models.transformer import (
     ComplexityDiTTransformer2DModel,
     check_num_loops,
@@ -42,12 +45,18 @@ from complexity_dit.pipelines.schedulers import (
 )
 from inl_core.run.errors import UserError
 from inl_core.run.files import merged_folder
+from inl_core.run.json_files import one_line
 
 LabelValue = str | int | None
 Labels = Mapping[str, LabelValue | Sequence[LabelValue]]
+Prompts = str | Sequence[str | None] | None
 Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 _OUTPUTS = ("pil", "np", "pt", "latent")
+_EMBEDS = (
+    "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ class Guidance:
             raise UserError(
                 "label_embeds belong to one network and mean nothing to a guide: pass class_labels"
             )
-        for name in ("in_channels", "label_fields", "num_classes"):
-            expected, other = transformer.config[name], self.guide.config[name]
+        for name in ("in_channels", "label_fields", "num_classes", "caption_channels"):
+            expected, other = (n.config.get(name) for n in (transformer, self.guide))
             if expected != other:
                 raise UserError(
                     f"the guide has {name} {other} and the transformer {expected}: use a network "
@@ -173,7 +182,7 @@ def repeat_rows(rows: Tensor, count: int, repeats: int, name: str, other: str) -
 
 
 class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
-    """Label-conditional image generation with a ComplexityDiT.
+    """Image generation from prompts, labels or both with a ComplexityDiT.
 
     Schedulers, VAEs, device placement and progress bars are those of diffusers. Added here are
     labels by name, guidance towards the null rows or a weaker network, adapters that bring labels,
@@ -194,20 +203,27 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         label_counts: The combinations of labels in the training pictures, as `LabelTable` reads
             them; labels that a request does not name are drawn from them. None leaves such labels
             missing.
+        text_encoder: The transformers model whose hidden states a network with `caption_channels`
+            reads; None for a network without, or to pass `prompt_embeds` only.
+        tokenizer: Its tokenizer.
+        prompt_length: Tokens of a prompt, to which all are padded; given with a text encoder.
 
     Raises:
         UserError: If `id2label` or `label_counts` does not match the transformer's label fields,
-            the statistics do not match its channels, or the scheduler cannot sample from the model.
+            the statistics do not match its channels, the text encoder does not match the network or
+            the tokenizer, or the scheduler cannot sample from the model.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
     transformer_name = "transformer"
     transformer: ComplexityDiTTransformer2DModel
     scheduler: SchedulerMixin
     vae: Vae | None
+    text_encoder: Any
+    tokenizer: Any
     config: Any
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
-    _optional_components: ClassVar[list[str]] = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["vae", "text_encoder", "tokenizer"]
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
     _current_timestep: Tensor | None = None
 
@@ -221,13 +237,20 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         latents_std: list[float] | None = None,
         objective: dict[str, Any] | None = None,
         label_counts: dict[str, int] | None = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Callable | None = None,
+        prompt_length: int | None = None,
     ) -> None:
         super().__init__()
         objective = objective or objective_of(scheduler)
         if not isinstance(objective, Mapping) or "prediction_type" not in objective:
             raise UserError(f"objective {objective!r} must be what objective_of returns")
         scheduler = fit_scheduler(scheduler, objective)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        self._check_text(prompt_length)
         channels = transformer.config.in_channels
         lengths = {len(values) for values in (latents_mean, latents_std) if values is not None}
         both = (latents_mean is None) == (latents_std is None)
@@ -242,6 +265,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             latents_std=latents_std,
             objective=objective,
             label_counts=label_counts,
+            prompt_length=prompt_length,
         )
         self._label_table = label_counts and LabelTable(
             label_counts, transformer.config.num_classes
@@ -253,6 +277,32 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         if name == "scheduler" and (current := self.__dict__.get(name)) is not None:
             value = fit_scheduler(value, self.config.objective | objective_of(current))
         super().__setattr__(name, value)
+
+    def _check_text(self, prompt_length: int | None) -> None:
+        """Refuse text components that do not go together or with the network."""
+        encoder, tokenizer = self.text_encoder, self.tokenizer
+        if encoder is None:
+            return
+        if tokenizer is None or prompt_length is None:
+            raise UserError("a text_encoder needs its tokenizer and a prompt_length: give both")
+        if not self.reads_text:
+            raise UserError(
+                "the network reads no text (its caption_channels is 0): leave out text_encoder and "
+                "tokenizer"
+            )
+        width, expected = text_width(encoder), self.transformer.config.caption_channels
+        if width != expected:
+            raise UserError(
+                f"the states of the text encoder are {width} wide and the network reads {expected} "
+                "(caption_channels): use the encoder that it was trained with"
+            )
+        check_text_encoder(tokenizer, encoder, prompt_length)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network reads a text."""
+        # A denoiser of another class, as `train` takes one, need not have the field.
+        return bool(self.transformer.config.get("caption_channels"))
 
     @property
     def sample_size(self) -> int:
@@ -406,10 +456,120 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 )
         return ids.long()
 
+    # Text
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: Prompts,
+        negative_prompt: Prompts = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states of prompts, to change and to pass as `prompt_embeds` and so on.
+
+        Each prompt is encoded by itself, so that its bits do not depend on the others.
+
+        Args:
+            prompt: One or B; an empty one is the null text.
+            negative_prompt: One for all or B, likewise.
+
+        Returns:
+            `prompt_embeds` (B, T, C), `prompt_attention_mask` (B, T), `negative_prompt_embeds` and
+            `negative_prompt_attention_mask`, (1 or B, ...).
+
+        Raises:
+            UserError: If the pipeline has no text encoder, or a prompt is no text or has control
+                characters.
+        """
+        if self.text_encoder is None:
+            raise UserError(self.no_prompts(prompt or negative_prompt))
+        found: list[Tensor] = []
+        for texts in (prompt, negative_prompt):
+            texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+            if not texts:
+                raise UserError("the list of prompts is empty: give one or more")
+            known = {
+                text: encode_prompts(
+                    self.tokenizer, self.text_encoder, [text], self.config.prompt_length,
+                    self._execution_device,
+                )
+                for text in dict.fromkeys(texts)
+            }  # fmt: skip
+            found += [torch.cat(rows) for rows in zip(*(known[t] for t in texts), strict=True)]
+        return found[0], found[1], found[2], found[3]
+
+    def no_prompts(self, prompts: Prompts) -> str:
+        """What to write in place of a prompt, for a pipeline without text encoder."""
+        prompt = next(iter(prompts), None) if isinstance(prompts, list | tuple) else prompts
+        if self.reads_text:
+            return f"prompt {prompt!r} needs the text encoder, and the pipeline was loaded without"
+        if not self.id2label:
+            return f"prompt {prompt!r}: this model has neither a text encoder nor label fields"
+        examples = {field: names[0] for field, names in reversed(self.label_names.items())}
+        for field, names in self.label_names.items():
+            with suppress(UserError):
+                if (found := resolve_label(names, prompt, field)) >= 0:
+                    examples = {field: names[found]}
+                    break
+        field, name = examples.popitem()
+        return (
+            f"prompt {prompt!r}: this model has no text encoder, and takes labels "
+            f"({', '.join(self.id2label)}): write {field}={name!r}, or on a command line "
+            f"--labels.{field} {shlex.quote(one_line(name))}"
+        )
+
+    def _texts(self, call: SimpleNamespace) -> tuple[Tensor, ...]:
+        """Hidden states and mask of the prompts and of the negative ones; nothing without text."""
+        asked = {"prompt": call.prompt, "negative_prompt": call.negative_prompt}
+        given = {name: getattr(call, name) for name in _EMBEDS}
+        for name, prompts in asked.items():
+            if prompts is not None and given[f"{name}_embeds"] is not None:
+                raise UserError(f"give {name} or {name}_embeds, not both")
+        if not self.reads_text:
+            if any(prompts is not None for prompts in asked.values()):
+                raise UserError(self.no_prompts(call.prompt or call.negative_prompt))
+            if wrong := [name for name, value in given.items() if value is not None]:
+                raise UserError(f"{wrong[0]}: the network of this pipeline reads no text")
+            return ()
+        rows: list[Tensor] = []
+        encoded = None
+        if any(prompts is not None for prompts in asked.values()):
+            encoded = self.encode_prompt(call.prompt, call.negative_prompt)
+        width, length = self.transformer.config.caption_channels, self.config.prompt_length or 1
+        for i, name in enumerate(asked):
+            states, mask = given[f"{name}_embeds"], given[_EMBEDS[2 * i + 1]]
+            if states is None:
+                if mask is not None:
+                    raise UserError(f"{_EMBEDS[2 * i + 1]} needs {name}_embeds")
+                if encoded is not None:
+                    states, mask = encoded[2 * i : 2 * i + 2]
+                else:
+                    states = torch.zeros(1, length, width)
+                    mask = torch.zeros(1, length, dtype=torch.bool)
+            elif states.ndim != 3 or states.shape[2] != width or 0 in states.shape:
+                raise UserError(
+                    f"{name}_embeds of shape {tuple(states.shape)} must be (B, T, {width}), as "
+                    "encode_prompt returns them"
+                )
+            mask = torch.ones(states.shape[:2]) if mask is None else mask
+            if mask.shape != states.shape[:2]:
+                raise UserError(
+                    f"{_EMBEDS[2 * i + 1]} of shape {tuple(mask.shape)} must be "
+                    f"{tuple(states.shape[:2])}"
+                )
+            rows += [states, mask.bool()]
+        # One length, because prompts and negative ones may run in one call.
+        longest = max(rows[0].shape[1], rows[2].shape[1])
+        return tuple(
+            nn.functional.pad(row, (0, 0) * (row.ndim - 2) + (0, longest - row.shape[1]))
+            for row in rows
+        )
+
     def _check_names(self, call: SimpleNamespace) -> None:
         """Refuse the name of a label where an argument of the same name as its field was set."""
         for field in self.id2label:
             value = None if field in ("labels", "named") else vars(call).get(field)
+            if field in ("prompt", "negative_prompt") and self.reads_text:
+                continue
             first = value[0] if isinstance(value, list) and value else value
             if isinstance(first, str) and first not in (*_OUTPUTS, "latents"):
                 raise UserError(
@@ -430,6 +590,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     def __call__(
         self,
         /,
+        prompt: Prompts = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -451,15 +612,23 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
         num_loops: int | None = None,
+        negative_prompt: Prompts = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         **named: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
-        Labels that are not named are those of a random training picture that has the named ones,
-        so that an image has labels that occur together (`LabelTable`).
+        Without a prompt, labels that are not named are those of a random training picture that has
+        the named ones, so that an image has labels that occur together (`LabelTable`). Beside a
+        prompt they are missing.
 
         Args:
-            num_images_per_prompt: Images per combination of labels.
+            prompt: One text, or a list, of which each is an image; for models with a text encoder.
+                None and an empty one are the null text.
+            num_images_per_prompt: Images per prompt, or combination of labels.
             height: Height in pixels, a multiple of patch size times VAE factor; None means the
                 training size.
             width: Width in pixels, likewise.
@@ -497,6 +666,13 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 1 is off. If both scales are on, their two steps are added.
             num_loops: Repetitions of the loop of a network that has one; None means those of its
                 config. A `guide` has its own.
+            negative_prompt: What guidance leads away from, one text for all or one each, in place
+                of the null text.
+            prompt_embeds: Hidden states of prompts, (B, T, C), as `encode_prompt` returns them, in
+                place of `prompt`.
+            prompt_attention_mask: True at their tokens, (B, T); None means at all.
+            negative_prompt_embeds: The same for negative prompts.
+            negative_prompt_attention_mask: Likewise.
             **named: The same as keywords, `style="Cubism"`; a field with the name of an argument,
                 such as `height`, can be asked for by `labels={"height": ...}` only.
 
@@ -504,7 +680,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             `ImagePipelineOutput` with `images`, or a tuple of them.
 
         Raises:
-            UserError: For unknown labels, sizes that do not fit, or lists of unequal length.
+            UserError: For unknown labels, sizes that do not fit, lists of unequal length, or a
+                prompt for a model without text encoder.
         """
         return self._sample(SimpleNamespace(**locals()))
 
@@ -561,18 +738,21 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             call.guidance_scale, call.internal_guidance_scale, call.guidance_interval, call.guide
         )
         guidance.check(self.transformer, condition)
+        texts = self._texts(call)
         if call.guide is None and not (
-            condition.is_floating_point() or self.transformer.config.label_fields
+            condition.is_floating_point() or self.transformer.config.label_fields or texts
         ):
-            # Without labels, the prediction with them is the one without, at twice the cost.
+            # Without both, the prediction with them is the one without, at twice the cost.
             guidance = replace(guidance, scale=1.0)
         batches, device = NetworkBatches(call.chunk_size, call.chunk_offset), self._execution_device
 
         repeats = call.num_images_per_prompt
-        count = max(len(condition), 1 if image is None else len(image)) * repeats
+        count = max(len(rows) for rows in (condition, *texts, image) if rows is not None) * repeats
         condition = repeat_rows(condition, count, repeats, "labels", "images").to(device)
+        texts = tuple(repeat_rows(t, count, repeats, "prompts", "images") for t in texts)
         noise = self._noise(count, height, width, call.generator, call.latents)
-        if image is None and call.class_labels is None and call.label_embeds is None:
+        decided = (call.class_labels, call.label_embeds, call.prompt, call.prompt_embeds)
+        if image is None and all(one is None for one in decided):
             condition = self._filled_by_noise(condition, noise)
         set_steps(self.scheduler, steps, device)
         # Flow-matching schedulers start from unit noise and have no init_noise_sigma.
@@ -600,8 +780,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 after_step = put_back
 
         x = self._denoise(
-            x, condition, first, guidance, batches, call.generator, call.callback_on_step_end,
-            call.callback_on_step_end_tensor_inputs, after_step,
+            x, condition, texts, first, guidance, batches, call.generator,
+            call.callback_on_step_end, call.callback_on_step_end_tensor_inputs, after_step,
         )  # fmt: skip
         images: Any = x
         if call.output_type != "latent":
@@ -635,6 +815,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         self,
         x: Tensor,
         condition: Tensor,
+        texts: tuple[Tensor, ...],
         first: int,
         guidance: Guidance,
         batches: NetworkBatches,
@@ -652,6 +833,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         self._guidance_scale, self._interrupt, self._num_evaluations = guidance.scale, False, 0
         self._num_timesteps = len(timesteps)
         dtype = self.transformer.dtype
+        texts = tuple(t.to(x.device, dtype if t.is_floating_point() else t.dtype) for t in texts)
         # Noise of a stochastic scheduler; the others have no such argument, or make no use of it.
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if draws else {}
@@ -675,7 +857,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                     self.transformer._reset_stateful_cache()
                 was_guided, self._current_timestep = active.scale != 1, times[i]
                 prediction = self._predict(
-                    model_input.to(dtype), times[i], condition, active, batches
+                    model_input.to(dtype), times[i], condition, texts, active, batches
                 )
                 self._num_evaluations += 1 + (active.scale != 1)
                 x = self.scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
@@ -693,23 +875,31 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         return x
 
     def _predict(
-        self, x: Tensor, t: Tensor, condition: Tensor, guidance: Guidance, batches: NetworkBatches
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        texts: tuple[Tensor, ...],
+        guidance: Guidance,
+        batches: NetworkBatches,
     ) -> Tensor:
         """The transformer's prediction, led away from weaker ones where a scale is not 1."""
         scale, internal, guide = guidance.scale, guidance.internal_scale, guidance.guide
         options = self._options | ({"return_auxiliary": True} if internal != 1 else {})
         caches = getattr(self.transformer, "is_cache_enabled", False)
 
-        def predict(x: Tensor, condition: Tensor) -> Tensor:
-            own, weak = (x, condition), None
+        def predict(x: Tensor, condition: Tensor, *texts: Tensor) -> Tensor:
+            text, negative = texts[:2], texts[2:]
+            own, weak = (x, condition, *text), None
             if scale != 1 and guide is None:
-                rows = [condition, self._null(condition)]
+                halves = [own, (x, self._null(condition), *negative)]
                 if caches:  # FasterCache expects the rows without labels first
-                    rows.reverse()
-                own = torch.cat([x, x]), torch.cat(rows)
-            strong, *auxiliary = _run(self.transformer, *own, t, **options)
+                    halves.reverse()
+                own = tuple(torch.cat(rows) for rows in zip(*halves, strict=True))
+            strong, *auxiliary = _run(self.transformer, t, *own, **options)
             if scale != 1 and guide is not None:
-                weak = _run(guide, x.to(guide.dtype), condition, t)[0].to(strong)
+                seen = [row.to(guide.dtype) for row in text[:1]] + list(text[1:])
+                weak = _run(guide, t, x.to(guide.dtype), condition, *seen)[0].to(strong)
             elif scale != 1:
                 strong, weak = reversed(strong.chunk(2)) if caches else strong.chunk(2)
             guided = strong if weak is None else weak + scale * (strong - weak)
@@ -717,7 +907,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 guided = guided + (internal - 1) * (strong - auxiliary[0][: len(x)])
             return guided
 
-        return batches.run(predict, x, condition)
+        return batches.run(predict, x, condition, *texts)
 
     def _null(self, condition: Tensor) -> Tensor:
         """The condition that means "not given", in the form of `condition`."""
@@ -845,11 +1035,14 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
 
 def _run(
     network: ComplexityDiTTransformer2DModel,
+    t: Tensor,
     x: Tensor,
     condition: Tensor,
-    t: Tensor,
+    *text: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    options |= dict(zip(names, text, strict=False))
     if getattr(network, "is_cache_enabled", False):  # FasterCache splits rows given by name
         name = "label_embeds" if condition.is_floating_point() else "class_labels"
         options |= {"hidden_states": x, "timestep": t.expand(len(x)), name: condition}

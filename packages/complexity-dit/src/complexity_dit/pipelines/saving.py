@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from PIL import Image
 from torch import nn
 
 from complexity_dit.config import AVERAGE_FILE, DATA_FILE
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.models.loading import only_safetensors, warn_of_pickles
+from complexity_dit.models.text import check_text_weights, optional_package
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.model_card import CARD_FILE, GRID_FILE, write_card
 from inl_core.run.errors import UserError
@@ -39,8 +40,19 @@ _COMPONENT_MODULES: dict[str, tuple[str, type]] = {
     "transformer": (ComplexityDiTTransformer2DModel.shim, ComplexityDiTTransformer2DModel),
     "vae": (TinyAutoencoder.shim, TinyAutoencoder),
 }
-_BASES = {"transformer": ModelMixin, "vae": ModelMixin, "scheduler": SchedulerMixin}
-_SETTINGS = frozenset({"id2label", "latents_mean", "latents_std", "objective", "label_counts"})
+# Of a text encoder that is a complexity-lm model, a package which others do not need.
+_TEXT_MODULE, _TEXT_CLASS = "modeling_complexity_lm", "DeepModel"
+_BASES = {
+    "transformer": "ModelMixin", "vae": "ModelMixin", "scheduler": "SchedulerMixin",
+    "text_encoder": "PreTrainedModel", "tokenizer": "PreTrainedTokenizerBase",
+}  # fmt: skip
+_KINDS = {
+    "ModelMixin": "model", "SchedulerMixin": "scheduler", "PreTrainedModel": "model",
+    "PreTrainedTokenizerBase": "tokenizer",
+}  # fmt: skip
+_SETTINGS = frozenset(
+    {"id2label", "latents_mean", "latents_std", "objective", "label_counts", "prompt_length"}
+)
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
 # Components passed to `from_pretrained`: their entries in `model_index.json` are not used.
 _passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())
@@ -56,12 +68,13 @@ def _check_components(config: dict[str, Any], passed: frozenset[str]) -> None:
         if not fits(value, list[str]) or len(value) != 2:
             raise UserError(f"model_index.json has {name} {value!r}; expected [library, class]")
         module, class_name = value
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        base = getattr(optional_package(library, f"the {name} of this pipeline"), _BASES[name])
         cls = getattr(sys.modules.get(module), class_name, None)
-        if not (isinstance(cls, type) and issubclass(cls, _BASES[name])):
-            kind = _BASES[name].__name__.removesuffix("Mixin").lower()
+        if not (isinstance(cls, type) and issubclass(cls, base)):
             raise UserError(
                 f"model_index.json names {module}.{class_name} as the {name}; expected one of this "
-                f"package or a {kind} of diffusers. "
+                f"package or a {_KINDS[_BASES[name]]} of {library}. "
                 "It was not imported; if you trust it, import it before you load the folder"
             )
 
@@ -80,6 +93,14 @@ def _check_vae(folder: Path) -> None:
     )
     if isinstance(cls, type) and issubclass(cls, ModelMixin):
         weights_fit(folder, cls.from_config)  # pyright: ignore -- with ConfigMixin, as all have
+
+
+def _check_text_encoder(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a text encoder whose weights do not fill it: transformers would draw the rest."""
+    library, name = config.get("text_encoder") or (None, None)
+    path = folder / "text_encoder"
+    if library is not None and path.is_dir():
+        check_text_weights(path, getattr(sys.modules[library], name))
 
 
 class FilesMixin:
@@ -102,6 +123,12 @@ class FilesMixin:
         for component, (module, model) in _COMPONENT_MODULES.items():
             if config.get(component) == [module, model.__name__]:
                 config[component] = [model.__module__, model.__name__]
+        if config.get("text_encoder") == [_TEXT_MODULE, _TEXT_CLASS]:
+            if "text_encoder" in _passed.get():  # then the package need not be there
+                config["text_encoder"] = [None, None]
+            else:
+                lm = optional_package("complexity_lm.modeling_complexity", "the text encoder")
+                config["text_encoder"] = [lm.__name__, _TEXT_CLASS]
         _check_components(config, _passed.get())
         return loaded
 
@@ -110,9 +137,20 @@ class FilesMixin:
         """As in diffusers, which calls this for a Hub id; then looks at the files of it."""
         folder = super().download(*args, **kwargs)  # pyright: ignore
         refuse_strange_files(Path(folder))
-        if "vae" not in _passed.get():
-            _check_vae(Path(folder) / "vae")
+        cls._check_parts(Path(folder), _passed.get())
         return folder
+
+    @classmethod
+    def _check_parts(cls, folder: Path, passed: frozenset[str]) -> None:
+        """Look at the networks of a folder that neither diffusers nor transformers would check."""
+        if "vae" not in passed:
+            _check_vae(folder / "vae")
+        if "text_encoder" not in passed and (folder / "text_encoder").is_dir():
+            token = _passed.set(passed)
+            try:
+                _check_text_encoder(folder, cls.load_config(folder))
+            finally:
+                _passed.reset(token)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -120,17 +158,16 @@ class FilesMixin:
 
         Raises:
             UserError: If the folder has pickles in place of safetensors, weights do not fit their
-                config, or `model_index.json` names a class that is neither of this package, nor a
-                model or scheduler of diffusers, nor imported already; or if a `scheduler` that was
-                passed cannot sample from the model.
+                config, or `model_index.json` names a class that is neither of this package, nor of
+                diffusers or transformers, nor imported already; or if a `scheduler` that was passed
+                cannot sample from the model.
         """
         only_safetensors(kwargs)
         finish_merge(Path(pretrained_model_name_or_path))
         refuse_strange_files(Path(pretrained_model_name_or_path))
         # Assigned below, to the objective of the folder's own scheduler.
         scheduler = kwargs.pop("scheduler", None)
-        if "vae" not in kwargs:
-            _check_vae(Path(pretrained_model_name_or_path) / "vae")
+        cls._check_parts(Path(pretrained_model_name_or_path), frozenset(kwargs))
         token = _passed.set(frozenset(kwargs))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore
@@ -158,8 +195,9 @@ class FilesMixin:
         """Save as a folder that `DiffusionPipeline.from_pretrained` can load.
 
         In addition to what diffusers writes, the folder gets one-line modules that import the
-        classes of this package (pipeline, transformer, and a `TinyAutoencoder`), named in
-        `model_index.json`, and a model card, README.md, unless there is an edited one.
+        classes of this package (pipeline, transformer, a `TinyAutoencoder`, and a text encoder of
+        complexity-lm), named in `model_index.json`, and a model card, README.md, unless there is an
+        edited one.
 
         Args:
             save_directory: The folder.
@@ -198,6 +236,14 @@ class FilesMixin:
             if isinstance(getattr(self, component), cls):
                 index[component] = [module, cls.__name__]
                 modules.append((folder / component / f"{module}.py", cls))
+        encoder = type(self.text_encoder)
+        if (encoder.__module__, encoder.__name__) == (
+            "complexity_lm.modeling_complexity",
+            _TEXT_CLASS,
+        ):
+            index["text_encoder"] = [_TEXT_MODULE, _TEXT_CLASS]
+            shim = f"from complexity_lm import {_TEXT_CLASS}  # noqa: F401\n"
+            (folder / "text_encoder" / f"{_TEXT_MODULE}.py").write_text(shim)
         for path, cls in modules:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path.write_text(json.dumps(index, indent=2) + "\n")

@@ -43,7 +43,8 @@ class Start(Protocol):
 
 def built_as(cls: type[ComplexityDiTPipeline], pipe: ComplexityDiTPipeline) -> Any:
     """The networks and the scheduler of a pipeline in one of another class."""
-    config = ("id2label", "latents_mean", "latents_std", "objective", "label_counts")
+    config = ("id2label", "latents_mean", "latents_std", "objective", "label_counts",
+              "prompt_length")  # fmt: skip
     return cls(**pipe.components, **{name: pipe.config[name] for name in config})
 
 
