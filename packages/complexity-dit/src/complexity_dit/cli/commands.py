@@ -149,6 +149,12 @@ COMMANDS = {
                 None,
                 dict[str, list[str]] | None,
             ),
+            "prompt": Option(
+                "Text, for a pipeline with a text encoder. Labels that are not named are left out.",
+                None,
+                str | None,
+            ),
+            "prompts": Option("File with a prompt in each line.", None, str | None),
             "overwrite": Option("Replace what --out holds.", False, bool),
         },
         [SampleConfig, StartConfig],

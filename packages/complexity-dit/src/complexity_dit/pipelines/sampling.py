@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from complexity_dit.grids import draw_grid
 from complexity_dit.hashing import array_hash, module_hash, weights_sha256
 from complexity_dit.labels import MISSING
 from complexity_dit.models.loading import describe
+from complexity_dit.models.text import checked_prompt
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sample_folders import (
@@ -35,9 +38,9 @@ from complexity_dit.pipelines.starts import Between, FromPictures, Start, built_
 from complexity_dit.seeding import SEEDING, generator_for, uniform
 from inl_core.run.checkpoints import check_damage, latest_checkpoint
 from inl_core.run.errors import UserError
-from inl_core.run.files import atomic_file, finish_merge
+from inl_core.run.files import atomic_file, finish_merge, read_text
 from inl_core.run.folders import writing
-from inl_core.run.json_files import fits, one_line, read_json_object
+from inl_core.run.json_files import MAX_JSON_BYTES, fits, one_line, read_json_object
 from inl_core.run.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -158,10 +161,10 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
         for k, v in scheduler.config.items()
         if not k.startswith("_")
     }
-    # Without labels there is nothing that guidance could leave out.
+    # Without labels and text there is nothing that guidance could leave out.
     scale = (
         sample.guidance_scale
-        if sample.autoguidance or pipe.transformer.config.label_fields
+        if sample.autoguidance or pipe.transformer.config.label_fields or pipe.reads_text
         else 1.0
     )
     evaluations = count_evaluations(
@@ -184,6 +187,7 @@ def sample_settings(
     labels: Tensor,
     config: SampleConfig,
     start: Start | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the bits of the images."""
     sample, guide = recorded(config), {}
@@ -203,7 +207,12 @@ def sample_settings(
         "dtype": str(pipe.transformer.dtype),
         **{f"sample.{name}": value for name, value in sample.items()},
         **(start.settings if start else {}),
+        **({"prompts_sha256": _hash_of(prompts)} if prompts is not None else {}),
     }
+
+
+def _hash_of(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -218,6 +227,7 @@ def iter_samples(
     indices: Sequence[int] | None = None,
     progress: bool = True,
     start: Start | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Generate images of a seeded set.
 
@@ -230,6 +240,8 @@ def iter_samples(
         progress: Show a progress bar.
         start: What the images start from other than noise; its labels are used, and of `labels`
             only the number.
+        prompts: A prompt for each image of the whole set, N; None for a model without text encoder
+            and for the null text.
 
     Yields:
         Indices, and their images as uint8 (n, Y, X, 3), rounded to nearest.
@@ -243,6 +255,8 @@ def iter_samples(
     with Progress("sampling", len(indices), "image", shown=progress) as done:
         for batch in _consecutive_batches(indices, config.batch_size):
             own = {"class_labels": labels[batch]} if start is None else start.arguments(pipe, batch)
+            if prompts is not None:
+                own["prompt"] = [prompts[i] for i in batch]
             images = pipe(
                 **own,
                 generator=[generator_for(config.seed, "sample", i) for i in batch],
@@ -305,6 +319,8 @@ def sample(
     sampling: SampleConfig | None = None,
     overwrite: bool = False,
     start: StartConfig | None = None,
+    prompt: str | None = None,
+    prompts: str | None = None,
 ) -> Path:
     """Sample from a trained pipeline: a captioned grid, a folder of PNGs, or one .npz.
 
@@ -321,13 +337,17 @@ def sample(
         overwrite: Replace an existing file, or the images of other settings in a folder of samples.
             A folder of the same settings is completed in any case.
         start: Pictures to start from, or a strip between two images.
+        prompt: A text, for a pipeline with a text encoder; labels that are not named are left out.
+        prompts: A UTF-8 file with a prompt in each line, which alternate as labels do. Without
+            `num_images`, one image of each, in a grid a row.
 
     Returns:
         What was written.
 
     Raises:
         UserError: If `out` is not a folder of these samples, exists, is the name of a file of
-            another kind, or cannot be written, a label is unknown, or a picture cannot be read.
+            another kind, or cannot be written, a label is unknown, a picture or the prompts cannot
+            be read, or the pipeline has no text encoder.
     """
     sampling, start = sampling or SampleConfig(), start or StartConfig()
     target = Path(out)
@@ -339,7 +359,7 @@ def sample(
         )
     if start.image and target.is_dir() and target.resolve() == Path(start.image).resolve():
         raise UserError(f"--out {target} is the folder of --image: choose another --out")
-    asked = labels or {}, num_images, sampling, start
+    asked = labels or {}, _texts(prompt, prompts), num_images, sampling, start
     with ExitStack() as held:
         if is_file:
             on_main(lambda: _sample_file(pipeline, target, overwrite, *asked))
@@ -354,6 +374,7 @@ def _sample_file(
     target: Path,
     overwrite: bool,
     labels: dict[str, list[str]],
+    texts: list[str],
     num_images: int | None,
     sampling: SampleConfig,
     start: StartConfig,
@@ -364,12 +385,16 @@ def _sample_file(
     is_grid = target.suffix == ".png"
     with writing(target), atomic_file(target) as aside:  # now: it may not be possible to write it
         pipe = load_pipeline(pipeline)
-        rows, begin = _rows_and_start(pipe, labels, num_images, sampling, start, is_grid)
-        batches = iter_samples(pipe, rows, sampling, start=begin)
+        rows, prompts, begin = _rows_and_start(
+            pipe, labels, texts, num_images, sampling, start, is_grid
+        )
+        batches = iter_samples(pipe, rows, sampling, start=begin, prompts=prompts)
         images = np.concatenate([batch for _, batch in batches])
         with aside.open("wb") as file:
             if is_grid:
-                draw_grid(images, _COLUMNS, _row_captions(pipe, rows)).save(file, format="PNG")
+                draw_grid(images, _COLUMNS, _row_captions(pipe, rows, prompts)).save(
+                    file, format="PNG"
+                )
             else:
                 np.savez(file, arr_0=images)
     print(f"wrote {len(rows)} images to {target}")
@@ -380,14 +405,17 @@ def _sample_folder(
     folder: Path,
     overwrite: bool,
     labels: dict[str, list[str]],
+    texts: list[str],
     num_images: int | None,
     sampling: SampleConfig,
     start: StartConfig,
 ) -> None:
     """Write the images that a claimed folder does not have yet; every process takes a share."""
     pipe = load_pipeline(pipeline)
-    rows, begin = _rows_and_start(pipe, labels, num_images, sampling, start, is_grid=False)
-    settings = sample_settings(pipe, rows, sampling, begin)
+    rows, prompts, begin = _rows_and_start(
+        pipe, labels, texts, num_images, sampling, start, is_grid=False
+    )
+    settings = sample_settings(pipe, rows, sampling, begin, prompts)
     key = key_of(settings)
 
     def find_missing() -> list[int]:
@@ -397,7 +425,7 @@ def _sample_folder(
     missing = on_main(find_missing)
     share = {i for block in own_blocks(len(rows), sampling.chunk_size) for i in block}
     own = [i for i in missing if i in share]
-    for indices, batch in iter_samples(pipe, rows, sampling, own, is_main(), begin):
+    for indices, batch in iter_samples(pipe, rows, sampling, own, is_main(), begin, prompts):
         for i, image in zip(indices, batch, strict=True):
             keep_image(folder, i, image, key)
     had = f", which had the other {len(rows) - len(missing)}" if len(missing) < len(rows) else ""
@@ -415,57 +443,100 @@ def drawn_labels(pipe: ComplexityDiTPipeline, labels: Tensor, seed: int) -> Tens
 def _rows_and_start(
     pipe: ComplexityDiTPipeline,
     labels: dict[str, list[str]],
+    texts: list[str],
     num_images: int | None,
     sampling: SampleConfig,
     start: StartConfig,
     is_grid: bool,
-) -> tuple[Tensor, Start | None]:
-    """Label ids (N, F) for the command line, and what the images start from other than noise.
+) -> tuple[Tensor, list[str] | None, Start | None]:
+    """Label ids (N, F) and N prompts for the command line, and what images start from but noise.
 
-    Labels alternate from image to image, in a grid from row to row.
+    Labels and prompts alternate from image to image, in a grid from row to row.
     """
+    if texts and pipe.text_encoder is None:
+        raise UserError(pipe.no_prompts(texts))
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images {num_images} must be at least 1")
     size = sampling.height or pipe.sample_size, sampling.width or pipe.sample_size
-    table = _combinations(pipe, labels)
+    table = _combinations(pipe, labels, len(texts))
+
+    def prompts_of(numbers: Tensor) -> list[str] | None:
+        return [texts[i % len(texts)] for i in numbers.tolist()] if texts else None
+
     if start.image:
         files = pictures_in(Path(start.image))
-        rows = table[torch.arange(num_images or len(files) * len(table)) % len(table)]
+        numbers = torch.arange(num_images or len(files) * len(table)) % len(table)
+        rows = table[numbers]
         mask = Path(start.mask) if start.mask else None
-        return rows, FromPictures(files, rows, size, mask, start.steps_share, len(table))
+        begin = FromPictures(files, rows, size, mask, start.steps_share, len(table))
+        return rows, prompts_of(numbers), begin
     if start.interpolate:
-        if len(table) > 2:
-            raise UserError(f"interpolate goes from one label to another, not over {len(table)}")
+        if len(table) > 2 or len(texts) > 1:
+            raise UserError(
+                f"interpolate goes from one label to another, with at most one prompt, not over "
+                f"{len(table)}"
+            )
         seeds = sampling.seed, sampling.seed if start.to_seed is None else start.to_seed
         ends = [
-            drawn_labels(pipe, row[None], seed)
+            row[None] if texts else drawn_labels(pipe, row[None], seed)
             for row, seed in zip((table[0], table[-1]), seeds, strict=True)
         ]
         way = Between(torch.cat(ends), seeds, num_images or _COLUMNS, size)
-        return torch.full((way.count, len(pipe.label_names)), MISSING), way
-    if not labels and is_grid:
+        rows = torch.full((way.count, len(pipe.label_names)), MISSING)
+        return rows, prompts_of(torch.zeros(way.count, dtype=torch.long)), way
+    if not labels and not texts and is_grid:
         rows = grid_labels(pipe, _COLUMNS)
         rows = rows if num_images is None else rows[torch.arange(num_images) % len(rows)]
-    else:
-        count = num_images or (_COLUMNS * len(table) if is_grid else 64)
-        rows = table[torch.arange(count) // (_COLUMNS if is_grid else 1) % len(table)]
-    return drawn_labels(pipe, rows, sampling.seed), None
+        return drawn_labels(pipe, rows, sampling.seed), None, None
+    several = len(table) if len(texts) > 1 else 64
+    count = num_images or (_COLUMNS * len(table) if is_grid else several)
+    numbers = torch.arange(count) // (_COLUMNS if is_grid else 1) % len(table)
+    rows = table[numbers]
+    if texts:
+        return rows, prompts_of(numbers), None
+    return drawn_labels(pipe, rows, sampling.seed), None, None
 
 
-def _combinations(pipe: ComplexityDiTPipeline, labels: dict[str, list[str]]) -> Tensor:
-    """Label ids (n, F) of the named labels: field by field in turn, as many as the longest list."""
-    count = max((len(names) for names in labels.values()), default=1)
+def _texts(prompt: str | None, prompts: str | None) -> list[str]:
+    """The prompts of a command; none if it names none."""
+    if prompts is None:
+        return [] if prompt is None else [checked_prompt(prompt)]
+    if prompt is not None:
+        raise UserError("prompt and prompts exclude each other: give one of them")
+    try:
+        lines = read_text(Path(prompts), MAX_JSON_BYTES, follow_links=True).split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the prompts {prompts}: {error}") from error
+    texts = [text for line in lines if (text := checked_prompt(line.removeprefix("\ufeff")))]
+    if not texts:
+        raise UserError(f"{prompts} has no prompt: write one in each line")
+    return texts
+
+
+def _combinations(
+    pipe: ComplexityDiTPipeline, labels: dict[str, list[str]], prompts: int
+) -> Tensor:
+    """Label ids (n, F) of the named labels: field by field in turn, as many as the longest list.
+
+    The list of prompts is one of these lists.
+    """
+    count = max(prompts, *(len(names) for names in labels.values()), 1)
     cycled = {
         field: [names[i % len(names)] for i in range(count)] for field, names in labels.items()
     }
-    return pipe.get_label_ids(cycled)
+    rows = pipe.get_label_ids(cycled)
+    return rows.expand(count, -1)  # one, if no label is named
 
 
-def _row_captions(pipe: ComplexityDiTPipeline, rows: Tensor) -> list[str]:
-    """The labels that all images of a grid row share, per row."""
+def _row_captions(
+    pipe: ComplexityDiTPipeline, rows: Tensor, prompts: Sequence[str] | None
+) -> list[str]:
+    """The beginning of the prompt and the labels that all images of a grid row share, per row."""
     captions = []
-    for row in rows.split(_COLUMNS):
-        parts = [
+    for i, row in enumerate(rows.split(_COLUMNS)):
+        own = set(prompts[i * _COLUMNS : (i + 1) * _COLUMNS]) if prompts else set()
+        parts = [shorten(one_line(own.pop()), 60, placeholder=" …")] if len(own) == 1 else []
+        parts += [
             one_line(names[int(row[0, f])].replace("_", " "))
             for f, names in enumerate(pipe.label_names.values())
             if row[0, f] >= 0 and bool((row[:, f] == row[0, f]).all())
