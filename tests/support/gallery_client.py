@@ -21,7 +21,7 @@ def values(
     """What the widgets of a pipeline with the fields style and genre send with *Paint*."""
     scheduler = "FlowMatchEulerDiscreteScheduler"
     form, labels = ["", "", "noise", show, 0.6, 1], [label, "", "", ""]
-    return [*form, count, seed, steps, 2.0, 1.0, scheduler, side, *labels]
+    return [*form, count, seed, steps, 2.0, 1.0, scheduler, side, "", *labels]
 
 
 class Page:

@@ -297,3 +297,36 @@ def test_labels_and_errors_are_escaped(pipe):
     name = page.file_name(settings, "../x")
     assert "/" not in name
     assert ".." not in name
+
+
+def test_a_prompt_is_painted_and_in_png_and_command(text_pipe, tmp_path):
+    gallery = Gallery(text_pipe)
+    asked = replace(ASKED, prompt=" a river  in winter\n")
+    settings = gallery.check(asked)
+    assert settings.prompt == "a river in winter"
+    images = final_images(gallery, settings)
+    assert not np.array_equal(images, final_images(gallery, ASKED))
+    png = Image.open(io.BytesIO(picture_png(gallery, settings, images[0], 0)))
+    assert json.loads(png.text[CHUNK])["settings"]["prompt"] == settings.prompt
+    assert page.file_name(settings) == "gallery-a-river-in-winter-Fauvism-seed-7.png"
+    text_pipe.save_pretrained(tmp_path / "pipeline")
+    painted_by_command(gallery, settings, images, tmp_path)
+    picture = base64.b64encode(encoded(Image.new("RGB", (8, 8)))).decode()
+    for other in ({"strip": "style"}, {"to_labels": {"style": "Cubism"}}, {"image": picture}):
+        one, two = (replace(ASKED, prompt=words, **other) for words in ("a river", "a portrait"))
+        assert not np.array_equal(final_images(gallery, one), final_images(gallery, two)), other
+
+
+def test_prompts_that_cannot_be_read_are_refused(text_pipe, gallery):
+    for prompt, words in (("a\x00", r"U\+0000"), ("a" * 2001, "at most 2000")):
+        with pytest.raises(UserError, match=words):
+            Gallery(text_pipe).check(replace(ASKED, prompt=prompt))
+    with pytest.raises(UserError, match="style='Cubism'"):
+        gallery.check(replace(ASKED, prompt="Cubism"))
+
+
+def test_the_chips_are_the_names_of_all_labels(gallery):
+    gallery.label_names["style"][0] = "<b>_Cubism"
+    found = page.chips(gallery)
+    assert found.count("<button") == 5
+    assert ">&lt;b&gt; Cubism</button>" in found

@@ -29,6 +29,7 @@ from torch import Tensor
 from complexity_dit.config import Limits
 from complexity_dit.grids import draw_grid
 from complexity_dit.labels import MISSING
+from complexity_dit.models.text import checked_prompt
 from complexity_dit.pictures import read_picture
 from complexity_dit.pipelines.image_to_image import (
     ComplexityDiTImg2ImgPipeline,
@@ -49,6 +50,9 @@ from inl_core.run.json_files import one_line
 MAX_SEED = 2**32 - 1
 """Short enough to type; JavaScript represents integers exactly up to 2^53."""
 
+MAX_PROMPT = 2000
+"""Characters; a text encoder reads fewer."""
+
 PREVIEW_SECONDS = 0.2
 """Least time between two previews, each of which costs a decoding."""
 
@@ -65,6 +69,9 @@ class Settings:
 
     labels: dict[str, str] = field(default_factory=dict)
     """Names by label field; those of the other fields are of training pictures that have these."""
+
+    prompt: str = ""
+    """Text, for a pipeline with a text encoder; the other fields are then left open."""
 
     strip: str | None = None
     """Label field of a strip, one image for each of its names from the same noise; None: a grid."""
@@ -207,6 +214,11 @@ class Gallery:
             raise UserError(f"scheduler {scheduler!r} must be one of {', '.join(self.schedulers)}")
         self.pipe.get_label_ids(settings.labels)
         self.pipe.get_label_ids(settings.to_labels or {})
+        prompt = checked_prompt(settings.prompt)
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(f"the prompt has {len(prompt)} characters: take at most {MAX_PROMPT}")
+        if prompt and self.pipe.text_encoder is None:
+            raise UserError(self.pipe.no_prompts(prompt))
         forms = (settings.strip, settings.to_labels, settings.image)
         if sum(form is not None for form in forms) > 1:
             raise UserError("strip, to_labels and image exclude each other: give one of them")
@@ -229,7 +241,9 @@ class Gallery:
                     f"--max_images {count}"
                 )
         labels = {name: v for name, v in settings.labels.items() if name != settings.strip}
-        return replace(settings, labels=labels, scheduler=scheduler, side=side, **pictures)
+        return replace(
+            settings, labels=labels, prompt=prompt, scheduler=scheduler, side=side, **pictures
+        )
 
     def _fitted(self, name: str, text: str, side: int) -> str:
         """A PNG in base64, checked and cut to a square of `side` pixels."""
@@ -336,27 +350,33 @@ class Gallery:
     def _start(self, settings: Settings) -> tuple[type[ComplexityDiTPipeline], dict[str, Any]]:
         """The class of the pipeline, and its arguments for labels, noise and picture."""
         row, count = self.pipe.get_label_ids(settings.labels), settings.num_images
+        text = {"prompt": settings.prompt} if settings.prompt else {}
+
+        def drawn(rows: Tensor, seed: int) -> Tensor:
+            return rows if text else drawn_labels(self.pipe, rows, seed)
+
         if settings.to_labels is not None:
             last = self.pipe.get_label_ids(settings.to_labels)
             seeds = settings.seed, settings.seed if settings.to_seed is None else settings.to_seed
             side = settings.side or self.pipe.sample_size
-            ends = [drawn_labels(self.pipe, *end) for end in zip((row, last), seeds, strict=True)]
+            ends = [drawn(*end) for end in zip((row, last), seeds, strict=True)]
             way = Between(torch.cat(ends), seeds, count, (side, side))
-            return way.pipeline, way.arguments(self.pipe, range(count))
-        noise, cls, more = list(range(count)), type(self.pipe), {}
+            return way.pipeline, way.arguments(self.pipe, range(count)) | text
+        noise, cls, more = list(range(count)), type(self.pipe), text
         if settings.strip is not None:
             names = self.label_names[settings.strip]
             rows, noise = row.repeat(len(names), 1), [0] * len(names)
             rows[:, list(self.label_names).index(settings.strip)] = torch.arange(len(names))
-            labels = self.pipe.fill_labels(rows, [uniform(settings.seed, "labels", 0)] * len(names))
+            same = [uniform(settings.seed, "labels", 0)] * len(names)
+            labels = rows if text else self.pipe.fill_labels(rows, same)
         elif settings.image is not None:
             labels, cls = row.repeat(count, 1), ComplexityDiTImg2ImgPipeline
-            more = {"image": _picture(settings.image), "strength": settings.strength}
+            more = text | {"image": _picture(settings.image), "strength": settings.strength}
             if settings.mask is not None:
                 cls = ComplexityDiTInpaintPipeline
                 more["mask_image"] = _picture(settings.mask)
         else:
-            labels = drawn_labels(self.pipe, row.repeat(count, 1), settings.seed)
+            labels = drawn(row.repeat(count, 1), settings.seed)
         generators = [generator_for(settings.seed, "sample", i) for i in noise]
         return cls, {"class_labels": labels, "generator": generators, **more}
 
@@ -399,6 +419,8 @@ def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELI
         words += ["--interpolate", "true"]
         if settings.to_seed is not None:
             words += ["--to_seed", f"{settings.to_seed}"]
+    if settings.prompt:
+        words += ["--prompt", settings.prompt]
     for name, value in settings.labels.items():
         words += [f"--labels.{name}", value, *([last[name]] if last else [])]
     for name in ("num_images", "seed", "num_inference_steps", "guidance_scale", "chunk_size"):

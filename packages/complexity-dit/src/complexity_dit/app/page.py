@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import re
+from textwrap import shorten
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from complexity_dit.app.gallery import (
     sheet_columns,
     sheet_png,
 )
+from inl_core.run.json_files import one_line
 
 PREVIEW_SIDE = 256
 """Largest side of a preview in pixels; several are sent per second."""
@@ -77,6 +79,10 @@ footer { display: none !important; }
 [data-start=noise] .from-picture, [data-start=noise] .from-two,
 [data-start=picture] .from-noise, [data-start=picture] .from-two,
 [data-start=two] .from-noise, [data-start=two] .from-picture { display: none !important; }
+#chips { display: flex; flex-wrap: wrap; gap: 6px; max-height: 168px; overflow-y: auto; }
+#chips button { all: unset; cursor: pointer; padding: 3px 10px; border-radius: 12px;
+  font-size: 12.5px; border: 1px solid var(--border-color-primary); color: var(--quiet); }
+#chips button:hover, #chips button:focus-visible { border-color: var(--color-accent); }
 #easel .choose { display: block; padding: 10px 12px; border-radius: 8px; cursor: pointer;
   border: 1px dashed var(--border-color-primary); font-size: 14px; }
 #easel input { display: block; margin-top: 6px; max-width: 100%; font-size: 13px; }
@@ -146,6 +152,11 @@ _SCRIPT = """() => {
   });
   document.addEventListener("click", event => {
     if (event.target.id === "easel-clear") clear("mask");
+    if (event.target.matches("#chips button")) {
+      const box = document.querySelector("#prompt textarea");
+      box.value = [box.value.trim(), event.target.textContent].filter(Boolean).join(", ");
+      box.dispatchEvent(new Event("input", {bubbles: true}));
+    }
   });
   document.addEventListener("pointerdown", event => {
     if (event.target.id === "easel-mask") { last = null; stroke(event); }
@@ -193,6 +204,15 @@ def masthead(gallery: Gallery) -> str:
     return f'<div id="masthead"><h1>Gallery</h1><p>{html.escape(about)}</p></div>'
 
 
+def chips(gallery: Gallery) -> str:
+    """The names of all labels, each a button that adds it to the prompt."""
+    names = dict.fromkeys(
+        one_line(n.replace("_", " ")) for f in gallery.label_names.values() for n in f
+    )
+    buttons = (f'<button type="button">{html.escape(name)}</button>' for name in names)
+    return f'<div id="chips">{"".join(buttons)}</div>'
+
+
 def empty_wall() -> str:
     """The wall before the first picture."""
     return _wall(
@@ -237,13 +257,15 @@ def wall(gallery: Gallery, settings: Settings, frame: Frame) -> str:
 
 def file_name(settings: Settings, caption: str | None = None) -> str:
     """A descriptive file name of letters, digits and hyphens."""
-    words = ["gallery", *settings.labels.values()]
+    words = ["gallery", shorten(settings.prompt, 40, placeholder=""), *settings.labels.values()]
     words += [f"seed-{settings.seed}", *([caption] if caption else [])]
-    return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-") for word in words) + ".png"
+    plain = (re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-") for word in words)
+    return "-".join(filter(None, plain)) + ".png"
 
 
 def _status(gallery: Gallery, settings: Settings, frame: Frame) -> str:
-    asked = " · ".join(settings.labels.values()).replace("_", " ") or "no label"
+    names = " · ".join(settings.labels.values()).replace("_", " ")
+    asked = " · ".join(filter(None, (settings.prompt, names))) or "no label"
     if settings.strip is not None:
         asked = f"every {settings.strip}, from the same noise"
     elif settings.to_labels is not None:

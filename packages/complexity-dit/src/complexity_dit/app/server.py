@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from complexity_dit.app.gallery import MAX_SEED, Gallery, Settings
-from complexity_dit.app.page import CSS, EASEL, easel_script, empty_wall, masthead, refusal, wall
+from complexity_dit.app.gallery import MAX_PROMPT, MAX_SEED, Gallery, Settings
+from complexity_dit.app.page import (
+    CSS,
+    EASEL,
+    chips,
+    easel_script,
+    empty_wall,
+    masthead,
+    refusal,
+    wall,
+)
 from complexity_dit.config import AppConfig
 from complexity_dit.distributed import pick_device
 from complexity_dit.pipelines.sampling import load_pipeline
@@ -169,6 +178,12 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300):
                 start = gr.Radio(_STARTS, value=_NOISE, label="Start from", elem_id="start")
+                reads = gallery.pipe.text_encoder is not None
+                prompt = gr.Textbox(
+                    "", label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="prompt",
+                    visible=reads,
+                )  # fmt: skip
+                gr.HTML(chips(gallery), visible=reads)
                 labels = _dropdowns(gallery, "")
                 with gr.Column(elem_classes=f"from-{_NOISE}"):
                     show = gr.Dropdown([_GRID, *strips], value=_GRID, label="Show")
@@ -230,6 +245,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             internal: float,
             scheduler: str,
             side: int,
+            prompt: str,
             *names: str,
         ) -> Iterator[str]:
             first, second = (
@@ -243,6 +259,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
             }
             settings = Settings(
                 labels=first,
+                prompt=prompt or "",
                 **forms.get(start, {}),
                 seed=seed,
                 num_images=count,
@@ -280,6 +297,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 internal,
                 scheduler,
                 side,
+                prompt,
                 *labels,
                 *last,
             ],
