@@ -32,12 +32,20 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def save_pipeline(folder: Path, labels: dict[str, list[str]]) -> None:
+def save_pipeline(
+    folder: Path, labels: dict[str, list[str]], captions: tuple[str, ...] = ()
+) -> None:
     from complexity_dit import ComplexityDiTPipeline, ComplexityDiTTransformer2DModel
-    from complexity_dit.config import ObjectiveConfig
+    from complexity_dit.config import ObjectiveConfig, TextEncoderConfig
+    from complexity_dit.models.text import build_text_encoder, text_width
     from complexity_dit.training.objective import build_scheduler
 
     torch.manual_seed(0)
+    text, channels = {}, 0
+    if captions:
+        tokenizer, encoder = build_text_encoder(TextEncoderConfig("lm", max_length=16), captions)
+        text = {"tokenizer": tokenizer, "text_encoder": encoder, "prompt_length": 16}
+        channels = text_width(encoder)
     model = ComplexityDiTTransformer2DModel(
         sample_size=8,
         hidden_size=32,
@@ -45,10 +53,11 @@ def save_pipeline(folder: Path, labels: dict[str, list[str]]) -> None:
         num_attention_heads=2,
         label_fields=list(labels),
         num_classes=[len(names) for names in labels.values()],
+        caption_channels=channels,
     )
     names = {field: dict(enumerate(names)) for field, names in labels.items()}
     scheduler = build_scheduler(ObjectiveConfig())
-    ComplexityDiTPipeline(model, scheduler, id2label=names).save_pretrained(folder)
+    ComplexityDiTPipeline(model, scheduler, id2label=names, **text).save_pretrained(folder)
 
 
 def save_language_model(folder: Path) -> None:
@@ -81,6 +90,7 @@ def desk(tmp_path_factory) -> Path:
     art = {"style": ["Op_Art", "Orphism"], "genre": ["ocean", "dawn"]}
     save_pipeline(desk / "runs/demo/pipeline", art)
     save_pipeline(desk / "runs/mine/pipeline", {"label": ["Cubism", "Fauvism"]})
+    save_pipeline(desk / "runs/captions/pipeline", {}, ("a river in winter",))
     for model in ("runs/demo-lm/model", "runs/fineweb-edu-150m/model", "runs/old/model"):
         save_language_model(desk / model)
     gallery = Gallery(load_pipeline(str(desk / "runs/demo/pipeline")))

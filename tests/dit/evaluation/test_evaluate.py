@@ -284,7 +284,7 @@ def test_samples_are_requested_with_the_held_out_labels(
     asked: list[torch.Tensor] = []
     original = complexity_dit.evaluation.samples.iter_samples
 
-    def spy(pipe, labels, config, indices=None, progress=True):
+    def spy(pipe, labels, config, indices=None, progress=True, prompts=None):
         asked.append(labels)
         # Reversed on purpose: images are assigned by index, not by order of arrival.
         batches = list(original(pipe, labels, config, indices, progress))
@@ -330,7 +330,7 @@ def test_perfect_samples_have_the_accuracy_of_real_images(
     n = len(held)
     order = draw(n, n, seed=0)
 
-    def perfect(pipe, labels, config, indices=None, progress=True):
+    def perfect(pipe, labels, config, indices=None, progress=True, prompts=None):
         yield list(range(n)), real.read(order.tolist())
 
     monkeypatch.setattr(complexity_dit.evaluation.samples, "iter_samples", perfect)

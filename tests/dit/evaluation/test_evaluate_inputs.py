@@ -36,7 +36,7 @@ def test_samples_of_an_interrupted_run_are_reused(
     sampled: list[int] = []
     original = complexity_dit.evaluation.samples.iter_samples
 
-    def stopping(pipe, labels, config, indices=None, progress=True):
+    def stopping(pipe, labels, config, indices=None, progress=True, prompts=None):
         for batch, images in original(pipe, labels, config, indices, progress):
             if 32 in batch and not sampled.count(-1):
                 sampled.append(-1)

@@ -31,7 +31,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = complexity_dit.evaluation.samples.iter_samples
 
-    def spy(pipe, labels, config, indices=None, progress=True):
+    def spy(pipe, labels, config, indices=None, progress=True, prompts=None):
         for batch, images in original(pipe, labels, config, indices, progress):
             numbers.extend(batch)
             yield batch, images

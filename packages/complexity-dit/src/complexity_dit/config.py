@@ -230,7 +230,8 @@ class ObjectiveConfig:
     for each label field, e.g. {style: 0.1, artist: 0.5}, every field named."""
 
     label_dropout_all: float = 0.0
-    """Probability that all labels of an image are replaced together, in addition to label_dropout.
+    """Probability that all labels of an image are replaced together, in addition to label_dropout,
+    and its caption with them.
     Guidance leads away from the network without any label, which dropping each of n fields by
     itself trains on a share of label_dropout^n only. 0 is off."""
 
@@ -451,7 +452,7 @@ class TextEncoderConfig:
     """Tokens of a caption at most; what is longer is cut."""
 
     caption_dropout: float = 0.1
-    """Probability that the caption of an image is left out, for guidance."""
+    """Probability that the caption of an image is left out, for guidance, whatever its labels."""
 
     overrides: dict[str, Setting] = field(default_factory=dict)
     """Other sizes of `lm`, arguments of DeepConfig, e.g. {hidden_size: 384}."""
@@ -632,6 +633,11 @@ class TrainConfig(RunConfig):
             self, "[0, inf)", "noise_bins", "dynamics_every", "sample_every", "evaluate_every"
         )
         check_range(self, "[2, inf)", "evaluate_num_images")
+        if self.lora.rank and self.text_encoder.source != "none":
+            raise UserError(
+                f"text_encoder.source {self.text_encoder.source} is for a full network: leave it "
+                "at none for an adapter, which is trained without captions"
+            )
         if self.lora.rank and self.ema.snapshot_every:
             raise UserError(
                 f"ema.snapshot_every {self.ema.snapshot_every} is for the weights of a full "

@@ -70,6 +70,10 @@ class Captions:
                     f"the data: {among}"
                 )
 
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._rows)
+
     @property
     def fingerprint(self) -> str:
         """sha256 over all that the captions depend on."""

@@ -70,6 +70,7 @@ from complexity_dit.evaluation.image_sets import (
     labels_in_reference_ids,
     open_reference,
     open_target,
+    prompts_for_samples,
     trained_on,
     write_statistics,
 )
@@ -147,7 +148,8 @@ def evaluate(
         else:
             side = subject.sample_size
             size, n = (sample.height or side, sample.width or side), config.num_images
-        ref, extractor = _open_checked(reference, size, data, config, device, folder)
+        captions = getattr(subject, "text_encoder", None) is not None
+        ref, extractor = _open_checked(reference, size, data, config, device, folder, captions)
         _check_label_field(config.label_field, subject.label_names, ref.images)
         settings: dict[str, Any] = {
             "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
@@ -181,7 +183,12 @@ def evaluate(
                 on_main(lambda: held.enter_context(claim_samples(keep)))
             labels, asked = labels_for_samples(pipe, n, ref.images, real_rows, sample.seed)
             names = ref.images.label_names if ref.images else {}
-            images = generated_images(pipe, labels, sample, keep, config.overwrite, asked, names)
+            prompts = prompts_for_samples(pipe, n, ref.images, real_rows, sample.seed)
+            if prompts is not None:
+                settings["prompts"] = "captions of the reference"
+            images = generated_images(
+                pipe, labels, sample, keep, config.overwrite, asked, names, prompts
+            )
         features = collect(images, generated_rows, ref, real_rows, extractor, config, pipe)
 
         def finish() -> dict[str, Any]:
@@ -263,7 +270,11 @@ def _check_label_field(
 
 
 def check_reference(
-    reference: str | Path, size: tuple[int, int], data: DataConfig, config: EvalConfig
+    reference: str | Path,
+    size: tuple[int, int],
+    data: DataConfig,
+    config: EvalConfig,
+    captions: bool = False,
 ) -> None:
     """Do all of `evaluate` that can fail because of the reference, and measure nothing.
 
@@ -275,12 +286,13 @@ def check_reference(
         size: Height and width of the images that will be measured.
         data: As for `evaluate`.
         config: The settings of the evaluation; its output folder is taken as given.
+        captions: Whether a pipeline with a text encoder will be measured.
 
     Raises:
         UserError: As `evaluate`.
     """
     reference, device = str(reference), pick_device(config.device)
-    ref, _ = _open_checked(reference, size, data, config, device, Path())
+    ref, _ = _open_checked(reference, size, data, config, device, Path(), captions)
     rows = draw(
         len(ref.images) if ref.images else config.num_images, config.num_images, config.seed
     )
@@ -302,9 +314,10 @@ def _open_checked(
     config: EvalConfig,
     device: torch.device,
     folder: Path | None,
+    captions: bool,
 ) -> tuple[Reference, FeatureExtractor]:
     """The reference and the feature network, once they are known to fit the request."""
-    ref = open_reference(reference, size, data)
+    ref = open_reference(reference, size, data, captions)
     check_request(config, ref, reference, folder)
     extractor = main_first(
         lambda: load_extractor(config.weights, config.resize, config.dtype, device)

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from complexity_dit.config import DATA_FILE, DataConfig
+from complexity_dit.data.captions import Captions
 from complexity_dit.data.dataset import PaintingDataset, load_data
 from complexity_dit.data.folders import as_text, picture_files
 from complexity_dit.distributed import main_first
@@ -48,6 +50,7 @@ class ImageSet:
         block: Number of images that are best read together.
         lasting: Whether the images are those of a data source, whose features are worth caching.
         jpegs: Fraction of the files that are JPEG; None where the images are not files.
+        captions: Captions of the images of a source, if they were asked for.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ImageSet:
     block: int = 32
     lasting: bool = False
     jpegs: float | None = None
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -149,6 +153,7 @@ def dataset_images(dataset: PaintingDataset, name: str) -> ImageSet:
         label_names=dataset.label_names,
         lasting=True,
         jpegs=dataset.jpegs,
+        captions=dataset.captions,
     )
 
 
@@ -387,7 +392,9 @@ def open_target(
     return load_pipeline(text).to(device)
 
 
-def open_reference(reference: str, size: tuple[int, int], data: DataConfig | None) -> Reference:
+def open_reference(
+    reference: str, size: tuple[int, int], data: DataConfig | None, captions: bool = False
+) -> Reference:
     """Open reference images or statistics.
 
     Args:
@@ -395,6 +402,7 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
             has images beside them) or images.
         size: Height and width of the images to evaluate; a source is read at that size.
         data: How a source is read.
+        captions: Whether the captions of a source are needed too.
 
     Raises:
         UserError: It is none of these, cannot be read, or is a source and ``size`` is not square.
@@ -417,12 +425,13 @@ def open_reference(reference: str, size: tuple[int, int], data: DataConfig | Non
             "give a folder of images as reference"
         )
     source = replace(data or DataConfig(), source=reference, resolution=size[0], crop="center")
-    return Reference(_split(source, "heldout"), train=lambda: _split(source, "train"), data=source)
+    heldout, train = (partial(_split, source, split, captions) for split in ("heldout", "train"))
+    return Reference(heldout(), train=train, data=source)
 
 
-def _split(data: DataConfig, split: str) -> ImageSet:
+def _split(data: DataConfig, split: str, captions: bool = False) -> ImageSet:
     name = {"train": "training images", "heldout": "held-out images"}[split]
-    return dataset_images(main_first(lambda: load_data(data, split)), name)
+    return dataset_images(main_first(lambda: load_data(data, split, captions)), name)
 
 
 def trained_on(target: object) -> DataConfig | None:
@@ -475,6 +484,22 @@ def labels_for_samples(
     if pipe.id2label and bool((labels < 0).all()):
         logger.warning("no labels are given: the samples are unconditional")
     return labels, asked
+
+
+def prompts_for_samples(
+    pipe: ComplexityDiTPipeline,
+    n: int,
+    real: ImageSet | None,
+    rows: NDArray[np.int64],
+    seed: int = 0,
+) -> list[str] | None:
+    """Prompts for n samples: the captions of the drawn real images; None for a pipeline without."""
+    if pipe.text_encoder is None:
+        return None
+    if real is None or real.captions is None:
+        logger.warning("the reference has no captions: the samples are those of the null text")
+        return None
+    return real.captions.captions_of(np.resize(rows, n).tolist(), seed, 0)
 
 
 def labels_in_reference_ids(images: ImageSet, field: str, names: list[str]) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ def generated_images(
     overwrite: bool = False,
     asked: dict[str, NDArray[np.int64]] | None = None,
     label_names: dict[str, list[str]] | None = None,
+    prompts: list[str] | None = None,
 ) -> ImageSet:
     """Seeded samples of a pipeline.
 
@@ -41,6 +42,7 @@ def generated_images(
         overwrite: Remove images of other settings from the folder.
         asked: Field -> requested ids (n,) in the numbering of the reference.
         label_names: Field -> names of those ids.
+        prompts: n texts, for a pipeline with a text encoder.
 
     Returns:
         An `ImageSet` of n images; its fingerprint is a hash of the settings and the weights.
@@ -48,7 +50,7 @@ def generated_images(
     Raises:
         UserError: The folder has images of other settings (named), and ``overwrite`` is false.
     """
-    settings = sample_settings(pipe, labels, config)
+    settings = sample_settings(pipe, labels, config, prompts=prompts)
     key = key_of(settings)
     if folder is not None:
         on_main(lambda: prepare_samples(folder, settings, overwrite))
@@ -61,7 +63,8 @@ def generated_images(
                 if image is not None:
                     images[number] = image
         missing = sorted(set(numbers) - set(images))
-        for indices, batch in iter_samples(pipe, labels, config, missing, progress=False):
+        batches = iter_samples(pipe, labels, config, missing, progress=False, prompts=prompts)
+        for indices, batch in batches:
             for number, image in zip(indices, batch, strict=True):
                 images[number] = image
                 if folder is not None:

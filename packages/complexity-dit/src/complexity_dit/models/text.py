@@ -281,10 +281,9 @@ def encode_prompts(
         texts, padding="max_length", truncation=True, max_length=max_length,
         padding_side="right", return_tensors="pt",
     )  # fmt: skip
-    if cut := [i for i, one in enumerate(batch.encodings or ()) if one.overflowing]:
-        rest = tokenizer.decode(
-            batch.encodings[cut[0]].overflowing[0].ids, skip_special_tokens=True
-        )
+    encodings = batch.encodings or []
+    if cut := [i for i, one in enumerate(encodings) if one.overflowing]:
+        rest = tokenizer.decode(encodings[cut[0]].overflowing[0].ids, skip_special_tokens=True)
         logger.warning(
             "%d of %d prompts have more than %d tokens and are cut; the first one loses %r",
             len(cut), len(texts), max_length, one_line(str(rest)),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.seeding import SEEDING, generator_for
 from complexity_dit.training.objective import drop_labels, noisy_input_and_target, sample_times
+from complexity_dit.training.text import caption_tokens
 from inl_core.run.errors import UserError
 from inl_core.run.workers import allow_open_files
 
@@ -63,7 +65,8 @@ class StepBatches(Dataset):
     """Item s is this process's share of the input of step s: a pure function of (seed, s).
 
     Random numbers are drawn for the global batch and then sliced, so any number of processes gets
-    the same data, noise, times and dropped labels, and so does a resumed run.
+    the same data, noise, times and dropped labels, and so does a resumed run. With a tokenizer, a
+    batch has the tokens of captions too.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class StepBatches(Dataset):
         rank: int,
         world: int,
         seeding: int = SEEDING,
+        tokenizer: Any = None,
     ) -> None:
         self.data, self.config, self.mine = data, config, slice(rank, None, world)
-        self.seeding = seeding
+        self.seeding, self.tokenizer = seeding, tokenizer
         self.dropouts = config.objective.label_dropouts(list(data.label_names))
 
     def __len__(self) -> int:
@@ -101,10 +105,12 @@ class StepBatches(Dataset):
         flips = torch.rand(count, generator=draw) < (0.5 if config.data.flip else 0.0)
         times = sample_times(count, config.objective, draw)
         labels = drop_labels(self.data.labels[indices], self.dropouts, draw)
+        unconditional = torch.zeros(count, dtype=torch.bool)
         if config.objective.label_dropout_all:
             # From a generator of its own, as with dropped tokens.
             together = torch.rand(count, generator=self._draw("labels", step))
-            labels[together < config.objective.label_dropout_all] = MISSING
+            unconditional = together < config.objective.label_dropout_all
+            labels[unconditional] = MISSING
         size = self.data.sample_size
         shape = (count, self.data.channels, size, size)
         noise = torch.randn(shape, generator=draw)[mine].contiguous()
@@ -123,10 +129,23 @@ class StepBatches(Dataset):
             draw = self._draw("tokens", step)
             tokens = (size // config.model.patch_size) ** 2
             drawn["kept_tokens"] = draw_kept_tokens(count, tokens, rate, draw)[mine]
+        if self.tokenizer is not None:
+            assert self.data.captions is not None  # a run with a tokenizer reads them
+            share = torch.rand(count, generator=self._draw("captions", step))
+            left_out = unconditional | (share < config.text_encoder.caption_dropout)
+            captions = self.data.captions.captions_of(indices.tolist(), config.seed, step)
+            captions = ["" if out else text for text, out in zip(captions, left_out, strict=True)]
+            # All of them, as they are as long as the longest one; CUDA graphs need one shape.
+            cut, most = config.compile != "max", config.text_encoder.max_length
+            ids, mask = caption_tokens(self.tokenizer, captions, most, cut)
+            drawn |= {"input_ids": ids[mine], "attention_mask": mask[mine]}
         return drawn
 
     def mixed(self, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Input, timestep, target, labels and kept tokens; the target overwrites the noise."""
+        """Input, timestep, target, labels, and what else was drawn for the network.
+
+        The target overwrites the noise.
+        """
         noise = drawn["noise"]
         noisy, timesteps = torch.empty_like(noise), []
         pictures = len(noise)
@@ -142,7 +161,8 @@ class StepBatches(Dataset):
             )
             timesteps.append(timestep)
         batch = {"x": noisy, "timestep": torch.cat(timesteps), "target": noise}
-        return batch | {name: drawn[name] for name in ("labels", "kept_tokens") if name in drawn}
+        others = ("labels", "kept_tokens", "input_ids", "attention_mask")
+        return batch | {name: drawn[name] for name in others if name in drawn}
 
 
 class PictureBatches(Dataset):

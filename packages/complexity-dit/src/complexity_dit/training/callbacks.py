@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from complexity_dit.config import EvalConfig, RunConfig, SampleConfig, TrainConfig
+from complexity_dit.data.captions import Captions
 from complexity_dit.data.latents import TrainingData, source_config
 from complexity_dit.distributed import on_main
 from complexity_dit.evaluation.evaluate import check_reference, evaluate
 from complexity_dit.grids import save_grid
+from complexity_dit.labels import MISSING
 from complexity_dit.models.tokens import NUM_TRAIN_TIMESTEPS
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.pipelines.sampling import drawn_labels, grid_labels, iter_samples
@@ -33,6 +37,7 @@ from complexity_dit.training.averages import AVERAGES_FILE, AVERAGES_FOLDER
 from complexity_dit.training.batches import StepBatches, images_per_pass
 from complexity_dit.training.objective import training_loss
 from complexity_dit.training.state import SavedPipeline, TrainState
+from complexity_dit.training.text import FrozenEncoder, PromptedNetwork, text_inputs
 from inl_core import DYNAMICS_COLUMNS, read_dynamics
 from inl_core.run.automatic import AUTO, Choice, choose_by_units, settled
 from inl_core.run.checkpoints import (
@@ -48,6 +53,8 @@ from inl_core.run.files import atomic_folder, remove_folder, remove_partial_writ
 from inl_core.run.folders import writing
 
 logger = logging.getLogger(__name__)
+
+Network = ComplexityDiTTransformer2DModel | PromptedNetwork
 
 
 class TrainLog:
@@ -177,17 +184,19 @@ def build_callbacks(
     saved: SavedPipeline,
     accelerator: Accelerator,
     start_step: int,
+    frozen: FrozenEncoder | None = None,
 ) -> list[Callback]:
-    """The callbacks that a config asks for."""
+    """The callbacks that a config asks for; `frozen` reads the captions of held-out pictures."""
     callbacks: list[Callback] = []
     if config.ema.snapshot_every:
         callbacks.append(Snapshots(config, accelerator, start_step))
     if config.sample_every:
-        callbacks.append(SampleGrids(config, saved, accelerator))
+        callbacks.append(SampleGrids(config, saved, accelerator, (heldout or data).captions))
     if config.dynamics_every:
         callbacks.append(DynamicsMonitor(config, data, accelerator, start_step))
     if heldout is not None:
-        callbacks.append(HeldoutLoss(config, heldout, accelerator, start_step))
+        tokenizer = saved.tokenizer
+        callbacks.append(HeldoutLoss(config, heldout, accelerator, start_step, tokenizer, frozen))
     if config.evaluate_every:
         callbacks.append(Evaluation(config, data, saved, accelerator, start_step))
     return callbacks
@@ -225,11 +234,21 @@ class SampleGrids(Callback):
     """Grids of samples of the raw and of the averaged weights, from the same noise every time.
 
     Writes `<out>/samples/step-XXXXXXXX-raw.png` and `-ema.png`, one row for each of the first
-    labels of the first field.
+    captions, of held-out pictures if there are some, or else labels of the first field.
     """
 
-    def __init__(self, config: TrainConfig, saved: SavedPipeline, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        saved: SavedPipeline,
+        accelerator: Accelerator,
+        captions: Captions | None = None,
+    ) -> None:
         self.every, self.saved = config.sample_every, saved
+        self.prompts: list[str] = []
+        if captions is not None:
+            first = range(min(GRID_ROWS, len(captions)))
+            self.prompts = captions.captions_of(first, config.seed, 0)
         self.folder, self.device = Path(config.out) / "samples", accelerator.device
 
     def path(self, step: int, weights: str) -> Path:
@@ -243,15 +262,20 @@ class SampleGrids(Callback):
             network = state.export(weights)
             on_main(partial(self._sample, network, self.path(state.step, weights)))
 
-    def _sample(self, network: ComplexityDiTTransformer2DModel, path: Path) -> None:
+    def _sample(self, network: Network, path: Path) -> None:
         pipe = self.saved.build_pipeline(network).to(self.device)
-        labels = grid_labels(pipe, GRID_COLUMNS)[: GRID_COLUMNS * GRID_ROWS]
-        sampling = SampleConfig()
-        labels = drawn_labels(pipe, labels, sampling.seed)
-        batches = iter_samples(pipe, labels, sampling, progress=False)
+        sampling, names, prompts = SampleConfig(), self.prompts, None
+        if names:
+            prompts = [name for name in names for _ in range(GRID_COLUMNS)]
+            labels = torch.full((len(prompts), len(pipe.label_names)), MISSING)
+        else:
+            labels = grid_labels(pipe, GRID_COLUMNS)[: GRID_COLUMNS * GRID_ROWS]
+            labels = drawn_labels(pipe, labels, sampling.seed)
+            names = next(iter(pipe.label_names.values()), [])[:GRID_ROWS]
+        batches = iter_samples(pipe, labels, sampling, progress=False, prompts=prompts)
         images = np.concatenate([batch for _, batch in batches])
-        names = next(iter(pipe.label_names.values()), [])[:GRID_ROWS]
-        save_grid(images, GRID_COLUMNS, [name.replace("_", " ") for name in names], path)
+        words = [shorten(name.replace("_", " "), 60, placeholder="…") for name in names]
+        save_grid(images, GRID_COLUMNS, words, path)
 
 
 class Evaluation(Callback):
@@ -288,7 +312,8 @@ class Evaluation(Callback):
         )  # fmt: skip
         try:
             size = (data.resolution, data.resolution)
-            check_reference(self.reference, size, self.data, self.settings)
+            captions = data.captions is not None
+            check_reference(self.reference, size, self.data, self.settings, captions)
         except UserError as error:
             raise UserError(f"evaluate_reference {self.reference}: {error}") from error
         if accelerator.is_main_process:
@@ -319,8 +344,15 @@ class HeldoutLoss(Callback):
     fields = ("step", "loss")
 
     def __init__(
-        self, config: TrainConfig, heldout: TrainingData, accelerator: Accelerator, start_step: int
+        self,
+        config: TrainConfig,
+        heldout: TrainingData,
+        accelerator: Accelerator,
+        start_step: int,
+        tokenizer: Any = None,
+        frozen: FrozenEncoder | None = None,
     ) -> None:
+        self.frozen = frozen
         self.every, self.accelerator, self.config = config.heldout_every, accelerator, config
         parts = config.gradient_accumulation_steps
         self.size = images_per_pass(config.batch_size, accelerator.num_processes, parts)
@@ -331,7 +363,7 @@ class HeldoutLoss(Callback):
             data=replace(config.data, flip=False, crop="center"),
             model=replace(config.model, token_drop_rate=0.0),
         )  # fmt: skip
-        self.batches = StepBatches(heldout, own, 0, 1)
+        self.batches = StepBatches(heldout, own, 0, 1, tokenizer=tokenizer)
         if accelerator.is_main_process:
             self.file = CsvLog(Path(config.out) / "heldout_log.csv", self.fields, start_step)
 
@@ -340,15 +372,16 @@ class HeldoutLoss(Callback):
         on_main(partial(self._measure, network, state.step))
 
     @torch.no_grad()
-    def _measure(self, network: ComplexityDiTTransformer2DModel, step: int) -> None:
+    def _measure(self, network: Network, step: int) -> None:
         device, total = self.accelerator.device, 0.0
         network, batch = network.to(device), self.batches[0]
-        names = ("x", "timestep", "labels", "target")
-        for parts in zip(*(batch[name].split(self.size) for name in names), strict=True):
-            *inputs, target = (part.to(device) for part in parts)
+        for parts in zip(*(value.split(self.size) for value in batch.values()), strict=True):
+            part = {name: value.to(device) for name, value in zip(batch, parts, strict=True)}
+            part = part if self.frozen is None else self.frozen(part)
+            inputs = (part["x"], part["timestep"], part["labels"])
             with self.accelerator.autocast():
-                prediction = network(*inputs, return_dict=False)[0]
-            total += float(training_loss(prediction, target)) * len(target)
+                prediction = network(*inputs, return_dict=False, **text_inputs(part))[0]
+            total += float(training_loss(prediction, part["target"])) * len(part["x"])
         loss = total / len(batch["x"])
         assert self.file is not None  # this is the main process
         self.file.write([(step, loss)])
@@ -361,9 +394,9 @@ PROBE_SIZE = 8  # images that the dynamics are measured on
 class DynamicsMonitor(Callback):
     """Statistics of the dynamics of every layer on a few noisy images, the same every time.
 
-    Writes one row per layer into `<out>/dynamics.csv`: the statistics of `inl_core`, and the
-    spectral radius of the transition matrix frozen at the mean coefficients. Below 1 that update
-    contracts, which proves nothing for coefficients that vary.
+    The images have labels and no captions. Writes one row per layer into `<out>/dynamics.csv`: the
+    statistics of `inl_core`, and the spectral radius of the transition matrix frozen at the mean
+    coefficients. Below 1 that update contracts, which proves nothing for coefficients that vary.
     """
 
     fields = ("step", "layer", *DYNAMICS_COLUMNS)
@@ -382,8 +415,10 @@ class DynamicsMonitor(Callback):
         network = state.export("raw")
         on_main(partial(self._measure, network, state.step))
 
-    def _measure(self, network: ComplexityDiTTransformer2DModel, step: int) -> None:
+    def _measure(self, network: Network, step: int) -> None:
         device = self.accelerator.device
+        if isinstance(network, PromptedNetwork):
+            network = network.network
         by_layer = read_dynamics(network.to(device), [tensor.to(device) for tensor in self.probe])
         if not by_layer:
             logger.warning("dynamics_every %d: this model has no dynamics", self.every)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,27 +71,37 @@ def start_from(
     source: ComplexityDiTPipeline,
     label_names: Mapping[str, Sequence[str]],
     name: str,
+    text_encoder: Any = None,
 ) -> None:
     """Copy the weights of a trained network into a new one.
 
     Labels are matched by field and name. A label that the pipeline does not have starts from the
     null row of its field, and a new field from zeros, so that at first such an image is treated as
     one without that label. A field that the data do not have is missing from now on: its null row
-    is added to the bias that it was always summed with. Networks that differ in more than labels
-    and image size are refused.
+    is added to the bias that it was always summed with. A text encoder is copied too; what reads
+    captions is new if the pipeline reads none. Networks that differ in more than that and in image
+    size are refused.
 
     Args:
         model: The new network, changed in place.
         source: The pipeline of the trained one.
         label_names: Of the data, in id order: the rows of the new network's label tables.
         name: Of the pipeline, for messages.
+        text_encoder: That of the new network, changed in place.
     """
+    reader = source.text_encoder
     check_meaning(source.transformer.config, model.config, f"--init_from {name}")
     old, new = (
         {name: p for name, p in network.named_parameters() if "label_embed." not in name}
         for network in (source.transformer, model)
     )
+    if reader is None:
+        new = {key: p for key, p in new.items() if "caption_" not in key}
     check_shapes(old, new, f"--init_from {name}")
+    if reader is not None and text_encoder is not None:
+        states = reader.state_dict()
+        check_shapes(states, text_encoder.state_dict(), f"the text encoder of {name}")
+        text_encoder.load_state_dict(states)
     with torch.no_grad():
         for key, parameter in new.items():
             parameter.copy_(old[key])

@@ -13,14 +13,15 @@ from torch.distributed.tensor import DTensor, Shard
 from complexity_dit.config import OptimConfig
 from inl_core.run.errors import UserError
 
-_HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attn|mlp)\.")
+_HIDDEN_MATRIX = re.compile(r"(network\.)?blocks\.\d+\.(attn|mlp)\.")
+_TABLES = ("label_embed", "caption_null", "embed_tokens")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of a config, for the trainable parameters of a model.
 
-    Weight decay acts on matrices of the backbone only: not on norms and biases (vectors), label
-    tables, or the dynamics, whose resting values are not zero.
+    Weight decay acts on matrices of the backbone only: not on norms and biases (vectors), tables of
+    labels and tokens, or the dynamics, whose resting values are not zero.
 
     Muon (Jordan et al., 2024) orthogonalises the update of a matrix, so it gets the two-dimensional
     weights of attention and MLP. AdamW keeps the rest: embeddings, the input and output layers and
@@ -32,7 +33,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # of the base of an adapter
             continue
-        exempt = parameter.ndim < 2 or "label_embed" in name or "dynamics" in name
+        exempt = parameter.ndim < 2 or any(part in name for part in (*_TABLES, "dynamics"))
         if config.name == "muon" and parameter.ndim == 2 and _HIDDEN_MATRIX.match(name):
             hidden.append(parameter)
         else:

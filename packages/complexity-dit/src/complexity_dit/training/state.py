@@ -44,6 +44,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.training.averages import AVERAGES_FILE, PowerEMA, tensor_name
 from complexity_dit.training.compilation import compile_network
 from complexity_dit.training.optimizer import SpikeGuard, build_optimizer
+from complexity_dit.training.text import PromptedNetwork
 from inl_core import defer_bounds
 from inl_core.run.checkpoints import folder_of_step, latest_checkpoint, write_sums
 from inl_core.run.errors import UserError
@@ -160,7 +161,8 @@ class SavedPipeline:
 
     `data` is the `DataConfig` as a dict, for latents that of the pictures they were made from, so
     that an evaluation holds out the same pictures. The latent space is None for pixels;
-    `label_counts` is for `LabelTable`, and `centres` are those of clusters.
+    `label_counts` is for `LabelTable`, and `centres` are those of clusters. A text encoder that is
+    trained along comes with the network.
     """
 
     folder_name: ClassVar[str] = "pipeline"
@@ -171,21 +173,29 @@ class SavedPipeline:
     latent_space: LatentSpace | None = None
     label_counts: dict[str, int] | None = None
     centres: Tensor | None = None
+    tokenizer: Any = None
+    text_encoder: Any = None
+    prompt_length: int | None = None
 
-    def build_pipeline(self, network: ModelMixin) -> ComplexityDiTPipeline:
-        """A pipeline of this network and these parts."""
-        decoder = {}
+    def build_pipeline(self, network: ModelMixin | PromptedNetwork) -> ComplexityDiTPipeline:
+        """A pipeline of this network, with the text encoder that it may bring, and these parts."""
+        decoder, text_encoder = {}, self.text_encoder
         if (space := self.latent_space) is not None:
             decoder = {"vae": space.vae, "latents_mean": space.mean, "latents_std": space.std}
+        if isinstance(network, PromptedNetwork):
+            network, text_encoder = network.network, network.text_encoder
         return ComplexityDiTPipeline(
             network,
             self.scheduler,
             id2label=self.id2label,
             label_counts=self.label_counts,
+            text_encoder=text_encoder,
+            tokenizer=self.tokenizer,
+            prompt_length=self.prompt_length,
             **decoder,
         )
 
-    def save(self, network: ModelMixin, folder: Path) -> None:
+    def save(self, network: ModelMixin | PromptedNetwork, folder: Path) -> None:
         """Write a pipeline folder with `data.json` in it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DATA_FILE).write_text(json.dumps(self.data, indent=2) + "\n")
@@ -193,7 +203,7 @@ class SavedPipeline:
             save_clusters(self.centres, folder)
         self.build_pipeline(network).save_pretrained(folder)  # its model card reads data.json
 
-    def save_ema(self, network: ModelMixin, checkpoint: Path) -> None:
+    def save_ema(self, network: ModelMixin | PromptedNetwork, checkpoint: Path) -> None:
         """Write the averaged weights into a checkpoint, ready to sample from."""
         self.save(network, checkpoint / self.folder_name)
 
@@ -213,7 +223,13 @@ class SavedPipeline:
         }
         check_labels(names, label_names, checkpoint)
         check_meaning(network, config, f"{checkpoint}")
-        return shadow
+        if self.tokenizer is None or self.text_encoder is not None:
+            return shadow
+        trained = load_file(pipeline / "text_encoder" / "model.safetensors")
+        parts = {"network": shadow, "text_encoder": trained}
+        return {
+            f"{part}.{n}": value for part, tensors in parts.items() for n, value in tensors.items()
+        }
 
 
 @dataclass
@@ -292,7 +308,7 @@ class TrainState:
     that are trained, placed and sharded alike.
     """
 
-    model: Any  # a ModelMixin with ConfigMixin
+    model: Any  # a ModelMixin with ConfigMixin, or a PromptedNetwork of one
     ema: EMAModel
     averages: dict[float, PowerEMA]  # by length
     optimizer: torch.optim.Optimizer
@@ -323,8 +339,10 @@ class TrainState:
     @torch.no_grad()
     def export(self, weights: Literal["raw", "ema"]) -> Any:
         """An unsharded copy of the network on the CPU. All processes call it together."""
-        copy, averaged = blank_copy(self.model), iter(self.ema.shadow_params)
-        for parameter, current in zip(copy.parameters(), self.model.parameters(), strict=True):
+        model = self.model
+        copy = model.blank_copy() if isinstance(model, PromptedNetwork) else blank_copy(model)
+        averaged = iter(self.ema.shadow_params)
+        for parameter, current in zip(copy.parameters(), model.parameters(), strict=True):
             is_averaged = weights == "ema" and current.requires_grad
             parameter.copy_(full_tensor(next(averaged) if is_averaged else current))
         return copy.eval()
@@ -462,7 +480,9 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     )
 
 
-def build_state(model: ComplexityDiTTransformer2DModel, config: TrainConfig) -> TrainState:
+def build_state(
+    model: ComplexityDiTTransformer2DModel | PromptedNetwork, config: TrainConfig
+) -> TrainState:
     """A model with optimizer, schedule, EMA and spike guard for a run."""
     return schedule_and_average(model, build_optimizer(model, config.optim), config)
 
@@ -493,12 +513,13 @@ def prepared_state(
     The order matters: the network is compiled before accelerate wraps its forward and FSDP2 hooks
     into its blocks, and the average restarts from the parameters as they are placed after that.
     """
-    network = state.model
+    whole = state.model
+    network = whole.network if isinstance(whole, PromptedNetwork) else whole
     parts = getattr(config, "gradient_accumulation_steps", 1)
     if parts * accelerator.num_processes > 1:
-        defer_bounds(network)  # `optimizer_step` applies them to the gradient of the whole batch
+        defer_bounds(whole)  # `optimizer_step` applies them to the gradient of the whole batch
     compile_network(network, str(config.compile))
-    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+    model, state.optimizer = accelerator.prepare(whole, state.optimizer)
     state.scaler = accelerator.scaler
     state.reset_ema()
     return state, model

@@ -25,7 +25,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
-from complexity_dit.config import RUN_KIND, RunConfig, TrainConfig
+from complexity_dit.config import RUN_KIND, DataConfig, RunConfig, TrainConfig
+from complexity_dit.data.captions import text_columns
 from complexity_dit.data.clusters import (
     CLUSTER_FIELD,
     fit_clusters,
@@ -47,7 +48,9 @@ from complexity_dit.distributed import (
     pick_device,
     process_count,
 )
+from complexity_dit.hashing import weights_sha256
 from complexity_dit.labels import LabelTable
+from complexity_dit.models.text import text_width
 from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline
 from complexity_dit.seeding import SEEDING
 from complexity_dit.training.batches import (
@@ -69,6 +72,12 @@ from complexity_dit.training.state import (
     prepared_state,
     read_state,
     trainable,
+)
+from complexity_dit.training.text import (
+    FrozenEncoder,
+    PromptedNetwork,
+    seeded_text_encoder,
+    text_inputs,
 )
 from inl_core import apply_bounds, draw_num_loops
 from inl_core.run.automatic import (
@@ -160,9 +169,12 @@ def train(config: TrainConfig, build: Callable[..., ModelMixin] = build_model) -
             disk, a damaged checkpoint, or a process of the run that died.
         RunStopped: After SIGTERM or SIGINT, once the current step is finished and saved.
     """
-    if config.text_encoder.source != "none":
-        raise UserError("text_encoder: training on captions is not in this version yet")
     parts = config.gradient_accumulation_steps
+    if config.text_encoder.trains and sharding_plugin() is not None:
+        raise UserError(
+            f"text_encoder.source {config.text_encoder.source} is trained whole in every process, "
+            "and the launcher asks for FSDP: use a frozen text encoder, or a launcher without FSDP"
+        )
     with open_run(config, RUN_KIND, build is not build_model, parts) as run:
         return _train(config, build, *run)
 
@@ -239,10 +251,14 @@ def _train(
         if not config.lora.rank:
             settings["init_from"] = meta["config"].get("init_from")  # it was used then, not now
         changes = resumed_settings(OWNERS, meta, settings, checkpoint, accelerator.num_processes)
-    data, heldout = main_first(lambda: load_training_data(config.data)), None
+    prompted = config.text_encoder.source != "none"
+    data, heldout = main_first(lambda: load_training_data(config.data, "train", prompted)), None
     if config.heldout_every:
-        heldout = main_first(lambda: load_training_data(config.data, "heldout"))
-    centres = None
+        heldout = main_first(lambda: load_training_data(config.data, "heldout", prompted))
+    if not prompted:
+        _say_what_is_not_read(config.data, data)
+    centres, frozen = None, None
+    encoder: Any = None
     if config.data.clusters:
         centres = on_main(partial(_centres, config, data, checkpoint))
         data, heldout = (_clustered(one, centres) for one in (data, heldout))
@@ -258,20 +274,35 @@ def _train(
             LabelTable.counted(data.labels),
             centres,
         )
+        own = config.model
+        if prompted:
+            assert data.captions is not None  # they were asked for
+            saved.tokenizer, encoder = main_first(
+                partial(seeded_text_encoder, config, data.captions, checkpoint)
+            )
+            saved.prompt_length = config.text_encoder.max_length
+            width = {"caption_channels": text_width(encoder)}
+            own = dataclasses.replace(own, overrides=own.overrides | width)
         torch.manual_seed(config.seed)
-        network = build(config, data)
+        network = build(dataclasses.replace(config, model=own), data)
         if source is not None:
-            start_from(network, source, data.label_names, str(config.init_from))
+            start_from(network, source, data.label_names, str(config.init_from), encoder)
             source = None  # its weights are not needed any more
     tokens = config.steps * config.batch_size * (data.sample_size // config.model.patch_size) ** 2
     flops = 6 * tokens * sum(p.numel() for p in network.parameters())
     config = dataclasses.replace(config, compile=chosen_compile(config, meta, flops))
-    state, model = prepared_state(build_state(network, config), config, accelerator)
+    trained = network
+    if prompted and config.text_encoder.trains:
+        trained = PromptedNetwork(network, encoder)
+    elif prompted:
+        saved.text_encoder = encoder.to(accelerator.device)
+        frozen = FrozenEncoder(saved.text_encoder, config.text_encoder.max_length)
+    state, model = prepared_state(build_state(trained, config), config, accelerator)
     seeding = SEEDING if checkpoint is None else meta.get("seeding", 1)
     if seeding not in range(1, SEEDING + 1):
         raise UserError(f"{checkpoint} has seeding {seeding!r}: resume it with a newer version")
     record = {
-        "config": settings, "changes": changes, "data": identity(data), "seeding": seeding,
+        "config": settings, "changes": changes, "data": identity(data, saved), "seeding": seeding,
         "resolved": {name: getattr(config, name) for name in FORMER},
     }  # fmt: skip
     if checkpoint is not None:
@@ -285,12 +316,15 @@ def _train(
         network.enable_gradient_checkpointing()
 
     place = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(on_training_device(data, accelerator.device), config, *place, seeding)
+    data = on_training_device(data, accelerator.device)
+    batches = StepBatches(data, config, *place, seeding, saved.tokenizer)
     log = TrainLog(out, state.step, accelerator, state.skipped)
     noise = NoiseLevels(config.noise_bins, out, state.step, accelerator)
-    callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step)
+    callbacks = build_callbacks(config, data, heldout, saved, accelerator, state.step, frozen)
 
     def step(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, bool]:
+        if frozen is not None:
+            batch = frozen(moved(batch, accelerator.device))
         return optimizer_step(accelerator, model, state, batch, config, noise)
 
     def save() -> Path:
@@ -405,7 +439,9 @@ def optimizer_step(
         with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
             with accelerator.autocast():  # DDP has its own; FSDP2 has none
                 inputs = (part["x"], part["timestep"], part["labels"], part.get("kept_tokens"))
-                prediction, *auxiliary = model(*inputs, return_dict=False, **wanted)
+                prediction, *auxiliary = model(
+                    *inputs, return_dict=False, **text_inputs(part), **wanted
+                )
             loss = training_loss(prediction, part["target"]) / parts
             for early in auxiliary:
                 weight = config.objective.auxiliary_weight / parts
@@ -511,6 +547,18 @@ def _clustered(data: TrainingData | None, centres: Tensor) -> Any:
     return with_clusters(data, centres, on_main(partial(nearest_clusters, data, centres)))
 
 
+def _say_what_is_not_read(config: DataConfig, data: TrainingData) -> None:
+    """Name columns of captions that are there, or asked for, in a run without a text encoder."""
+    unread = [name for name in text_columns(data.kinds, config) if name not in data.label_names]
+    if config.caption_template is not None:
+        unread.append("caption_template")
+    if unread and is_main():
+        logger.info(
+            "not used: %s; for a network that reads captions, set --text_encoder.source lm",
+            ", ".join(unread),
+        )
+
+
 def start_files(
     config: RunConfig, accelerator: Accelerator, record: dict[str, Any], step: int
 ) -> None:
@@ -523,9 +571,14 @@ def start_files(
     start_tracker(config.report_to, accelerator, out, record["config"], step)
 
 
-def identity(data: TrainingData) -> dict[str, Any]:
+def identity(data: TrainingData, saved: SavedPipeline) -> dict[str, Any]:
     """What a checkpoint records of the training data, to know them again."""
-    return {"fingerprint": data.fingerprint, "number of pictures": len(data)}
+    known = {"fingerprint": data.fingerprint, "number of pictures": len(data)}
+    if data.captions is not None:
+        known["captions"] = data.captions.fingerprint
+    if saved.text_encoder is not None:
+        known["text encoder"] = weights_sha256(saved.text_encoder)
+    return known
 
 
 # Accelerator and tracker.
