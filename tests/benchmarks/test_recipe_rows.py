@@ -193,6 +193,57 @@ def test_a_row_and_the_sampler_table_run_once(tmp_path, monkeypatch):
     assert len(results.read_rows(tmp_path / "rows.csv")) == len(first) + len(found)
 
 
+def test_the_sampler_table_measures_every_guidance_and_saves_the_best(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    train(
+        replace(
+            small_run, checkpoint_every=4, keep_last=0,
+            model=replace(small_run.model, auxiliary_layer=1),
+        )
+    )  # fmt: skip
+    run = tmp_path / "run"
+    early = run / "checkpoints" / "step-00000004"
+    table = (
+        run / "pipeline", "--reference", "art", "--out", tmp_path / "guidance", "--weights",
+        "random", "--num_images", 8, "--evaluations", "--guided_steps", 2, "--scales", 2, 3,
+        "--guide", early, "--bisections", 1, "--recommend", "--rows", tmp_path / "rows.csv",
+        "--name", "three",
+    )  # fmt: skip
+    call(monkeypatch, sampler_table, *table)
+    found = results.read_rows(tmp_path / "rows.csv")
+    values = {r["case"]: float(r["value"]) for r in found if r["metric"] == "fd_random"}
+    assert all(r["shape"].startswith("three, n 8, shift ") for r in found)
+    for kind in ("guidance", "autoguidance", "internal guidance"):
+        cases = [case for case in values if case.startswith(f"Euler 2 steps, {kind} ")]
+        first = {f"Euler 2 steps, {kind} {s} in {i}" for s in (2, 3) for i in ("0-1", "0.3-1")}
+        assert first < set(cases)
+        later = sorted(set(cases) - first)
+        best = min(first, key=values.get).rpartition(" in ")
+        edges = [0.15] if best[2] == "0-1" else [0.15, 0.6]
+        assert later == [f"{best[0]} in {edge}-1" for edge in edges]
+    assert len(values) == 1 + len([case for case in values if " in " in case])
+    assert f"the best: {min(values, key=values.get)}" in capsys.readouterr().out
+
+    alone = min((case for case in values if "autoguidance" not in case), key=values.get)
+    saved = load_pipeline(str(run / "pipeline")).guidance
+    scales = [saved["guidance_scale"], saved["internal_guidance_scale"]]
+    kind = alone.partition(", ")[2].partition(" in ")[0]
+    expected = {"": [1, 1], "guidance 2": [2, 1], "guidance 3": [3, 1],
+                "internal guidance 2": [1, 2], "internal guidance 3": [1, 3]}  # fmt: skip
+    assert scales == expected[kind]
+    monkeypatch.setattr(sampler_table, "evaluate", None)
+    call(monkeypatch, sampler_table, *table)
+    assert results.read_rows(tmp_path / "rows.csv") == found
+
+
+def test_better_edges_lie_halfway_to_the_neighbours_of_the_best():
+    assert sampler_table.better_edges({0.0: 1.0, 0.3: 2.0}) == [0.15]
+    assert sampler_table.better_edges({0.0: 2.0, 0.3: 1.0}) == [0.15, 0.6]
+    assert sampler_table.better_edges({0.0: 2.0, 0.15: 0.5, 0.3: 1.0}) == [0.075, 0.225]
+    assert sampler_table.better_edges({0.0: 2.0, 0.9: 1.0}) == [0.45]
+
+
 def test_the_floor_is_measured_with_and_without_the_autoencoder(tmp_path, monkeypatch):
 
     torch.manual_seed(0)

@@ -77,6 +77,20 @@ def test_internal_guidance_is_in_pictures_and_command(pipe):
         gallery.check(replace(on, internal_guidance_scale=21.0))
 
 
+def test_the_gallery_takes_the_guidance_of_its_pipeline(pipe):
+    pipe.guidance = {"guidance_scale": 19.0, "guidance_interval": (0.95, 1.0)}
+    gallery = Gallery(pipe)
+    settings = gallery.check(ASKED)
+    assert (settings.guidance_scale, settings.internal_guidance_scale) == (19.0, 1.0)
+    assert "guidance" not in sample_command(gallery, settings)
+    other = gallery.check(replace(ASKED, guidance_scale=2.0))
+    assert "--guidance_scale 2.0" in sample_command(gallery, other)
+    images = final_images(gallery, ASKED)
+    assert not np.array_equal(images, final_images(gallery, other))
+    pipe.guidance = {"guidance_scale": 19.0}
+    assert not np.array_equal(images, final_images(Gallery(pipe), ASKED))
+
+
 @pytest.mark.parametrize("picture", [2, None], ids=["picture", "sheet"])
 def test_a_png_holds_the_settings_that_reproduce_it(gallery, picture):
     def png(settings: Settings) -> bytes:

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from complexity_dit.__main__ import PROGRAM
-from complexity_dit.config import ObjectiveConfig, SampleConfig
+from complexity_dit.cli.inspect import inspect
+from complexity_dit.config import EvalSampleConfig, ObjectiveConfig, SampleConfig
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
+from complexity_dit.pipelines.image_to_image import ComplexityDiTImg2ImgPipeline
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import iter_samples, sample, scheduler_settings
 from complexity_dit.training.objective import build_scheduler
@@ -143,6 +145,70 @@ def test_internal_guidance_from_the_command_line(early, tmp_path, command):
     # A folder that an older version began can be completed.
     assert kept["plain"] == kept["one"]
     assert "sample.internal_guidance_scale" not in kept["plain"]
+
+
+RECOMMENDED = {
+    "guidance_scale": 1.0,
+    "internal_guidance_scale": 2.5,
+    "guidance_interval": (0.8, 1.0),
+}  # fmt: skip  -- of three steps at 1, 0.91 and 0.71, two are guided
+
+
+def test_a_pipeline_carries_its_own_guidance(early, tmp_path, command):
+    usual = latents_of(early, guidance_scale=2.0)
+    assert torch.equal(latents_of(early), usual)  # what a pipeline without its own does
+    early.guidance = RECOMMENDED
+    early.save_pretrained(tmp_path / "pipe")
+    pipe = ComplexityDiTPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    own = latents_of(pipe)
+    assert torch.equal(own, latents_of(pipe, **RECOMMENDED))
+    assert pipe.num_evaluations == 3
+    assert not torch.allclose(own, usual, atol=1e-3)
+    everywhere = RECOMMENDED | {"guidance_interval": (0.0, 1.0)}
+    given = latents_of(pipe, guidance_interval=(0.0, 1.0))  # the scales are still its own
+    assert torch.equal(given, latents_of(pipe, **everywhere))
+    assert not torch.allclose(given, own, atol=1e-3)
+    copies = ComplexityDiTImg2ImgPipeline.from_pipe(pipe).guidance, inspect(str(tmp_path / "pipe"))
+    assert copies[0]["internal_guidance_scale"] == 2.5
+    assert copies[1]["guidance"]["internal_guidance_scale"] == 2.5
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert "guidance 1, internal guidance 2.5 at noise levels 0.8 to 1" in card
+
+    words = ("sample", tmp_path / "pipe", "--num_images", 1, "--num_inference_steps", 1)
+    for out, options, scale in (("own", (), 2.5), ("off", ("--internal_guidance_scale", 1), None)):
+        status, _, error = command(*words, "--out", tmp_path / out, *options)
+        assert status == 0, error
+        kept = json.loads((tmp_path / out / "settings.json").read_text())
+        assert kept["sample.guidance_scale"] == 1.0
+        assert kept["sample.guidance_interval"] == [0.8, 1.0]
+        assert kept.get("sample.internal_guidance_scale") == scale
+        assert kept["network_evaluations"] == 1
+
+    assert scheduler_settings(pipe, EvalSampleConfig())["network_evaluations"] == 20
+    early.guidance = None
+    assert torch.equal(latents_of(early), usual)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"guidance_interval": [0.6, 0.3]}, "must satisfy 0 <= low <= high <= 1"),
+        ({"guidance_interval": 0.3}, "two numbers, and the two ends of an interval"),
+        ({"guidance_scale": "2"}, "two numbers, and the two ends"),
+        ({"guidance_scale": float("inf")}, "two numbers, and the two ends"),
+        ({"scale": 2.0}, "must have some of guidance_scale, internal_guidance_scale"),
+        ({"internal_guidance_scale": 2.0}, "this network has none"),
+    ],
+)
+def test_a_wrong_guidance_of_a_pipeline_is_refused(pipe, tmp_path, wrong, words):
+    with pytest.raises(UserError, match=words):
+        pipe.guidance = wrong
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"guidance": wrong}))
+    with pytest.raises(UserError, match=words):
+        ComplexityDiTPipeline.from_pretrained(tmp_path)
 
 
 def test_a_guide_of_other_data_is_refused(pipe, guide):

@@ -20,6 +20,11 @@ AVERAGE_FILE = "average.json"
 ADAPTER_FILE = "adapter.json"
 """In an adapter folder: the pipeline that it belongs to."""
 
+GUIDANCE: dict[str, Any] = {
+    "guidance_scale": 2.0, "internal_guidance_scale": 1.0, "guidance_interval": (0.0, 1.0),
+}  # fmt: skip
+"""The guidance of a pipeline that recommends none."""
+
 RUN_KIND = "complexity-dit-run"
 """Mark of the folder of a training, see `inl_core.run.folders`."""
 
@@ -846,15 +851,18 @@ class SampleConfig:
     shift: float | None = None
     """Time shift of a flow-matching scheduler; by default that of the pipeline."""
 
-    guidance_scale: float = 2.0
-    """Scale of classifier-free guidance, or of autoguidance if that is given; 1 is off."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance, or of autoguidance if that is given; 1 is off. By default
+    what the pipeline recommends, or 2."""
 
-    internal_guidance_scale: float = 1.0
+    internal_guidance_scale: float | None = None
     """Scale of internal guidance, away from the network's auxiliary output (arXiv 2512.24176): no
-    further evaluation. Added to the other guidance if both are on; 1 is off."""
+    further evaluation. Added to the other guidance if both are on; 1 is off. By default what the
+    pipeline recommends, or 1."""
 
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Noise levels in [0, 1] between which guidance is on."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels in [0, 1] between which guidance is on; by default what the pipeline
+    recommends, or all."""
 
     autoguidance: str | None = None
     """Pipeline folder of a weaker model of the same data, e.g. of an early checkpoint: guidance
@@ -932,9 +940,16 @@ class StartConfig:
 class EvalSampleConfig(SampleConfig):
     """How the pictures of an evaluation are sampled; all of it is part of a result's settings."""
 
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = 1.0
     """Scale of classifier-free guidance, or of autoguidance if that is given; 1, off, is that of
-    the protocol (docs/fid-protocol.md), and not the default of `sample`."""
+    the protocol (docs/fid-protocol.md), and not the default of `sample`; null is what the pipeline
+    recommends."""
+
+    internal_guidance_scale: float | None = 1.0
+    """Scale of internal guidance, likewise."""
+
+    guidance_interval: tuple[float, float] | None = (0.0, 1.0)
+    """Noise levels in [0, 1] between which guidance is on, likewise."""
 
 
 @dataclass

@@ -100,11 +100,11 @@ class Settings:
     num_inference_steps: int = 20
     """Denoising steps."""
 
-    guidance_scale: float = 2.0
-    """Classifier-free guidance; 1 is off."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is off. None is the pipeline's own."""
 
-    internal_guidance_scale: float = 1.0
-    """Guidance away from the network's auxiliary output, if it has one; 1 is off."""
+    internal_guidance_scale: float | None = None
+    """Guidance away from the network's auxiliary output, likewise."""
 
     scheduler: str | None = None
     """Class name in diffusers; None is the pipeline's own."""
@@ -178,8 +178,8 @@ class Gallery:
         """Check that settings are valid and within the limits.
 
         Returns:
-            The settings with scheduler and side filled in and, for a strip, without a label of its
-            own field.
+            The settings with scheduler, side and guidance filled in and, for a strip, without a
+            label of its own field.
 
         Raises:
             UserError: Naming the value, what was expected and what to do.
@@ -188,6 +188,10 @@ class Gallery:
         multiple *= self.pipe.vae_scale_factor
         side = self.pipe.sample_size if settings.side is None else settings.side
         scheduler = settings.scheduler or self.own_scheduler
+        own, scale = self.pipe.guidance, settings.guidance_scale
+        scale = own["guidance_scale"] if scale is None else scale
+        internal = settings.internal_guidance_scale
+        internal = own["internal_guidance_scale"] if internal is None else internal
         for name, value, low, high, limit in (
             ("seed", settings.seed, 0, MAX_SEED, ""),
             ("last seed", settings.to_seed or 0, 0, MAX_SEED, ""),
@@ -196,8 +200,8 @@ class Gallery:
             ("number of steps", settings.num_inference_steps, 1, limits.max_steps, "max_steps"),
             ("size", side, multiple, limits.max_side, "max_side"),
             ("chunk_size", settings.chunk_size, 1, limits.max_images, ""),
-            ("guidance", settings.guidance_scale, 0, limits.max_guidance, ""),
-            ("internal guidance", settings.internal_guidance_scale, 0, limits.max_guidance, ""),
+            ("guidance", scale, 0, limits.max_guidance, ""),
+            ("internal guidance", internal, 0, limits.max_guidance, ""),
         ):
             is_scale = name.endswith("guidance") or name == "strength"
             kinds = (int, float) if is_scale else (int,)
@@ -242,8 +246,9 @@ class Gallery:
                 )
         labels = {name: v for name, v in settings.labels.items() if name != settings.strip}
         return replace(
-            settings, labels=labels, prompt=prompt, scheduler=scheduler, side=side, **pictures
-        )
+            settings, labels=labels, prompt=prompt, scheduler=scheduler, side=side,
+            guidance_scale=scale, internal_guidance_scale=internal, **pictures,
+        )  # fmt: skip
 
     def _fitted(self, name: str, text: str, side: int) -> str:
         """A PNG in base64, checked and cut to a square of `side` pixels."""
@@ -423,10 +428,11 @@ def sample_command(gallery: Gallery, settings: Settings, pipeline: str = "PIPELI
         words += ["--prompt", settings.prompt]
     for name, value in settings.labels.items():
         words += [f"--labels.{name}", value, *([last[name]] if last else [])]
-    for name in ("num_images", "seed", "num_inference_steps", "guidance_scale", "chunk_size"):
+    for name in ("num_images", "seed", "num_inference_steps", "chunk_size"):
         words += [f"--{name}", f"{getattr(settings, name)}"]
-    if settings.internal_guidance_scale != 1:
-        words += ["--internal_guidance_scale", f"{settings.internal_guidance_scale}"]
+    for name in ("guidance_scale", "internal_guidance_scale"):
+        if getattr(settings, name) not in (None, gallery.pipe.guidance[name]):
+            words += [f"--{name}", f"{getattr(settings, name)}"]
     if settings.scheduler not in (None, gallery.own_scheduler):
         words += ["--scheduler", settings.scheduler]
     if settings.side not in (None, gallery.pipe.sample_size):

@@ -169,7 +169,7 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
     runs ends after its current step, when its page is closed or *Stop* is pressed. A request that
     finds `queue_size` others waiting is refused.
     """
-    defaults, limits = Settings(), gallery.limits
+    defaults, limits, own = Settings(), gallery.limits, gallery.pipe.guidance
     fields = list(gallery.label_names)
     strips = {f"Every {field}, one seed": field for field in fields}
 
@@ -214,11 +214,11 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 with gr.Accordion("How it is painted", open=False):
                     steps = gr.Number(defaults.num_inference_steps, label="Steps", precision=0)
                     guidance = gr.Slider(
-                        0, min(10.0, limits.max_guidance), defaults.guidance_scale, step=0.1,
+                        0, min(10.0, limits.max_guidance), own["guidance_scale"], step=0.1,
                         label="Guidance", info="1 is off",
                     )  # fmt: skip
                     internal = gr.Slider(
-                        0, min(10.0, limits.max_guidance), defaults.internal_guidance_scale,
+                        0, min(10.0, limits.max_guidance), own["internal_guidance_scale"],
                         step=0.1, label="Internal guidance", info="1 is off",
                         visible=bool(gallery.pipe.transformer.config.get("auxiliary_layer")),
                     )  # fmt: skip

@@ -54,6 +54,7 @@ def inspect(path: str) -> dict[str, Any]:
         ),
         "labels": {field: len(names) for field, names in pipe.label_names.items()},
         "scheduler": type(pipe.scheduler).__name__,
+        "guidance": {n: list(v) if isinstance(v, tuple) else v for n, v in pipe.guidance.items()},
         "vae": None if vae is None else type(vae).__name__,
         **(
             {}

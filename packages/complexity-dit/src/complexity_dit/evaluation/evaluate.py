@@ -78,9 +78,10 @@ from complexity_dit.evaluation.networks import FeatureExtractor, load_extractor
 from complexity_dit.evaluation.report import GRID_IMAGES, Pictures, format_result, render
 from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
+from complexity_dit.pipelines.model_card import guidance_text
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sample_folders import SETTINGS_FILE, claim_samples
-from complexity_dit.pipelines.sampling import recorded, scheduler_settings
+from complexity_dit.pipelines.sampling import recorded, scheduler_settings, with_guidance
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, remove_partial_writes
 from inl_core.run.folders import claim_folder, has_result
@@ -177,6 +178,12 @@ def evaluate(
             pipe, images, generated_rows = None, subject, draw(len(subject), n, config.seed)
         else:
             pipe, generated_rows = subject, np.arange(n)
+            sample = with_guidance(pipe, sample)
+            if pipe.config.guidance is not None:
+                logger.info(
+                    "sampled with %s; the pipeline recommends %s",
+                    *(guidance_text(one) for one in (asdict(sample), pipe.guidance)),
+                )
             settings |= {"sample": recorded(sample), **scheduler_settings(pipe, sample)}
             keep = folder / SAMPLES_FOLDER if folder and config.keep_images else None
             if keep:

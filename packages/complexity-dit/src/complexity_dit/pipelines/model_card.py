@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from complexity_dit.config import ADAPTER_FILE, AVERAGE_FILE, DATA_FILE
+from complexity_dit.config import ADAPTER_FILE, AVERAGE_FILE, DATA_FILE, GUIDANCE
 from complexity_dit.labels import LabelTable
 from complexity_dit.pictures import read_picture
 from inl_core.run.files import atomic_file, final_path, read_text
@@ -220,6 +220,8 @@ def _architecture(folder: Path, index: dict) -> str:
         "text encoder": (index.get("text_encoder") or [None, None])[1],
         "scheduler": _read(folder / "scheduler" / "scheduler_config.json").get("_class_name"),
     }
+    if guidance := index.get("guidance"):
+        rows["recommended guidance"] = guidance_text(GUIDANCE | guidance)
     placement = network.get("dynamics_placement")  # None: a denoiser of another class
     if placement is not None:
         adaptive = "" if placement == "none" else f", {network['dynamics_adaptive']}"
@@ -256,7 +258,7 @@ def _evaluation(result: dict | None) -> str:
     ]
     protocol = (
         f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
-        f"{source}; {sample['num_inference_steps']} steps, {_guidance(sample)}, "
+        f"{source}; {sample['num_inference_steps']} steps, {guidance_text(sample)}, "
         f"seed {sample['seed']}; "
         f"features of {_escape(extractor['name'])} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
@@ -277,11 +279,11 @@ def _evaluation(result: dict | None) -> str:
     return "\n".join([*lines, "", protocol])
 
 
-def _guidance(sample: dict) -> str:
-    """The guidance of a result. Results of older versions have no internal guidance."""
+def guidance_text(sample: dict) -> str:
+    """Guidance in words. Results of older versions have no internal guidance."""
     scale, internal = sample["guidance_scale"], sample.get("internal_guidance_scale", 1)
     low, high = sample["guidance_interval"]
-    text = f"{'autoguidance' if sample['autoguidance'] else 'guidance'} {scale:g}"
+    text = f"{'autoguidance' if sample.get('autoguidance') else 'guidance'} {scale:g}"
     if internal != 1:
         text += f", internal guidance {internal:g}"
     if (scale, internal) != (1, 1) and (low, high) != (0, 1):

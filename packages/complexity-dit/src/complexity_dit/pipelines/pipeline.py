@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from complexity_dit.config import GUIDANCE
 from complexity_dit.hashing import array_hash
 from complexity_dit.labels import LabelTable, resolve_label
 from complexity_dit.models.adapters import (
@@ -45,7 +46,7 @@ from complexity_dit.pipelines.schedulers import (
 )
 from inl_core.run.errors import UserError
 from inl_core.run.files import merged_folder
-from inl_core.run.json_files import one_line
+from inl_core.run.json_files import fits, one_line
 
 LabelValue = str | int | None
 Labels = Mapping[str, LabelValue | Sequence[LabelValue]]
@@ -207,11 +208,13 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             reads; None for a network without, or to pass `prompt_embeds` only.
         tokenizer: Its tokenizer.
         prompt_length: Tokens of a prompt, to which all are padded; given with a text encoder.
+        guidance: The guidance that suits the network (see `guidance`); None recommends none.
 
     Raises:
         UserError: If `id2label` or `label_counts` does not match the transformer's label fields,
             the statistics do not match its channels, the text encoder does not match the network or
-            the tokenizer, or the scheduler cannot sample from the model.
+            the tokenizer, the scheduler cannot sample from the model, or the guidance is not one of
+            this network.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -240,6 +243,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         text_encoder: nn.Module | None = None,
         tokenizer: Callable | None = None,
         prompt_length: int | None = None,
+        guidance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         objective = objective or objective_of(scheduler)
@@ -270,6 +274,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         self._label_table = label_counts and LabelTable(
             label_counts, transformer.config.num_classes
         )
+        self.guidance = guidance
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -308,6 +313,28 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     def sample_size(self) -> int:
         """Default height and width of an image in pixels."""
         return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The guidance of calls that name none: both scales, and the interval.
+
+        Assign some of them, or None for the defaults; they are saved with the pipeline.
+        """
+        return GUIDANCE | (self.config.guidance or {})
+
+    @guidance.setter
+    def guidance(self, given: Mapping[str, Any] | None) -> None:
+        given = None if given is None else dict(given)
+        chosen = GUIDANCE | (given or {})
+        *scales, interval = (chosen[name] for name in GUIDANCE)
+        numbers = [*scales, *interval] if isinstance(interval, list | tuple) else []
+        if chosen.keys() != GUIDANCE.keys() or len(numbers) != 4 or not fits(numbers, list[float]):
+            raise UserError(
+                f"guidance {given!r} must have some of {', '.join(GUIDANCE)}: two numbers, and "
+                "the two ends of an interval"
+            )
+        Guidance(*chosen.values(), guide=None).check(self.transformer, torch.empty(0))
+        self.register_to_config(guidance=given)
 
     @property
     def guidance_scale(self) -> float:
@@ -595,8 +622,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 2.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         guide: ComplexityDiTTransformer2DModel | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -610,7 +637,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         labels: Labels | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-        internal_guidance_scale: float = 1.0,
+        internal_guidance_scale: float | None = None,
         num_loops: int | None = None,
         negative_prompt: Prompts = None,
         prompt_embeds: Tensor | None = None,
@@ -635,6 +662,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             num_inference_steps: Denoising steps; each is one evaluation of the network, or two with
                 a second-order scheduler such as Heun's (`num_evaluations` counts them).
             guidance_scale: Classifier-free guidance (Ho & Salimans, arXiv 2207.12598); 1 is off.
+                None is the scale of `guidance`, as for the other two arguments of guidance.
             guidance_interval: Noise levels in [0, 1] within which guidance acts (Kynkäänniemi et
                 al., arXiv 2404.07724); outside it the conditional prediction is used alone.
             guide: A weaker network for the same labels and objective, e.g. an earlier checkpoint or
@@ -734,9 +762,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         condition = self._condition(
             call.class_labels, call.label_embeds, _merged(call.labels, call.named)
         )
-        guidance = Guidance(
-            call.guidance_scale, call.internal_guidance_scale, call.guidance_interval, call.guide
-        )
+        asked = {name: getattr(call, name) for name in GUIDANCE}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        guidance = Guidance(*(self.guidance | asked).values(), guide=call.guide)
         guidance.check(self.transformer, condition)
         texts = self._texts(call)
         if call.guide is None and not (

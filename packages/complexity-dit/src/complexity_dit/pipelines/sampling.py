@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -152,8 +152,15 @@ def pipeline_hash(pipe: ComplexityDiTPipeline) -> str:
     return digest.hexdigest()
 
 
+def with_guidance(pipe: ComplexityDiTPipeline, config: SampleConfig) -> SampleConfig:
+    """The config with the pipeline's own guidance where it names none."""
+    own = {n: value for n, value in pipe.guidance.items() if getattr(config, n) is None}
+    return replace(config, **own)
+
+
 def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dict[str, Any]:
     """The scheduler that sampling uses, with its settings, and network evaluations per image."""
+    sample = with_guidance(pipe, sample)
     scheduler = named_scheduler(pipe.scheduler, sample.scheduler, sample.shift)
     # DPM-Solver's settings contain an infinity, which JSON cannot represent as a number.
     config = {
@@ -190,6 +197,7 @@ def sample_settings(
     prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the bits of the images."""
+    config = with_guidance(pipe, config)
     sample, guide = recorded(config), {}
     sample.pop("batch_size")
     if config.internal_guidance_scale == 1:  # folders of older versions do not name it

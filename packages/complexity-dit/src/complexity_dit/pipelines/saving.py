@@ -50,9 +50,11 @@ _KINDS = {
     "ModelMixin": "model", "SchedulerMixin": "scheduler", "PreTrainedModel": "model",
     "PreTrainedTokenizerBase": "tokenizer",
 }  # fmt: skip
-_SETTINGS = frozenset(
-    {"id2label", "latents_mean", "latents_std", "objective", "label_counts", "prompt_length"}
-)
+SETTINGS = frozenset({
+    "id2label", "latents_mean", "latents_std", "objective", "label_counts", "prompt_length",
+    "guidance",
+})  # fmt: skip
+"""What a pipeline has in `model_index.json` beside its components."""
 _HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")
 # Components passed to `from_pretrained`: their entries in `model_index.json` are not used.
 _passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())
@@ -61,7 +63,7 @@ _passed: ContextVar[frozenset[str]] = ContextVar("_passed", default=frozenset())
 def _check_components(config: dict[str, Any], passed: frozenset[str]) -> None:
     """Refuse classes that are not imported yet: importing a module by name runs its code."""
     for name, value in config.items():
-        if name.startswith("_") or name in _SETTINGS | passed or value == [None, None]:
+        if name.startswith("_") or name in SETTINGS | passed or value == [None, None]:
             continue
         if name not in _BASES:
             raise UserError(f"model_index.json names a component {name!r}; expected {list(_BASES)}")

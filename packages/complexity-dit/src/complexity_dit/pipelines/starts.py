@@ -21,6 +21,7 @@ from complexity_dit.pipelines.image_to_image import (
     between,
 )
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
+from complexity_dit.pipelines.saving import SETTINGS
 from complexity_dit.seeding import generator_for
 from inl_core.run.errors import UserError
 
@@ -43,9 +44,7 @@ class Start(Protocol):
 
 def built_as(cls: type[ComplexityDiTPipeline], pipe: ComplexityDiTPipeline) -> Any:
     """The networks and the scheduler of a pipeline in one of another class."""
-    config = ("id2label", "latents_mean", "latents_std", "objective", "label_counts",
-              "prompt_length")  # fmt: skip
-    return cls(**pipe.components, **{name: pipe.config[name] for name in config})
+    return cls(**pipe.components, **{name: pipe.config[name] for name in SETTINGS})
 
 
 def pictures_in(path: Path) -> list[Path]:
