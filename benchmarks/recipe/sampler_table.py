@@ -6,17 +6,24 @@
 First every scheduler with every number of network evaluations, without guidance. Then guidance of
 every kind that the checkpoint has, with every scale and interval of noise levels: away from the
 null rows, away from the earlier checkpoint `--guide` (autoguidance), away from the auxiliary output
-(internal guidance). `--bisections` then moves the lower edge of the interval, for the best scale of
-each kind: it halves the distance to its best neighbours, so often.
+(internal guidance). Each of the `--bisections` then tries, for the best scale of a kind, two lower
+edges of the interval: halfway between the best edge so far and its neighbours.
 
 Evaluations are counted during sampling: a step of Heun takes two and a guided one twice as many, so
 Heun gets the largest number of steps within the budget, and guided lines report their number.
-Results in `--out` are read and not measured again. `--recommend` saves the best guidance that needs
-no other network in the pipeline, whose calls use it from then on.
+
+A line is printed as soon as it is measured and kept in `--out`: the same command continues after a
+kill, in the middle of a line too, and reads what is there. Features of the reference are computed
+once. On one core, n = 2,048 takes minutes a line: search with a small `--num_images` and another
+`--out`, then measure the best scales and intervals alone.
+
+`--recommend` saves the best guidance that needs no other network in the pipeline, whose calls use
+it from then on.
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.common.painting import painting
@@ -24,7 +31,7 @@ from benchmarks.common.results import append_rows, as_rows, commit, format_value
 
 from complexity_dit.config import GUIDANCE, EvalConfig
 from complexity_dit.evaluation.evaluate import evaluate
-from complexity_dit.pipelines.sampling import load_pipeline
+from complexity_dit.pipelines.sampling import find_pipeline, load_pipeline, recorded
 from complexity_dit.pipelines.schedulers import count_evaluations, named_scheduler
 
 SCHEDULERS = {
@@ -45,7 +52,7 @@ def steps_within(scheduler, evaluations):
 
 
 def unguided(scheduler, options):
-    """{name: sampling config}: the grid of schedulers, and what guidance is compared with."""
+    """{name: sampling config}: the grid of schedulers; last, what guidance is compared with."""
     table = {}
     for name, cls in SCHEDULERS.items():
         solver = named_scheduler(scheduler, cls, options.shift)
@@ -65,7 +72,9 @@ def unguided(scheduler, options):
 
 def kinds_of(pipe, options):
     """{kind of guidance: its scale as a field of the sampling config, with what else it needs}."""
-    kinds = {"guidance": lambda scale: {"guidance_scale": scale}}
+    kinds = {}
+    if pipe.transformer.config.label_fields:
+        kinds["guidance"] = lambda scale: {"guidance_scale": scale}
     if options.guide:
         kinds["autoguidance"] = lambda scale: {
             "guidance_scale": scale,
@@ -98,9 +107,14 @@ def better_edges(values):
     return [round((edge + edges[best]) / 2, 4) for edge in sorted(around)]
 
 
-def recommended(sampling):
-    """A sampling config as the guidance of a pipeline."""
-    return {name: getattr(sampling, name) for name in GUIDANCE}
+def kept_result(path, **settings):
+    """A result of an earlier call, which must be one of these settings."""
+    result = json.loads(path.read_text())
+    asked = json.loads(json.dumps(settings))
+    other = [name for name in asked if result["settings"][name] != asked[name]]
+    if other:
+        raise SystemExit(f"{path} has another {' and '.join(other)}: choose another --out")
+    return result
 
 
 def main():
@@ -111,7 +125,7 @@ def main():
     parser.add_argument("pipeline")
     parser.add_argument("--reference", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num_images", type=int, default=1024, help="n of FID and KID")
+    parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
     parser.add_argument("--evaluations", type=int, nargs="*", default=[5, 10, 20, 50])
     parser.add_argument("--shift", type=float, help="time shift; by default the pipeline's")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.5, 2.0, 3.0])
@@ -135,7 +149,13 @@ def main():
         fresh = not written.exists()
         if fresh:
             evaluate(options.pipeline, options.reference, out, measured, sampling)
-        result = json.loads(written.read_text())
+        result = kept_result(
+            written,
+            target=options.pipeline,
+            reference=options.reference,
+            eval=asdict(measured),
+            sample=recorded(sampling),
+        )
         metrics = {"evaluations": result["settings"]["network_evaluations"], **result["metrics"]}
         values = {name: (value, "") for name, value in metrics.items()}
         print(f"{case}: {format_values(values)}", flush=True)
@@ -152,10 +172,11 @@ def main():
             )
         return next(iter(result["metrics"].values()))
 
-    for case, sampling in unguided(pipe.scheduler, options).items():
-        plain = distance(case, sampling), case, sampling
+    found = [
+        (distance(case, sampling), case, sampling)
+        for case, sampling in unguided(pipe.scheduler, options).items()
+    ][-1:]
     intervals = [tuple(map(float, interval.split("-"))) for interval in options.intervals]
-    found = [plain]
     for kind, fields in kinds_of(pipe, options).items():
         by_scale = {}
         for scale in options.scales:
@@ -172,10 +193,11 @@ def main():
                 found.append((edges[low], case, sampling))
     alone = [one for one in found if one[2].autoguidance is None]
     for title, some in (("the best", found), ("the best of one network", alone)):
-        print(f"{title}: {min(some, key=lambda one: one[0])[1]}")
+        _, case, sampling = min(some, key=lambda one: one[0])
+        print(f"{title}: {case}")
     if options.recommend:
-        pipe.guidance = recommended(min(alone, key=lambda one: one[0])[2])
-        pipe.save_pretrained(options.pipeline)
+        pipe.guidance = {name: getattr(sampling, name) for name in GUIDANCE}
+        pipe.save_pretrained(find_pipeline(Path(options.pipeline)))
 
 
 if __name__ == "__main__":

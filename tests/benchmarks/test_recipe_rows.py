@@ -191,6 +191,9 @@ def test_a_row_and_the_sampler_table_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sampler_table, "evaluate", None)
     call(monkeypatch, sampler_table, *table)
     assert len(results.read_rows(tmp_path / "rows.csv")) == len(first) + len(found)
+    for other, name in (("--shift", "sample"), ("--num_images", "eval")):
+        with pytest.raises(SystemExit, match=f"has another {name}: choose another --out"):
+            call(monkeypatch, sampler_table, *table, other, 4)
 
 
 def test_the_sampler_table_measures_every_guidance_and_saves_the_best(
@@ -205,8 +208,9 @@ def test_the_sampler_table_measures_every_guidance_and_saves_the_best(
     run = tmp_path / "run"
     early = run / "checkpoints" / "step-00000004"
     table = (
-        run / "pipeline", "--reference", "art", "--out", tmp_path / "guidance", "--weights",
-        "random", "--num_images", 8, "--evaluations", "--guided_steps", 2, "--scales", 2, 3,
+        run, "--reference", "art", "--out", tmp_path / "guidance", "--weights",
+        "random", "--num_images", 8, "--evaluations", "--guided_steps", 3, "--scales", 2, 3,
+        "--intervals", "0-1", "0.8-1",  # of the levels 1, 0.91 and 0.71 all, and two
         "--guide", early, "--bisections", 1, "--recommend", "--rows", tmp_path / "rows.csv",
         "--name", "three",
     )  # fmt: skip
@@ -215,12 +219,12 @@ def test_the_sampler_table_measures_every_guidance_and_saves_the_best(
     values = {r["case"]: float(r["value"]) for r in found if r["metric"] == "fd_random"}
     assert all(r["shape"].startswith("three, n 8, shift ") for r in found)
     for kind in ("guidance", "autoguidance", "internal guidance"):
-        cases = [case for case in values if case.startswith(f"Euler 2 steps, {kind} ")]
-        first = {f"Euler 2 steps, {kind} {s} in {i}" for s in (2, 3) for i in ("0-1", "0.3-1")}
+        cases = [case for case in values if case.startswith(f"Euler 3 steps, {kind} ")]
+        first = {f"Euler 3 steps, {kind} {s} in {i}" for s in (2, 3) for i in ("0-1", "0.8-1")}
         assert first < set(cases)
         later = sorted(set(cases) - first)
         best = min(first, key=values.get).rpartition(" in ")
-        edges = [0.15] if best[2] == "0-1" else [0.15, 0.6]
+        edges = [0.4] if best[2] == "0-1" else [0.4, 0.85]
         assert later == [f"{best[0]} in {edge}-1" for edge in edges]
     assert len(values) == 1 + len([case for case in values if " in " in case])
     assert f"the best: {min(values, key=values.get)}" in capsys.readouterr().out
