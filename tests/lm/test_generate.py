@@ -2,11 +2,12 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
 
-from complexity_lm.config import GenerateConfig
+from complexity_lm.config import SHIPPED, GenerateConfig
 from complexity_lm.generate import encode_prompt, generate, print_generated, read_prompts
 from complexity_lm.loading import load
 from inl_core.run.errors import UserError
@@ -152,6 +153,16 @@ def test_invalid_prompts(tmp_path, monkeypatch):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(UserError, match=words):
             read_prompts(None, str(tmp_path / "bad.txt"), io.StringIO())
+
+
+def test_a_shipped_model_is_known_by_its_name(trained, tmp_path, monkeypatch):
+    name, hub_id = next(iter(SHIPPED.items()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("inl_core.run.shipped.__file__", str(tmp_path / "a/b/c/d/e/f.py"))
+    with pytest.raises(UserError, match=f"cannot load a model from {hub_id}: Cannot reach"):
+        load(name)  # which tests have switched off
+    shutil.copytree(trained / "model", tmp_path / "checkpoints" / name)
+    assert load(name).model.config.hidden_size == load(str(trained)).model.config.hidden_size
 
 
 def test_generation_loads_no_datasets():

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from complexity_dit.config import SampleConfig
+from complexity_dit.config import SHIPPED, SampleConfig
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.grids import save_grid
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.pipelines.sampling import (
     drawn_labels,
+    find_pipeline,
     grid_labels,
     iter_samples,
     load_pipeline,
@@ -243,6 +244,28 @@ def test_a_full_disk_is_one_line(pipe, tmp_path, name):
     assert not list(tmp_path.rglob("*-partial"))
 
 
-def test_an_unreachable_hub_id_is_refused():
-    with pytest.raises(UserError, match="cannot load the pipeline nobody/nothing"):
+def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
+    with pytest.raises(UserError) as refused:
         load_pipeline("nobody/nothing")
+    assert str(refused.value).startswith("cannot load the pipeline nobody/nothing: OfflineModeIs")
+    assert "\n" not in str(refused.value)
+    monkeypatch.setattr("complexity_dit.hub.is_offline", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"nobody/nothing: cannot reach http://127\..*give the path"
+    ):
+        load_pipeline("nobody/nothing")
+
+
+def test_a_shipped_pipeline_is_known_by_its_name(pipe, tmp_path, monkeypatch):
+    name, hub_id = next(iter(SHIPPED.items()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("inl_core.run.shipped.__file__", str(tmp_path / "a/b/c/d/e/f.py"))
+    with pytest.raises(UserError, match=f"cannot load the pipeline {hub_id}"):
+        load_pipeline(name)  # no clone: from the Hub, which tests have switched off
+    pipe.save_pretrained(tmp_path / "checkpoints" / name)
+    assert find_pipeline(Path(name)) == tmp_path / "checkpoints" / name
+    assert load_pipeline(name).id2label == pipe.id2label
+    (tmp_path / name).mkdir()  # a folder of the user's wins
+    with pytest.raises(UserError, match=f"{name} is not a pipeline folder"):
+        load_pipeline(name)

@@ -25,6 +25,9 @@ GUIDANCE: dict[str, Any] = {
 }  # fmt: skip
 """The guidance of a pipeline that recommends none."""
 
+SHIPPED = {"wikiart-128": "complexity-models/wikiart-128"}
+"""Names of the pipelines in `checkpoints/` of the repository, with their Hub ids."""
+
 RUN_KIND = "complexity-dit-run"
 """Mark of the folder of a training, see `inl_core.run.folders`."""
 

@@ -129,7 +129,9 @@ _GENERATION = {
         name: Option(words, None, kind) for name, (kind, words) in generation_flags().items()
     }
 }
-_MODEL = {"model": Option("model folder, folder of a run, checkpoint, or Hub id")}
+_MODEL = {
+    "model": Option("model folder, folder of a run, checkpoint, name in checkpoints/, or Hub id")
+}
 
 # Each command imports what it needs itself, so that `--help` loads neither datasets nor Trainer.
 COMMANDS = {

@@ -8,6 +8,8 @@ from inl_core.run.settings import Scalar, Setting, check_range
 
 Split = Literal["train", "heldout", "all"]
 
+SHIPPED = {"lm-stories": "complexity-models/lm-stories"}
+"""Names of the models in `checkpoints/` of the repository, with their Hub ids."""
 
 RUN_KIND = "complexity-lm-run"
 """Mark of the folder of a training, see `inl_core.run.folders`."""

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from complexity_lm.adapters import ADAPTER_FILE, base_of, is_adapter, load_adapter
-from complexity_lm.config import DataConfig
+from complexity_lm.config import SHIPPED, DataConfig
 from complexity_lm.configuration_complexity import DeepConfig
 from complexity_lm.hub import locate, report_errors
 from complexity_lm.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
@@ -35,6 +35,7 @@ from inl_core.run.errors import UserError
 from inl_core.run.files import finish_merge, refuse_strange_files
 from inl_core.run.hub import download_weights
 from inl_core.run.json_files import filled, fits, read_json_object
+from inl_core.run.shipped import shipped
 from inl_core.run.torch_files import check_torch_files
 from inl_core.run.weights import tensor_shapes, weights_fit
 
@@ -70,8 +71,8 @@ def load(name: str, tokenizer: str | None = None, device: str = "auto") -> Loade
 
     Args:
         name: A model folder, a run's folder (its `model/` or `adapter/`, else its newest
-            checkpoint), a checkpoint, or a Hub id, of any causal language model or of a LoRA
-            adapter, which is loaded with the model that it names.
+            checkpoint), a checkpoint, a name of `SHIPPED`, or a Hub id, of any causal language
+            model or of a LoRA adapter, which is loaded with the model that it names.
         tokenizer: Another folder or Hub id for the tokenizer; the model's own by default.
         device: auto (a GPU if there is one), cpu, cuda, cuda:N.
 
@@ -113,6 +114,7 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: There is none, or it is a damaged checkpoint.
     """
+    name = shipped(name, SHIPPED)
     folder = locate(name, "give the path of a model folder")
     if folder is None:
         with report_errors(f"cannot load a model from {name}"):

@@ -106,7 +106,8 @@ def _app(config: AppConfig, pipeline: str) -> None:
     serve(pipeline, config)
 
 
-_PIPELINE = {"pipeline": Option("pipeline folder, checkpoint, folder of a run, or Hub id")}
+_WHICH = "pipeline folder, checkpoint, folder of a run, name in checkpoints/, or Hub id"
+_PIPELINE = {"pipeline": Option(_WHICH)}
 
 COMMANDS = {
     "demo": Command(
@@ -164,8 +165,8 @@ COMMANDS = {
         _evaluate,
         {
             "target": Option(
-                "pipeline folder, checkpoint, folder of a run, or Hub id; a folder of images, an "
-                ".npz with arr_0, or a source (its training images)"
+                f"{_WHICH}; a folder of images, an .npz with arr_0, or a source (its training "
+                "images)"
             )
         },
         {
@@ -221,7 +222,7 @@ COMMANDS = {
     "inspect": Command(
         "Describe a pipeline, a checkpoint or a run.",
         _inspect,
-        {"path": Option("pipeline folder, checkpoint, folder of a run, or Hub id")},
+        {"path": Option(_WHICH)},
     ),
     "plan": Command(
         "Estimate the parameters, FLOPs, memory and steps of a run.",

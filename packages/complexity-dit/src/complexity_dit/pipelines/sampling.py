@@ -17,10 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from complexity_dit.config import ADAPTER_FILE, AUTOENCODER_KIND, SampleConfig, StartConfig
+from complexity_dit.config import (
+    ADAPTER_FILE,
+    AUTOENCODER_KIND,
+    SHIPPED,
+    SampleConfig,
+    StartConfig,
+)
 from complexity_dit.distributed import is_main, on_main, own_blocks
 from complexity_dit.grids import draw_grid
 from complexity_dit.hashing import array_hash, module_hash, weights_sha256
+from complexity_dit.hub import reach_hub
 from complexity_dit.labels import MISSING
 from complexity_dit.models.loading import describe
 from complexity_dit.models.text import checked_prompt
@@ -42,6 +49,7 @@ from inl_core.run.files import atomic_file, finish_merge, read_text
 from inl_core.run.folders import writing
 from inl_core.run.json_files import MAX_JSON_BYTES, fits, one_line, read_json_object
 from inl_core.run.progress import Progress
+from inl_core.run.shipped import shipped
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +60,7 @@ _OTHER_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mp4", ".npy", ".npz", ".pdf", ".png",
     ".svg", ".tar", ".tif", ".tiff", ".webp", ".zip",
 }  # fmt: skip
+_FOLDER_HINT = "give the path of a pipeline folder"
 _PIPELINE_FILES = (ComplexityDiTPipeline.config_name, ADAPTER_FILE)
 
 
@@ -59,8 +68,8 @@ def find_pipeline(path: Path) -> Path | None:
     """The pipeline or adapter folder that a local path means.
 
     Args:
-        path: That folder, a checkpoint, or the folder of a run, which means its finished pipeline
-            or adapter, else that of its newest checkpoint.
+        path: That folder, a checkpoint, the folder of a run, which means its finished pipeline or
+            adapter, else that of its newest checkpoint, or a name of `SHIPPED` in a clone.
 
     Returns:
         The folder, or None if there is nothing of these, as for a Hub id or a folder of images.
@@ -68,6 +77,7 @@ def find_pipeline(path: Path) -> Path | None:
     Raises:
         UserError: It is a run that has saved nothing yet.
     """
+    path = Path(shipped(str(path), SHIPPED))
     finish_merge(path)
     newest = latest_checkpoint(path / "checkpoints")
     for parent in filter(None, (path, newest)):
@@ -84,13 +94,23 @@ def find_pipeline(path: Path) -> Path | None:
 
 
 def load_pipeline(path: str) -> ComplexityDiTPipeline:
-    """Load a pipeline or, into its base, an adapter: by Hub id, or a path for `find_pipeline`."""
+    """Load a pipeline or, into its base, an adapter.
+
+    Args:
+        path: A path for `find_pipeline`, a name of `SHIPPED`, or a Hub id.
+
+    Raises:
+        UserError: It is none of these, is damaged, or cannot be loaded.
+    """
+    path = shipped(path, SHIPPED)
     folder = find_pipeline(Path(path))
-    if folder is None and (Path(path).exists() or path.count("/") != 1 or path[0] in ".~"):
-        raise UserError(
-            f"{path} is not a pipeline folder (no {ComplexityDiTPipeline.config_name} in it); give "
-            "one, a checkpoint (step-XXXXXXXX), the folder of a run, or a Hub id"
-        )
+    if folder is None:
+        if Path(path).exists() or path.count("/") != 1 or path[0] in ".~":
+            raise UserError(
+                f"{path} is not a pipeline folder (no {ComplexityDiTPipeline.config_name} in it); "
+                "give one, a checkpoint (step-XXXXXXXX), the folder of a run, or a Hub id"
+            )
+        reach_hub(f"cannot load the pipeline {path}", _FOLDER_HINT)
     if folder is not None:
         check_damage(folder)
         if (folder / ADAPTER_FILE).is_file():
@@ -98,7 +118,11 @@ def load_pipeline(path: str) -> ComplexityDiTPipeline:
     try:
         return ComplexityDiTPipeline.from_pretrained(folder or path)
     except Exception as error:  # of any type: diffusers checks few values of a folder's JSON
-        raise UserError(f"cannot load the pipeline {path}: {describe(error)}") from error
+        reason, cause = describe(error), error.__cause__
+        if folder is None and isinstance(cause, Exception) and not isinstance(error, UserError):
+            # The message of diffusers itself refers to a stack trace.
+            reason = f"{describe(cause).splitlines()[0]}; {_FOLDER_HINT}"
+        raise UserError(f"cannot load the pipeline {path}: {reason}") from error
 
 
 def _load_with_adapter(folder: Path) -> ComplexityDiTPipeline:
