@@ -7,17 +7,19 @@ replaced.
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from complexity_dit.config import ADAPTER_FILE, AVERAGE_FILE, DATA_FILE, GUIDANCE
+from complexity_dit.config import ADAPTER_FILE, AVERAGE_FILE, DATA_FILE, GUIDANCE, SHIPPED
 from complexity_dit.labels import LabelTable
 from complexity_dit.pictures import read_picture
 from inl_core.run.files import atomic_file, final_path, read_text
 from inl_core.run.json_files import MAX_JSON_BYTES, one_line, read_json_object
+from inl_core.run.shipped import FOLDER
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
 _MARK_START = "<!-- Written by complexity-dit;"  # also in the cards of older versions
@@ -32,7 +34,7 @@ _IN_RUNS = ("pipeline", "adapter")
 """Folders of a run, whose cards have its name."""
 
 _USE = """\
-A diffusion transformer with INL dynamics that generates images from {given}
+A diffusion transformer{dynamics} that generates images from {given}
 ([complexity-dit](https://pypi.org/project/complexity-dit/)).
 
 ```python
@@ -44,6 +46,11 @@ image = pipe({arguments}).images[0]
 
 `trust_remote_code` runs {n} one-line modules in this repository that import the installed package
 `complexity_dit`. `complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
+
+_USE_SHIPPED = """\
+The path is that in a clone of the repository. There `complexity-dit sample {title} --out
+samples.png` paints a grid and `complexity-dit app {title}` opens the gallery; elsewhere both fetch
+`{hub_id}` from the Hub."""
 
 _USE_ADAPTER = """\
 A LoRA adapter for the pipeline {base_text}.
@@ -77,18 +84,23 @@ these weights: use them for research, not commercially."""
 
 def write_card(
     folder: Path,
-    result: dict[str, Any] | Path | None = None,
+    result: dict[str, Any] | Path | Sequence[dict[str, Any]] | None = None,
     grid: Image.Image | Path | None = None,
     name: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    floors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write the card of a saved pipeline or adapter from the files in its folder.
 
     Args:
         folder: As written by `save_pretrained` or by training.
-        result: A result of `complexity-dit evaluate`, or its file: metrics and protocol.
+        result: A result of `complexity-dit evaluate`, or its file: metrics and protocol. Several,
+            of one protocol and different guidance, get a column each.
         grid: Samples to show, saved as `samples.png` in the folder; None shows an existing file.
         name: What a user passes to `from_pretrained`, e.g. a Hub id; by default a relative path of
             the folder, with the name of the run or the folder as the title.
+        facts: What the files do not say, as rows of the table of the architecture.
+        floors: Metrics of real pictures by what these are, as columns beside those of the results.
 
     Returns:
         The card's path. An edited card is not changed.
@@ -102,9 +114,12 @@ def write_card(
         return card
     if isinstance(result, Path):
         result = read_json_object(result)
+    results = [result] if isinstance(result, dict) else list(result or ())
     place = final_path(folder)
     title = name or (place.parent if place.name in _IN_RUNS else place).name
-    name = name or f"./{place.name}"  # never a Hub id: somebody may own one of that name
+    is_shipped = place.parent.name == FOLDER and title in SHIPPED
+    # Never a Hub id: somebody may own one of that name.
+    name = name or (f"./{FOLDER}/{title}" if is_shipped else f"./{place.name}")
     data, adapter = _read(folder / DATA_FILE), _read(folder / ADAPTER_FILE)
     grid_line = f"![Samples]({GRID_FILE})" if (folder / GRID_FILE).is_file() else ""
     if adapter:
@@ -115,25 +130,30 @@ def write_card(
         about["sha256"] = _escape(adapter["base_sha256"])
     else:
         use, index = _USE, _read(folder / "model_index.json")
-        names = index["id2label"]
-        fields = _read(folder / "transformer" / "config.json")["label_fields"]
+        names, network = index["id2label"], _read(folder / "transformer" / "config.json")
+        fields, plain = network["label_fields"], network.get("dynamics_placement") == "none"
         labels = {
             field: [names[field][str(i)] for i in range(len(names[field]))] for field in fields
         }
-        architecture, counts = _architecture(folder, index), index.get("label_counts")
-        about = {"given": "labels", "n": "two"}
+        counts = index.get("label_counts")
+        architecture = _architecture(folder, index, facts or {})
+        about = {"dynamics": "" if plain else " with INL dynamics", "given": "labels", "n": "two"}
     arguments = _arguments(labels, counts)
     if reads := (index.get("text_encoder") or [None])[0] is not None:
-        about = {"given": "prompts and labels" if labels else "prompts", "n": "three"}
+        about |= {"given": "prompts and labels" if labels else "prompts", "n": "three"}
         arguments = _literal(_PROMPT)
     use = use.format(name=_literal(name), arguments=arguments, **about)
+    if is_shipped:
+        use += "\n\n" + _USE_SHIPPED.format(title=title, hub_id=SHIPPED[title])
     sections = (
-        f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data),
-        _evaluation(result), f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
+        f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data, counts),
+        _evaluation(results, floors or {}), _memorisation(results), f"## Limits\n\n{_LIMITS}",
+        _licence(data), _MARK,
     )  # fmt: skip
     text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
-        aside.write_text(f"---\n{_metadata(title, data, adapter, result, reads)}\n---\n\n{text}\n")
+        metadata = _metadata(title, data, adapter, results, reads)
+        aside.write_text(f"---\n{metadata}\n---\n\n{text}\n")
     return card
 
 
@@ -142,22 +162,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _metadata(
-    name: str, data: dict, adapter: dict, result: dict | None, reads: bool
+    name: str, data: dict, adapter: dict, results: list[dict], reads: bool
 ) -> ModelCardData:
     """The YAML header that the Hub reads."""
     scheme, _, place = str(data.get("source", "")).partition(":")
     wikiart = _is_wikiart(data)
-    results = []
-    if result is not None:
+    measured = []
+    for result in results:
         dataset = _source_name(result["settings"]["data"])
-        results = [
+        about = f"{result['n_generated']} samples"
+        if len(results) > 1:
+            about += f", {guidance_text(result['settings']['sample'])}"
+        measured += [
             EvalResult(
                 task_type="unconditional-image-generation",
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_split="heldout",
                 metric_type=metric,
-                metric_name=f"{_METRICS[metric]} ({result['n_generated']} samples)",
+                metric_name=f"{_METRICS[metric]} ({about})",
                 metric_value=value,
             )
             for metric, value in result["metrics"].items()
@@ -170,8 +193,8 @@ def _metadata(
         base_model=base if base and _is_hub_id(base) else None,
         tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(adapter),
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
-        model_name=name if results else None,
-        eval_results=results or None,
+        model_name=name if measured else None,
+        eval_results=measured or None,
         license="other" if wikiart else "apache-2.0" if scheme == "art" else None,
         license_name="non-commercial-research" if wikiart else None,
     )
@@ -208,7 +231,7 @@ def _escape(text: str) -> str:
     return re.sub(r"([\[\]`|\\*])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
-def _architecture(folder: Path, index: dict) -> str:
+def _architecture(folder: Path, index: dict, facts: Mapping[str, str]) -> str:
     network = _read(folder / "transformer" / "config.json")
     vae = (index.get("vae") or [None, None])[1]
     size = network["sample_size"]
@@ -232,33 +255,51 @@ def _architecture(folder: Path, index: dict) -> str:
         rows["weights"] = (
             f"power-function average of length {average['length']:g} at step {average['step']}"
         )
-    lines = [f"| {key} | {_escape(str(value))} |" for key, value in rows.items() if value]
+    rows |= facts
+    lines = [f"| {_escape(key)} | {_escape(str(value))} |" for key, value in rows.items() if value]
     return "\n".join(["## Architecture", "", "| | |", "|---|---|", *lines])
 
 
-def _data(data: dict) -> str:
+def _data(data: dict, counts: dict[str, int] | None) -> str:
     if not data:
         return "## Training data\n\nNot recorded in this folder."
+    number = f"{sum(counts.values()):,} images of " if counts else ""
     return (
-        f"## Training data\n\n{_escape(_source_name(data))} at {data['resolution']} px, "
+        f"## Training data\n\n{number}{_escape(_source_name(data))} at {data['resolution']} px, "
         f"{data['holdout']:.0%} of the images held out by the hash of their files"
         + (", half of the images mirrored at random." if data["flip"] else ".")
     )
 
 
-def _evaluation(result: dict | None) -> str:
-    if result is None:
+def _evaluation(results: list[dict], floors: Mapping[str, Mapping[str, float]]) -> str:
+    if not results:
         return "## Evaluation\n\nNo result was given when this card was written."
+    result = results[0]
     settings, sample = result["settings"], result["settings"]["sample"]
     extractor, source = settings["extractor"], _escape(_source_name(settings["data"]))
-    lines = ["## Evaluation", "", "| metric | value |", "|---|---|"]
-    lines += [
-        f"| {_METRICS.get(k) or _escape(k)} | {value:.4g} |"
-        for k, value in result["metrics"].items()
+    columns, guided = {"value": result["metrics"]}, f", {guidance_text(sample)}"
+    if len(results) > 1 or floors:
+        columns, guided = {}, ""
+        for other in results:
+            evaluations = {"network evaluations": other["settings"]["network_evaluations"]}
+            column = columns.setdefault(guidance_text(other["settings"]["sample"]), {})
+            column |= other["metrics"] | evaluations
+        columns |= floors
+    metrics = list(dict.fromkeys(metric for column in columns.values() for metric in column))
+    lines = [
+        "## Evaluation",
+        "",
+        f"| metric | {' | '.join(columns)} |",
+        "|---" * len(columns) + "|---|",
     ]
+    for metric in metrics:
+        values = [
+            f"{column[metric]:.4g}" if metric in column else "" for column in columns.values()
+        ]
+        lines.append(f"| {_METRICS.get(metric) or _escape(metric)} | {' | '.join(values)} |")
     protocol = (
         f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
-        f"{source}; {sample['num_inference_steps']} steps, {guidance_text(sample)}, "
+        f"{source}; {sample['num_inference_steps']} steps{guided}, "
         f"seed {sample['seed']}; "
         f"features of {_escape(extractor['name'])} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
@@ -277,6 +318,23 @@ def _evaluation(result: dict | None) -> str:
             f"lengths: {values}."
         )
     return "\n".join([*lines, "", protocol])
+
+
+def _memorisation(results: list[dict]) -> str:
+    """The distances to the nearest training images, of the results that have them."""
+    lines = []
+    for result in results:
+        if found := result.get("memorisation"):
+            settings = result["settings"]
+            lines.append(
+                f"- With {guidance_text(settings['sample'])}, "
+                f"{found['closer_than_1_percent']:.2%} of {result['n_generated']} samples are "
+                f"nearer to one of {settings['n_searched']} training images than 99 % of "
+                f"{result['n_reference']} held-out images are; of these, 1 % are. A sample is "
+                "nearer than a held-out image with a probability of "
+                f"{found['probability_closer']:.0%}."
+            )
+    return "\n".join(["## Copies of training images", "", *lines]) if lines else ""
 
 
 def guidance_text(sample: dict) -> str:
