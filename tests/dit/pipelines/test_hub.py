@@ -19,6 +19,7 @@ from complexity_dit.pipelines.model_card import write_card
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_folder
+from support.networks import small_vae
 
 RESULT = Path("docs/results/wikiart-cpu/result-step-00005600.json")
 WIKIART = {"source": "imagefolder:/home/someone/wikiart", "resolution": 48, "holdout": 0.2,
@@ -108,6 +109,18 @@ def test_the_code_of_a_card_runs(pipe, tmp_path):
     names: dict = {}
     exec(code.replace("pipe(", "pipe(num_inference_steps=1, "), names)
     assert names["image"].size == (8, 8)
+
+
+def test_a_folder_does_not_say_where_it_was_loaded_from(pipe, tmp_path):
+    pipe.register_modules(vae=small_vae())
+    pipe.save_pretrained(tmp_path / "first")
+    loaded = ComplexityDiTPipeline.from_pretrained(tmp_path / "first")
+    assert loaded.transformer.config["_name_or_path"]
+    loaded.save_pretrained(tmp_path / "second")
+    loaded.transformer.save_pretrained(tmp_path / "third")
+    for path in (tmp_path / name for name in ("second", "third")):
+        for file in path.rglob("*.json"):
+            assert str(tmp_path) not in file.read_text(), file
 
 
 def test_variants(pipe, tmp_path):

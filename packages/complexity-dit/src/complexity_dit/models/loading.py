@@ -64,6 +64,7 @@ class SafeModel(ModelMixin):
             super().save_pretrained(str(folder), *args, **kwargs)
             name, path = type(self).__name__, folder / "config.json"
             saved = json.loads(path.read_text())
+            saved.pop("_name_or_path", None)  # where it was loaded from on this machine
             saved["auto_map"] = {"AutoModel": f"{self.shim}.{name}"}
             path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
             shim = f"from complexity_dit import {name}  # noqa: F401\n"

@@ -249,6 +249,10 @@ class FilesMixin:
         for path, cls in modules:
             path.write_text(f"from complexity_dit import {cls.__name__}  # noqa: F401\n")
         index_path.write_text(json.dumps(index, indent=2) + "\n")
+        for path in (index_path, *folder.glob("*/config.json")):
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None):  # where it was loaded from on this machine
+                path.write_text(json.dumps(config, indent=2) + "\n")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, including the model card, to the Hub.
