@@ -10,7 +10,7 @@ BOTH = ("fp32", "bf16")
 OPTIONS = argparse.Namespace(
     size="nano", cells=8, channels=4, patch=2, batch_size=2, rounds=1, device="cpu", threads=1,
     task="train", dtypes=["fp32", "bf16"], modes=["eager"],
-    cases=["diffusers", "dynamics", "dynamics, half the tokens"],
+    cases=["diffusers", "dynamics", "dynamics, half the tokens"], attention=None,
 )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def test_ratios_are_to_diffusers_to_fp32_and_to_all_tokens():
     half = found["dynamics, half the tokens", "bf16", "eager"]
     assert set(half) >= {"speed ratio", "over fp32", "over all tokens"}
     assert "over all tokens" not in found["dynamics", "bf16", "eager"]
-    assert "Self CPU" in bench.profiled("dynamics", OPTIONS, False, "fp32")
+    step, _ = bench.stepper("dynamics", OPTIONS, compiled=False)
+    assert "Self CPU" in bench.profile_of(step, OPTIONS.device)
 
 
 @pytest.mark.parametrize("case", ["diffusers", "dynamics"])

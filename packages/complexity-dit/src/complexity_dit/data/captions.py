@@ -248,7 +248,9 @@ def text_columns(kinds: Mapping[str, str], config: DataConfig) -> list[str]:
 
 def known_rows(columns: datasets.Dataset, indices: Sequence[int]) -> list[str]:
     """What is known about pictures, each as a JSON object of the columns in `column_kinds`."""
-    chosen = columns.select_columns(list(column_kinds(columns)))
+    if not (kinds := column_kinds(columns)):
+        return ["{}"] * len(indices)  # a table without columns has no rows either
+    chosen = columns.select_columns(list(kinds))
     names = {n: f.names for n, f in chosen.features.items() if isinstance(f, datasets.ClassLabel)}
     rows = chosen.with_format("arrow")[list(indices)].to_pylist()
     for row in rows:
