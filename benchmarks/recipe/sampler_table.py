@@ -2,6 +2,7 @@
 
     python -m benchmarks.recipe.sampler_table PIPELINE --reference imagefolder:PATH --out DIR
     python -m benchmarks.recipe.sampler_table PIPELINE … --evaluations --guide EARLY
+    python -m benchmarks.recipe.sampler_table PIPELINE … --evaluations --kinds "internal guidance"
 
 First every scheduler with every number of network evaluations, without guidance. Then guidance of
 every kind that the checkpoint has, with every scale and interval of noise levels: away from the
@@ -39,6 +40,7 @@ SCHEDULERS = {
     "Heun": "FlowMatchHeunDiscreteScheduler",
     "DPM-Solver++ 2M": "DPMSolverMultistepScheduler",
 }
+KINDS = ("guidance", "autoguidance", "internal guidance")
 HIGHEST_EDGE = 0.9
 """The next lower edge after the largest given one, for the bisection."""
 
@@ -82,7 +84,7 @@ def kinds_of(pipe, options):
         }
     if pipe.transformer.config.get("auxiliary_layer"):
         kinds["internal guidance"] = lambda scale: {"internal_guidance_scale": scale}
-    return kinds
+    return {kind: fields for kind, fields in kinds.items() if kind in options.kinds}
 
 
 def guided(options, kind, fields, scale, interval):
@@ -126,6 +128,7 @@ def main():
     parser.add_argument("--reference", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num_images", type=int, default=2048, help="n of FID and KID")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS, metavar="KIND")
     parser.add_argument("--evaluations", type=int, nargs="*", default=[5, 10, 20, 50])
     parser.add_argument("--shift", type=float, help="time shift; by default the pipeline's")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.5, 2.0, 3.0])
