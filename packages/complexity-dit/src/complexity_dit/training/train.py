@@ -302,7 +302,8 @@ def _train(
     if seeding not in range(1, SEEDING + 1):
         raise UserError(f"{checkpoint} has seeding {seeding!r}: resume it with a newer version")
     record = {
-        "config": settings, "changes": changes, "data": identity(data, saved), "seeding": seeding,
+        "config": settings, "changes": changes, "seeding": seeding,
+        "data": identity(data, saved.text_encoder),
         "resolved": {name: getattr(config, name) for name in FORMER},
     }  # fmt: skip
     if checkpoint is not None:
@@ -571,13 +572,13 @@ def start_files(
     start_tracker(config.report_to, accelerator, out, record["config"], step)
 
 
-def identity(data: TrainingData, saved: SavedPipeline) -> dict[str, Any]:
+def identity(data: TrainingData, text_encoder: nn.Module | None = None) -> dict[str, Any]:
     """What a checkpoint records of the training data, to know them again."""
     known = {"fingerprint": data.fingerprint, "number of pictures": len(data)}
     if data.captions is not None:
         known["captions"] = data.captions.fingerprint
-    if saved.text_encoder is not None:
-        known["text encoder"] = weights_sha256(saved.text_encoder)
+    if text_encoder is not None:
+        known["text encoder"] = weights_sha256(text_encoder)
     return known
 
 
