@@ -87,6 +87,7 @@ def desk(tmp_path_factory) -> Path:
     from complexity_dit.pipelines.sampling import load_pipeline
 
     desk = tmp_path_factory.mktemp("desk")
+    (desk / "checkpoints").symlink_to(ROOT / "checkpoints")
     art = {"style": ["Op_Art", "Orphism"], "genre": ["ocean", "dawn"]}
     save_pipeline(desk / "runs/demo/pipeline", art)
     save_pipeline(desk / "runs/mine/pipeline", {"label": ["Cubism", "Fauvism"]})
