@@ -249,5 +249,5 @@ def test_two_processes_keep_those_of_one(small_run, tmp_path):
     )
     assert one.keys() == two.keys()
     for name in one:
-        # AdamW divides by small second moments: the order of a sum shows, in a few of its weights.
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+        # In fp32 AdamW turns the rounding of a small gradient into a step: of single weights.
+        assert (one[name] - two[name]).norm() <= 1e-3 * one[name].norm(), name
