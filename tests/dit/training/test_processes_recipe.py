@@ -16,7 +16,7 @@ def with_every_knob(run: TrainConfig) -> TrainConfig:
     shape = {"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
     return dataclasses.replace(
         run,
-        steps=12,
+        steps=15,
         model=dataclasses.replace(
             run.model, token_drop_rate=0.5, auxiliary_layer=1, overrides=shape
         ),
@@ -40,7 +40,7 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, knobs: 
             processes, "-m", "complexity_dit", "train", "--config", config,
             "--out", tmp_path / str(processes),
         )  # fmt: skip
-    assert losses_of(tmp_path / "1") == pytest.approx(losses_of(tmp_path / "2"), rel=1e-5)
+    assert losses_of(tmp_path / "1") == pytest.approx(losses_of(tmp_path / "2"), rel=1e-4)
     one, two = ([row["skipped"] for row in rows_of(tmp_path / n)] for n in ("1", "2"))
     assert one == two
     assert ("1" in one) == knobs
