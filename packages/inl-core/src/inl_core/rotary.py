@@ -26,7 +26,7 @@ def stored(table: Tensor) -> Tensor:
     """The same table, which torch.compile computes once and keeps.
 
     It would fuse the cosines of fp64 angles into their uses, and compute them again for every head
-    of every layer: a seventh of a training step on a CPU. It stores what is read with strides.
+    of every layer. It stores what is read with strides.
     """
     return table.as_strided(table.shape, table.stride())
 

@@ -73,8 +73,8 @@ def encode(
         out: Folder of the cache.
         batch_size: Pictures per call of the VAE.
         part_size: Pictures per file; an interrupted run loses at most the work of one file.
-        mixed_precision: `no`, or `bf16` for autocast: two to three times faster where the device
-            has units for it, with rounding of about a hundredth of the latents' deviation.
+        mixed_precision: `no`, or `bf16` for autocast: faster where the device has units for it,
+            with latents that are rounded.
 
     Returns:
         The folder.

@@ -235,7 +235,7 @@ def checked_prompt(prompt: str | None) -> str:
     """A prompt with single spaces; None is the empty one.
 
     Raises:
-        UserError: It is no text, or has control characters or halves of characters.
+        UserError: It is not a string, or it contains control characters or lone surrogates.
     """
     if prompt is None:
         return ""
@@ -273,7 +273,7 @@ def encode_prompts(
         has none.
 
     Raises:
-        UserError: A prompt is no text or has control characters.
+        UserError: A prompt is not a string, or it contains control characters.
     """
     texts = [checked_prompt(prompt) for prompt in prompts]
     device = encoder.device if device is None else device
