@@ -249,6 +249,17 @@ def test_bounded_clamp_keeps_nan_gradients() -> None:
     assert x.grad.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, once
+def test_tangents_of_the_bounded_clamp_are_those_of_the_plain_clamp() -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])
+    for bounds in ((0.0, 2.0), (0.0, None), (None, 2.0)):
+        value, tangent = torch.func.jvp(
+            lambda x, bounds=bounds: reference.bounded_clamp(x, *bounds), (x,), (torch.ones(5),)
+        )
+        assert torch.equal(value, x.clamp(*bounds))
+        assert torch.equal(tangent, (value == x).float())
+
+
 def test_func_grad_and_vmap() -> None:
     x = torch.tensor([-1.0, 1.0, 3.0])
 

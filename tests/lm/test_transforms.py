@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from complexity_lm import DeepForCausalLM
 from complexity_lm.loading import load
@@ -39,6 +39,21 @@ def test_gradients_per_row_are_those_of_each_row_alone(model, ids) -> None:
         for name, p in model.named_parameters():
             expected = torch.zeros_like(p) if p.grad is None else p.grad
             torch.testing.assert_close(both[name][i], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, once
+def test_a_tangent_is_the_slope_of_the_loss(model, ids) -> None:
+    model = model.double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    torch.manual_seed(3)
+    direction = {name: torch.randn_like(p) for name, p in weights.items()}
+    _, slope = jvp(lambda w: loss_of(model, w, ids[0]), (weights,), (direction,))
+    step = 1e-6
+    above, below = (
+        loss_of(model, {n: p + s * direction[n] for n, p in weights.items()}, ids[0])
+        for s in (step, -step)
+    )
+    torch.testing.assert_close(slope, (above - below) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
 def test_shapes_without_values(model) -> None:

@@ -46,6 +46,18 @@ def test_export_against_eager(placement):
         torch.testing.assert_close(found, model(*inputs(count)).sample, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, once
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_tangent_is_the_slope_of_the_prediction(placement):
+    model = network(dynamics_placement=placement, dynamics_adaptive="token").double()
+    x, *others = inputs()
+    x, direction = x.double(), torch.randn_like(x.double())
+    with torch.no_grad():
+        _, slope = torch.func.jvp(lambda x: model(x, *others).sample, (x,), (direction,))
+        above, below = (model(x + s * direction, *others).sample for s in (1e-6, -1e-6))
+    torch.testing.assert_close(slope, (above - below) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports while compiling
 def test_compile_repeated_blocks_compiles_every_block(pipe):
     expected = paint(pipe)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inl_core.tracing import transformed
+
 
 def compute_dtype(*values: Tensor | float | None) -> torch.dtype:
     """fp64 if one of the tensors is fp64, else fp32; ValueError for integers."""
@@ -53,13 +55,35 @@ class BoundedClamp(torch.autograd.Function):
         return grad, None, None
 
 
+class _BoundedClampWithTangent(BoundedClamp):
+    """The same with forward-mode derivatives, apart because the compiler refuses a ``jvp``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        BoundedClamp.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor | None) -> Tensor | None:
+        (x,) = ctx.saved_tensors
+        tangent = grad_inputs[0]
+        if tangent is None:
+            return None
+        if ctx.minimum is not None:
+            tangent = torch.where(x < ctx.minimum, 0.0, tangent)
+        if ctx.maximum is not None:
+            tangent = torch.where(x > ctx.maximum, 0.0, tangent)
+        return tangent
+
+
 def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
     """Clamp `x` to [minimum, maximum] with gradients that lead back inside.
 
     The sign of the incoming gradient decides: for a parameter used by a whole batch that is the
     gradient of the batch, so outside a bound the gradients of single samples (``torch.func.vmap``
     over ``grad``, micro-batches) need not add up to it. For those, modules of `inl_core` have
-    `inl_core.defer_bounds`.
+    `inl_core.defer_bounds`. Forward-mode derivatives (``torch.func.jvp``) are those of the plain
+    clamp, 0 outside.
 
     Args:
         x: Tensor of any shape. NaN stays NaN.
@@ -77,4 +101,5 @@ def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Te
         return x
     if minimum is not None and maximum is not None and minimum > maximum:
         raise ValueError(f"minimum {minimum} must not be above maximum {maximum}")
-    return BoundedClamp.apply(x, minimum, maximum)
+    function = _BoundedClampWithTangent if transformed() else BoundedClamp
+    return function.apply(x, minimum, maximum)
