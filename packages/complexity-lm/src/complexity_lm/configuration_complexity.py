@@ -216,6 +216,27 @@ class DeepConfig(PreTrainedConfig):
         return cls(**(sizes | overrides))
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # pyright: ignore -- an attribute elsewhere
+        """How transformers shares the matrices among processes (`DistributedConfig(tp_size=N)`).
+
+        Attention by heads and the MLP by inner channels, those of every expert included. What acts
+        on the whole width stays as it is in each process: norms, dynamics, loops.
+        """
+        split = {f"self_attn.{name}_proj": "colwise" for name in "qkv"}
+        # Each process normalises its own heads and has the gradient of those alone.
+        split |= {f"self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        split["self_attn.o_proj"] = "rowwise"
+        if self.num_experts == 0:
+            names = ["gate_proj", "up_proj", "down_proj"]
+        else:
+            names = ["gate", "up", "down"]
+            if self.shared_intermediate_size:
+                names += [f"shared_{name}" for name in names]
+            split["mlp"] = "moe_tp_experts"  # adds the parts of the output
+        split |= {f"mlp.{name}": "rowwise" if "down" in name else "colwise" for name in names}
+        return {f"layers.*.{name}": how for name, how in split.items()}
+
+    @property
     def attention_is_named(self) -> bool | None:
         """Whether the user of a model named its `attn_implementation`; None before there is one.
 

@@ -448,7 +448,9 @@ class DeepPreTrainedModel(PreTrainedModel):
         """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        all_write = not is_main_process or kwargs.get("distributed_checkpoint")
+        # Several processes may call this together, with a share of the weights each: one writes.
+        writes = self.should_save_on_this_rank(is_main_process)
+        together = writes and not kwargs.get("distributed_checkpoint")
         target = Path(save_directory)
         if type(self).__module__ == __name__:
             file = __name__.rpartition(".")[2]
@@ -458,10 +460,32 @@ class DeepPreTrainedModel(PreTrainedModel):
             }
         use_cache, self.config.use_cache = self.config.use_cache, True
         try:
-            with nullcontext(target) if all_write else merged_folder(target) as folder:
+            with merged_folder(target) if together else nullcontext(target) as folder:
                 super().save_pretrained(folder, is_main_process, *args, **kwargs)
         finally:
             self.config.use_cache = use_cache
+        # The folder is complete where this returns.
+        self.barrier_after_gathered_checkpoint_save(
+            getattr(self.config, "distributed_config", None)
+        )
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: nn.Module, distributed_config: Any, mesh_manager: Any
+    ) -> nn.Module:
+        """As in transformers, for a number of processes by which the heads can be divided.
+
+        Raises:
+            ValueError: They cannot be divided.
+        """
+        size = 1 if mesh_manager is None else distributed_config.tp_size
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(model.config, name)
+            if heads % size:
+                raise ValueError(
+                    f"tp_size {size} must divide {name} {heads}: each process gets whole heads"
+                )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the weights of `module` that no checkpoint filled.
@@ -857,6 +881,7 @@ class DeepForCausalLM(DeepPreTrainedModel, GenerationMixin):
     """The decoder with an output head: next-token logits, loss, generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  # pyright: ignore
 
     def __init__(self, config: DeepConfig) -> None:
         super().__init__(config)
