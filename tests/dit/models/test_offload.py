@@ -4,12 +4,15 @@ Without a GPU the execution device is the CPU and the place to offload to is the
 no weight can be read by accident.
 """
 
+from functools import partial
+
 import accelerate
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
+from diffusers import DiffusionPipeline
 
 from complexity_dit import ComplexityDiTPipeline
 from complexity_dit.models.transformer import (
@@ -120,11 +123,16 @@ def test_sequential_offload(pipe, adapted, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*max_memory")
-def test_a_balanced_device_map(pipe, tmp_path):
-    """Of the class of the pipeline: the generic one does not pass trust_remote_code on."""
+@pytest.mark.parametrize("generic", [False, True], ids=["own class", "DiffusionPipeline"])
+def test_a_balanced_device_map(pipe, tmp_path, generic):
     expected = paint(pipe)
     pipe.save_pretrained(tmp_path)
-    loaded = ComplexityDiTPipeline.from_pretrained(tmp_path, device_map="balanced")
+    if generic:
+        load = partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
+    else:
+        load = ComplexityDiTPipeline.from_pretrained
+    loaded = load(tmp_path, device_map="balanced")
+    assert type(loaded) is ComplexityDiTPipeline
     assert np.array_equal(paint(loaded), expected)
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def _check_text_encoder(folder: Path, config: dict[str, Any]) -> None:
         check_text_weights(path, getattr(sys.modules[library], name))
 
 
+def _name_installed_classes(config: dict[str, Any], text_encoder: bool) -> None:
+    """Replace the one-line modules of a folder by the installed modules that they import."""
+    for component, (module, model) in _COMPONENT_MODULES.items():
+        if config.get(component) == [module, model.__name__]:
+            config[component] = [model.__module__, model.__name__]
+    if text_encoder and config.get("text_encoder") == [_TEXT_MODULE, _TEXT_CLASS]:
+        lm = optional_package("complexity_lm.modeling_complexity", "the text encoder")
+        config["text_encoder"] = [lm.__name__, _TEXT_CLASS]
+
+
 class FilesMixin:
     """Saving and loading; must precede `DiffusionPipeline` in the bases of a pipeline."""
 
@@ -122,17 +133,23 @@ class FilesMixin:
         name = config.get("_class_name")
         if isinstance(name, list) and name[:1] == [_PIPELINE_MODULE]:
             config["_class_name"] = cls.__name__
-        for component, (module, model) in _COMPONENT_MODULES.items():
-            if config.get(component) == [module, model.__name__]:
-                config[component] = [model.__module__, model.__name__]
-        if config.get("text_encoder") == [_TEXT_MODULE, _TEXT_CLASS]:
-            if "text_encoder" in _passed.get():  # then the package need not be there
-                config["text_encoder"] = [None, None]
-            else:
-                lm = optional_package("complexity_lm.modeling_complexity", "the text encoder")
-                config["text_encoder"] = [lm.__name__, _TEXT_CLASS]
-        _check_components(config, _passed.get())
+        passed = _passed.get()
+        if "text_encoder" in passed and config.get("text_encoder") == [_TEXT_MODULE, _TEXT_CLASS]:
+            config["text_encoder"] = [None, None]  # then the package need not be there
+        _name_installed_classes(config, text_encoder=True)
+        _check_components(config, passed)
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers, which asks the class of the pipeline for the components of a folder.
+
+        `DiffusionPipeline` has read the folder itself then. For ``device_map="balanced"`` it builds
+        the components once more to learn their sizes, and forgets `trust_remote_code` there.
+        """
+        config_dict = dict(config_dict)
+        _name_installed_classes(config_dict, text_encoder=find_spec("complexity_lm") is not None)
+        return super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore
 
     @classmethod
     def download(cls, *args: Any, **kwargs: Any) -> str:
