@@ -61,11 +61,13 @@ def test_attention_kwargs_scale_the_adapter_for_one_call(pipe):
     assert np.array_equal(paint(pipe), full)
 
 
-def test_errors_of_adapters_that_are_not_about_their_shape_keep_their_words(pipe):
+def test_errors_of_adapters_that_are_not_about_their_shape_keep_their_words(pipe, tmp_path):
     adapted(pipe)
     tensors = pipe.transformer.adapter_state_dict()
     with pytest.raises(ValueError, match="already in use"):
         pipe.transformer.load_lora_adapter(tensors, prefix=None, adapter_name="default")
+    with pytest.raises(ValueError, match=r"Adapter name foo not found in the model\. It has: def"):
+        pipe.transformer.save_lora_adapter(tmp_path, adapter_name="foo")
     pipe.transformer.unload_lora()
     wrong = {k: v[..., :5] if "lora_A" in k else v for k, v in tensors.items()}
     with pytest.raises(UserError, match="does not fit this network"):

@@ -284,8 +284,12 @@ class LabelAdapterMixin(PeftAdapterMixin):
         self, save_directory: Any, adapter_name: str = "default", **kwargs: Any
     ) -> None:
         """As in diffusers, with the adapter's labels; to load it, pass `prefix=None`."""
-        if adapter_name not in getattr(self, "peft_config", {}):
-            raise UserError(f"there is no adapter {adapter_name!r} in the network")
+        present = getattr(self, "peft_config", {})
+        if adapter_name not in present:
+            raise UserError(
+                f"Adapter name {adapter_name} not found in the model. It has: "
+                f"{', '.join(present) or 'none'}"
+            )
         if not kwargs.pop("safe_serialization", True):
             warn_of_pickles()
         with merged_folder(Path(save_directory)) as folder:
