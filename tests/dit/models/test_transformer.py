@@ -53,26 +53,30 @@ def test_every_parameter_has_a_gradient(placement, adaptive):
 
 
 PLAIN_DDP = """
+import itertools
 import os
 import sys
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from complexity_dit.models.transformer import ADAPTIVES, PLACEMENTS
 from support.networks import small_network
 
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-model = DistributedDataParallel(small_network())
-for _ in range(3):
-    x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 300.0)
-    model(x, t, torch.tensor([[0, 1], [2, -1]])).sample.square().mean().backward()
-print("three steps", flush=True)
+for placement, adaptive in itertools.product(PLACEMENTS, ADAPTIVES):
+    settings = {"dynamics_placement": placement, "dynamics_adaptive": adaptive}
+    model = DistributedDataParallel(small_network(**settings))
+    for _ in range(3):
+        x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 300.0)
+        model(x, t, torch.tensor([[0, 1], [2, -1]])).sample.square().mean().backward()
+print("three steps each", flush=True)
 os._exit(0)
 """
 
 
 def test_plain_ddp_trains_it(tmp_path):
-    assert python("-c", PLAIN_DDP, tmp_path / "store").stdout == "three steps\n"
+    assert python("-c", PLAIN_DDP, tmp_path / "store").stdout == "three steps each\n"
 
 
 def test_a_new_model_predicts_zero_for_every_placement():
