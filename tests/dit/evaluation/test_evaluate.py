@@ -36,8 +36,9 @@ from support.pictures import pictures, write_folder
 
 QUICK = EvalConfig(num_images=24, weights="random", device="cpu", quiet=True, bootstrap=2)
 RESULT_KEYS = {
-    "metrics", "absent", "fid_over_n", "per_label", "memorisation", "n_generated", "n_reference",
-    "settings", "versions", "weights_sha256", "reference_fingerprint", "target_fingerprint",
+    "metrics", "absent", "fid_over_n", "per_label", "memorisation", "prompts", "n_generated",
+    "n_reference", "settings", "versions", "weights_sha256", "reference_fingerprint",
+    "target_fingerprint",
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("own_cache")

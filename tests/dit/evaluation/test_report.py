@@ -65,6 +65,7 @@ def result() -> dict[str, Any]:
             },
         },
         "memorisation": {},
+        "prompts": {},
         "n_generated": 200,
         "n_reference": None,
         "settings": {

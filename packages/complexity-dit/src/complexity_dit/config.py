@@ -1018,6 +1018,11 @@ class EvalConfig:
     memorisation_images: int | None = None
     """Number of training images searched; null for all."""
 
+    prompts: bool = False
+    """Also measure whether the samples of a pipeline with a text encoder show what their prompts,
+    captions of the reference images, say; includes memorisation, and fits its probes on the same
+    training images."""
+
     keep_images: bool = True
     """Keep the samples as PNGs in the output folder, from which an interrupted run resumes."""
 

@@ -11,7 +11,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Captions:
     def __init__(self, rows: Sequence[str], kinds: Mapping[str, str], config: DataConfig) -> None:
         self.columns = text_columns(kinds, config)
         self.template = config.caption_template
+        self.kinds = kinds
         self._rows = rows
         among = f"the columns are {', '.join(kinds) or 'none'}"
         if not self.columns and not self.template:
@@ -63,16 +64,31 @@ class Captions:
                     f"text_column {column!r} holds numbers, and captions are text or lists of "
                     "texts: name another one, or put it into --data.caption_template"
                 )
-        for part in [part for phrasing in _phrasings(self.template or "") for part in phrasing]:
-            if part.column not in kinds:
+        for column in self.parts:
+            if column not in kinds:
                 raise UserError(
-                    f"caption_template {self.template!r} names {part.column!r}, which is not in "
-                    f"the data: {among}"
+                    f"caption_template {self.template!r} names {column!r}, which is not in the "
+                    f"data: {among}"
                 )
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self._rows)
+
+    @property
+    def parts(self) -> list[str]:
+        """The columns that the template names."""
+        phrasings = _phrasings(self.template or "")
+        return list(dict.fromkeys(part.column for phrasing in phrasings for part in phrasing))
+
+    def texts_of(self, index: int) -> dict[str, list[str]]:
+        """What is known about a picture, by column, in the words of its captions."""
+        row = json.loads(self._rows[index])
+        known = {}
+        for column in self.kinds:
+            clean = plain if column in self.columns else partial(_as_part, column)
+            known[column] = [text for text in map(clean, _texts(row.get(column))) if text]
+        return {column: texts for column, texts in known.items() if texts}
 
     @property
     def fingerprint(self) -> str:
@@ -122,13 +138,17 @@ def compose(row: Mapping[str, Any], template: str, generator: random.Random) -> 
     for before, column in phrasings[int(generator.random() * len(phrasings))]:
         texts = _texts(row.get(column))
         which, drop, place = generator.random(), generator.random(), generator.random()
-        text = texts[int(which * len(texts))] if texts else ""
-        text = clean_title(text) if _TITLES.search(column) else _words(plain(text))
+        text = _as_part(column, texts[int(which * len(texts))]) if texts else ""
         if text and drop >= PART_DROPOUT:
             kept.append((before, text, place))
     if generator.random() < LIST_SHARE:
         return ", ".join(text for _, text, _ in sorted(kept, key=lambda part: part[2]))
     return plain("".join(before + text for before, text, _ in kept)).lstrip(" ,;:.–-")
+
+
+def _as_part(column: str, text: str) -> str:
+    """A text of a column, as a composed caption has it."""
+    return clean_title(text) if _TITLES.search(column) else _words(plain(text))
 
 
 class _Part(NamedTuple):

@@ -34,16 +34,23 @@ class Memorisation(NamedTuple):
         heldout: Of each held-out image, (m,).
         pairs: (sample, training image, distance) of the closest samples, nearest first, each
             training image once.
+        neighbours: Number of the nearest training image of each sample, (n,).
     """
 
     samples: NDArray[np.float64]
     heldout: NDArray[np.float64]
     pairs: list[tuple[int, int, float]]
+    neighbours: NDArray[np.int64]
+
+    @property
+    def near_copies(self) -> NDArray[np.bool_]:
+        """Which samples are nearer than 99 % of held-out images, (n,)."""
+        return self.samples < np.quantile(self.heldout, 0.01)
 
     @property
     def closer_than_1_percent(self) -> float:
-        """Fraction of samples nearer than 99 % of held-out images; 0.01 for equal distributions."""
-        return float((self.samples < np.quantile(self.heldout, 0.01)).mean())
+        """Fraction of near copies; 0.01 for equal distributions."""
+        return float(self.near_copies.mean())
 
     @property
     def probability_closer(self) -> float:
@@ -85,7 +92,7 @@ def memorisation(generated: Array, heldout: Array, train: Array) -> Memorisation
             closest[j] = (int(i), j, float(distances[i]))
         if len(closest) == CLOSEST_PAIRS:
             break
-    return Memorisation(distances, from_heldout, list(closest.values()))
+    return Memorisation(distances, from_heldout, list(closest.values()), neighbours)
 
 
 # Floors: distances that a perfect generator would also have, measured at the same n against the

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -75,6 +75,13 @@ from complexity_dit.evaluation.image_sets import (
     write_statistics,
 )
 from complexity_dit.evaluation.networks import FeatureExtractor, load_extractor
+from complexity_dit.evaluation.prompts import (
+    PROMPTS_FILE,
+    PromptMeasures,
+    Sides,
+    columns_of,
+    measure_prompts,
+)
 from complexity_dit.evaluation.report import GRID_IMAGES, Pictures, format_result, render
 from complexity_dit.evaluation.samples import generated_images
 from complexity_dit.hashing import array_hash
@@ -122,15 +129,16 @@ def evaluate(
 
     Returns:
         The result as written, on every process: ``metrics``, ``absent`` (what could not be
-        measured, and why), ``fid_over_n``, ``per_label``, ``memorisation``, ``n_generated``,
-        ``n_reference`` (None if the statistics do not contain it), ``settings``, ``versions``,
-        ``weights_sha256``, ``reference_fingerprint``, ``target_fingerprint``.
+        measured, and why), ``fid_over_n``, ``per_label``, ``memorisation``, ``prompts``,
+        ``n_generated``, ``n_reference`` (None if the statistics do not contain it), ``settings``,
+        ``versions``, ``weights_sha256``, ``reference_fingerprint``, ``target_fingerprint``.
 
     Raises:
         UserError: Fewer than 2 images on a side, an existing result, a folder that is not one of an
             evaluation or of a run, or that another process writes to, unreadable images or
-            statistics, statistics of another extractor, floors for a reference without images, a
-            setting out of range, or another process that has died.
+            statistics, statistics of another extractor, floors for a reference without images,
+            prompts for a pipeline or a reference without captions, a setting out of range, or
+            another process that has died.
     """
     config, sample = config or EvalConfig(), sample or EvalSampleConfig()
     reference, folder = str(reference), Path(out) if out is not None else None
@@ -150,6 +158,8 @@ def evaluate(
             side = subject.sample_size
             size, n = (sample.height or side, sample.width or side), config.num_images
         captions = getattr(subject, "text_encoder", None) is not None
+        if config.prompts and not captions:
+            _refuse_prompts(subject)
         ref, extractor = _open_checked(reference, size, data, config, device, folder, captions)
         _check_label_field(config.label_field, subject.label_names, ref.images)
         settings: dict[str, Any] = {
@@ -197,11 +207,13 @@ def evaluate(
                 pipe, labels, sample, keep, config.overwrite, asked, names, prompts
             )
         features = collect(images, generated_rows, ref, real_rows, extractor, config, pipe)
+        if config.prompts and pipe is not None:
+            features.prompts = prompts
 
         def finish() -> dict[str, Any]:
-            result, copies = _measure_all(features, extractor, config, settings)
+            result, copies, measured = _measure_all(features, extractor, config, settings)
             if folder:
-                _write(folder, result, features, copies, extractor, config)
+                _write(folder, result, features, copies, measured, extractor, config)
             return result
 
         result = on_main(finish)
@@ -240,6 +252,19 @@ def evaluate_images(
         check_identity(reference, extractor, "the reference")
         return measure(features(generated), reference, extractor, config)
     return measure(features(generated), features(reference), extractor, config)
+
+
+def _refuse_prompts(subject: ImageSet | ComplexityDiTPipeline) -> NoReturn:
+    """Say what to measure in place of prompts."""
+    if isinstance(subject, ImageSet):
+        raise UserError(
+            "prompts needs a pipeline with a text encoder, and the target is images; set it false"
+        )
+    fields = ", ".join(subject.id2label) or "none"
+    raise UserError(
+        "prompts needs a pipeline with a text encoder, and this one has none; its label fields are "
+        f"{fields}: --label_field measures one of these"
+    )
 
 
 def _warn_of_compression(subject: object, real: ImageSet | None) -> None:
@@ -343,6 +368,11 @@ def check_request(config: EvalConfig, ref: Reference, reference: str, folder: Pa
             f"memorisation needs training images, and {reference} has none; give a data source "
             "(art, imagefolder:PATH, hub:NAME) as --reference, or set memorisation false"
         )
+    if config.prompts and ref.train is None:
+        raise UserError(
+            f"prompts needs pictures with captions, and {reference} has none; give a data source "
+            "(imagefolder:PATH, hub:NAME) as --reference, or set prompts false"
+        )
     if config.save_statistics and (folder is None or ref.images is None):
         raise UserError("save_statistics needs an output folder and a reference of images")
 
@@ -400,6 +430,7 @@ class EvaluationFeatures:
         shrunk: Features of the shrunk reference images, (m, D).
         reconstructed: Features of the reference images after the VAE, (m, D).
         vae: Name of the VAE and its hash.
+        prompts: Of each of the generated images, if they are measured.
     """
 
     generated: Drawn
@@ -409,6 +440,7 @@ class EvaluationFeatures:
     shrunk: Features | None = None
     reconstructed: Features | None = None
     vae: str = ""
+    prompts: list[str] | None = None
 
 
 def collect(
@@ -435,9 +467,10 @@ def collect(
     real = Drawn(ref.images, real_rows, features(ref.images, real_rows))
     found = EvaluationFeatures(generated, real)
     has_labels = pipe is not None and config.label_field in images.label_names
-    if ref.train and (config.floors or config.memorisation or has_labels):
+    searches = config.memorisation or config.prompts
+    if ref.train and (config.floors or searches or has_labels):
         train = ref.train()
-        if config.memorisation:
+        if searches:
             rows = draw(len(train), config.memorisation_images or len(train), config.seed)
             found.search = Drawn(train, rows, features(train, rows))
         if config.floors or has_labels:
@@ -584,11 +617,11 @@ def _measure_all(
     extractor: FeatureExtractor,
     config: EvalConfig,
     settings: dict[str, Any],
-) -> tuple[dict[str, Any], Memorisation | None]:
-    """The result as JSON, and the nearest training images if they were searched."""
+) -> tuple[dict[str, Any], Memorisation | None, PromptMeasures | None]:
+    """The result as JSON, and in full the nearest training images and the prompts, if measured."""
     per_label: dict[str, Any] = {}
     nearest_images: dict[str, Any] = {}
-    copies = None
+    copies, measured = None, None
     generated, real, search = features.generated, features.real, features.search
     if isinstance(real, KeptStatistics):
         found = measure(generated.features, real, extractor, config)
@@ -611,12 +644,16 @@ def _measure_all(
                 pair["training_image"] = int(search.rows[pair["training_image"]])
             found.metrics["closer_than_1_percent"] = copies.closer_than_1_percent
             settings["n_searched"] = len(search.features)
+            if features.prompts is not None:
+                measured = _prompts(features.prompts, generated, real, search, copies, config)
+                found.absent |= measured.absent
     result = {
         "metrics": found.metrics,
         "absent": found.absent,
         "fid_over_n": found.curve,
         "per_label": per_label,
         "memorisation": nearest_images,
+        "prompts": measured.summary if measured else {},
         "n_generated": len(generated.features),
         "n_reference": n_reference,
         "settings": settings | found.settings,
@@ -625,7 +662,41 @@ def _measure_all(
         "reference_fingerprint": fingerprint,
         "target_fingerprint": generated.images.fingerprint,
     }
-    return json.loads(json.dumps(result, allow_nan=False)), copies
+    return json.loads(json.dumps(result, allow_nan=False)), copies, measured
+
+
+def _prompts(
+    prompts: list[str],
+    generated: Drawn,
+    real: Drawn,
+    train: Drawn,
+    copies: Memorisation,
+    config: EvalConfig,
+) -> PromptMeasures:
+    """How samples follow their prompts, of which the i-th is a caption of the i-th real image."""
+    of_real, of_train = real.images.captions, train.images.captions
+    assert of_real is not None  # as for every source that is read with captions
+    assert of_train is not None
+    # With fewer real images than samples, their captions are repeated.
+    order = np.resize(np.arange(len(real.rows)), len(prompts))
+    known = [of_real.texts_of(i) for i in real.rows[order].tolist()]
+    train_known = [of_train.texts_of(i) for i in train.rows.tolist()]
+    columns = columns_of(of_train, train_known, train.images.label_names)
+    sides = Sides(generated.features, real.features[order], train.features)
+    labelled = {
+        name: generated.images.column(name)[generated.rows] >= 0
+        for name in generated.images.label_names
+    }
+    found = measure_prompts(
+        prompts, known, sides, train_known, columns, copies, labelled, config.seed
+    )
+    # From rows of features to numbers of images.
+    found.table = {
+        "reference": real.rows[order].tolist(),
+        **found.table,
+        "training_image": train.rows[copies.neighbours].tolist(),
+    }
+    return found
 
 
 def _per_label(
@@ -700,6 +771,7 @@ def _write(
     result: dict[str, Any],
     features: EvaluationFeatures,
     copies: Memorisation | None,
+    measured: PromptMeasures | None,
     extractor: FeatureExtractor,
     config: EvalConfig,
 ) -> None:
@@ -710,6 +782,8 @@ def _write(
         statistics = feature_statistics(real.features)
         kept = KeptStatistics(statistics, extractor.identity, real.images.fingerprint)
         write_statistics(folder / "reference.npz", kept)
+    if measured:
+        measured.write(folder / PROMPTS_FILE)
     if config.report:
         pairs = []
         if search:

@@ -46,7 +46,34 @@ def format_result(result: dict[str, Any]) -> str:
         width = max(map(len, labels))
         lines.append(f"by {result['per_label']['field']}:")
         lines += [f"  {name:<{width}}  {_label_line(row)}" for name, row in labels.items()]
+    if prompts := result["prompts"]:
+        lines.append(f"prompts, by probes fitted on {prompts['n_train']:,} training images:")
+        rows = [("", *_PROMPT_SIDES), *_prompt_rows(prompts)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for name, *cells in rows:
+            numbers = (f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([f"  {name:<{widths[0]}}", *numbers]).rstrip())
     return "\n".join(lines)
+
+
+_PROMPT_SIDES = ("n", "painted", "real", "ratio", "shuffled")
+
+
+def _prompt_rows(prompts: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the measures of prompts, with the columns `_PROMPT_SIDES` after their name."""
+    rows = dict(prompts["fields"])
+    if words := prompts.get("words"):
+        rows["words (AUC)"] = words
+    table = [
+        (name, *("" if row.get(k) is None else f"{row[k]:.4g}" for k in _PROMPT_SIDES))
+        for name, row in rows.items()
+    ]
+    for name, key in (("similar", "similar_caption"), ("other", "other_caption")):
+        row = prompts.get("copies", {}).get(key, {})
+        if row.get("n"):
+            label = f"near copies, {name} caption"
+            table.append((label, str(row["n"]), f"{row['near_copies']:.4g}", "", "", ""))
+    return table
 
 
 def _label_line(row: dict[str, Any]) -> str:
@@ -65,8 +92,8 @@ IGNORED_SETTINGS = (
     "target", "reference", "data", "vae", "shrunk", "n_train", "extractor.weights_source",
     "sample.batch_size", "eval.num_images", "eval.weights", "eval.device", "eval.measures",
     "eval.curve", "eval.label_field", "eval.label_min", "eval.floors", "eval.memorisation",
-    "eval.memorisation_images", "eval.keep_images", "eval.report", "eval.save_statistics",
-    "eval.cache", "eval.overwrite", "eval.quiet",
+    "eval.memorisation_images", "eval.prompts", "eval.keep_images", "eval.report",
+    "eval.save_statistics", "eval.cache", "eval.overwrite", "eval.quiet",
 )  # fmt: skip
 # Settings that older results lack, with the value they had.
 _LATER_SETTINGS = {"sample.internal_guidance_scale": 1.0}
@@ -336,6 +363,17 @@ and their distance.</p>
 <figure>{{ picture(sample) }} {{ picture(other) }}<figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>
 {% endif %}
+{% if prompts %}
+<h2>Prompts</h2>
+<table><tr><th></th>{% for side in prompt_sides %}<th>{{ side }}</th>{% endfor %}</tr>
+{% for row in prompt_rows %}<tr><td>{{ row[0] }}</td>
+{%- for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p class="note">Share of samples (painted) and of real images that a linear probe assigns to what
+the prompt says, and for words the mean AUC of theirs; shuffled: the same samples and permuted
+prompts. A near copy is nearer to a training image than 99 % of held-out images. prompts.csv has a
+line for each sample.</p>
+{% endif %}
 <h2>Settings</h2>
 <details><summary>All settings</summary><pre>{{ all_settings }}</pre></details>
 </body></html>
@@ -368,6 +406,8 @@ def render(result: dict[str, Any], pictures: Pictures, copies: "Memorisation | N
         label_bars=label_chart(labels),
         nearest=nearest_chart(copies) if copies else "",
         copies=copies,
+        prompt_sides=_PROMPT_SIDES,
+        prompt_rows=_prompt_rows(result["prompts"]) if result["prompts"] else [],
         samples=_picture(pictures.samples),
         reference=None if pictures.reference is None else _picture(pictures.reference),
         pairs=[(_picture(a[None]), _picture(b[None]), text) for a, b, text in pictures.pairs],
