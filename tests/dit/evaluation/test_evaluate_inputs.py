@@ -212,14 +212,15 @@ def test_invalid_settings_are_rejected(
         evaluate(*folders, config=replace(QUICK, **change))
 
 
-def test_cached_features_depend_on_the_order_of_the_images() -> None:
-    """The fingerprint of a source is unchanged when its files are renamed; its rows are not."""
+def test_cached_features_depend_on_the_order_of_the_images(own_cache: Path) -> None:
+    """The fingerprint of a source is that of its files and labels; the pixels are what counts."""
     images, rows = pictures(6, 0), np.arange(6)
     extractor = load_random_features()
     found = []
-    for order in (images, images[::-1], images):
-        source = replace(array_images(np.ascontiguousarray(order)), fingerprint="x", lasting=True)
-        found.append(set_features(source, rows, extractor, cache=True))
+    for order, fingerprint in ((images, "x"), (images[::-1], "x"), (images, "other labels")):
+        source = array_images(np.ascontiguousarray(order), fingerprint=fingerprint)
+        found.append(set_features(replace(source, lasting=True), rows, extractor, cache=True))
+    assert len(list(own_cache.glob("features-*.npz"))) == 2
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-5)
     assert np.abs(found[0] - found[1]).max() > 1e-3

@@ -109,14 +109,15 @@ def set_features(
     Returns:
         (n, D) float32 in the order of rows, on every process.
     """
+    # The pixels of a source, whose fingerprint depends on labels, and not on the order.
+    pixels = cache and images.lasting
     key = json.dumps(
         {
-            "images": images.fingerprint,
+            "images": _pixel_hash(images, rows) if pixels else images.fingerprint,
             "rows": array_hash(rows),
             "extractor": [extractor.name, extractor.weights_sha256, extractor.network_sha256],
             "how": [extractor.resize, extractor.dtype, extractor.device.type, FEATURE_CHUNK],
             "transform": transform_name,
-            "pixels": _pixel_hash(images, rows) if cache and images.lasting else "",
         }
     )
     path = cache_dir() / f"features-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -146,7 +147,7 @@ def set_features(
 
 
 def _pixel_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
-    """Hash of the pixels in the order of rows, which a source's fingerprint does not cover."""
+    """Hash of the pixels in the order of rows."""
     digest = hashlib.sha256()
     for start in range(0, len(rows), images.block):
         digest.update(images.read(rows[start : start + images.block].tolist()).tobytes())
