@@ -26,7 +26,8 @@ momentum     v = a v + f, h + v with one learned a
 no carry     `LoopedDynamics` whose velocity starts at zero in each repetition
 unshared     h + f_k with a block of its own for each trained repetition: more weights for the same
              FLOPs; later repetitions use the last
-velocity     `LoopedDynamics`
+velocity     `LoopedDynamics`, momentum with coefficients per channel
+spring       `LoopedDynamics` with a spring to the input
 
 In `softmax` all but `unshared` have the parameters of `velocity`, by the width of the MLP; in
 `linear` they differ by 1 to 8 numbers. Runs with rows are not repeated.
@@ -47,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inl_core import LoopedDynamics, RMSNorm
 
 WIDTH, HEADS = 32, 4
+DYNAMICS = ("no carry", "velocity", "spring")
 LONGEST = 512
 """Repetitions within which `SOLVED` must be reached."""
 
@@ -119,13 +121,13 @@ class Loop(nn.Module):
             self.recall, self.norm = nn.Linear(width, width, bias=False), RMSNorm(width)
         elif arm == "momentum":
             self.alpha = nn.Parameter(torch.full((1,), 0.5))
-        elif arm in ("no carry", "velocity"):
-            self.dynamics = LoopedDynamics(width)
+        elif arm in DYNAMICS:
+            self.dynamics = LoopedDynamics(width, spring=arm == "spring")
 
     def forward(self, x, count, *context):
         """Yield the state after 1 to `count` repetitions."""
         h, v = x, None
-        mu = self.dynamics.equilibrium(x) if self.arm in ("no carry", "velocity") else None
+        mu = self.dynamics.equilibrium(x) if self.arm in DYNAMICS else None
         for k in range(count):
             block = self.blocks[min(k, len(self.blocks) - 1)]
             f = block(h + self.recall(x) if self.arm == "recall" else h, *context)
@@ -143,7 +145,7 @@ class Loop(nn.Module):
                     h = h + v
                 case "no carry":
                     h, _ = self.dynamics(h, None, f, mu)
-                case "velocity":
+                case "velocity" | "spring":
                     h, v = self.dynamics(h, v, f, mu)
                 case _:
                     h = h + f
@@ -244,7 +246,8 @@ def run(kind, kappa, arm, seed):
     if hasattr(model.loop, "dynamics"):
         dynamics = model.loop.dynamics
         for name in ("alpha", "beta", "gate"):
-            result[name] = (dynamics.get_parameter(name).clamp(0, 1).mean().item(), "")
+            if (value := getattr(dynamics, name)) is not None:
+                result[name] = (value.clamp(0, 1).mean().item(), "")
     result["parameters"] = (parameters(model), "")
     result["forward"] = (counter.get_total_flops() / 1e6, "MFLOP")
     result["training"] = (seconds, "s")

@@ -19,7 +19,7 @@ SOLVED = 0.001
 SHOWN = (4, 8, 16, 32)
 ARMS = (
     "plain", "1/N", "step sizes", "damped", "recall", "momentum", "no carry", "unshared",
-    "velocity",
+    "spring", "velocity",
 )  # fmt: skip
 
 

@@ -48,12 +48,12 @@ def test_without_inertia_it_is_the_plain_loop(block):
 
 
 def test_the_initial_coefficients_are_exact_and_the_equilibrium_is_the_input():
-    dynamics = LoopedDynamics(D, init_alpha=1.0, init_beta=0.0, init_gate=1.0)
+    dynamics = LoopedDynamics(D, init_alpha=1.0, init_gate=1.0, spring=True)
     assert dynamics.alpha.tolist() == [1.0] * D
     assert dynamics.beta.tolist() == [0.0] * D
     x = torch.randn(2, D)
     assert torch.equal(dynamics.equilibrium(x), x)
-    assert torch.equal(LoopedDynamics(D, learn_equilibrium=False).equilibrium(x), x)
+    assert torch.equal(LoopedDynamics(D, spring=True, learn_equilibrium=False).equilibrium(x), x)
     nn.init.normal_(dynamics.alpha)
     dynamics.reset_parameters()
     assert dynamics.alpha.tolist() == [1.0] * D
@@ -63,11 +63,23 @@ def test_it_is_the_definition_with_an_equilibrium_per_token():
     torch.manual_seed(1)
     h, v, f, mu = (torch.randn(2, 3, D, dtype=torch.float64) for _ in range(4))
     alpha, beta, gate = 0.3, 0.7, 0.9
-    dynamics = LoopedDynamics(D, alpha, beta, gate, dt=0.5, velocity_max=0.8).double()
+    dynamics = LoopedDynamics(
+        D, alpha, gate, dt=0.5, velocity_max=0.8, spring=True, init_beta=beta
+    ).double()
     h_next, v_next = dynamics(h, v, f, mu)
     expected = (alpha * v - beta * (h - mu) + f).clamp(-0.8, 0.8)
     torch.testing.assert_close(v_next, expected)
     torch.testing.assert_close(h_next, h + 0.5 * gate * expected)
+
+
+def test_without_a_spring_it_is_one_whose_strength_is_zero(block):
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    free, held = LoopedDynamics(D).double(), LoopedDynamics(D, spring=True).double()
+    assert torch.equal(free.loop(block, x, 5).h, held.loop(block, x, 5).h)
+    assert sorted(free.state_dict()) == ["alpha", "gate"]
+    assert "beta" not in str(free)
+    free(x, None, None, x)[0].sum().backward()
+    assert bool(free.gate.grad.isfinite().all())
 
 
 def test_gradients_in_fp64():
@@ -123,7 +135,7 @@ def test_a_sample_stops_at_the_same_state_whatever_is_beside_it(block):
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "gate"])
 def test_a_coefficient_beyond_its_bound_comes_back(name):
-    dynamics = LoopedDynamics(D, init_alpha=0.5, init_beta=0.5, init_gate=0.5)
+    dynamics = LoopedDynamics(D, init_alpha=0.5, init_gate=0.5, spring=True, init_beta=0.5)
     parameter = dynamics.get_parameter(name)
     bound = 2.0 if name == "beta" else 1.0
     h, v, f, mu = (torch.ones(4, D) * k for k in (0.0, 1.0, 0.0, 1.0))
@@ -146,7 +158,7 @@ def test_deferred_bounds_give_the_same_gradients():
     x, f = torch.randn(4, D), torch.randn(4, D)
     found = []
     for deferred in (False, True):
-        dynamics = LoopedDynamics(D)
+        dynamics = LoopedDynamics(D, spring=True)
         with torch.no_grad():
             dynamics.alpha.uniform_(-1.0, 2.0, generator=torch.Generator().manual_seed(5))
             dynamics.beta.uniform_(-1.0, 3.0, generator=torch.Generator().manual_seed(6))
@@ -161,7 +173,7 @@ def test_deferred_bounds_give_the_same_gradients():
 
 def test_per_sample_gradients_and_compilation():
     torch.manual_seed(5)
-    dynamics = LoopedDynamics(D)
+    dynamics = LoopedDynamics(D, spring=True)
     params = dict(dynamics.named_parameters())
     x = torch.randn(3, D)
 
@@ -237,7 +249,7 @@ def brute_force(step, h, v):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.95])
 def test_the_certificate_of_a_loop_is_that_of_its_whole_jacobian(block, alpha):
     torch.manual_seed(6)
-    dynamics = LoopedDynamics(D, init_alpha=alpha, init_beta=0.1).double().requires_grad_(False)
+    dynamics = LoopedDynamics(D, alpha, spring=True, init_beta=0.1).double().requires_grad_(False)
     x = torch.randn(2, 2, D, dtype=torch.float64)
 
     def step(h, v):

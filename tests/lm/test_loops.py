@@ -24,7 +24,9 @@ COUNTS = (1, 2, 5)
 
 def looped(lively, **settings):
     """Four layers, the two in the middle repeated; every coefficient of the loop off its start."""
-    usual = {"num_hidden_layers": 4, "num_loops": 3, "dynamics_velocity_max": None}
+    usual = {
+        "num_hidden_layers": 4, "num_loops": 3, "dynamics_velocity_max": None, "loop_spring": True,
+    }  # fmt: skip
     return off_start(lively(**(usual | settings)).double())
 
 
@@ -33,7 +35,8 @@ def off_start(model):
         for module in model.modules():
             if isinstance(module, LoopedDynamics):
                 module.alpha.uniform_(0.2, 0.6, generator=torch.Generator().manual_seed(2))
-                module.beta.uniform_(0.05, 0.2, generator=torch.Generator().manual_seed(3))
+                if module.beta is not None:
+                    module.beta.uniform_(0.05, 0.2, generator=torch.Generator().manual_seed(3))
                 module.gate.fill_(0.9)
             elif hasattr(module, "mu"):
                 module.mu.fill_(0.5)  # off its bound
@@ -47,7 +50,11 @@ def calm(tiny):
     def build(**settings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = DeepForCausalLM(tiny(initializer_range=0.1, **settings)).double().eval()
+            model = (
+                DeepForCausalLM(tiny(initializer_range=0.1, loop_spring=True, **settings))
+                .double()
+                .eval()
+            )
         return off_start(model)
 
     return build
@@ -352,10 +359,11 @@ def test_saved_and_loaded(lively, ids, tmp_path) -> None:
 
 
 def test_the_start_is_exact_and_without_weight_decay(tiny) -> None:
-    model = DeepForCausalLM(tiny(num_loops=4, loop_alpha=0.75))
+    model = DeepForCausalLM(tiny(num_loops=4, loop_alpha=0.75, loop_spring=True))
     dynamics = model.model.dynamics_loop
     assert dynamics.alpha.tolist() == [0.75] * 32
     assert torch.equal(dynamics.equilibrium.weight, torch.eye(32))
+    assert dynamics.beta.tolist() == [0.0] * 32
     assert not [name for name in decay_parameter_names(model) if "loop" in name]
     small, wanted = model.model.layers[0].mlp.down_proj.weight.std().item(), 0.02 / 12**0.5
     assert small == pytest.approx(wanted, rel=0.1)

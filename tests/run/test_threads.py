@@ -1,4 +1,4 @@
-"""Threads of a command wait without spinning and are as many as there are cores to use."""
+"""Threads of a command sleep soon when they wait and are as many as there are cores to use."""
 
 import os
 import subprocess

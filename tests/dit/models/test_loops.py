@@ -23,16 +23,14 @@ COUNTS = (1, 2, 5)
 
 def looped(**overrides):
     """Four blocks, the two in the middle repeated; every coefficient of the loop off its start."""
-    model = randomised(
-        small_network(
-            **({"num_layers": 4, "num_loops": 3, "dynamics_velocity_max": None} | overrides)
-        )
-    ).double()
+    usual = {"num_layers": 4, "num_loops": 3, "dynamics_velocity_max": None, "loop_spring": True}
+    model = randomised(small_network(**(usual | overrides))).double()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LoopedDynamics):
                 module.alpha.uniform_(0.2, 0.6)
-                module.beta.uniform_(0.05, 0.2)
+                if module.beta is not None:
+                    module.beta.uniform_(0.05, 0.2)
                 module.gate.fill_(0.9)
             elif hasattr(module, "mu"):
                 module.mu.fill_(0.5)  # off its bound

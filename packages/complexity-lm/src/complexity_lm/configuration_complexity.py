@@ -138,6 +138,8 @@ class DeepConfig(PreTrainedConfig):
         loop_dynamics: Whether the loop carries a velocity from one repetition to the next
             (`inl_core.LoopedDynamics`), with the input of the loop as its equilibrium.
         loop_alpha: Initial inertia of that velocity, in [0, 1]; 0 starts as the plain loop.
+        loop_spring: Whether a learned spring pulls the loop towards its input as well. It costs
+            accuracy beyond the repetitions of the training (docs/results/tables/loops.md).
         loop_tolerance: Outside of training a token stops where its velocity, and the change of it,
             is at most this share of its position, and the loop ends when all have stopped;
             `None` computes all repetitions. Needs `loop_dynamics`.
@@ -197,6 +199,7 @@ class DeepConfig(PreTrainedConfig):
     loop_end: int | None = None
     loop_dynamics: bool = True
     loop_alpha: float | int = 0.5
+    loop_spring: bool = False
     loop_tolerance: float | None = None
     use_bidirectional_attention: bool = False
 

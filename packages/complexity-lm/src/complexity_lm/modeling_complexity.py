@@ -628,8 +628,8 @@ class DeepModel(DeepPreTrainedModel):
         )
         if config.loop_start is not None and config.loop_dynamics:
             self.dynamics_loop = LoopedDynamics(
-                config.hidden_size, config.loop_alpha, beta_max=config.dynamics_beta_max,
-                velocity_max=config.dynamics_velocity_max,
+                config.hidden_size, config.loop_alpha, spring=config.loop_spring,
+                velocity_max=config.dynamics_velocity_max, beta_max=config.dynamics_beta_max,
             )  # fmt: skip
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepRotaryEmbedding(config)

@@ -8,9 +8,9 @@ from one repetition to the next:
 
 With beta = 0 this is Polyak's heavy ball around the plain loop h + f(h), which is alpha = 0: on a
 quadratic problem of condition number kappa it needs of the order of sqrt(kappa) repetitions where
-the plain loop needs kappa (Polyak, USSR Comput. Math. Math. Phys. 4(5), 1964). The equilibrium mu
-is the input of the loop, so that a spring, where one is learned, pulls towards what every
-repetition starts from, and not towards a constant.
+the plain loop needs kappa (Polyak, USSR Comput. Math. Math. Phys. 4(5), 1964). That is the default.
+A spring can be added, which pulls towards mu, the input of the loop. It helps at the number of
+repetitions that it was trained at, and hurts beyond it (docs/results/tables/loops.md).
 """
 
 from __future__ import annotations
@@ -101,17 +101,19 @@ class LoopedDynamics(Dynamics):
         hidden_size: Channels D.
         init_alpha: Initial inertia, in [0, 1]. 0 starts as the plain loop; the best constant value
             for condition number kappa is ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))².
-        init_beta: Initial strength of the spring, in [0, beta_max].
         init_gate: Initial gate, in [0, 1].
         dt: Time step.
-        beta_max: Upper bound of beta; None for none.
         velocity_max: Bound of each velocity; None for none. The position uses the clipped one.
+        spring: Whether a spring of learned strength beta pulls towards the equilibrium. Without it
+            beta is 0 and the three arguments below have no effect.
+        init_beta: Initial strength of the spring, in [0, beta_max].
+        beta_max: Upper bound of beta; None for none.
         learn_equilibrium: Whether the equilibrium is a learned projection of the input, which
             starts as the identity; False takes the input itself.
 
     Attributes:
         equilibrium: Module that makes the equilibrium (..., D) of a loop from its input (..., D),
-            once for all repetitions.
+            once for all repetitions; without a spring the input itself.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -121,11 +123,12 @@ class LoopedDynamics(Dynamics):
         self,
         hidden_size: int,
         init_alpha: float = 0.5,
-        init_beta: float = 0.0,
         init_gate: float = 1.0,
         dt: float = 1.0,
-        beta_max: float | None = 2.0,
         velocity_max: float | None = 10.0,
+        spring: bool = False,
+        init_beta: float = 0.0,
+        beta_max: float | None = 2.0,
         learn_equilibrium: bool = True,
     ) -> None:
         super().__init__(hidden_size, dt, velocity_max)
@@ -140,15 +143,17 @@ class LoopedDynamics(Dynamics):
         self.init_gate = init_gate
         self.beta_max = beta_max
         self.alpha = nn.Parameter(torch.empty(hidden_size))
-        self.beta = nn.Parameter(torch.empty(hidden_size))
+        self.beta = nn.Parameter(torch.empty(hidden_size)) if spring else None
         self.gate = nn.Parameter(torch.empty(hidden_size))
-        self.equilibrium = _Projection(hidden_size) if learn_equilibrium else nn.Identity()
+        learned = spring and learn_equilibrium
+        self.equilibrium = _Projection(hidden_size) if learned else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Reset every parameter: exactly the initial coefficients, the input as equilibrium."""
         nn.init.constant_(self.alpha, self.init_alpha)
-        nn.init.constant_(self.beta, self.init_beta)
+        if self.beta is not None:
+            nn.init.constant_(self.beta, self.init_beta)
         nn.init.constant_(self.gate, self.init_gate)
         for weight in self.equilibrium.parameters():
             nn.init.eye_(weight)
@@ -178,7 +183,7 @@ class LoopedDynamics(Dynamics):
                 f"{tuple(h.shape)}"
             )
         alpha, gate = self._inside(self.alpha, 0.0, 1.0), self._inside(self.gate, 0.0, 1.0)
-        beta = self._inside(self.beta, 0.0, self.beta_max)
+        beta = None if self.beta is None else self._inside(self.beta, 0.0, self.beta_max)
         if v is None:
             gate = idle_too(gate, self.alpha)
         h_next, v_next = ops.looped_step(
@@ -187,7 +192,8 @@ class LoopedDynamics(Dynamics):
         )  # fmt: skip
         if not torch.compiler.is_compiling() and self._collecting:
             with torch.no_grad():
-                coefficients = alpha.clamp(0.0, 1.0), beta.clamp(min=0.0), gate.clamp(0.0, 1.0)
+                pull = torch.zeros_like(alpha) if beta is None else beta.clamp(min=0.0)
+                coefficients = alpha.clamp(0.0, 1.0), pull, gate.clamp(0.0, 1.0)
             self._record(*coefficients, self.beta_max, v_next)
         return h_next, v_next
 
@@ -252,15 +258,19 @@ class LoopedDynamics(Dynamics):
 
     def _apply_bounds(self) -> None:
         _block_outside(self.alpha, 0.0, 1.0)
-        _block_outside(self.beta, 0.0, self.beta_max)
+        if self.beta is not None:
+            _block_outside(self.beta, 0.0, self.beta_max)
         _block_outside(self.gate, 0.0, 1.0)
 
     def extra_repr(self) -> str:
         """Settings shown by ``print(module)``."""
         return (
-            f"{self.hidden_size}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, "
-            f"init_gate={self.init_gate}, dt={self.dt}, beta_max={self.beta_max}, "
-            f"velocity_max={self.velocity_max}"
+            f"{self.hidden_size}, init_alpha={self.init_alpha}, init_gate={self.init_gate}, "
+            f"dt={self.dt}, velocity_max={self.velocity_max}"
+        ) + (
+            f", init_beta={self.init_beta}, beta_max={self.beta_max}"
+            if self.beta is not None
+            else ""
         )
 
 

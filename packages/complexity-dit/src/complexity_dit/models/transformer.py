@@ -390,6 +390,8 @@ class ComplexityDiTTransformer2DModel(
         loop_dynamics: Whether the loop carries a velocity from one repetition to the next
             (`inl_core.LoopedDynamics`), with the input of the loop as its equilibrium.
         loop_alpha: Initial inertia of that velocity, in [0, 1]; 0 starts as the plain loop.
+        loop_spring: Whether a learned spring pulls the loop towards its input as well. It costs
+            accuracy beyond the repetitions of the training (docs/results/tables/loops.md).
         loop_tolerance: Outside of training an image stops where its velocity, and the change of
             it, is at most this share of its position, and the loop ends when all have stopped;
             None computes all repetitions. Needs `loop_dynamics`.
@@ -444,6 +446,7 @@ class ComplexityDiTTransformer2DModel(
         loop_end: int | None = None,
         loop_dynamics: bool = True,
         loop_alpha: float = 0.5,
+        loop_spring: bool = False,
         loop_tolerance: float | None = None,
         caption_channels: int = 0,
     ) -> None:
@@ -465,8 +468,8 @@ class ComplexityDiTTransformer2DModel(
         self.blocks = nn.ModuleList([ComplexityDiTBlock(config) for _ in range(num_layers)])
         if loop_dynamics and looped_blocks(config):
             self.dynamics_loop = LoopedDynamics(
-                hidden_size, loop_alpha, beta_max=dynamics_beta_max,
-                velocity_max=dynamics_velocity_max,
+                hidden_size, loop_alpha, velocity_max=dynamics_velocity_max, spring=loop_spring,
+                beta_max=dynamics_beta_max,
             )  # fmt: skip
         self.norm_out = ModulatedRMSNorm(hidden_size, eps=norm_eps)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)

@@ -32,8 +32,8 @@ def inl_coefficients(
 
 
 def inl_update(
-    h: Tensor, v: Tensor | None, alpha: Tensor | float, beta: Tensor | float, gate: Tensor | float,
-    mu: Tensor, force: Tensor | None = None, *,
+    h: Tensor, v: Tensor | None, alpha: Tensor | float, beta: Tensor | float | None,
+    gate: Tensor | float, mu: Tensor, force: Tensor | None = None, *,
     dt: float, velocity_max: float | None, mu_min: float | None, mu_max: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One semi-implicit Euler step of INL dynamics, equations (1)-(3), from activated coefficients.
@@ -42,7 +42,7 @@ def inl_update(
         h: Position (..., D).
         v: Velocity, shaped like `h`; None means zero.
         alpha: Inertia, a float or a tensor that broadcasts to `h`.
-        beta: Correction strength, likewise.
+        beta: Correction strength, likewise; None means zero, and no pull is computed.
         gate: Share of the velocity that moves the position, likewise.
         mu: Equilibrium (D,), clamped here by `bounded_clamp`.
         force: External force added to the velocity, shaped like `h`; None means zero.
@@ -57,10 +57,13 @@ def inl_update(
     v_dtype = h.dtype if v is None else v.dtype
     dtype = compute_dtype(h, v, alpha, beta, gate, mu, force)
     h_wide = h.to(dtype)
-    alpha, beta, gate = cast(alpha, dtype), cast(beta, dtype), cast(gate, dtype)
+    alpha, gate = cast(alpha, dtype), cast(gate, dtype)
 
-    error = h_wide - bounded_clamp(mu.to(dtype), mu_min, mu_max)  # (1)
-    v_next = -(beta * error) if v is None else alpha * v.to(dtype) - beta * error  # (2)
+    if beta is None:
+        v_next = torch.zeros_like(h_wide) if v is None else alpha * v.to(dtype)
+    else:
+        pull = cast(beta, dtype) * (h_wide - bounded_clamp(mu.to(dtype), mu_min, mu_max))  # (1)
+        v_next = -pull if v is None else alpha * v.to(dtype) - pull  # (2)
     if force is not None:
         v_next = v_next + force.to(dtype)
     if velocity_max is not None:
@@ -85,8 +88,9 @@ def inl_step(
 
 
 def looped_step(
-    h: Tensor, v: Tensor | None, alpha: Tensor, beta: Tensor, gate: Tensor, equilibrium: Tensor,
-    force: Tensor | None = None, *, dt: float, beta_max: float | None, velocity_max: float | None,
+    h: Tensor, v: Tensor | None, alpha: Tensor, beta: Tensor | None, gate: Tensor,
+    equilibrium: Tensor, force: Tensor | None = None, *,
+    dt: float, beta_max: float | None, velocity_max: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`inl_update` with an equilibrium per token, and coefficients that are bounded by clamping.
 
@@ -98,9 +102,9 @@ def looped_step(
         h: Position (..., D).
         v: Velocity, shaped like `h`; None means zero.
         alpha: Inertia (D,) or (1,), clamped to [0, 1] by `bounded_clamp`.
-        beta: Correction strength, likewise to [0, beta_max].
+        beta: Correction strength, likewise to [0, beta_max]; None means zero.
         gate: Share of the velocity that moves the position, likewise to [0, 1].
-        equilibrium: Shaped like `h`; not clamped.
+        equilibrium: Shaped like `h`; not clamped. Without a beta it has no effect.
         force: External force, shaped like `h`; None means zero.
         dt: Time step.
         beta_max: Upper bound of beta, or None for none.
@@ -112,8 +116,9 @@ def looped_step(
     dtype = compute_dtype(alpha, beta, gate)
     return inl_update(
         h, v, bounded_clamp(alpha.to(dtype), 0.0, 1.0),
-        bounded_clamp(beta.to(dtype), 0.0, beta_max), bounded_clamp(gate.to(dtype), 0.0, 1.0),
-        equilibrium, force, dt=dt, velocity_max=velocity_max, mu_min=None, mu_max=None,
+        None if beta is None else bounded_clamp(beta.to(dtype), 0.0, beta_max),
+        bounded_clamp(gate.to(dtype), 0.0, 1.0), equilibrium, force, dt=dt,
+        velocity_max=velocity_max, mu_min=None, mu_max=None,
     )  # fmt: skip
 
 
