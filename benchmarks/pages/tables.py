@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.common.results import current_command, read_rows
 from benchmarks.pages import ops_table, recipe_page
 from benchmarks.study.claims_report import claims
+from benchmarks.study.loops_report import loops
 from benchmarks.theory.physics_report import closed_loop, rollouts
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,7 @@ WRITERS = {
     "physics": rollouts,
     "closed_loop": closed_loop,
     "claims_dit": claims,
+    "loops": loops,
     "ablate_lm": ablation,
     "ablate_dit": ablation,
 }
