@@ -67,6 +67,7 @@ PACKAGES = {
             **COMMON, sample_every=20,
             data=dit.DataConfig(resolution=16, num_images=256),
             model=dit.ModelConfig(
+                dynamics_placement="branch",
                 overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
             ),
             optim=dit.OptimConfig(warmup_steps=4),

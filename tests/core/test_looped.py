@@ -205,7 +205,10 @@ def test_statistics_are_collected():
     stats = net.dynamics.get_dynamics_stats()
     assert stats["alpha_mean"] == 0.25
     assert stats["velocity_abs_max"] > 0
+    net = Net()
+    net.dynamics.compile(backend="eager")  # as a trainer compiles layers in place
     read = read_dynamics(net, (torch.randn(2, D),))["dynamics"]
+    assert read["velocity_rms"] > 0
     assert read["spectral_radius"] == 1.0  # beta = 0: no pull, and marginal on its own
 
 

@@ -15,6 +15,7 @@ from complexity_lm.inspect_model import inspect
 from complexity_lm.loading import load
 from complexity_lm.parameters import decay_parameter_names
 from complexity_lm.train import train
+from complexity_lm.trainer import compile_layers
 from inl_core import LoopedDynamics, certify_loops, draw_num_loops
 from inl_core.run.errors import UserError
 
@@ -403,6 +404,16 @@ def test_wrong_calls_are_refused(lively, ids, tiny) -> None:
 
 
 @pytest.fixture
+def eager_graphs(monkeypatch):
+    """What the trainer compiles becomes graphs that torch runs as they are."""
+    torch.compiler.reset()  # graphs of a function are counted over all its models
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled(f, backend="eager", **how))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def looped_run(small_run):
     small_run.model.num_loops = 3
     small_run.model.overrides["num_hidden_layers"] = 3
@@ -447,6 +458,36 @@ def test_a_sampled_count_resumes_exactly(looped_run, monkeypatch, tmp_path) -> N
     assert once.startswith("Ka lo")
     assert inspect(str(whole))["loop"]["num_loops"] == 3
     assert "model.dynamics_loop,nan" in Path(looped_run.out, "dynamics.csv").read_text()
+
+
+# torch asks the inputs for it, and hides its warning where warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_counts_share_the_graphs_of_layers(lively, ids, eager_graphs) -> None:
+    """Graphs of the whole model, one per count, would end at torch's limit of eight."""
+    model, counters = looped(lively).train(), torch._dynamo.utils.counters
+    compiled, found = copy.deepcopy(model), []
+    compile_layers(compiled)
+    for count in (2, 1, 5, 3, 9, 4, 8, 6, 7, 10):
+        counters.clear()
+        expected = model(ids, num_loops=count, use_cache=False).logits
+        logits = compiled(ids, num_loops=count, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] >= 1
+    assert not any(found[1:])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_run_with_sampled_counts_is_the_eager_one(looped_run, eager_graphs) -> None:
+    losses = []
+    for compiled in (True, False):
+        run = copy.deepcopy(looped_run)
+        run.out, run.compile = f"{run.out}-{compiled}", compiled
+        train(run)
+        rows = Path(run.out, "train_log.csv").read_text().splitlines()[1:]
+        losses.append([float(row.split(",")[1]) for row in rows])
+        assert "model.layers.1.dynamics" in Path(run.out, "dynamics.csv").read_text()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def config(run, count):

@@ -150,6 +150,26 @@ def test_training_under_autocast(count):
     assert bool(model.dynamics_loop.alpha.grad.any()) == (count > 1)
 
 
+# torch asks the inputs for it, and hides its warning where warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_counts_share_the_graphs_of_blocks():
+    """As `compile: regional` trains with sampled counts."""
+    model = looped().train()
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    found = []
+    compiled = copy.deepcopy(model)
+    compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for count in (2, 1, 5, 3, 9, 4, 8, 6, 7, 10):
+        counters.clear()
+        expected = model(*inputs(), num_loops=count).sample
+        torch.testing.assert_close(compiled(*inputs(), num_loops=count).sample, expected)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] >= 1
+    assert not any(found[1:])
+    torch.compiler.reset()
+
+
 def test_a_graph_for_each_number_of_repetitions():
     model = looped()
     torch.compiler.reset()  # graphs of a function are counted over all its models

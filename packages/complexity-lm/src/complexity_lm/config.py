@@ -235,7 +235,8 @@ class TrainConfig:
 
     compile: Literal["auto"] | bool = "auto"
     """Compile the model with torch.compile, which takes a minute or more at the start; auto does so
-    in runs that are long enough to save more. A resumed run keeps what auto was."""
+    in runs that are long enough to save more. A resumed run keeps what auto was. A model with a
+    loop is compiled layer by layer, once for any number of repetitions."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""

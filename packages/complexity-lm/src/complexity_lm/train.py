@@ -57,6 +57,7 @@ from complexity_lm.trainer import (
     DynamicsMonitor,
     LMTrainer,
     check_batch,
+    compile_layers,
     training_arguments,
 )
 from inl_core.run import workers
@@ -222,7 +223,13 @@ def _train(
         model, record["base_sha256"] = _pretrained(config, checkpoint, earlier)
     record["resolved"] = _resolved(config, saved, model, processes, on_main)
     config = dataclasses.replace(config, **record["resolved"])
-    args = training_arguments(config, processes.num_processes, has_heldout, corpus.streamed)
+    by_layer = config.compile is True and getattr(model.config, "loop_start", None) is not None
+    args = training_arguments(
+        dataclasses.replace(config, compile=False) if by_layer else config,
+        processes.num_processes, has_heldout, corpus.streamed,
+    )  # fmt: skip
+    if by_layer:
+        compile_layers(model)
     assert args.world_size == processes.num_processes  # or the batch size would be another
     tokenizer.model_max_length = model.config.max_position_embeddings
     if corpus.streamed:

@@ -44,6 +44,7 @@ from complexity_lm.conversations import IGNORED
 from complexity_lm.data import POSITION_FILE, BlockOrder, BlockStream, collate
 from complexity_lm.hub import report_errors
 from complexity_lm.loading import check_checkpoint, write_training_file
+from complexity_lm.modeling_complexity import DeepDecoderLayer
 from complexity_lm.parameters import decay_parameter_names, flops_per_token
 from complexity_lm.tokenizer import separator_id
 from inl_core import (
@@ -89,6 +90,17 @@ def check_batch(config: TrainConfig, processes: int) -> None:
             f"batch_size {config.batch_size} must be divisible by processes x accumulation steps, "
             f"{processes} x {config.gradient_accumulation_steps}"
         )
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer by itself, in place.
+
+    For a model with a loop: a graph of the whole would be another one for each number of
+    repetitions, of which torch compiles eight and then none.
+    """
+    for module in model.modules():
+        if isinstance(module, DeepDecoderLayer):
+            module.compile()
 
 
 def training_arguments(

@@ -31,14 +31,19 @@ def run_watched(
     Collecting also disables fused calls, which would bypass the hooks of the modules.
 
     Args:
-        model: The bare model: a compiled forward collects nothing.
+        model: The bare model. What is compiled in place, such as its layers, runs as it was
+            written: compiled code collects nothing.
         inputs: Arguments of the forward: keywords as a mapping, positional ones as a sequence.
         gradients: Whether autograd records the forward.
     """
     was_training = model.training
     model.eval()
     try:
-        with torch.set_grad_enabled(gradients), collect_dynamics_stats(model):
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.compiler.set_stance("force_eager"),
+            collect_dynamics_stats(model),
+        ):
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
@@ -56,7 +61,7 @@ def read_dynamics(
     numbers shows changes of the model and not of the data.
 
     Args:
-        model: The bare model, not compiled.
+        model: The bare model, as for `run_watched`.
         inputs: Arguments of one forward, as in `certify`.
 
     Returns:
