@@ -312,7 +312,7 @@ def test_ids_and_embeddings_exclude_each_other(lively, ids) -> None:
 def test_a_checkpoint_of_another_shape_is_rejected(lively, tiny, tmp_path) -> None:
     lively().save_pretrained(tmp_path)
     message = r"mlp.down_proj.weight: \(32, 48\) in the checkpoint, \(32, 64\) by the configuration"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         DeepForCausalLM.from_pretrained(tmp_path, config=tiny(intermediate_size=64))
 
 

@@ -140,6 +140,15 @@ def test_latents_as_image(pipe):
     )
     with pytest.raises(UserError, match="leave height and width out"):
         again(latents, height=16)
+    for kind, more in (
+        (ComplexityDiTImg2ImgPipeline, {}),
+        (ComplexityDiTInpaintPipeline, {"mask_image": torch.ones(8, 8)}),
+    ):
+        without = kind(network, pipe.scheduler)
+        with pytest.raises(
+            UserError, match="3 channels and the network 4: the pipeline has no VAE"
+        ):
+            without(picture[..., :8, :8], num_inference_steps=2, **more)
     inpainting = ComplexityDiTInpaintPipeline(network, pipe.scheduler, vae)
     with pytest.raises(UserError, match=r"outside|4 channels"):
         inpainting(latents, torch.ones(8, 8))

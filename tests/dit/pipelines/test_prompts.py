@@ -264,6 +264,39 @@ def test_saved_and_loaded_by_diffusers_alone(text_pipe, tmp_path):
         without(RIVER)
 
 
+def test_variants_of_every_part(text_pipe, tmp_path):
+    text_pipe.save_pretrained(tmp_path, variant="fp16")
+    for part in ("transformer", "text_encoder"):
+        names = [path.name for path in (tmp_path / part).glob("*.safetensors")]
+        assert [name.split(".")[1] for name in names] == ["fp16"]
+    again = ComplexityDiTPipeline.from_pretrained(tmp_path, variant="fp16")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(paint(again, RIVER), paint(text_pipe, RIVER))
+
+
+def test_prompts_are_encoded_without_the_network_and_images_painted_without_the_encoder(
+    text_pipe, tmp_path
+):
+    text_pipe.save_pretrained(tmp_path)
+    alone = ComplexityDiTPipeline.from_pretrained(tmp_path, transformer=None)
+    states, mask, negative, negative_mask = alone.encode_prompt(RIVER)
+    with pytest.raises(UserError, match="it can encode prompts only"):
+        paint(alone, RIVER)
+    bare = ComplexityDiTPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+    bare.set_progress_bar_config(disable=True)
+    image = paint(
+        bare, prompt_embeds=states, prompt_attention_mask=mask, negative_prompt_embeds=negative,
+        negative_prompt_attention_mask=negative_mask,
+    )  # fmt: skip
+    assert np.array_equal(image, paint(text_pipe, RIVER))
+    for parts, words in (
+        ((None, text_pipe.scheduler), "text_encoder alone"),
+        ((text_pipe.transformer, None), "give the scheduler"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ComplexityDiTPipeline(*parts)
+
+
 def test_an_encoder_of_transformers_is_saved_as_its_own(text_pipe, tmp_path):
     import transformers
 

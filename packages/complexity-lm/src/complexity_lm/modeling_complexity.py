@@ -15,7 +15,7 @@ transformers finds by the relative import.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +438,7 @@ class DeepPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(*args, **kwargs)
         self.config.attention_is_named = True
 
+    @wraps(PreTrainedModel.save_pretrained, assigned=())  # diffusers reads the signature
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
@@ -542,7 +543,7 @@ class DeepPreTrainedModel(PreTrainedModel):
         )
         if info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             name, saved, expected = min(info.mismatched_keys)
-            raise ValueError(
+            raise RuntimeError(  # as transformers, whose message has no sizes
                 f"{len(info.mismatched_keys)} tensors of the checkpoint do not fit the "
                 f"configuration, among them {name}: {tuple(saved)} in the checkpoint, "
                 f"{tuple(expected)} by the configuration; use the config.json saved with it"

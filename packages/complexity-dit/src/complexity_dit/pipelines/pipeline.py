@@ -190,7 +190,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     and folders that `DiffusionPipeline.from_pretrained` loads.
 
     Args:
-        transformer: The denoiser.
+        transformer: The denoiser; None for a text encoder alone, which only encodes prompts.
         scheduler: A scheduler of diffusers that samples from such models (`scheduler_names`). One
             that is assigned later gets the settings that the model needs, or is refused.
         vae: `AutoencoderKL`, `AutoencoderTiny` or `TinyAutoencoder` for a network that works on
@@ -246,33 +246,41 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         guidance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        objective = objective or objective_of(scheduler)
-        if not isinstance(objective, Mapping) or "prediction_type" not in objective:
-            raise UserError(f"objective {objective!r} must be what objective_of returns")
-        scheduler = fit_scheduler(scheduler, objective)
+        if transformer is None and text_encoder is None:
+            raise UserError("give the transformer, or a text_encoder alone to encode prompts with")
+        if scheduler is not None:
+            objective = objective or objective_of(scheduler)
+            if not isinstance(objective, Mapping) or "prediction_type" not in objective:
+                raise UserError(f"objective {objective!r} must be what objective_of returns")
+            scheduler = fit_scheduler(scheduler, objective)
+        elif transformer is not None:
+            raise UserError("give the scheduler that the transformer was trained for")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer,
         )  # fmt: skip
         self._check_text(prompt_length)
-        channels = transformer.config.in_channels
-        lengths = {len(values) for values in (latents_mean, latents_std) if values is not None}
-        both = (latents_mean is None) == (latents_std is None)
-        if not both or lengths - {channels} or (lengths and vae is None):
-            raise UserError(
-                "latents_mean and latents_std go together and with a VAE, one number for each of "
-                f"the {channels} channels, not {latents_mean} and {latents_std}"
+        self._label_table = None
+        if transformer is not None:
+            channels = transformer.config.in_channels
+            lengths = {len(values) for values in (latents_mean, latents_std) if values is not None}
+            both = (latents_mean is None) == (latents_std is None)
+            if not both or lengths - {channels} or (lengths and vae is None):
+                raise UserError(
+                    "latents_mean and latents_std go together and with a VAE, one number for each "
+                    f"of the {channels} channels, not {latents_mean} and {latents_std}"
+                )
+            id2label = read_id2label(id2label, transformer)
+            self._label_table = label_counts and LabelTable(
+                label_counts, transformer.config.num_classes
             )
         self.register_to_config(
-            id2label=read_id2label(id2label, transformer),
+            id2label=id2label,
             latents_mean=latents_mean,
             latents_std=latents_std,
             objective=objective,
             label_counts=label_counts,
             prompt_length=prompt_length,
-        )
-        self._label_table = label_counts and LabelTable(
-            label_counts, transformer.config.num_classes
         )
         self.guidance = guidance
         self.vae_scale_factor = scale_factor(vae) if vae is not None else 1
@@ -290,6 +298,9 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             return
         if tokenizer is None or prompt_length is None:
             raise UserError("a text_encoder needs its tokenizer and a prompt_length: give both")
+        check_text_encoder(tokenizer, encoder, prompt_length)
+        if self.transformer is None:
+            return
         if not self.reads_text:
             raise UserError(
                 "the network reads no text (its caption_channels is 0): leave out text_encoder and "
@@ -301,7 +312,6 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 f"the states of the text encoder are {width} wide and the network reads {expected} "
                 "(caption_channels): use the encoder that it was trained with"
             )
-        check_text_encoder(tokenizer, encoder, prompt_length)
 
     @property
     def reads_text(self) -> bool:
@@ -333,7 +343,8 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
                 f"guidance {given!r} must have some of {', '.join(GUIDANCE)}: two numbers, and "
                 "the two ends of an interval"
             )
-        Guidance(*chosen.values(), guide=None).check(self.transformer, torch.empty(0))
+        if self.transformer is not None:
+            Guidance(*chosen.values(), guide=None).check(self.transformer, torch.empty(0))
         self.register_to_config(guidance=given)
 
     @property
@@ -726,6 +737,10 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
         [-1, 1], with that `strength`; `mask` is 1 where it is replaced and 0 where it is kept, (1
         or B, 1, Y, X).
         """
+        if self.transformer is None or self.scheduler is None:
+            raise UserError(
+                "this pipeline has no transformer or no scheduler: it can encode prompts only"
+            )
         self._check_names(call)
         options = {"attention_kwargs": call.attention_kwargs, "num_loops": call.num_loops}
         # A denoiser of another class, as `train` takes one, need not know them.
@@ -950,6 +965,11 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
     def _encode(self, pixels: Tensor, batches: NetworkBatches) -> Tensor:
         """Pixels in [-1, 1] to the transformer's input: the mean of the VAE's posterior, scaled."""
         if self.vae is None:
+            if pixels.shape[1] != (channels := self.transformer.config.in_channels):
+                raise UserError(
+                    f"the image has {pixels.shape[1]} channels and the network {channels}: the "
+                    "pipeline has no VAE, give image as latents"
+                )
             return pixels
         vae = self.vae
         latents = batches.run(lambda x: posterior(vae, x)[0], pixels.to(vae.dtype))
