@@ -25,6 +25,7 @@ from complexity_lm.data import (
 from complexity_lm.sources import read_documents
 from complexity_lm.tokenizer import train_tokenizer
 from inl_core.run.errors import UserError
+from support.processes import python
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,39 @@ def test_a_single_file_is_cut_at_line_ends_without_loss(tmp_path):
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(8192 <= len(piece.encode()) < 8192 + 30 for piece in pieces[:-1])
     assert len(list(read_documents(f"text:{path}", "*", 0))) == 1
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import datasets
+from benchmarks.common.memory import peak_of
+from complexity_lm.config import DataConfig
+from complexity_lm.data import load_corpus, pack, tokenize
+from complexity_lm.tokenizer import load_tokenizer
+
+datasets.disable_progress_bars()
+tokenizer = load_tokenizer(sys.argv[1])
+
+def blocks(path):
+    return pack(tokenize(load_corpus(DataConfig(source=f"text:{path}")).train, tokenizer), 256)
+
+blocks(sys.argv[2])  # what stays: modules, the tokenizer's threads
+print(peak_of(lambda: blocks(sys.argv[3]), "cpu") * 2**20 / Path(sys.argv[3]).stat().st_size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
+def test_text_takes_at_most_four_bytes_of_memory_a_byte(tmp_path):
+    text = "".join(document.text for document in read_documents("stdlib", "*", None))
+    train_tokenizer([text[:500_000]], 2000).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "small.txt").write_text(text[:200_000])
+    with (tmp_path / "large.txt").open("w") as file:
+        for number in range(24_000_000 // len(text) + 1):
+            file.write(f"{number}\n{text}")
+    files = (tmp_path / name for name in ("tokenizer", "small.txt", "large.txt"))
+    assert 1 < float(python("-c", MEMORY, *files).stdout.split()[-1]) < 4
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\u2028"])
