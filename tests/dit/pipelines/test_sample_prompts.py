@@ -1,5 +1,6 @@
 """`sample --prompt` and `--prompts FILE`."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -80,6 +81,39 @@ def test_labels_beside_a_prompt_are_not_drawn(text_pipe):
     plain = sample_settings(text_pipe, text_pipe.get_label_ids(), QUICK)
     assert kept.keys() - plain.keys() == {"prompts_sha256"}
     assert kept["network_evaluations"] == 4  # two steps with guidance
+
+
+def test_guidance_leads_away_from_a_negative_prompt(command, folder, text_pipe, tmp_path):
+    words = ("sample", folder, "--prompt", RIVER, "--num_images", 2, "--num_inference_steps", 2)
+    away = (*words, "--chunk_size", 1, "--negative_prompt", "a  portrait")
+    status, _, error = command(*away, "--out", tmp_path / "out")
+    assert status == 0, error
+    found = pictures(tmp_path / "out")
+    config = SampleConfig(num_inference_steps=2, chunk_size=1)
+    labels = text_pipe.get_label_ids().expand(2, -1)
+
+    def sampled(config):
+        batches = iter_samples(text_pipe, labels, config, progress=False, prompts=[RIVER] * 2)
+        return next(batches)[1]
+
+    expected = sampled(dataclasses.replace(config, negative_prompt="a portrait"))
+    assert np.array_equal(np.stack(list(found.values())), expected)
+    assert not np.array_equal(expected, sampled(config))
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert kept["sample.negative_prompt"] == "a portrait"
+    status, _, error = command(*words, "--chunk_size", 1, "--out", tmp_path / "out")
+    assert status != 0
+    assert "sample.negative_prompt" in error
+
+
+def test_a_negative_prompt_that_would_do_nothing_is_refused(pipe, tmp_path):
+    for off in ({"guidance_scale": 1.0}, {"autoguidance": "weaker"}):
+        with pytest.raises(UserError, match="classifier-free guidance"):
+            SampleConfig(negative_prompt="snow", **off)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    config = dataclasses.replace(QUICK, negative_prompt="ukiyo e")
+    with pytest.raises(UserError, match=r"--labels\.style Ukiyo_e"):
+        sample(str(tmp_path / "pipeline"), str(tmp_path / "out"), sampling=config)
 
 
 @pytest.mark.parametrize(

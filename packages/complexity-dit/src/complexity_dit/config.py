@@ -871,6 +871,10 @@ class SampleConfig:
     """Pipeline folder of a weaker model of the same data, e.g. of an early checkpoint: guidance
     leads away from it in place of the null rows (arXiv 2406.02507)."""
 
+    negative_prompt: str | None = None
+    """Text that guidance leads away from, in place of the empty one, for a pipeline with a text
+    encoder."""
+
     num_loops: int | None = None
     """Repetitions of the loop of a network that has one; by default those of its training."""
 
@@ -895,6 +899,11 @@ class SampleConfig:
         check_range(self, "(0, inf)", "shift")
         check_range(self, "(-inf, inf)", "guidance_scale", "internal_guidance_scale")
         check_range(self, "[0, 1]", "guidance_interval")
+        if self.negative_prompt is not None and (self.guidance_scale == 1 or self.autoguidance):
+            raise UserError(
+                f"negative_prompt {self.negative_prompt!r} takes part in classifier-free guidance "
+                "alone: set guidance_scale above 1, and no autoguidance"
+            )
 
 
 @dataclass

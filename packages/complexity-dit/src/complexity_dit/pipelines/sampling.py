@@ -209,7 +209,7 @@ def scheduler_settings(pipe: ComplexityDiTPipeline, sample: SampleConfig) -> dic
 
 def recorded(config: SampleConfig) -> dict[str, Any]:
     """The settings of a result: all, but those younger than other results where they do nothing."""
-    young = {"num_loops": None}
+    young = {"num_loops": None, "negative_prompt": None}
     return {k: v for k, v in asdict(config).items() if k not in young or v != young[k]}
 
 
@@ -289,6 +289,8 @@ def iter_samples(
             own = {"class_labels": labels[batch]} if start is None else start.arguments(pipe, batch)
             if prompts is not None:
                 own["prompt"] = [prompts[i] for i in batch]
+            if config.negative_prompt is not None:
+                own["negative_prompt"] = config.negative_prompt
             images = pipe(
                 **own,
                 generator=[generator_for(config.seed, "sample", i) for i in batch],
@@ -382,6 +384,8 @@ def sample(
             be read, or the pipeline has no text encoder.
     """
     sampling, start = sampling or SampleConfig(), start or StartConfig()
+    if sampling.negative_prompt is not None:
+        sampling = replace(sampling, negative_prompt=checked_prompt(sampling.negative_prompt))
     target = Path(out)
     is_file = target.suffix in (".png", ".npz")
     if not is_file and target.suffix.lower() in _OTHER_SUFFIXES and not target.is_dir():
@@ -485,8 +489,8 @@ def _rows_and_start(
 
     Labels and prompts alternate from image to image, in a grid from row to row.
     """
-    if texts and pipe.text_encoder is None:
-        raise UserError(pipe.no_prompts(texts))
+    if pipe.text_encoder is None and (texts or sampling.negative_prompt is not None):
+        raise UserError(pipe.no_prompts(texts or sampling.negative_prompt))
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images {num_images} must be at least 1")
     size = sampling.height or pipe.sample_size, sampling.width or pipe.sample_size
