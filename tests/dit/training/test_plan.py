@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Config, T5EncoderModel
 
 from complexity_dit.__main__ import run
-from complexity_dit.config import DataConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig
+from complexity_dit.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
 from complexity_dit.data.latents import FORMAT
+from complexity_dit.models.text import build_text_encoder
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.plan import (
     activation_bytes,
@@ -20,6 +31,7 @@ from complexity_dit.training.plan import (
     state_bytes,
     token_count,
 )
+from complexity_dit.training.text import PromptedNetwork
 from inl_core.run.errors import UserError
 
 SHAPE = {
@@ -33,7 +45,7 @@ def network(**changes):
     return ComplexityDiTTransformer2DModel(**SHAPE, **changes)
 
 
-def saved_bytes(model, precision):
+def saved_bytes(model, precision, cells=16, fields=2, **text):
     """Bytes of all storages that a real forward pass of a batch keeps, weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -44,10 +56,10 @@ def saved_bytes(model, precision):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so no address comes back
         return tensor
 
-    x, labels = torch.randn(BATCH, 4, 16, 16), torch.zeros(BATCH, 2).long()
+    x, labels = torch.randn(BATCH, 4, cells, cells), torch.zeros(BATCH, fields).long()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            out = model(x, torch.tensor(500.0), labels, return_dict=False)[0]
+            out = model(x, torch.tensor(500.0), labels, return_dict=False, **text)[0]
         torch.nn.functional.mse_loss(out.float(), x)
     return sum(size for size, _ in kept.values())
 
@@ -143,6 +155,69 @@ def test_the_table_of_a_run():
     assert f"{3200 / speed / 3600:,.3g} h" in table["time, an estimate"]
     measured = lines(RUN, replace(options, images_per_second=1.0))["time, an estimate"]
     assert f"{3200 / 3600:.3g} h at 1 images/s" in measured
+
+
+READER = TextEncoderConfig(source="lm", max_length=24, overrides={"vocab_size": 300})
+
+
+@pytest.fixture
+def t5(tmp_path):
+    """A text encoder of transformers, of which only the config is there."""
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+    config = T5Config(num_heads=2, **sizes)
+    config.save_pretrained(tmp_path)
+    return TextEncoderConfig(source=f"hf:{tmp_path}", max_length=24), T5EncoderModel(config)
+
+
+def test_a_text_encoder_that_is_trained_along_is_counted():
+    """Numbers of the table against real networks that read captions of the greatest length."""
+    config = replace(RUN, text_encoder=READER, mixed_precision="no")
+    options = PlanConfig(channels=4, cells=32, num_classes={"style": 27})
+    table = {name: text.strip() for name, text in lines(config, options).items()}
+    assert table["tokens an image"] == "256, and up to 24 of its caption"
+    captions = ["a", "b", "river in winter"] * 50
+    _, encoder = build_text_encoder(READER, captions)
+    # A new tokenizer may find fewer words than it may have.
+    whole = type(encoder)(type(encoder.config)(**encoder.config.to_dict() | {"vocab_size": 300}))
+    assert table["text encoder"] == f"{whole.num_parameters():,} parameters, trained along"
+    reading = ComplexityDiTTransformer2DModel.from_size(
+        "tiny", num_layers=2, sample_size=32, patch_size=2, in_channels=4, label_fields=["style"],
+        num_classes=[27], dynamics_placement="none", caption_channels=encoder.config.hidden_size,
+    )  # fmt: skip
+    assert table["parameters"] == f"{reading.num_parameters():,}"
+    trained = reading.num_parameters() + whole.num_parameters()
+    state = state_bytes(reading.config, "no", OptimConfig(), text=READER)
+    assert state["weights"] == state["gradients"] == 4 * trained
+    assert state["optimizer"] == 8 * trained
+
+    both = PromptedNetwork(reading, whole)
+    words = {
+        "input_ids": torch.zeros(BATCH, 24, dtype=torch.long),
+        "attention_mask": torch.ones(BATCH, 24, dtype=torch.bool),
+    }
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        both(torch.randn(BATCH, 4, 32, 32), torch.tensor(500.0), None, **words)
+    assert BATCH * count_flops(reading.config, text=READER)[0] == counter.get_total_flops()
+    planned = BATCH * activation_bytes(reading.config, "no", text=READER)
+    assert planned == pytest.approx(saved_bytes(both, "no", 32, 1, **words), rel=0.03)
+    assert activation_bytes(reading.config, "no") < planned / BATCH
+
+
+def test_a_frozen_text_encoder_adds_its_weights_and_the_tokens_of_captions(t5):
+    text, encoder = t5
+    config = replace(RUN, text_encoder=text, mixed_precision="no")
+    options = PlanConfig(channels=4, cells=32, num_classes={"style": 27})
+    table = {name: value.strip() for name, value in lines(config, options).items()}
+    count = encoder.num_parameters()
+    assert table["text encoder"] == f"{count:,} parameters, frozen: it reads each caption once"
+    plain = {name: value.strip() for name, value in lines(RUN, options).items()}
+    assert table["forward"] > plain["forward"]
+    model = network(caption_channels=16)
+    state = state_bytes(model.config, "no", OptimConfig(), text=text)
+    assert state["text encoder"] == 4 * count
+    assert state["weights"] == 4 * model.num_parameters()
+    with pytest.raises(UserError, match="no folder /no/such"):
+        lines(replace(RUN, text_encoder=TextEncoderConfig(source="hf:/no/such")), options)
 
 
 def test_missing_or_wrong_options_are_refused(tmp_path):

@@ -96,18 +96,28 @@ def _new_lm(config: TextEncoderConfig, captions: Iterable[str]) -> tuple[Any, An
             "text_encoder.source lm learns its words from the captions, and there is none: name "
             "data.text_column or data.caption_template, or take a trained model (lm:PATH)"
         )
+    sizes = _sizes(lm, config)
+    tokenizer = train_tokenizer(texts, sizes.pop("vocab_size"))
+    ids = {
+        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
+    return tokenizer, _built(lm, config, ids | sizes | {"vocab_size": len(tokenizer)})
+
+
+def _sizes(lm: Any, config: TextEncoderConfig) -> dict[str, Any]:
+    """Arguments of DeepConfig for a new model."""
     known = list(lm.DeepConfig.__dataclass_fields__)
     if wrong := [name for name in config.overrides if name not in known]:
         raise UserError(
             f"text_encoder.overrides has no field {wrong[0]!r}{nearest(wrong[0], known)}"
         )
-    sizes = _NEW_MODEL | {"max_position_embeddings": config.max_length} | config.overrides
-    tokenizer = train_tokenizer(texts, sizes.pop("vocab_size"))
-    ids = {
-        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
+    return _NEW_MODEL | {"max_position_embeddings": config.max_length} | config.overrides
+
+
+def _built(lm: Any, config: TextEncoderConfig, sizes: dict[str, Any]) -> Any:
+    """A new complexity-lm model of these sizes."""
     try:
-        return tokenizer, lm.DeepModel(lm.DeepConfig(vocab_size=len(tokenizer), **ids | sizes))
+        return lm.DeepModel(lm.DeepConfig(**sizes))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"text_encoder.overrides {config.overrides}: {error}") from error
 
@@ -129,12 +139,8 @@ def _load_lm(place: str) -> tuple[Any, Any]:
 def _load_transformers(place: str) -> tuple[Any, Any]:
     """The text encoder and the tokenizer in a folder or of a Hub id."""
     transformers = optional_package("transformers", f"text_encoder.source hf:{place}")
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        if place.count("/") != 1 or place.startswith((".", "~", "/")):
-            raise UserError(f"there is no folder {place}: pass one, or a Hub id")
-        reach_hub(f"text encoder {place}", "download it elsewhere and pass the folder")
-        folder = download_weights(place, {}, _TOKENIZER_FILES)
+    source = _folder_or_id(place)
+    folder = source if isinstance(source, Path) else download_weights(place, {}, _TOKENIZER_FILES)
 
     # A config class may make lists as long as its number of layers: not before it is checked.
     def build(_: dict[str, Any]) -> nn.Module:
@@ -157,11 +163,52 @@ def _load_transformers(place: str) -> tuple[Any, Any]:
     return tokenizer, encoder
 
 
-def _reading_class(folder: Path) -> tuple[Any, Any]:
-    """The class that reads text of the model in a folder, and its config."""
+def _folder_or_id(place: str) -> Path | str:
+    """The folder of a text encoder, or the id of one on the Hub, which can be reached."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return folder
+    if place.count("/") != 1 or place.startswith((".", "~", "/")):
+        raise UserError(f"there is no folder {place}: pass one, or a Hub id")
+    reach_hub(f"text encoder {place}", "download it elsewhere and pass the folder")
+    return place
+
+
+def outline_text_encoder(config: TextEncoderConfig) -> "PreTrainedModel":
+    """The text encoder of a run without its weights, from its config alone, to count it.
+
+    A new one has the whole vocabulary that it may have. It is built where torch is told to.
+
+    Raises:
+        UserError: As `build_text_encoder`.
+    """
+    kind, _, place = config.source.partition(":")
+    lm = kind == "lm" and optional_package("complexity_lm", f"text_encoder.source {config.source}")
+    if not place:
+        encoder = _built(lm, config, _sizes(lm, config))
+    else:
+        optional_package("transformers", f"text_encoder.source {config.source}")
+        try:
+            if lm:
+                folder = import_module("complexity_lm.loading").find_model(place)
+                encoder = lm.DeepModel(lm.DeepConfig.from_pretrained(folder))
+            else:
+                cls, own = _reading_class(_folder_or_id(place))
+                encoder = cls(own)
+        except UserError:
+            raise
+        except Exception as error:  # of any type, as in `_load_transformers`
+            raise UserError(f"cannot read the text encoder {place}: {describe(error)}") from error
+    if lm:
+        encoder.config.use_bidirectional_attention = config.bidirectional
+    return encoder.requires_grad_(config.trains)
+
+
+def _reading_class(source: Path | str) -> tuple[Any, Any]:
+    """The class that reads text of the model in a folder or of a Hub id, and its config."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, **_AS_DATA)
+    config = transformers.AutoConfig.from_pretrained(source, **_AS_DATA)
     if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
         return transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)], config
     config = getattr(config, "text_config", config)

@@ -9,24 +9,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from complexity_dit.config import OptimConfig, PlanConfig, TrainConfig
+from complexity_dit.config import OptimConfig, PlanConfig, TextEncoderConfig, TrainConfig
 from complexity_dit.data.clusters import CLUSTER_FIELD
 from complexity_dit.data.latents import read_cache
 from complexity_dit.distributed import pick_device
+from complexity_dit.models.text import outline_text_encoder, text_width
 from complexity_dit.models.tokens import kept_count
 from complexity_dit.models.transformer import ComplexityDiTTransformer2DModel
 from complexity_dit.training.batches import images_per_pass
 from complexity_dit.training.network import build_model
 from complexity_dit.training.optimizer import build_optimizer
+from complexity_dit.training.text import PromptedNetwork
 from inl_core.run.automatic import AUTO, choose_compile, choose_precision
 from inl_core.run.errors import UserError
 
@@ -38,24 +40,59 @@ def token_count(config: Config) -> int:
     return (config["sample_size"] // config["patch_size"]) ** 2
 
 
-def count_flops(config: Config, kept: int | None = None) -> tuple[int, int]:
+class Networks(NamedTuple):
+    """The network of a run, and the text encoder that is trained with it.
+
+    Attributes:
+        network: The network.
+        encoder: None without text, or with an encoder that is frozen: it reads each caption once.
+        text_tokens: Tokens of a caption, at most; 0 without text.
+    """
+
+    network: ComplexityDiTTransformer2DModel
+    encoder: Any = None
+    text_tokens: int = 0
+
+    @classmethod
+    def built(cls, config: Config, text: TextEncoderConfig | None) -> "Networks":
+        """Those of a network's config, where torch is told to build them."""
+        network = ComplexityDiTTransformer2DModel.from_config(config)
+        if text is None or text.source == "none":
+            return cls(network)
+        encoder = outline_text_encoder(text) if text.trains else None
+        return cls(network, encoder, text.max_length)
+
+    def trained(self) -> nn.Module:
+        """What the optimizer updates, as one module."""
+        if self.encoder is None:
+            return self.network
+        return PromptedNetwork(self.network, self.encoder)
+
+
+def count_flops(
+    config: Config, kept: int | None = None, text: TextEncoderConfig | None = None
+) -> tuple[int, int]:
     """FLOPs of the matrix products for one image, two per multiply-add: forward, and both passes.
 
     Recomputation is not counted. `kept` is the number of tokens that go through the middle blocks;
-    None means all.
+    None means all. With `text`, captions have as many tokens as they may have.
     """
     with torch.device("meta"):
-        network = ComplexityDiTTransformer2DModel.from_config(config)
+        networks = Networks.built(config, text)
         # The counter does not know the fused attention of a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            loss = _loss(network, 1, kept)
+            loss = _loss(networks, 1, kept)
             forward = counter.get_total_flops()
             loss.backward()
     return forward, counter.get_total_flops()
 
 
 def activation_bytes(
-    config: Config, precision: str, kept: int | None = None, checkpointing: bool = False
+    config: Config,
+    precision: str,
+    kept: int | None = None,
+    checkpointing: bool = False,
+    text: TextEncoderConfig | None = None,
 ) -> int:
     """Bytes per image that autograd keeps between forward and backward pass.
 
@@ -65,55 +102,69 @@ def activation_bytes(
     while it is recomputed.
     """
     with FakeTensorMode():
-        network = ComplexityDiTTransformer2DModel.from_config(config)
+        networks = Networks.built(config, text)
         # As on an accelerator: in bf16 on a CPU attention keeps its weights up to 512 tokens.
-        network.set_attention_backend("native")
+        networks.network.set_attention_backend("native")
         # What does not grow with the batch, copies of weights in bf16, cancels out.
         (total, block), (total_of_two, block_of_two) = (
-            _saved_bytes(network, images, precision, kept) for images in (1, 2)
+            _saved_bytes(networks, images, precision, kept) for images in (1, 2)
         )
         if not checkpointing:
             return total_of_two - total
-        network.enable_gradient_checkpointing()
+        networks.network.enable_gradient_checkpointing()
         (total, _), (total_of_two, _) = (
-            _saved_bytes(network, images, precision, kept) for images in (1, 2)
+            _saved_bytes(networks, images, precision, kept) for images in (1, 2)
         )
         return total_of_two - total + block_of_two - block
 
 
 def state_bytes(
-    config: Config, precision: str, optim: OptimConfig, averages: int = 1
+    config: Config,
+    precision: str,
+    optim: OptimConfig,
+    averages: int = 1,
+    text: TextEncoderConfig | None = None,
 ) -> dict[str, int]:
     """Bytes that do not depend on the batch.
 
     Weights, gradients, moments and averages in fp32, and copies of the weights in bf16 under
-    autocast.
+    autocast; of a frozen text encoder the weights.
     """
+    frozen = {}
     with FakeTensorMode():
-        network = ComplexityDiTTransformer2DModel.from_config(config)
+        trained = Networks.built(config, text).trained()
         moments = sum(
             4 * p.numel() * (2 if "betas" in group else 1)  # Muon has a single moment
-            for group in build_optimizer(network, optim).param_groups
+            for group in build_optimizer(trained, optim).param_groups
             for p in group["params"]
         )
-        parameters = network.num_parameters()
+        parameters = sum(p.numel() for p in trained.parameters())
+        if text is not None and text.source != "none" and not text.trains:
+            frozen = {"text encoder": 4 * outline_text_encoder(text).num_parameters()}
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": moments,
         "average" if averages == 1 else "averages": 4 * parameters * averages,
         "weights in bf16": 0 if precision == "no" else 2 * parameters,
+        **frozen,
     }
 
 
-def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | None) -> Tensor:
-    config = network.config
+def _loss(networks: Networks, images: int, kept: int | None) -> Tensor:
+    network, encoder, length = networks
+    config, text = network.config, {}
+    if encoder is not None:
+        ids = torch.zeros(images, length, dtype=torch.int64)
+        text = {"encoder_hidden_states": encoder(input_ids=ids).last_hidden_state}
+    elif length:
+        text = {"encoder_hidden_states": torch.empty(images, length, config.caption_channels)}
     x = torch.empty(images, config.in_channels, config.sample_size, config.sample_size)
     labels = torch.zeros(images, len(config.label_fields), dtype=torch.int64)
     tokens = None if kept is None else torch.zeros(images, kept, dtype=torch.int64)
     outputs = network(
         x, torch.empty(images), labels, kept_tokens=tokens, return_dict=False,
-        return_auxiliary=config.auxiliary_layer > 0,
+        return_auxiliary=config.auxiliary_layer > 0, **text,
     )  # fmt: skip
     first, *others = (
         F.mse_loss(o.float(), torch.empty_like(o, dtype=torch.float32)) for o in outputs
@@ -122,10 +173,10 @@ def _loss(network: ComplexityDiTTransformer2DModel, images: int, kept: int | Non
 
 
 def _saved_bytes(
-    network: ComplexityDiTTransformer2DModel, images: int, precision: str, kept: int | None
+    networks: Networks, images: int, precision: str, kept: int | None
 ) -> tuple[int, int]:
     """Bytes of the storages that autograd keeps other than weights: of all, and of one block."""
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    weights = {p.untyped_storage()._cdata for p in networks.trained().parameters()}
     saved: dict[int, tuple[int, Tensor]] = {}  # with the tensor, so that no address is used twice
     at_block: list[int] = []
 
@@ -143,14 +194,14 @@ def _saved_bytes(
 
     hooks = [
         register(note)
-        for block in network.blocks
+        for block in networks.network.blocks
         for register in (block.register_forward_pre_hook, block.register_forward_hook)
     ]
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        _loss(network, images, kept)
+        _loss(networks, images, kept)
     for hook in hooks:
         hook.remove()
     blocks = zip(at_block[::2], at_block[1::2], strict=True)
@@ -167,8 +218,14 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     shape = _data_shape(config, options)
     # As overrides, because `build_model` takes the shape from the data otherwise.
     size = {"in_channels": shape.channels, "sample_size": shape.sample_size}
-    model_config = replace(config.model, overrides=size | config.model.overrides)
+    text, captions = config.text_encoder, []
     with torch.device("meta"):
+        if text.source != "none":
+            encoder = outline_text_encoder(text)
+            size["caption_channels"] = text_width(encoder)
+            how = "trained along" if text.trains else "frozen: it reads each caption once"
+            captions = [("text encoder", f"{encoder.num_parameters():,} parameters, {how}")]
+        model_config = replace(config.model, overrides=size | config.model.overrides)
         model = build_model(replace(config, model=model_config), shape)
     network = model.config
 
@@ -176,14 +233,20 @@ def plan(config: TrainConfig, options: PlanConfig) -> str:
     labels = ", ".join(f"{count:,} of {field}" for field, count in counted)
     tokens, rate = token_count(network), config.model.token_drop_rate
     kept = kept_count(tokens, rate) if rate else None
-    forward, flops = count_flops(network)
-    flops = flops if kept is None else count_flops(network, kept)[1]
+    forward, flops = count_flops(network, text=text)
+    flops = flops if kept is None else count_flops(network, kept, text)[1]
     images = config.steps * config.batch_size
     config, automatic = _automatic(config, options, images * flops)
     lines = [
-        ("tokens an image", f"{tokens:,}" + (f", {kept:,} of them in the middle" if kept else "")),
-        ("labels", labels or "none counted; give --num_classes"),
+        (
+            "tokens an image",
+            f"{tokens:,}"
+            + (f", {kept:,} of them in the middle" if kept else "")
+            + (f", and up to {text.max_length:,} of its caption" if captions else ""),
+        ),
+        ("labels", labels or ("none counted" if captions else "none counted; give --num_classes")),
         ("parameters", f"{model.num_parameters():,}"),
+        *captions,
         ("forward", f"{forward / 1e9:,.4g} GFLOP an image"),
         ("training", f"{flops / 1e9:,.4g} GFLOP an image (forward and backward)"),
         ("steps", f"{config.steps:,} of {config.batch_size:,} images: {images:,} images"),
@@ -244,10 +307,13 @@ def _memory_lines(
     config: TrainConfig, options: PlanConfig, network: dict, kept: int | None
 ) -> list[tuple[str, str]]:
     precision = "no" if config.mixed_precision == "no" else "bf16"
-    state = state_bytes(network, precision, config.optim, 1 + len(config.ema.kept_lengths))
+    averages, text = 1 + len(config.ema.kept_lengths), config.text_encoder
+    state = state_bytes(network, precision, config.optim, averages, text)
     parts = config.gradient_accumulation_steps
     local = images_per_pass(config.batch_size, options.processes, parts)
-    activations = local * activation_bytes(network, precision, kept, config.gradient_checkpointing)
+    activations = local * activation_bytes(
+        network, precision, kept, config.gradient_checkpointing, text
+    )
     total = sum(state.values())
     parts = ", ".join(f"{name} {_size(size)}" for name, size in state.items() if size)
     lines = [
