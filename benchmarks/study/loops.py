@@ -34,21 +34,22 @@ In `softmax` all but `unshared` have the parameters of `velocity`, by the width 
 """
 
 import argparse
+import itertools
 import math
 import time
 
 import torch
 from benchmarks.common.memory import parameters
 from benchmarks.common.results import append_rows, as_rows, commit, format_values, read_rows
+from benchmarks.study.loop_arms import LoopArm
 from benchmarks.study.loops_report import ARMS, LOOPS, MEASURED, SOLVED, curves, draw
 from benchmarks.theory.physics_report import known_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from inl_core import LoopedDynamics, RMSNorm
+from inl_core import RMSNorm
 
 WIDTH, HEADS = 32, 4
-DYNAMICS = ("no carry", "velocity", "spring")
 LONGEST = 512
 """Repetitions within which `SOLVED` must be reached."""
 
@@ -110,46 +111,13 @@ class Loop(nn.Module):
 
     def __init__(self, arm, block, width):
         super().__init__()
-        self.arm = arm
         self.blocks = nn.ModuleList([block() for _ in range(LOOPS if arm == "unshared" else 1)])
-        if arm == "step sizes":
-            self.steps = nn.Parameter(torch.ones(LOOPS))
-        elif arm == "damped":
-            self.decay = nn.Parameter(torch.full((width,), 4.0))
-            self.input = nn.Parameter(torch.full((width,), 0.02))
-        elif arm == "recall":
-            self.recall, self.norm = nn.Linear(width, width, bias=False), RMSNorm(width)
-        elif arm == "momentum":
-            self.alpha = nn.Parameter(torch.full((1,), 0.5))
-        elif arm in DYNAMICS:
-            self.dynamics = LoopedDynamics(width, spring=arm == "spring")
+        self.arm = LoopArm(arm, width, LOOPS)
 
     def forward(self, x, count, *context):
         """Yield the state after 1 to `count` repetitions."""
-        h, v = x, None
-        mu = self.dynamics.equilibrium(x) if self.arm in DYNAMICS else None
-        for k in range(count):
-            block = self.blocks[min(k, len(self.blocks) - 1)]
-            f = block(h + self.recall(x) if self.arm == "recall" else h, *context)
-            match self.arm:
-                case "1/N":
-                    h = h + f / LOOPS
-                case "step sizes":
-                    h = h + self.steps[min(k, LOOPS - 1)] * f
-                case "damped":
-                    h = self.decay.sigmoid() * h + self.input * x + f
-                case "recall":
-                    h = self.norm(h + f)
-                case "momentum":
-                    v = f if v is None else self.alpha * v + f
-                    h = h + v
-                case "no carry":
-                    h, _ = self.dynamics(h, None, f, mu)
-                case "velocity" | "spring":
-                    h, v = self.dynamics(h, v, f, mu)
-                case _:
-                    h = h + f
-            yield h
+        turns = itertools.chain(self.blocks, itertools.repeat(self.blocks[-1]))
+        return self.arm(lambda h: next(turns)(h, *context), x, count)
 
 
 class Linear(nn.Module):
@@ -243,8 +211,8 @@ def run(kind, kappa, arm, seed):
     if kind == "linear":
         reached = (k for k, error in enumerate(errors, 1) if error <= SOLVED)
         result["loops to solve"] = (float(next(reached, math.inf)), "")
-    if hasattr(model.loop, "dynamics"):
-        dynamics = model.loop.dynamics
+    if hasattr(model.loop.arm, "dynamics"):
+        dynamics = model.loop.arm.dynamics
         for name in ("alpha", "beta", "gate"):
             if (value := getattr(dynamics, name)) is not None:
                 result[name] = (value.clamp(0, 1).mean().item(), "")

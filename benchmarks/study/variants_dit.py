@@ -9,6 +9,8 @@ import copy
 from functools import cache
 
 import torch
+from benchmarks.study.loop_arms import LoopArm
+from benchmarks.study.loops_report import ARMS
 from benchmarks.study.variants import SWAPS
 
 from complexity_dit.models.transformer import ComplexityDiTBlock, ComplexityDiTTransformer2DModel
@@ -77,11 +79,24 @@ def across_blocks(model):
         block.__class__ = AcrossBlocks
 
 
+def loop_arm(arm):
+    """A variant that repeats the blocks of the loop in another manner."""
+
+    def swap(model):
+        if not hasattr(model, "dynamics_loop"):
+            raise ValueError("the network has no loop with dynamics to replace: set num_loops")
+        config = model.config
+        model.dynamics_loop = LoopArm(arm, config["hidden_size"], config["num_loops"])
+
+    return swap
+
+
 DIT_SWAPS = {
     **{name: lambda model, swap=swap: swap(model.blocks) for name, swap in SWAPS.items()},
     "mlp-branch": mlp_branch,
     "both-branches": both_branches,
     "across-blocks": across_blocks,
+    **{f"loop, {arm}": loop_arm(arm) for arm in ARMS},
 }
 
 

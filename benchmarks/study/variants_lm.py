@@ -7,6 +7,8 @@ network in programs that import this module.
 import copy
 
 import torch
+from benchmarks.study.loop_arms import LoopArm
+from benchmarks.study.loops_report import ARMS
 from benchmarks.study.variants import SWAPS
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,12 +100,25 @@ def look_ahead(model):
         layer.__class__ = LookAhead
 
 
+def loop_arm(arm):
+    """A variant that repeats the layers of the loop in another manner."""
+
+    def swap(model):
+        if not hasattr(model.model, "dynamics_loop"):
+            raise ValueError("the model has no loop with dynamics to replace: set num_loops")
+        config = model.config
+        model.model.dynamics_loop = LoopArm(arm, config.hidden_size, config.num_loops)
+
+    return swap
+
+
 LM_SWAPS = {
     **{name: lambda model, swap=swap: swap(model.model.layers) for name, swap in SWAPS.items()},
     "mlp-branch": mlp_branch,
     "both-branches": both_branches,
     "across-layers": across_layers,
     "look-ahead": look_ahead,
+    **{f"loop, {arm}": loop_arm(arm) for arm in ARMS},
 }
 
 

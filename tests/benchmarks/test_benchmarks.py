@@ -185,6 +185,25 @@ def test_bench_placements_compares_each_demo_with_none(tmp_path):
     assert found["dit none, eager", "memory ratio"] == 1
 
 
+def test_a_loop_has_the_flops_of_the_stack_that_it_unrolls_to(tmp_path):
+    rows = measure(
+        tmp_path / "rows.csv", "speed.bench_loops", "--eager", "--rounds", 1, "--images", 1,
+        "--texts", 1, "--context", 32, "--new_tokens", 3, "--cores", 1, "--device", "cpu", "--rows",
+    )  # fmt: skip
+    found = values(rows)
+    for name in ("lm", "dit"):
+        stack, plain, velocity = (
+            f"{name}, core of 1, {case}, eager"
+            for case in ("unshared", "plain loop", "velocity loop")
+        )
+        assert found[plain, "forward"] == found[stack, "forward"]
+        assert found[velocity, "forward"] == found[stack, "forward"]
+        assert found[velocity, "parameters"] - found[plain, "parameters"] == 2 * 192
+        assert found[stack, "parameters"] > 2 * found[plain, "parameters"] - 2048 * 192
+        assert found[velocity, "ratio"] > 0
+    assert found["lm, core of 1, plain loop, eager", "decode ratio"] > 0
+
+
 def test_the_peak_of_a_call_includes_memory_that_it_frees():
     def held():
         torch.ones(16 * memory.MIB)  # 64 MiB, written and freed

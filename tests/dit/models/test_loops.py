@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from complexity_dit.cli.inspect import inspect
 from complexity_dit.config import SampleConfig
@@ -178,6 +179,11 @@ def test_a_graph_for_each_number_of_repetitions():
         expected = model(*inputs(), num_loops=count).sample
         torch.testing.assert_close(compiled(*inputs(), num_loops=count).sample, expected)
     torch.compiler.reset()
+
+
+def test_caches_of_denoising_steps_are_refused():
+    with pytest.raises(ValueError, match="repeats blocks \\(loop_start\\): no cache knows that"):
+        looped().enable_cache(FirstBlockCacheConfig())
 
 
 @torch.no_grad()
