@@ -24,12 +24,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import complexity_dit.training.train as training
-from complexity_dit.config import ModelConfig, OptimConfig, TrainConfig
+from complexity_dit.config import ModelConfig, OptimConfig, TextEncoderConfig, TrainConfig
 from complexity_dit.data.dataset import DataConfig
 
 logging.basicConfig(level=logging.INFO)
-out, kind, steps, resume = sys.argv[1:]
+out, kind, steps, resume, captions = sys.argv[1:]
 torch.set_default_dtype(torch.float64)
+text = TextEncoderConfig()
+if captions:
+    from transformers import PreTrainedModel
+
+    PreTrainedModel.float = PreTrainedModel.double  # an encoder is otherwise trained in fp32
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = TextEncoderConfig(source="lm", max_length=40, overrides=sizes | {"vocab_size": 300})
 
 
 def shard(self, model, optimizer):
@@ -63,7 +70,8 @@ training.train(
         mixed_precision="no",
         out=out, resume=resume, steps=int(steps), batch_size=4, log_every=4, checkpoint_every=10,
         keep_last=0, sample_every=10, dynamics_every=10,
-        data=DataConfig(resolution=8, num_images=32),
+        data=DataConfig(resolution=8, num_images=32, caption_template=captions or None),
+        text_encoder=text,
         model=ModelConfig(
             overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
         ),
@@ -79,8 +87,8 @@ def launch(tmp_path):
     """Train in fp64 in a folder of `tmp_path`; returns that folder and what was logged."""
     (tmp_path / "worker.py").write_text(WORKER)
 
-    def run(out, kind, steps=20, resume="auto"):
-        arguments = [tmp_path / "worker.py", tmp_path / out, kind, steps, resume]
+    def run(out, kind, steps=20, resume="auto", captions=""):
+        arguments = [tmp_path / "worker.py", tmp_path / out, kind, steps, resume, captions]
         done = python(*arguments) if kind == "one" else torchrun(2, *arguments)
         meta = json.loads((last_checkpoint(tmp_path / out) / "state.json").read_text())
         assert (meta["step"], meta["processes"]) == (steps, 1 if kind == "one" else 2)
@@ -95,12 +103,12 @@ def curve(run: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows] for name in ("loss", "grad_norm")}
 
 
-def assert_equal_runs(run: Path, other: Path) -> None:
+def assert_equal_runs(run: Path, other: Path, count: int = 3) -> None:
     for name, values in curve(run).items():
         assert values == pytest.approx(curve(other)[name], rel=1e-9, abs=0), name
     a, b = last_checkpoint(run), last_checkpoint(other)
     files = [str(p.relative_to(a)) for p in a.rglob("*.safetensors")]
-    assert len(files) == 3
+    assert len(files) == count
     for file in files:
         result, expected = load_file(a / file), load_file(b / file)
         assert result.keys() == expected.keys()
@@ -119,6 +127,18 @@ def test_two_processes_match_one(launch, tmp_path):
     assert_equal_runs(two, one)
     _, log = launch("on", "ddp", resume=one / "checkpoints" / "step-00000010")
     assert "written by 1 process(es) and is resumed by 2" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_match_one_with_captions(launch):
+    """A text encoder that is trained along, on captions that are drawn and left out at random."""
+    captions = "{style} in {genre}"
+    one, _ = launch("one", "one", captions=captions)
+    two, _ = launch("two", "ddp", captions=captions)
+    assert_equal_runs(two, one, 4)
+    plain, _ = launch("plain", "one")
+    assert curve(plain) != curve(one)
 
 
 @pytest.mark.slow
