@@ -46,7 +46,7 @@ def format_result(result: dict[str, Any]) -> str:
         width = max(map(len, labels))
         lines.append(f"by {result['per_label']['field']}:")
         lines += [f"  {name:<{width}}  {_label_line(row)}" for name, row in labels.items()]
-    if prompts := result["prompts"]:
+    if prompts := result.get("prompts"):
         lines.append(f"prompts, by probes fitted on {prompts['n_train']:,} training images:")
         rows = [("", *_PROMPT_SIDES), *_prompt_rows(prompts)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -407,7 +407,7 @@ def render(result: dict[str, Any], pictures: Pictures, copies: "Memorisation | N
         nearest=nearest_chart(copies) if copies else "",
         copies=copies,
         prompt_sides=_PROMPT_SIDES,
-        prompt_rows=_prompt_rows(result["prompts"]) if result["prompts"] else [],
+        prompt_rows=_prompt_rows(result["prompts"]) if result.get("prompts") else [],
         samples=_picture(pictures.samples),
         reference=None if pictures.reference is None else _picture(pictures.reference),
         pairs=[(_picture(a[None]), _picture(b[None]), text) for a, b, text in pictures.pairs],
