@@ -101,5 +101,6 @@ def bounded_clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Te
         return x
     if minimum is not None and maximum is not None and minimum > maximum:
         raise ValueError(f"minimum {minimum} must not be above maximum {maximum}")
-    function = _BoundedClampWithTangent if transformed() else BoundedClamp
+    tangents = transformed() and not torch.compiler.is_compiling()
+    function = _BoundedClampWithTangent if tangents else BoundedClamp
     return function.apply(x, minimum, maximum)
