@@ -12,6 +12,7 @@ from complexity_dit.models.text import (
     check_text_encoder,
     encode_prompts,
     text_width,
+    warn_of_cut,
 )
 from inl_core.run.errors import UserError
 
@@ -84,11 +85,12 @@ def test_an_empty_prompt_has_no_tokens_and_spaces_do_not_count():
 
 def test_a_long_prompt_is_cut_and_named(caplog):
     tokenizer, encoder = new_encoder()
-    with caplog.at_level(logging.WARNING, "complexity_dit"):
-        encode_prompts(tokenizer, encoder, ["the river"], 16)
-        assert not caplog.records
-        _, mask = encode_prompts(tokenizer, encoder, ["the river", "river winter " * 12], 16)
+    _, mask = encode_prompts(tokenizer, encoder, ["the river", "river winter " * 12], 16)
     assert mask.sum(dim=1).tolist()[1] == 16
+    with caplog.at_level(logging.WARNING, "complexity_dit"):
+        warn_of_cut(tokenizer, ["the river", None], 16)
+        assert not caplog.records
+        warn_of_cut(tokenizer, ["the river", "river winter " * 12], 16)
     (record,) = caplog.records
     assert "1 of 2 prompts have more than 16 tokens" in record.getMessage()
     assert "winter" in record.getMessage()

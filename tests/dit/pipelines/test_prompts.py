@@ -48,6 +48,13 @@ def test_a_prompt_by_position_and_by_name(text_pipe):
         assert np.array_equal(paint(text_pipe, empty), nothing)
 
 
+def test_prompts_that_are_cut_are_counted_in_one_line(text_pipe, caplog):
+    with caplog.at_level("WARNING", "complexity_dit"):
+        paint(text_pipe, [f"{RIVER} {i} " * 9 for i in range(3)], generator=generators(0, 1, 2))
+    (record,) = caplog.records
+    assert "3 of 3 prompts have more than" in record.getMessage()
+
+
 def test_a_prompt_and_labels_are_combined(text_pipe, counted_pipe):
     image = paint(text_pipe, RIVER, style="Cubism")
     assert not np.array_equal(image, paint(text_pipe, RIVER))

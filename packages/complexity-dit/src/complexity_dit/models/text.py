@@ -312,7 +312,7 @@ def encode_prompts(
         tokenizer: As `build_text_encoder` returns it.
         encoder: Likewise; its gradients are recorded unless torch is told not to.
         prompts: B texts; an empty one and None are the null text of the network.
-        max_length: Tokens of a row, T. A longer prompt is cut, and a line of the log says so.
+        max_length: Tokens of a row, T. A longer prompt is cut; see `warn_of_cut`.
         device: Where to put the tokens; None is where the encoder is.
 
     Returns:
@@ -328,14 +328,21 @@ def encode_prompts(
         texts, padding="max_length", truncation=True, max_length=max_length,
         padding_side="right", return_tensors="pt",
     )  # fmt: skip
-    encodings = batch.encodings or []
-    if cut := [i for i, one in enumerate(encodings) if one.overflowing]:
-        rest = tokenizer.decode(encodings[cut[0]].overflowing[0].ids, skip_special_tokens=True)
-        logger.warning(
-            "%d of %d prompts have more than %d tokens and are cut; the first one loses %r",
-            len(cut), len(texts), max_length, one_line(str(rest)),
-        )  # fmt: skip
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     has_words = torch.tensor([bool(text) for text in texts], device=mask.device)
     return states, mask.bool() & has_words[:, None]
+
+
+def warn_of_cut(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | None], max_length: int
+) -> None:
+    """Log how many prompts are longer than `max_length` tokens, and what the first one loses."""
+    texts = [checked_prompt(prompt) for prompt in prompts]
+    encodings = tokenizer(texts, truncation=True, max_length=max_length).encodings or []
+    if cut := [one for one in encodings if one.overflowing]:
+        rest = tokenizer.decode(cut[0].overflowing[0].ids, skip_special_tokens=True)
+        logger.warning(
+            "%d of %d prompts have more than %d tokens and are cut; the first one loses %r",
+            len(cut), len(texts), max_length, one_line(str(rest)),
+        )  # fmt: skip

@@ -27,7 +27,12 @@ from complexity_dit.models.adapters import (
     without_prefix,
 )
 from complexity_dit.models.loading import warn_of_pickles
-from complexity_dit.models.text import check_text_encoder, encode_prompts, text_width
+from complexity_dit.models.text import (
+    check_text_encoder,
+    encode_prompts,
+    text_width,
+    warn_of_cut,
+)
 from complexity_dit.models.transformer import (
     ComplexityDiTTransformer2DModel,
     check_num_loops,
@@ -525,6 +530,7 @@ class ComplexityDiTPipeline(FilesMixin, LoraBaseMixin, DiffusionPipeline):
             texts = list(texts) if isinstance(texts, list | tuple) else [texts]
             if not texts:
                 raise UserError("the list of prompts is empty: give one or more")
+            warn_of_cut(self.tokenizer, texts, self.config.prompt_length)
             known = {
                 text: encode_prompts(
                     self.tokenizer, self.text_encoder, [text], self.config.prompt_length,
