@@ -296,8 +296,8 @@ def _measure_words(
     words, states = [w for w, keep in zip(words, enough, strict=True) if keep], states[:, enough]
     if not words:
         found.absent["prompts.words"] = (
-            f"no word is in the captions of {WORD_IMAGES} training images and in {MIN_ASKED} "
-            f"prompts, or there is no column of texts: {', '.join(columns.texts) or 'none'}"
+            f"no word occurs in {WORD_IMAGES} training captions and in {MIN_ASKED} prompts; "
+            f"text columns: {', '.join(columns.texts) or 'none'}"
         )
         return
     has_word = np.array([[word in texts for word in words] for texts in in_train], np.float64)
