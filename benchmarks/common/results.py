@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -154,6 +155,30 @@ def append_rows(path, bench, rows, device=None, **columns):
             value = row["value"]
             text = f"{value:.6g}" if isinstance(value, float) else value
             writer.writerow(about | row | {"value": text})
+
+
+def run_missing(bench, run, cases, known, options, command, device=None):
+    """Run the cases that `known` lacks; print each result and add it to `known` and to the rows.
+
+    Args:
+        bench: That of the rows.
+        run: Function that returns the result of a case.
+        cases: (case, arguments of `run`, columns of the rows) in order.
+        known: {case: {metric: value}}.
+        options: `minutes`, after which no run begins, and `rows`, the CSV or None.
+        command: That of the rows.
+        device: Likewise.
+    """
+    started_from, begin = commit(), time.monotonic()
+    for case, arguments, columns in cases:
+        if case in known or time.monotonic() - begin > 60 * options.minutes:
+            continue
+        result = run(*arguments)
+        print(f"{case}: {format_values(result)}", flush=True)
+        known[case] = {metric: value for metric, (value, _) in result.items()}
+        if options.rows:
+            rows = as_rows(result, case, **columns)
+            append_rows(options.rows, bench, rows, device, command=command, commit=started_from)
 
 
 def read_rows(path):

@@ -29,14 +29,7 @@ from pathlib import Path
 
 from benchmarks.common.fields import overridden, override_flag, with_fields
 from benchmarks.common.memory import parameters
-from benchmarks.common.results import (
-    append_rows,
-    as_rows,
-    commit,
-    dtype_of,
-    format_values,
-    read_rows,
-)
+from benchmarks.common.results import dtype_of, read_rows, run_missing
 from benchmarks.study.any_time_report import ARMS, COUNTS, LOOPS, SAMPLED, curves, draw
 from benchmarks.theory.physics_report import known_of
 
@@ -206,23 +199,17 @@ def main():
         if options.model == "lm"
         else f"n {options.num_images}, {options.evaluations} evaluations"
     )
-    started_from, begin = commit(), time.monotonic()
     known = known_of(row for row in read_rows(options.rows or "") if row["bench"] == bench)
+    cases = []
     for arm in options.arms:
         for seed in range(options.seeds):
             config, _ = config_of(model, arm, seed, options)
             amount = f"{data}, {options.steps} steps of {config.batch_size}, {measured}"
             case = f"{', '.join([amount, *options.override])} / {arm} / seed {seed}"
-            if case in known or time.monotonic() - begin > 60 * options.minutes:
-                continue
-            result = run(options.model, arm, seed, options)
-            print(f"{case}: {format_values(result)}", flush=True)
-            known[case] = {metric: value for metric, (value, _) in result.items()}
-            if options.rows:
-                command = f"python -m benchmarks.study.any_time {options.model}"
-                command += override_flag(options.override)
-                rows = as_rows(result, case, dtype=dtype_of(config.mixed_precision))
-                append_rows(options.rows, bench, rows, command=command, commit=started_from)
+            columns = {"dtype": dtype_of(config.mixed_precision)}
+            cases.append((case, (options.model, arm, seed, options), columns))
+    command = f"python -m benchmarks.study.any_time {options.model}"
+    run_missing(bench, run, cases, known, options, command + override_flag(options.override))
     print("\n".join(curves(known)))
     if options.figure:
         draw(known, options.figure)

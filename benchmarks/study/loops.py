@@ -40,7 +40,7 @@ import time
 
 import torch
 from benchmarks.common.memory import parameters
-from benchmarks.common.results import append_rows, as_rows, commit, format_values, read_rows
+from benchmarks.common.results import read_rows, run_missing
 from benchmarks.study.loop_arms import LoopArm
 from benchmarks.study.loops_report import ARMS, LOOPS, MEASURED, SOLVED, curves, draw
 from benchmarks.theory.physics_report import known_of
@@ -233,29 +233,21 @@ def main():
     parser.add_argument("--rows", help="CSV to add the rows to; runs that it has are skipped")
     parser.add_argument("--figure", help="PNG of the error over the repetitions")
     options = parser.parse_args()
-    started_from, begin = commit(), time.monotonic()
-    rows = [row for row in read_rows(options.rows or "") if row["bench"] == "loops"]
-    known = known_of(rows)
-    wanted = [
-        (kind, kappa, arm, seed)
+    known = known_of(row for row in read_rows(options.rows or "") if row["bench"] == "loops")
+    cases = [
+        (
+            f"{kind} κ={kappa} / {arm} / seed {seed}",
+            (kind, kappa, arm, seed),
+            {"shape": f"{TASKS[kind].steps} steps of {BATCH_SIZE}"},
+        )
         for seed in range(options.seeds)
         for kind in options.tasks
         for kappa in options.kappas
         for arm in options.arms
         if (kind, arm) != ("linear", "recall")
     ]
-    for kind, kappa, arm, seed in wanted:
-        case = f"{kind} κ={kappa} / {arm} / seed {seed}"
-        if case in known or time.monotonic() - begin > 60 * options.minutes:
-            continue
-        result = run(kind, kappa, arm, seed)
-        print(f"{case}: {format_values(result)}", flush=True)
-        known[case] = {metric: value for metric, (value, _) in result.items()}
-        if options.rows:
-            shape = f"{TASKS[kind].steps} steps of {BATCH_SIZE}"
-            new = as_rows(result, case, shape=shape)
-            command = "python -m benchmarks.study.loops --rows benchmarks/results.csv"
-            append_rows(options.rows, "loops", new, "cpu", commit=started_from, command=command)
+    command = "python -m benchmarks.study.loops --rows benchmarks/results.csv"
+    run_missing("loops", run, cases, known, options, command, "cpu")
     print("\n".join(curves(known)))
     if options.figure:
         draw(known, options.figure)

@@ -34,7 +34,7 @@ import time
 
 import torch
 from benchmarks.common.memory import parameters
-from benchmarks.common.results import append_rows, as_rows, commit, format_values, read_rows
+from benchmarks.common.results import read_rows, run_missing
 from benchmarks.study.trajectories_report import DECODERS, TASKS, table
 from benchmarks.theory.physics_report import known_of
 from benchmarks.theory.physics_systems import arm_acceleration
@@ -340,26 +340,23 @@ def main():
     parser.add_argument("--rows", help="CSV to add the rows to; runs that it has are skipped")
     options = parser.parse_args()
     shape = f"{options.demonstrations} demonstrations, {options.steps} steps of 256"
-    started_from, begin = commit(), time.monotonic()
     known = known_of(
         row
         for row in read_rows(options.rows or "")
         if (row["bench"], row["shape"]) == ("trajectories", shape)
     )
-    for seed in range(options.seeds):
-        for task in options.tasks:
-            for name in options.decoders:
-                case = f"{task} / {name} / seed {seed}"
-                if case in known or time.monotonic() - begin > 60 * options.minutes:
-                    continue
-                result = run(task, name, seed, options)
-                print(f"{case}: {format_values(result)}", flush=True)
-                known[case] = {metric: value for metric, (value, _) in result.items()}
-                if options.rows:
-                    append_rows(
-                        options.rows, "trajectories", as_rows(result, case, shape=shape), "cpu",
-                        command="python -m benchmarks.study.trajectories", commit=started_from,
-                    )  # fmt: skip
+    cases = [
+        (
+            f"{task} / {name} / seed {seed}",
+            (task, name, seed, options),
+            {"shape": shape},
+        )
+        for seed in range(options.seeds)
+        for task in options.tasks
+        for name in options.decoders
+    ]
+    command = "python -m benchmarks.study.trajectories"
+    run_missing("trajectories", run, cases, known, options, command, "cpu")
     print("\n".join(table(known)))
 
 
