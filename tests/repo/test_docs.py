@@ -88,6 +88,7 @@ def test_examples_trust_the_code_of_a_folder_in_so_many_words():
         ):
             if "complexity_lm" in block:
                 continue  # imported: nothing in the folder needs to run
-            found += re.findall(r"\b(?:Auto|Diffusion)\w+\.from_pretrained\(.*?\)", block)
+            loads = r"\b(?:(?:Auto|Diffusion)\w+\.from_pretrained|pipeline)\(.*?\)"
+            found += re.findall(loads, block, re.DOTALL)
     assert len(found) > 5
     assert [call for call in found if "trust_remote_code=True" not in call] == []
