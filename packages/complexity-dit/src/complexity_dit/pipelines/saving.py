@@ -268,8 +268,10 @@ class FilesMixin:
         index_path.write_text(json.dumps(index, indent=2) + "\n")
         for path in (index_path, *folder.glob("*/config.json")):
             config = json.loads(path.read_text())
-            if config.pop("_name_or_path", None):  # where it was loaded from on this machine
-                path.write_text(json.dumps(config, indent=2) + "\n")
+            config.pop("_name_or_path", None)  # where it was loaded from on this machine
+            if "dtype" in config:  # of transformers, which loads in it; diffusers loads in float32
+                config["dtype"] = "float32"
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, including the model card, to the Hub.
