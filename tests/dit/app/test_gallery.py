@@ -28,6 +28,7 @@ from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
 from complexity_dit.seeding import generator_for
 from complexity_dit.training.objective import build_scheduler
 from inl_core.run.errors import UserError
+from support.networks import small_network
 from support.pictures import encoded
 
 # Solvers of the DPM family convert tensors to arrays in a way that numpy 2 warns about.
@@ -329,6 +330,22 @@ def test_a_prompt_is_painted_and_in_png_and_command(text_pipe, tmp_path):
     for other in ({"strip": "style"}, {"to_labels": {"style": "Cubism"}}, {"image": picture}):
         one, two = (replace(ASKED, prompt=words, **other) for words in ("a river", "a portrait"))
         assert not np.array_equal(final_images(gallery, one), final_images(gallery, two)), other
+
+
+def test_a_page_for_prompts_alone_speaks_of_no_labels(text_pipe):
+    network = small_network(caption_channels=16, label_fields=[], num_classes=[])
+    parts = {"tokenizer": text_pipe.tokenizer, "text_encoder": text_pipe.text_encoder}
+    pipe = ComplexityDiTPipeline(network, text_pipe.scheduler, prompt_length=8, **parts)
+    gallery = Gallery(pipe)
+    assert "· prompts<" in page.masthead(gallery)
+    assert "· prompts, 3 of style, 2 of genre<" in page.masthead(Gallery(text_pipe))
+    for changes, words in (
+        ({}, "<b>no prompt</b> · seed 7"),
+        ({"prompt": "a river", "to_labels": {}, "to_seed": 9}, "<b>a river → seed 9</b>"),
+    ):
+        settings = gallery.check(replace(ASKED, labels={}, **changes))
+        *_, frame = gallery.paint(settings)
+        assert words in page.wall(gallery, settings, frame)
 
 
 def test_prompts_that_cannot_be_read_are_refused(text_pipe, gallery):

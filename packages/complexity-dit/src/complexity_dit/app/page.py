@@ -196,11 +196,13 @@ _DRAWING = (
 
 
 def masthead(gallery: Gallery) -> str:
-    """Name of the page, and the size of the model."""
+    """Name of the page, the size of the model, and what it takes."""
     parameters = sum(p.numel() for p in gallery.pipe.transformer.parameters())
-    labels = ", ".join(f"{len(names)} of {name}" for name, names in gallery.label_names.items())
+    taken = ["prompts"] if gallery.pipe.text_encoder is not None else []
+    taken += [f"{len(names)} of {name}" for name, names in gallery.label_names.items()]
     side = gallery.pipe.sample_size
-    about = f"{parameters / 1e6:.1f} M parameters · {side} × {side} · {labels or 'no labels'}"
+    about = f"{parameters / 1e6:.1f} M parameters · {side} × {side} · "
+    about += ", ".join(taken) or "no labels"
     return f'<div id="masthead"><h1>Gallery</h1><p>{html.escape(about)}</p></div>'
 
 
@@ -265,11 +267,14 @@ def file_name(settings: Settings, caption: str | None = None) -> str:
 
 def _status(gallery: Gallery, settings: Settings, frame: Frame) -> str:
     names = " · ".join(settings.labels.values()).replace("_", " ")
-    asked = " · ".join(filter(None, (settings.prompt, names))) or "no label"
+    labelled = bool(gallery.label_names)
+    asked = " · ".join(filter(None, (settings.prompt, names)))
+    asked = asked or ("no label" if labelled else "no prompt")
     if settings.strip is not None:
         asked = f"every {settings.strip}, from the same noise"
     elif settings.to_labels is not None:
-        there = " · ".join(settings.to_labels.values()).replace("_", " ") or "no label"
+        there = " · ".join(settings.to_labels.values()).replace("_", " ")
+        there = there or ("no label" if labelled else f"seed {settings.to_seed}")
         asked = f"{asked} → {there}"
     elif settings.image is not None:
         asked = f"{asked}, over a picture at {settings.strength:g}"

@@ -186,7 +186,9 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                 gr.HTML(chips(gallery), visible=reads)
                 labels = _dropdowns(gallery, "")
                 with gr.Column(elem_classes=f"from-{_NOISE}"):
-                    show = gr.Dropdown([_GRID, *strips], value=_GRID, label="Show")
+                    show = gr.Dropdown(
+                        [_GRID, *strips], value=_GRID, label="Show", visible=bool(strips)
+                    )
                 with gr.Column(elem_classes=f"from-{_PICTURE}"):
                     gr.HTML(EASEL, elem_id="easel")
                     # Filled in by the script of the page when a button is pressed.
