@@ -1,13 +1,14 @@
-"""Write the tables of docs/results/tables/ from the rows of benchmarks/results.csv.
+"""Write the tables of docs/results/ from the rows of benchmarks/results.csv.
 
     python -m benchmarks.pages.tables            # rewrite the pages that are out of date
     python -m benchmarks.pages.tables --check    # write nothing, exit with 1 if a page is stale
 
 A page is text with marks; what stands between `<!-- table: NAME -->` and `<!-- end -->` is
 generated. NAME is a key of `WRITERS` or the name of a bench, which gets the plain tables: one per
-command and machine, so that numbers of two machines or two runs are never side by side. The
-benches in `SERIES` are the exception: each of their cases is a run of an hour of its own, and each
-line names its commit. Of rows that differ in date, commit and value only, the last one counts.
+command and machine, so that numbers of two machines or two runs are never side by side. Words after
+the name of a bench choose the runs whose command has them (`bench_dit prompts`). The benches in
+`SERIES` are the exception: each of their cases is a run of an hour of its own, and each line names
+its commit. Of rows that differ in date, commit and value only, the last one counts.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from benchmarks.study.loops_report import loops
 from benchmarks.theory.physics_report import closed_loop, rollouts
 
 ROOT = Path(__file__).parents[2]
-PAGES = ROOT / "docs/results/tables"
+PAGES = ROOT / "docs/results"
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EMPTY = "No rows yet."
 KEYS = ("case", "shape", "dtype", "backend")
@@ -119,7 +120,9 @@ def write(name, rows):
         return recipe_page.ratios(rows) or EMPTY
     if name == "recipe missing":
         return recipe_page.missing(rows)
-    return WRITERS.get(name, tables)([row for row in rows if row["bench"] == name]) or EMPTY
+    bench, _, words = name.partition(" ")
+    chosen = [row for row in rows if row["bench"] == bench and words in row["command"]]
+    return WRITERS.get(bench, tables)(chosen) or EMPTY
 
 
 def rewritten(page, rows):
@@ -135,7 +138,7 @@ def main():
     rows = read_rows(ROOT / "benchmarks/results.csv")
     rows = [row | {"command": current_command(row["command"])} for row in rows]
     stale = []
-    for page in sorted(PAGES.glob("*.md")):
+    for page in sorted(PAGES.rglob("*.md")):
         before = page.read_text()
         after = rewritten(before, rows)
         if after != before:

@@ -8,7 +8,9 @@ sample`) is 20 evaluations of the network with a step of the Euler scheduler aft
 with weights of bf16. `none` has the named size; with equal parameters it has a wider MLP.
 diffusers' DiT has an embedding of time and label in every block, which runs once per image, a wider
 MLP runs once per token, so the FLOPs of a step are reported as well, as torch counts them. Dropping
-half of the tokens is compared with the same model on all tokens. Peak memory is the growth of a
+half of the tokens is compared with the same model on all tokens, and a model that reads prompts of
+24 tokens by a small complexity-lm model, which is trained along, with the one that has a label in
+their place; sampling reads a prompt once. Peak memory is the growth of a
 fresh process with one model, eager.
 
     python -m benchmarks.speed.bench_dit --rows benchmarks/results.csv
@@ -30,10 +32,14 @@ from benchmarks.common.timing import in_turn, profile_of, ratio_of, training_ste
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
+from complexity_dit.config import TextEncoderConfig
+from complexity_dit.models.text import outline_text_encoder, text_width
 from complexity_dit.models.tokens import draw_kept_tokens
 from complexity_dit.models.transformer import SIZES, ComplexityDiTTransformer2DModel
+from complexity_dit.training.text import PromptedNetwork, encode_tokens
 
 LABELS = {"label_fields": ["style"], "num_classes": [8]}
+TEXT = TextEncoderConfig("lm", bidirectional=True, max_length=24)
 DYNAMICS = {"dynamics_placement": "branch", "dynamics_adaptive": "channel"}
 # case: (changes of our model or None for diffusers', whether half of the tokens are dropped)
 CASES = {
@@ -42,6 +48,7 @@ CASES = {
     "none, equal parameters": ({"dynamics_placement": "none", "mlp_ratio": "equal"}, False),
     "dynamics": (DYNAMICS, False),
     "dynamics, equal parameters": (DYNAMICS | {"mlp_ratio": "equal"}, False),
+    "none, prompts": ({"dynamics_placement": "none", "label_fields": [], "num_classes": []}, False),
     "none, half the tokens": ({"dynamics_placement": "none"}, True),
     "dynamics, half the tokens": (DYNAMICS, True),
 }
@@ -62,9 +69,13 @@ def build(case, options):
     else:
         if changes.get("mlp_ratio") == "equal":
             changes = changes | {"mlp_ratio": equal_ratio(shape, options)}
-        model = ComplexityDiTTransformer2DModel(**shape, **changes)
+        encoder = outline_text_encoder(TEXT) if changes.get("label_fields") == [] else None
+        width = {"caption_channels": text_width(encoder)} if encoder else {}
+        model = ComplexityDiTTransformer2DModel(**shape | changes | width)
         if options.attention:
             model.set_attention_backend(options.attention)
+        if encoder:
+            model = PromptedNetwork(model, encoder)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -86,14 +97,25 @@ def equal_ratio(shape, options):
     return min(ratios[max(above - 1, 0) : above + 1], key=lambda r: abs(count(r) - wanted))
 
 
+def inputs_of(model, options):
+    """A batch of noise, times and labels, and the tokens of prompts of a model that reads them."""
+    batch, device = options.batch_size, options.device
+    x = torch.randn(batch, options.channels, options.cells, options.cells, device=device)
+    t = torch.rand(batch, device=device) * 1000
+    if not isinstance(model, PromptedNetwork):
+        return x, t, torch.randint(8, (batch, 1), device=device), {}
+    rows = model.text_encoder.config.vocab_size
+    ids = torch.randint(rows, (batch, TEXT.max_length), device=device)
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+    return x, t, torch.empty(batch, 0, dtype=torch.long, device=device), text
+
+
 def stepper(case, options, compiled, dtype="fp32"):
     """A function that trains for one step, and its model."""
     model = build(case, options)
     forward = torch.compile(model) if compiled else model
     batch, device = options.batch_size, options.device
-    x = torch.randn(batch, options.channels, options.cells, options.cells, device=device)
-    t = torch.rand(batch, device=device) * 1000
-    labels = torch.randint(8, (batch, 1), device=device)
+    x, t, labels, text = inputs_of(model, options)
     tokens = (options.cells // options.patch) ** 2
     draw = torch.Generator().manual_seed(0)
 
@@ -103,7 +125,7 @@ def stepper(case, options, compiled, dtype="fp32"):
             kept["kept_tokens"] = draw_kept_tokens(batch, tokens, 0.5, draw).to(device)
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16, dtype == "bf16")
         with autocast:
-            out = forward(x, t, labels, return_dict=False, **kept)[0]
+            out = forward(x, t, labels, return_dict=False, **kept, **text)[0]
         return torch.nn.functional.mse_loss(out.float(), x)
 
     return training_step(model, loss, clip=True), model
@@ -114,19 +136,23 @@ def sampler(case, options, compiled, dtype="fp32"):
     model = build(case, options).eval()
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
-    forward = torch.compile(model) if compiled else model
-    batch, device = options.batch_size, options.device
-    shape = (batch, options.channels, options.cells, options.cells)
-    noise = torch.randn(shape, device=device, dtype=model.dtype)
-    labels = torch.randint(8, (batch, 1), device=device)
+    network = getattr(model, "network", model)
+    forward = torch.compile(network) if compiled else network
+    noise, _, labels, text = inputs_of(model, options)
+    noise, batch, device = noise.to(network.dtype), options.batch_size, options.device
     scheduler = FlowMatchEulerDiscreteScheduler()
 
     @torch.inference_mode()
     def sample():
         scheduler.set_timesteps(20, device=device)
-        x = noise
+        x, read = noise, {}
+        if text:
+            ids, mask = text.values()
+            rows = zip(ids.split(1), mask.split(1), strict=True)  # as the pipeline encodes prompts
+            states = [encode_tokens(model.text_encoder, *row) for row in rows]
+            read = {"encoder_hidden_states": torch.cat(states), "encoder_attention_mask": mask}
         for t in scheduler.timesteps:
-            out = forward(x, t.expand(batch), labels, return_dict=False)[0]
+            out = forward(x, t.expand(batch), labels, return_dict=False, **read)[0]
             x = scheduler.step(out, t, x, return_dict=False)[0]
 
     return sample, model
@@ -178,6 +204,7 @@ def measure(options):
             ("over its fastest mode", "x diffusers"): best if len(theirs) > 1 else None,
             ("over fp32", "x itself"): (case, "fp32", mode) if dtype != "fp32" else None,
             ("over all tokens", "x itself"): (ITSELF.get(case), dtype, mode),
+            ("speed ratio", "x labels"): ("none", dtype, mode) if "prompts" in case else None,
         }
         for (metric, unit), base in bases.items():
             if base in times:

@@ -20,9 +20,10 @@ def test_equal_parameters_are_equal_to_the_step_of_the_mlp():
     assert abs(counts["none, equal parameters"] - counts["diffusers"]) <= step / 2
     assert counts["none"] < counts["none, equal parameters"]
     assert counts["dynamics"] == counts["dynamics, half the tokens"]
+    assert counts["none, prompts"] > counts["none"] + 500_000  # the text encoder
     work = {case: bench.step_gflops(case, OPTIONS) for case in bench.CASES}
     assert work["none"] < work["none, equal parameters"]
-    assert work["none, half the tokens"] < work["none"]
+    assert work["none, half the tokens"] < work["none"] < work["none, prompts"]
 
 
 def test_half_of_the_tokens_go_through_the_middle():
@@ -52,10 +53,25 @@ def test_ratios_are_to_diffusers_to_fp32_and_to_all_tokens():
     assert "Self CPU" in bench.profile_of(step, OPTIONS.device)
 
 
-@pytest.mark.parametrize("case", ["diffusers", "dynamics"])
+@pytest.mark.parametrize("case", ["diffusers", "dynamics", "none, prompts"])
 def test_sampling_evaluates_the_network_twenty_times(case):
     sample, model = bench.sampler(case, OPTIONS, compiled=False, dtype="bf16")
-    seen = []
-    model.register_forward_hook(lambda module, args, output: seen.append(output[0].dtype))
+    network, seen, read = getattr(model, "network", model), [], []
+    network.register_forward_hook(lambda module, args, output: seen.append(output[0].dtype))
+    if network is not model:
+        model.text_encoder.register_forward_hook(lambda *call: read.append(call))
     sample()
     assert seen == [torch.bfloat16] * 20
+    assert len(read) == (0 if network is model else OPTIONS.batch_size)
+
+
+def test_a_step_on_prompts_trains_their_reader_and_is_compared_with_labels():
+    step, model = bench.stepper("none, prompts", OPTIONS, compiled=False)
+    before = [p.detach().clone() for p in model.text_encoder.parameters()]
+    step()
+    moved = zip(before, model.text_encoder.parameters(), strict=True)
+    assert sum(not torch.equal(a, b) for a, b in moved) > 0.8 * len(before)
+    options = argparse.Namespace(**vars(OPTIONS) | {"cases": ["none", "none, prompts"]})
+    found = bench.measure(options)
+    assert set(found["none, prompts", "fp32", "eager"]) == {"speed", "speed ratio"}
+    assert set(found["none", "fp32", "eager"]) == {"speed"}

@@ -392,6 +392,16 @@ def test_tables_come_from_the_last_run_alone():
     assert tables.rewritten(done, [old, new, other]) == done
 
 
+def test_words_of_a_mark_choose_runs():
+    rows = [
+        result_row("tax", case, "ratio", "1.5", command=f"bench_tax --cases {case}")
+        for case in ("lite", "full")
+    ]
+    done = tables.rewritten("<!-- table: tax full -->\n<!-- end -->\n", rows)
+    assert "| full | 1.5 |" in done
+    assert "lite" not in done
+
+
 def test_rows_recorded_before_scripts_had_folders_group_with_those_after():
     new = "python -m benchmarks.speed.bench_tax --out rows.csv"
     assert current_command("python benchmarks/bench_tax.py --out rows.csv") == new
@@ -403,12 +413,12 @@ def test_rows_recorded_before_scripts_had_folders_group_with_those_after():
 def test_every_mark_of_the_pages_has_rows():
     marks = [
         mark[1]
-        for page in tables.PAGES.glob("*.md")
+        for page in tables.PAGES.rglob("*.md")
         for mark in tables.MARKED.findall(page.read_text())
     ]
     assert len(marks) == len({*marks})
     assert {*tables.WRITERS, "recipe ratios", "recipe missing", "tax", "ops"} <= {*marks}
-    for page in tables.PAGES.glob("*.md"):
+    for page in tables.PAGES.rglob("*.md"):
         assert tables.EMPTY not in page.read_text()
 
 
