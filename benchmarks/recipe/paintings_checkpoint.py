@@ -5,7 +5,8 @@
         --vae_name TAEF2 --vae_licence FILE
 
 The weights are those of the run, or of `--weights`, such as a folder of `complexity-dit average`:
-in bfloat16, the autoencoder in float16, as TAEF2 is published. Loading widens both to float32.
+in bfloat16, those of a text encoder too, the autoencoder in float16, as TAEF2 is published. Loading
+widens all to float32.
 
 `--results` are folders of `complexity-dit evaluate`, of these weights before or after the rounding
 and of one protocol: a column of the card for each guidance, and a section about copies from those
@@ -50,7 +51,8 @@ def ship(options):
     place = options.weights or options.run
     pipe, source = load_pipeline(str(place)), find_pipeline(place)
     trained = pipeline_hash(pipe)
-    pipe.transformer.to(torch.bfloat16)
+    for network in filter(None, (pipe.transformer, pipe.text_encoder)):
+        network.to(torch.bfloat16)
     if pipe.vae is not None:
         pipe.vae.to(torch.float16)
     with new_folder(options.out) as folder:
@@ -99,7 +101,8 @@ def read_results(folders, known):
             raise UserError(f"{folder} is no evaluation of these weights, with its samples kept")
         sample, scheduler = (result["settings"][name] for name in ("sample", "scheduler"))
         protocol = [result[name] for name in ("n_generated", "reference_fingerprint")]
-        protocol += [result["settings"]["extractor"], sample["seed"], sample["num_inference_steps"]]
+        protocol += [result["settings"].get(name) for name in ("extractor", "prompts")]
+        protocol += [sample["seed"], sample["num_inference_steps"]]
         protocol += [scheduler.get(name) for name in ("class", "shift", "flow_shift")]
         results.append(result)
         weights.add(found)
@@ -138,6 +141,9 @@ def training_of(run, source):
 def sizes_of(pipe, options):
     """Parameters and types of the networks, for the card."""
     facts = {"parameters": f"{parameters(pipe.transformer):,}, stored in bfloat16"}
+    if pipe.text_encoder is not None:
+        size = f"{parameters(pipe.text_encoder):,}"
+        facts["parameters of the text encoder"] = f"{size}, stored in bfloat16"
     if pipe.vae is not None:
         name = options.vae_name or type(pipe.vae).__name__
         facts["autoencoder"] = f"{name}, {parameters(pipe.vae):,} parameters, stored in float16"

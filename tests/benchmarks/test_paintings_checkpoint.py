@@ -11,7 +11,8 @@ from benchmarks.recipe import paintings_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
-from complexity_dit.config import SHIPPED, EvalConfig, EvalSampleConfig
+from complexity_dit import __main__ as cli
+from complexity_dit.config import SHIPPED, EvalConfig, EvalSampleConfig, TextEncoderConfig
 from complexity_dit.evaluation.evaluate import evaluate
 from complexity_dit.models.autoencoder import TinyAutoencoder
 from complexity_dit.pipelines.pipeline import ComplexityDiTPipeline
@@ -19,13 +20,14 @@ from complexity_dit.pipelines.sampling import load_pipeline
 from complexity_dit.training.train import train
 from support.benchmark_rows import call
 from support.networks import small_network
+from support.processes import python
 
-NAME = next(iter(SHIPPED))
+NAME, CAPTIONED = SHIPPED
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def measured(pipeline, out, scale=1.0, steps=2, **config):
-    config = EvalConfig.brief(num_images=6, weights="random", quiet=True, **config)
+    config = EvalConfig.brief(weights="random", quiet=True, **{"num_images": 6} | config)
     sample = EvalSampleConfig(num_inference_steps=steps, guidance_scale=scale)
     return evaluate(str(pipeline), "art", out, config, sample)
 
@@ -89,6 +91,56 @@ def test_a_run_becomes_a_folder_that_its_name_loads(run, tmp_path, monkeypatch):
     text = (tmp_path / "second" / "README.md").read_text()
     assert "| evaluated weights | as stored |" in text
     assert "| metric | value |" in text
+
+
+ALONE = """
+import sys
+
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(pipe.transformer.dtype, pipe.text_encoder.dtype)
+pipe("Cubism", num_inference_steps=1).images[0].save(sys.argv[2])
+"""
+
+
+def test_a_run_with_captions_becomes_a_folder_that_reads_prompts(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 300,
+    }  # fmt: skip
+    encoder = TextEncoderConfig(source="lm", max_length=40, overrides=sizes)
+    captions = {"caption_template": "{style} in {genre}", "label_fields": []}
+    data = replace(small_run.data, **captions)
+    train(replace(small_run, data=data, text_encoder=encoder))
+    monkeypatch.chdir(tmp_path)
+    found = measured("run", tmp_path / "plain", num_images=16, prompts=True)
+    found = found["prompts"]["fields"]["style"]
+    out = tmp_path / "checkpoints" / CAPTIONED
+    call(monkeypatch, paintings_checkpoint, Path("run"), "--out", out, "--results", "plain")
+
+    for folder in ("transformer", "text_encoder"):
+        (weights,) = (out / folder).glob("*.safetensors")
+        assert {str(tensor.dtype) for tensor in load_file(weights).values()} == {"torch.bfloat16"}
+    loaded = python("-c", ALONE, out, tmp_path / "alone.png")
+    assert loaded.stdout.split() == ["torch.float32"] * 2
+    command = ("sample", CAPTIONED, "--prompt", "Cubism in dawn", "--num_inference_steps", "1")
+    monkeypatch.setattr("sys.argv", ["complexity-dit", *command, "--out", "samples.png"])
+    cli.main()
+    assert "wrote 8 images" in capsys.readouterr().out
+
+    card = (out / "README.md").read_text()
+    for words in (
+        f'complexity-dit sample {CAPTIONED} --prompt "a landscape with a river" --out',
+        f"`{SHIPPED[CAPTIONED]}` from the Hub", "images from prompts", "of the text encoder | ",
+        f"| {found['painted']:.3g} | {found['real']:.3g} | {found['shuffled']:.3g} |",
+        'Captions are composed as "{style} in {genre}".',
+    ):  # fmt: skip
+        assert words in card, words
+    written = [path for path in out.rglob("*") if path.suffix in (".json", ".md", ".py")]
+    assert not [path for path in written if str(tmp_path) in path.read_text()]
 
 
 def test_what_does_not_belong_together_is_refused(run, small_run, tmp_path, monkeypatch):

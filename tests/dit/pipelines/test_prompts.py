@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -271,6 +272,16 @@ def test_saved_and_loaded_by_diffusers_alone(text_pipe, tmp_path):
         without(RIVER)
 
 
+@pytest.mark.parametrize("cls", [ComplexityDiTPipeline, DiffusionPipeline])
+def test_weights_of_16_bits_are_widened_in_every_part(text_pipe, cls, tmp_path):
+    text_pipe.to(torch.bfloat16).save_pretrained(tmp_path)
+    for given, dtype in (({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        again = cls.from_pretrained(tmp_path, trust_remote_code=True, **given)
+        assert (again.transformer.dtype, again.text_encoder.dtype) == (dtype, dtype)
+        again.set_progress_bar_config(disable=True)
+        assert np.isfinite(paint(again, RIVER)).all()
+
+
 def test_variants_of_every_part(text_pipe, tmp_path):
     text_pipe.save_pretrained(tmp_path, variant="fp16")
     for part in ("transformer", "text_encoder"):
@@ -389,8 +400,40 @@ def test_the_code_of_a_card_runs(text_pipe, tmp_path):
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.pipeline_tag == "text-to-image"
     assert "images from prompts and labels" in card.text
-    assert "| text encoder | DeepModel |" in card.text
+    for words in (
+        "| text encoder | DeepModel |", "| length of a prompt | 8 tokens at most |",
+        "packages `complexity_dit` and `complexity_lm`",
+    ):  # fmt: skip
+        assert words in card.text, words
     names: dict = {}
     code = card.text.split("```python\n")[1].split("```")[0]
     exec(code.replace("pipe(", "pipe(num_inference_steps=1, prompt=", 1), names)
     assert names["image"].size == (8, 8)
+
+
+def test_a_card_says_what_is_recognised_of_prompts(text_pipe, tmp_path):
+    text_pipe.save_pretrained(tmp_path)
+    results = [
+        json.loads(Path(f"docs/results/captions-128/{name}.json").read_text())
+        for name in ("guided", "unguided")
+    ]
+    data = results[0]["settings"]["data"]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    write_card(tmp_path, results)
+    card = (tmp_path / "README.md").read_text()
+    guided, unguided, real, permuted = (
+        f"{row[key]:.3g}"
+        for row, key in (
+            *((result["prompts"]["fields"]["genre"], "painted") for result in results),
+            *((results[0]["prompts"]["fields"]["genre"], key) for key in ("real", "shuffled")),
+        )
+    )
+    for words in (
+        "| | guidance 1, internal guidance 3 at noise levels 0.3 to 1 | guidance 1 | held-out "
+        "images | permuted prompts |",
+        f"| genre, 10 names: share recognised | {guided} | {unguided} | {real} | {permuted} |",
+        "| mean AUC of 49 words | 0.71 | 0.696 |",
+        "held-out images of PATH, their captions as prompts; 20 steps",
+        'Captions are composed as "{style} {genre} by {artist}: {title}".',
+    ):
+        assert words in card, words

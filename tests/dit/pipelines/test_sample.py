@@ -257,8 +257,8 @@ def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
         load_pipeline("nobody/nothing")
 
 
-def test_a_shipped_pipeline_is_known_by_its_name(pipe, tmp_path, monkeypatch):
-    name, hub_id = next(iter(SHIPPED.items()))
+@pytest.mark.parametrize(("name", "hub_id"), SHIPPED.items())
+def test_a_shipped_pipeline_is_known_by_its_name(name, hub_id, pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("inl_core.run.shipped.__file__", str(tmp_path / "a/b/c/d/e/f.py"))
     with pytest.raises(UserError, match=f"cannot load the pipeline {hub_id}"):

@@ -25,7 +25,7 @@ GUIDANCE: dict[str, Any] = {
 }  # fmt: skip
 """The guidance of a pipeline that recommends none."""
 
-SHIPPED = {"wikiart-128": "complexity-models/wikiart-128"}
+SHIPPED = {name: f"complexity-models/{name}" for name in ("wikiart-128", "wikiart-128-captions")}
 """Names of the pipelines in `checkpoints/` of the repository, with their Hub ids."""
 
 RUN_KIND = "complexity-dit-run"

@@ -44,11 +44,11 @@ pipe = DiffusionPipeline.from_pretrained({name}, trust_remote_code=True)
 image = pipe({arguments}).images[0]
 ```
 
-`trust_remote_code` runs {n} one-line modules in this repository that import the installed package
-`complexity_dit`. `complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
+`trust_remote_code` runs one-line modules in this repository that import the installed {packages}.
+`complexity_dit.ComplexityDiTPipeline.from_pretrained` does not need it."""
 
 _USE_SHIPPED = """\
-The path is that in a clone of the repository. There `complexity-dit sample {title} --out
+The path is that in a clone of the repository. There `complexity-dit sample {title}{asked} --out
 samples.png` paints a grid and `complexity-dit app {title}` opens the gallery; elsewhere both fetch
 `{hub_id}` from the Hub."""
 
@@ -69,7 +69,8 @@ _PROMPT = "a landscape with a river"
 
 _LIMITS = """\
 - Images reflect the training data: its subjects, cropping, gaps and biases.
-- Labels are those of the data; results for combinations that never occur in it are unreliable.
+- Labels and captions are those of the data; results for combinations that never occur in it are
+  unreliable.
 - A model trained on few images may memorise them. Compare samples with the nearest training images
   (`complexity-dit evaluate --memorisation true`) before you call one new.
 - FID and KID measure the distance between two sets of images in the features of one network trained
@@ -137,18 +138,21 @@ def write_card(
         }
         counts = index.get("label_counts")
         architecture = _architecture(folder, index, facts or {})
-        about = {"dynamics": "" if plain else " with INL dynamics", "given": "labels", "n": "two"}
-    arguments = _arguments(labels, counts)
+        about = {"dynamics": "" if plain else " with INL dynamics", "given": "labels"}
+        about["packages"] = "package `complexity_dit`"
+    arguments, asked = _arguments(labels, counts), ""
     if reads := (index.get("text_encoder") or [None])[0] is not None:
-        about |= {"given": "prompts and labels" if labels else "prompts", "n": "three"}
-        arguments = _literal(_PROMPT)
+        about["given"] = "prompts and labels" if labels else "prompts"
+        if index["text_encoder"][0] != "transformers":
+            about["packages"] = "packages `complexity_dit` and `complexity_lm`"
+        arguments, asked = _literal(_PROMPT), f' --prompt "{_PROMPT}"'
     use = use.format(name=_literal(name), arguments=arguments, **about)
     if is_shipped:
-        use += "\n\n" + _USE_SHIPPED.format(title=title, hub_id=SHIPPED[title])
+        use += "\n\n" + _USE_SHIPPED.format(title=title, asked=asked, hub_id=SHIPPED[title])
     sections = (
         f"# {_escape(title)}", grid_line, use, _labels(labels), architecture, _data(data, counts),
-        _evaluation(results, floors or {}), _memorisation(results), f"## Limits\n\n{_LIMITS}",
-        _licence(data), _MARK,
+        _evaluation(results, floors or {}), _prompts(results), _memorisation(results),
+        f"## Limits\n\n{_LIMITS}", _licence(data), _MARK,
     )  # fmt: skip
     text = "\n\n".join(section for section in sections if section)
     with atomic_file(card) as aside:
@@ -167,6 +171,7 @@ def _metadata(
     """The YAML header that the Hub reads."""
     scheme, _, place = str(data.get("source", "")).partition(":")
     wikiart = _is_wikiart(data)
+    task = "text-to-image" if reads else "unconditional-image-generation"
     measured = []
     for result in results:
         dataset = _source_name(result["settings"]["data"])
@@ -175,7 +180,7 @@ def _metadata(
             about += f", {guidance_text(result['settings']['sample'])}"
         measured += [
             EvalResult(
-                task_type="unconditional-image-generation",
+                task_type=task,
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_split="heldout",
@@ -189,7 +194,7 @@ def _metadata(
     base = adapter.get("base")
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image" if reads else "unconditional-image-generation",
+        pipeline_tag=task,
         base_model=base if base and _is_hub_id(base) else None,
         tags=["complexity-dit", "diffusion-transformer", "inl-dynamics"] + ["lora"] * bool(adapter),
         datasets=[place] if scheme == "hub" and not Path(place).is_dir() else None,
@@ -241,6 +246,7 @@ def _architecture(folder: Path, index: dict, facts: Mapping[str, str]) -> str:
         "input": f"{network['in_channels']} channels of {size} x {size}, "
         + (f"latents of {vae}" if vae else "pixels"),
         "text encoder": (index.get("text_encoder") or [None, None])[1],
+        "length of a prompt": (n := index.get("prompt_length")) and f"{n} tokens at most",
         "scheduler": _read(folder / "scheduler" / "scheduler_config.json").get("_class_name"),
     }
     if guidance := index.get("guidance"):
@@ -264,10 +270,12 @@ def _data(data: dict, counts: dict[str, int] | None) -> str:
     if not data:
         return "## Training data\n\nNot recorded in this folder."
     number = f"{sum(counts.values()):,} images of " if counts else ""
+    template = data.get("caption_template")
     return (
         f"## Training data\n\n{number}{_escape(_source_name(data))} at {data['resolution']} px, "
         f"{data['holdout']:.0%} of the images held out by the hash of their files"
         + (", half of the images mirrored at random." if data["flip"] else ".")
+        + (f' Captions are composed as "{_escape(template)}".' if template else "")
     )
 
 
@@ -297,9 +305,10 @@ def _evaluation(results: list[dict], floors: Mapping[str, Mapping[str, float]]) 
             f"{column[metric]:.4g}" if metric in column else "" for column in columns.values()
         ]
         lines.append(f"| {_METRICS.get(metric) or _escape(metric)} | {' | '.join(values)} |")
+    asked = ", their captions as prompts" if settings.get("prompts") else ""
     protocol = (
         f"{result['n_generated']} samples against {result['n_reference']} held-out images of "
-        f"{source}; {sample['num_inference_steps']} steps{guided}, "
+        f"{source}{asked}; {sample['num_inference_steps']} steps{guided}, "
         f"seed {sample['seed']}; "
         f"features of {_escape(extractor['name'])} "
         f"(weights {extractor['weights_sha256'][:16]}), resize {extractor['resize']}, "
@@ -318,6 +327,43 @@ def _evaluation(results: list[dict], floors: Mapping[str, Mapping[str, float]]) 
             f"lengths: {values}."
         )
     return "\n".join([*lines, "", protocol])
+
+
+def _prompts(results: list[dict]) -> str:
+    """What probes recognise of the prompts in samples, of the results that measured it."""
+    columns: list[str] = []
+    rows: dict[str, dict[str, float]] = {}
+    for result in results:
+        if not (found := result.get("prompts")):
+            continue
+        guided = guidance_text(result["settings"]["sample"])
+        columns.append(guided)
+        measured = {
+            f"{_escape(field)}, {row['classes']} names: share recognised": row
+            for field, row in found["fields"].items()
+        }
+        if words := found.get("words"):
+            measured[f"mean AUC of {words['n']} words"] = words
+        for name, row in measured.items():
+            # The same images for all results, and hardly another number when permuted: the first.
+            others = {"held-out images": row["real"], "permuted prompts": row["shuffled"]}
+            rows[name] = others | rows.get(name, {}) | {guided: row["painted"]}
+    if not rows:
+        return ""
+    columns += ["held-out images", "permuted prompts"]
+    lines = [
+        "## Prompts",
+        "",
+        "Probes that were fitted on the features of training images read the samples. Only names "
+        "and words that a prompt has are counted.",
+        "",
+        f"| | {' | '.join(columns)} |",
+        "|---" * len(columns) + "|---|",
+    ]
+    for name, row in rows.items():
+        values = [f"{row[column]:.3g}" if column in row else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def _memorisation(results: list[dict]) -> str:

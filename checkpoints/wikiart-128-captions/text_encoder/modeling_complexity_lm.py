@@ -1,0 +1,1 @@
+from complexity_lm import DeepModel  # noqa: F401

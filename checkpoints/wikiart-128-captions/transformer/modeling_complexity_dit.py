@@ -1,0 +1,1 @@
+from complexity_dit import ComplexityDiTTransformer2DModel  # noqa: F401

@@ -1,0 +1,1 @@
+from complexity_dit import TinyAutoencoder  # noqa: F401
