@@ -148,6 +148,8 @@ def test_model_without_labels():
     model = randomised(small_network(label_fields=[], num_classes=[]))
     x, t, _ = inputs()
     assert model(x, t).sample.shape == x.shape
+    nothing = model.embed_labels(torch.empty(2, 0, dtype=torch.long))
+    assert torch.equal(nothing, torch.zeros(2, model.config.hidden_size))
 
 
 def test_non_square_inputs_and_grouped_query_attention():

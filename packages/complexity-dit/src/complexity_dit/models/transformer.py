@@ -796,7 +796,8 @@ class ComplexityDiTTransformer2DModel(
         tables = next(self.label_embed.parameters(), zeros).device
         if tables.type != "meta":
             class_labels = class_labels.to(tables)
-        return zeros + self._embed_labels(class_labels, batch, class_labels.device).to(device)
+        embedded = self._embed_labels(class_labels, batch, class_labels.device)
+        return zeros + torch.as_tensor(embedded, device=device)
 
     def _embed_labels(
         self, class_labels: Tensor | None, batch: int, device: torch.device
