@@ -17,7 +17,9 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_loops", [1, 3])
+def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path, num_loops: int) -> None:
+    """With a loop: the same drawn numbers of repetitions; two processes recompute activations."""
     run = dataclasses.replace(
         small_run,
         steps=20,
@@ -30,7 +32,10 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path) -> None
             small_run.model,
             dtype="float64",
             num_experts=2,
+            num_loops=num_loops,
+            overrides=small_run.model.overrides | {"num_hidden_layers": 3},
         ),
+        loop_sampling="uniform" if num_loops > 1 else "fixed",
     )
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(dataclasses.asdict(run)))
@@ -38,6 +43,7 @@ def test_two_processes_match_one(small_run: TrainConfig, tmp_path: Path) -> None
         torchrun(
             processes, "-m", "complexity_lm", "train", "--config", config,
             "--out", tmp_path / str(processes),
+            "--gradient_checkpointing", str(num_loops > 1 and processes > 1).lower(),
         )  # fmt: skip
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 20

@@ -14,6 +14,7 @@ STEPS, ROWS, WORLD = 20, 4, 2
 SETTINGS = [
     {"dynamics_placement": "branch"},
     {"dynamics_placement": "force", "num_experts": 3},
+    {"num_hidden_layers": 3, "num_loops": 2},
 ]
 
 WORKER = """
@@ -61,8 +62,9 @@ def train(model: DeepForCausalLM, data: list[torch.Tensor]) -> list[float]:
     defer_bounds(model)  # a process has a part of the batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     losses = []
-    for ids in data:
-        loss = model(ids, labels=ids, use_cache=False).loss
+    for step, ids in enumerate(data):
+        count = 1 + step % 3 if model.config.num_loops > 1 else None
+        loss = model(ids, labels=ids, use_cache=False, num_loops=count).loss
         loss.backward()
         apply_bounds(model)
         optimizer.step()

@@ -72,8 +72,12 @@ training.train(
         keep_last=0, sample_every=10, dynamics_every=10,
         data=DataConfig(resolution=8, num_images=32, caption_template=captions or None),
         text_encoder=text,
+        # Numbers of repetitions are drawn alike; blocks in the loop are gathered for each of them.
+        loop_sampling="uniform",
+        gradient_checkpointing=kind != "one",
         model=ModelConfig(
-            overrides={"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+            dynamics_placement="branch", num_loops=2,
+            overrides={"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2},
         ),
         # A constant rate: a run of 10 steps is the first half of a run of 20.
         optim=OptimConfig(warmup_steps=2, schedule="constant_with_warmup"),
