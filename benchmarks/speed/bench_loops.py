@@ -2,18 +2,18 @@
 
     python -m benchmarks.speed.bench_loops --rows benchmarks/results.csv
 
-A core of one or two layers between two others is applied six times, as a plain loop and with the
+A core of one layer, or more, between two others is applied six times, as a plain loop and with the
 velocity that `LoopedDynamics` carries; `unshared` is the stack that it unrolls to, a layer of its
-own for each repetition. They are compiled as their trainers do: the language model whole, with a
-loop layer by layer, the image model block by block. Decoding is greedy into a static cache,
-compiled whole. The steps of all cases are taken in turn, so that a busy machine slows all of them
-alike: medians, and the median of the ratios to `unshared` within rounds. Memory is the peak of a
-step in addition to weights and optimizer state, FLOPs are of matrix products and attention, of one
-forward pass of the batch.
+own for each repetition. All are compiled layer by layer, as the trainers compile a loop and image
+models. Decoding is greedy into a static cache, compiled whole, which unrolls the loop. The steps of
+all cases are taken in turn, so that a busy machine slows all of them alike: medians, and the median
+of the ratios to `unshared` within rounds. Memory is the peak of a step in addition to weights and
+optimizer state, FLOPs are of matrix products and attention, of one forward pass of the batch.
 """
 
 import argparse
 import statistics
+import time
 
 import torch
 from benchmarks.common.memory import parameters, peak_of
@@ -49,13 +49,10 @@ def language_model(case, core):
 def language_trainer(case, core, options):
     """A network and a function that returns its loss."""
     model = language_model(case, core).to(options.device)
-    forward = model
-    if not options.eager and case == "unshared":
-        forward = torch.compile(model)
-    elif not options.eager:
+    if not options.eager:
         compile_layers(model)
     ids = torch.randint(LM["vocab_size"], (options.texts, options.context), device=options.device)
-    return model, lambda: forward(ids, labels=ids, use_cache=False).loss
+    return model, lambda: model(ids, labels=ids, use_cache=False).loss
 
 
 def image_trainer(case, core, options):
@@ -75,6 +72,15 @@ def image_trainer(case, core, options):
 TRAINERS = {"lm": language_trainer, "dit": image_trainer}
 
 
+def started(works):
+    """Call each function once, which compiles it, and print how long that takes."""
+    for name, work in works.items():
+        start = time.perf_counter()
+        work()
+        print(f"  {name}: first call {time.perf_counter() - start:.1f} s", flush=True)
+    return works
+
+
 def trained(name, core, options):
     """{case: {metric: (value, unit)}} of training steps."""
     torch.compiler.reset()
@@ -86,7 +92,7 @@ def trained(name, core, options):
             loss()
         flops[case] = counter.get_total_flops() / 1e9
     steps = {case: training_step(model, loss) for case, (model, loss) in built.items()}
-    times = paired(steps, options.rounds, options.device, rotate=True)
+    times = paired(started(steps), options.rounds, options.device, warm_up=1, rotate=True)
     memory = {case: peak_of(step, options.device) for case, step in steps.items()}
     return {
         case: {
@@ -112,7 +118,7 @@ def decoded(core, options):
         )
         for case in CASES
     }  # fmt: skip
-    times = in_turn(works, options.rounds, options.device, rotate=True)
+    times = in_turn(started(works), options.rounds, options.device, warm_up=1, rotate=True)
     return {
         case: {
             "decode": (1000 * statistics.median(own) / options.new_tokens, "ms a token"),
@@ -128,12 +134,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="layers in the loop")
+    parser.add_argument("--cores", nargs="+", type=int, default=[1], help="layers in the loop")
     parser.add_argument("--images", type=int, default=32, help="dit: images per batch")
     parser.add_argument("--texts", type=int, default=8, help="lm: texts per batch")
     parser.add_argument("--context", type=int, default=256, help="lm: tokens per text")
-    parser.add_argument("--new_tokens", type=int, default=64, help="lm: tokens decoded")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--new_tokens", type=int, default=32, help="lm: tokens decoded")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--rows", help="CSV to add the rows to")
@@ -147,6 +153,7 @@ def main():
     }
     for name in options.models:
         for core in options.cores:
+            print(f"{name}, core of {core}, {mode}", flush=True)
             found = trained(name, core, options)
             if name == "lm":
                 for case, values in decoded(core, options).items():
