@@ -88,7 +88,7 @@ def test_demo_yaml_equals_the_demo_config():
     assert train_config("configs/lm/demo.yaml") == demo_config("runs/demo-lm")
 
 
-@pytest.mark.parametrize("name", ["demo", "tinyshakespeare", "fineweb-edu-150m"])
+@pytest.mark.parametrize("name", ["demo", "loop", "tinyshakespeare", "fineweb-edu-150m"])
 def test_committed_configs_can_be_parsed_and_overridden(command, tmp_path, name):
     status, text, _ = command(
         "train", f"--config=configs/lm/{name}.yaml", "--optim.lr", "5e-5", "--print_config"
