@@ -171,6 +171,22 @@ def test_deferred_bounds_give_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
+def test_deferred_bounds_act_on_the_sum_of_the_repetitions():
+    """The first repetition would move the gate back to its bound, both together further away."""
+    found = []
+    for deferred in (False, True):
+        dynamics = LoopedDynamics(1)
+        with torch.no_grad():
+            dynamics.gate.fill_(1.5)
+        defer_bounds(dynamics, deferred)
+        forces = iter((torch.ones(1), torch.full((1,), -3.0)))
+        dynamics.loop(lambda h, f=forces: next(f), torch.zeros(1), 2).h.sum().backward()
+        apply_bounds(dynamics)
+        found.append(float(dynamics.gate.grad))
+    assert dynamics.init_alpha + 1.0 - 3.0 < -1.0  # the second velocity, the gate's gradient
+    assert found == [1.0, 0.0]
+
+
 def test_per_sample_gradients_and_compilation():
     torch.manual_seed(5)
     dynamics = LoopedDynamics(D, spring=True)

@@ -195,7 +195,7 @@ class LMTrainer(Trainer):
             eval_dataset=heldout,  # pyright: ignore[reportArgumentType]
             processing_class=tokenizer,
         )
-        if args.gradient_accumulation_steps * args.world_size > 1:
+        if args.gradient_accumulation_steps * args.world_size * config.model.num_loops > 1:
             defer_bounds(model)
         self.tokenizer = tokenizer
         self.steps_log = self.open_log("train_log.csv", "step", "loss", "grad_norm", "lr")

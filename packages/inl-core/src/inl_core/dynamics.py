@@ -433,10 +433,11 @@ def defer_bounds(model: nn.Module, deferred: bool = True) -> None:
     """Leave the gradient rule of the bounds to `apply_bounds`, for gradients that come in parts.
 
     At a bound of mu, or of a beta per channel or layer, a gradient passes only if it leads back
-    inside. Autograd decides that for each backward pass, which is exact if the pass has the whole
-    batch. With accumulated gradients or several processes it sees a part; after this call all parts
-    pass, and `apply_bounds` decides once, for their sum. The forward pass gives the same values,
-    but for the rounding of a clipped beta.
+    inside. Autograd decides that for each call of a module in a backward pass, which is exact if
+    the call has the whole batch. With accumulated gradients, several processes or a module that is
+    called repeatedly it sees a part; after this call all parts pass, and `apply_bounds` decides
+    once, for their sum. The forward pass gives the same values, but for the rounding of a clipped
+    beta.
     """
     for module in model.modules():
         if isinstance(module, Dynamics):

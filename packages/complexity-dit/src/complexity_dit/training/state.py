@@ -515,7 +515,7 @@ def prepared_state(
     """
     whole = state.model
     network = whole.network if isinstance(whole, PromptedNetwork) else whole
-    parts = getattr(config, "gradient_accumulation_steps", 1)
+    parts = getattr(config, "gradient_accumulation_steps", 1) * network.config.get("num_loops", 1)
     if parts * accelerator.num_processes > 1:
         defer_bounds(whole)  # `optimizer_step` applies them to the gradient of the whole batch
     compile_network(network, str(config.compile))
