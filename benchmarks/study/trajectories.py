@@ -2,12 +2,15 @@
 
     python -m benchmarks.study.trajectories --rows benchmarks/results.csv
 
-A policy observes position q, velocity q' and a goal, and returns the positions of the next `CHUNK`
-steps, which a PD controller tracks; after `REPLAN` steps it observes again. It imitates an expert
-that moves with the least jerk (Flash & Hogan, J. Neurosci. 5(7), 1985). Goals change every `SPAN`
-steps. Measured over 64 and 256 steps in closed loop: root mean square distance to the expert, at
-the end of each goal to the goal, and jerk over the expert's, with all observations and with half of
-them dropped (never the first of a goal; the policy follows its chunk, then holds its last action).
+A policy observes position q, velocity q', a goal and the time left for it, and returns the
+positions of the next `CHUNK` steps, which a PD controller tracks; after `REPLAN` steps it observes
+again. A chunk continues the position that was asked for last: q lags behind it, as the controller
+damps the velocity itself. The policy imitates an expert that moves with the least jerk (Flash &
+Hogan, J. Neurosci. 5(7), 1985), and comes back to its way likewise when off it. Goals change every
+`SPAN` steps. Measured over 64 and 256 steps in closed loop: root mean square distance to the
+expert, at the end of each goal to the goal, and jerk over the expert's, with all observations and
+with half of them dropped (never the first of a goal; the policy follows its chunk, then holds its
+last action).
 
 arm    joints of a two-link arm with an unknown payload of 0.5 to 1.5 kg
 maze   a mass in a square with a wall, whose gap the way between the halves leads through, in the
@@ -20,10 +23,11 @@ MLP           a linear map to all positions
 transformer   learned queries, one a step, through a causal transformer layer
 low-pass      `MLP` through a first-order filter with a learned coefficient per channel
 oscillators   damped linear oscillators that the features drive, read by a linear map; as D-LinOSS
-acceleration  a linear map to accelerations, integrated by Euler steps from q and q'
-velocity      `LoopedDynamics` with a spring over the steps: it starts at q and q', forces and
+acceleration  a linear map to accelerations, integrated by Euler steps from the position that was
+              asked for last, and its velocity
+velocity      `LoopedDynamics` with a spring over the steps, started likewise; accelerations and
               equilibrium are linear in the features
-no carry      `velocity` whose velocity starts at zero in each step
+no carry      `velocity` whose velocity starts at zero in each step; the map is to velocities
 
 Runs with rows are not repeated.
 """
@@ -40,7 +44,7 @@ from benchmarks.theory.physics_report import known_of
 from benchmarks.theory.physics_systems import arm_acceleration
 from torch import nn
 
-from inl_core import LoopedDynamics
+from inl_core import LoopedDynamics, apply_bounds, defer_bounds
 
 CHUNK, REPLAN, SPAN, STEPS = 32, 8, 64, (64, 256)
 MOVING = 48
@@ -49,6 +53,8 @@ INTERVAL, SUBSTEPS = 0.05, 10
 DROPPED = 0.5
 NOISE = 10.0
 """Standard deviation of the push that disturbs the demonstrations, against KP a unit of length."""
+OFF = 0.03, 0.1
+"""Standard deviations of position and velocity that demonstrations are off the way."""
 KP, KD = 200.0, 40.0
 CHANNELS, WIDTH = 2, 64
 GAP = 0.4
@@ -63,10 +69,10 @@ def uniform(draw, count, low, high):
 
 
 def drawn_goals(task, count, spans, draw):
-    """Start and goals, (count, spans + 1, 2); in the maze the halves take turns."""
+    """Start and goals, (count, spans + 1, 2); in the maze the halves take turns, either first."""
     points = torch.stack([uniform(draw, count, -1.0, 1.0) for _ in range(spans + 1)], 1)
     if task == "maze":
-        side = torch.where(torch.arange(spans + 1) % 2 == 0, -1.0, 1.0)
+        side = torch.where(torch.arange(spans + 1) % 2 == 0, -1.0, 1.0) * points[:, :1, 0].sign()
         points[..., 0] = side * (0.2 + 0.8 * points[..., 0].abs())
         points[..., 1] = points[..., 1] * 0.6 - 0.4  # below the end of the wall, or little above
     return points
@@ -87,6 +93,14 @@ def path_of(task, start, goal):
     return torch.cat([moving, still], 1)
 
 
+def way_back(off, rate):
+    """The least jerk from `off` its way, at `rate` a second, to the way, (B, CHUNK, 2)."""
+    t = torch.arange(1, CHUNK + 1)[:, None] / CHUNK
+    place = 1 - 10 * t**3 + 15 * t**4 - 6 * t**5
+    slope = CHUNK * INTERVAL * (t - 6 * t**3 + 8 * t**4 - 3 * t**5)
+    return off[:, None] * place + rate[:, None] * slope
+
+
 def plant_step(task, q, speed, target, payload, noise=0.0):
     """Position and velocity after INTERVAL seconds of tracking `target`."""
     for _ in range(SUBSTEPS):
@@ -104,21 +118,29 @@ def plant_step(task, q, speed, target, payload, noise=0.0):
     return q, speed
 
 
+def observation(q, speed, asked, rate, goal, step):
+    """(B, 11) at a step of a goal; `asked` is the position asked for last, `rate` its velocity."""
+    left = torch.full_like(q[:, :1], 1 - step / SPAN)
+    return torch.cat([asked, rate, asked - q, speed, goal - asked, left], -1)
+
+
 def demonstrations(task, count, draw):
-    """Observations (M, 6) on the expert's way, disturbed by noise, and its chunks (M, CHUNK, 2)."""
+    """Observations (M, 11) near the expert's way and chunks (M, CHUNK, 2) that come back to it."""
     start, goal = drawn_goals(task, count, 1, draw).unbind(1)
     path, payload = path_of(task, start, goal), 0.5 + torch.rand(count, generator=draw)
     q, speed = start, torch.zeros_like(start)
     observed, chunks = [], []
     for k in range(SPAN):
-        observed.append(torch.cat([q, speed, goal], -1))
-        chunks.append(path[:, k + 1 : k + 1 + CHUNK])
+        off, slope = (s * torch.randn(count, CHANNELS, generator=draw) for s in OFF)
+        rate = (path[:, k] - path[:, max(k - 1, 0)]) / INTERVAL + slope
+        observed.append(observation(q, speed, path[:, k] + off, rate, goal, k))
+        chunks.append(path[:, k + 1 : k + 1 + CHUNK] + way_back(off, slope))
         noise = NOISE * torch.randn(count, CHANNELS, generator=draw)
         q, speed = plant_step(task, q, speed, path[:, k + 1], payload, noise)
     return torch.cat(observed), torch.cat(chunks)
 
 
-# Decoders: features (B, W), q and q' (B, 2) -> positions (B, CHUNK, 2)
+# Decoders: features (B, W), the position asked for last and its velocity (B, 2) -> (B, CHUNK, 2)
 
 
 class MLP(nn.Module):
@@ -126,7 +148,7 @@ class MLP(nn.Module):
         super().__init__()
         self.out = nn.Linear(width, CHUNK * CHANNELS)
 
-    def forward(self, x, q, speed):
+    def forward(self, x, q, rate):
         return q[:, None] + self.out(x).unflatten(-1, (CHUNK, CHANNELS))
 
 
@@ -140,7 +162,7 @@ class Transformer(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(CHUNK)
         self.register_buffer("mask", mask)
 
-    def forward(self, x, q, speed):
+    def forward(self, x, q, rate):
         tokens = self.queries + self.enter(x)[:, None]
         return q[:, None] + self.out(self.layer(tokens, self.mask))
 
@@ -150,9 +172,9 @@ class LowPass(MLP):
         super().__init__(width)
         self.keep = nn.Parameter(torch.zeros(CHANNELS))
 
-    def forward(self, x, q, speed):
+    def forward(self, x, q, rate):
         keep, y, found = self.keep.sigmoid(), q, []
-        for step in super().forward(x, q, speed).unbind(1):
+        for step in super().forward(x, q, rate).unbind(1):
             y = keep * y + (1 - keep) * step
             found.append(y)
         return torch.stack(found, 1)
@@ -166,23 +188,24 @@ class Oscillators(nn.Module):
         self.start, self.drive = nn.Linear(width, 2 * count), nn.Linear(width, count)
         self.out = nn.Linear(count, CHANNELS, bias=False)
 
-    def forward(self, x, q, speed):
-        place, rate = self.start(x).chunk(2, -1)
+    def forward(self, x, q, rate):
+        place, moving = self.start(x).chunk(2, -1)
         first, push, found = place, self.drive(x), []
         for _ in range(CHUNK):
             pull = push - self.stiffness.square() * place
-            rate = (rate + INTERVAL * pull) / (1 + INTERVAL * nn.functional.softplus(self.damping))
-            place = place + INTERVAL * rate
+            damped = 1 + INTERVAL * nn.functional.softplus(self.damping)
+            moving = (moving + INTERVAL * pull) / damped
+            place = place + INTERVAL * moving
             found.append(self.out(place - first))
         return q[:, None] + torch.stack(found, 1)
 
 
 class Acceleration(MLP):
-    def forward(self, x, q, speed):
+    def forward(self, x, q, rate):
         found = []
         for push in self.out(x).unflatten(-1, (CHUNK, CHANNELS)).unbind(1):
-            speed = speed + INTERVAL * push
-            q = q + INTERVAL * speed
+            rate = rate + INTERVAL * push
+            q = q + INTERVAL * rate
             found.append(q)
         return torch.stack(found, 1)
 
@@ -195,17 +218,18 @@ class Velocity(MLP):
         self.goal = nn.Linear(width, CHANNELS)
         self.dynamics = LoopedDynamics(
             CHANNELS,
-            init_alpha=0.9,
+            init_alpha=0.98,
             init_beta=0.1,
             dt=INTERVAL,
             spring=True,
             learn_equilibrium=False,
         )
 
-    def forward(self, x, q, speed):
+    def forward(self, x, q, rate):
         mu, found = q + self.goal(x), []
         for push in self.out(x).unflatten(-1, (CHUNK, CHANNELS)).unbind(1):
-            q, speed = self.dynamics(q, speed if self.carried else None, push, mu)
+            force = INTERVAL * push if self.carried else push  # accelerations, or velocities
+            q, rate = self.dynamics(q, rate if self.carried else None, force, mu)
             found.append(q)
         return torch.stack(found, 1)
 
@@ -224,19 +248,18 @@ KINDS = dict(
 
 
 class Policy(nn.Module):
-    """Observations (B, 6) -> positions (B, CHUNK, 2)."""
+    """Observations (B, 11) -> positions (B, CHUNK, 2)."""
 
     def __init__(self, name, width=WIDTH):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Linear(3 * CHANNELS, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(5 * CHANNELS + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.decoder = KINDS[name](width)
 
     def forward(self, observed):
-        q, speed, goal = observed.chunk(3, -1)
-        x = self.features(torch.cat([q, speed, goal - q], -1))
-        return self.decoder(x, q, speed)
+        asked, rate = observed[:, : 2 * CHANNELS].chunk(2, -1)
+        return self.decoder(self.features(observed), asked, rate)
 
 
 def build(name, seed):
@@ -252,11 +275,13 @@ def trained(policy, observed, chunks, steps, seed):
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     draw = torch.Generator().manual_seed(seed)
+    defer_bounds(policy)  # to all steps of a chunk together
     for _ in range(steps):
         rows = torch.randint(len(observed), (256,), generator=draw)
         loss = nn.functional.mse_loss(policy(observed[rows]), chunks[rows])
         optimizer.zero_grad()
         loss.backward()
+        apply_bounds(policy)
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -274,14 +299,14 @@ def driven(task, points, payload, policy=None, dropped=None):
     """
     q, speed = points[:, 0], torch.zeros_like(points[:, 0])
     found, chunk, age = [q], None, torch.zeros(len(q), dtype=torch.long)
-    rows = torch.arange(len(q))
+    rows, target, rate = torch.arange(len(q)), q, speed
     for k in range(SPAN * (points.shape[1] - 1)):
-        goal = points[:, k // SPAN + 1]
+        goal, before = points[:, k // SPAN + 1], target
         if policy is None:
             target = path_of(task, points[:, k // SPAN], goal)[:, k % SPAN + 1]
         else:
             if k % REPLAN == 0:
-                new = policy(torch.cat([q, speed, goal], -1))
+                new = policy(observation(q, speed, target, rate, goal, k % SPAN))
                 lost = torch.zeros(len(q), dtype=torch.bool)
                 if dropped is not None and k % SPAN:
                     lost = dropped[:, k // REPLAN]
@@ -289,6 +314,7 @@ def driven(task, points, payload, policy=None, dropped=None):
                 age = torch.where(lost, age, 0)
             target = chunk[rows, age.clamp(max=CHUNK - 1)]
             age = age + 1
+        rate = (target - before) / INTERVAL
         q, speed = plant_step(task, q, speed, target, payload)
         found.append(q)
     return torch.stack(found, 1)
@@ -331,7 +357,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--demonstrations", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)

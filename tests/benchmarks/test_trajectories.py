@@ -28,6 +28,7 @@ def test_the_expert_starts_and_ends_at_rest(task):
     assert float(speed[:, 0].max()) < 0.02 * float(speed.max())
     if task == "maze":  # through the gap
         assert bool((start[:, 0] * goal[:, 0] < 0).all())
+        assert 0 < int((start[:, 0] < 0).sum()) < len(start)  # in both directions
         crossing = path[path[..., 0].abs() < 0.005]
         assert float(crossing[:, 1].min()) > trajectories.GAP
 
@@ -39,6 +40,20 @@ def test_the_wall_stops_what_runs_into_it():
         q, speed = trajectories.plant_step("maze", q, speed, target, None)
     assert -0.1 <= float(q[0, 0]) < 0.0
     torch.testing.assert_close(q[1], target[1], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_chunks_leave_from_what_was_asked_for_and_come_back_to_the_way(task):
+    observed, chunks = trajectories.demonstrations(task, 64, generator())
+    asked, rate = observed[:, : 2 * CHANNELS].chunk(2, -1)
+    start, goal = trajectories.drawn_goals(task, 64, 1, generator()).unbind(1)
+    path = trajectories.path_of(task, start, goal)
+    off = asked - path[:, :SPAN].transpose(0, 1).flatten(0, 1)
+    assert float(off.std()) == pytest.approx(trajectories.OFF[0], rel=0.05)
+    ends = path[:, CHUNK : SPAN + CHUNK].transpose(0, 1).flatten(0, 1)
+    torch.testing.assert_close(chunks[:, -1], ends, rtol=0, atol=1e-5)
+    first = chunks[:, 0] - asked - INTERVAL * rate
+    assert float(first.abs().max()) < 0.03  # accelerations of 8, and the way back
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -57,9 +72,9 @@ def test_decoders_have_equal_parameters_and_every_one_has_a_gradient(name):
 
 
 @torch.no_grad()
-def test_integrating_decoders_leave_with_the_observed_velocity():
-    observed = torch.tensor([[0.1, -0.2, 0.4, 1.0, 0.5, 0.5]])
-    q, speed, _ = observed.chunk(3, -1)
+def test_integrating_decoders_leave_with_the_velocity_that_was_asked_for():
+    observed = torch.randn(1, 5 * CHANNELS + 1, generator=generator())
+    q, speed = observed[:, :CHANNELS], observed[:, CHANNELS : 2 * CHANNELS]
     for name in ("acceleration", "velocity"):
         policy = trajectories.build(name, 0)
         for parameter in policy.decoder.out.parameters():
