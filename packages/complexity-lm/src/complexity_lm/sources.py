@@ -101,7 +101,7 @@ def read_documents(
     if separator is not None and not separated:
         raise UserError(
             f"{source}: no line of its {len(filled)} file(s) is {separator!r}; correct "
-            "--data.document_separator, or leave it out"
+            "--data.document_separator, or set it to null"
         )
 
 
