@@ -137,6 +137,7 @@ def test_a_picture_of_which_nothing_is_known_has_an_empty_caption():
         ({"caption_template": "{style.x}"}, r"names 'style.x', which is not in the data"),
         ({"caption_template": "{style"}, r"columns are named in braces"),
         ({"caption_template": "{style} | plain"}, r"has a phrasing without a column"),
+        ({"caption_template": "{style:>9}"}, r"formats .style., and columns"),
     ],
 )
 def test_what_cannot_be_a_caption_is_refused(settings, words):

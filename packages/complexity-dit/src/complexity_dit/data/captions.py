@@ -171,7 +171,12 @@ def _phrasings(template: str) -> list[list[_Part]]:
     phrasings = []
     for fields in parsed:
         parts, before = [], ""
-        for text, column, _, _ in fields:
+        for text, column, how, conversion in fields:
+            if how or conversion:
+                raise UserError(
+                    f"caption_template {template!r} formats {column!r}, and columns are put in as "
+                    f"they are: write {{{column}}}"
+                )
             before += text
             if column is not None:
                 parts.append(_Part(before, column))
