@@ -60,7 +60,7 @@ def save_pipeline(
     ComplexityDiTPipeline(model, scheduler, id2label=names, **text).save_pretrained(folder)
 
 
-def save_language_model(folder: Path) -> None:
+def save_language_model(folder: Path, **settings) -> None:
     from complexity_lm import DeepConfig, DeepForCausalLM
     from complexity_lm.tokenizer import train_tokenizer
 
@@ -75,6 +75,7 @@ def save_language_model(folder: Path) -> None:
         num_key_value_heads=1,
         dynamics_controller_hidden=8,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     DeepForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -94,6 +95,13 @@ def desk(tmp_path_factory) -> Path:
     save_pipeline(desk / "runs/captions/pipeline", {}, ("a river in winter",))
     for model in ("runs/demo-lm/model", "runs/fineweb-edu-150m/model", "runs/old/model"):
         save_language_model(desk / model)
+    save_language_model(desk / "runs/loop/model", num_loops=6)
+    for run in ("loop", "loop-drawn"):
+        for count in (1, 2, 3, 6, 12, 24):
+            folder = desk / f"runs/{run}/at-{count}"
+            folder.mkdir(parents=True)
+            result = {"metrics": {"bits_per_byte": 2.5}}
+            (folder / "result.json").write_text(json.dumps(result))
     gallery = Gallery(load_pipeline(str(desk / "runs/demo/pipeline")))
     settings = gallery.check(Settings(labels={"style": "Op_Art"}, seed=5, num_inference_steps=2))
     *_, last = gallery.paint(settings)
