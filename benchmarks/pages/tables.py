@@ -20,6 +20,7 @@ from benchmarks.common.results import current_command, read_rows
 from benchmarks.pages import ops_table, recipe_page
 from benchmarks.study.claims_report import claims
 from benchmarks.study.loops_report import loops
+from benchmarks.study.trajectories_report import trajectories
 from benchmarks.theory.physics_report import closed_loop, rollouts
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +108,7 @@ WRITERS = {
     "physics": rollouts,
     "closed_loop": closed_loop,
     "loops": loops,
+    "trajectories": trajectories,
     "claims_dit": claims,
     "ablate_lm": ablation,
     "ablate_dit": ablation,
