@@ -148,7 +148,7 @@ def append_rows(path, bench, rows, device=None, **columns):
     if not fresh and (header := path.read_text().partition("\n")[0]) != ",".join(FIELDS):
         raise ValueError(f"{path} has the columns {header}, expected {','.join(FIELDS)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         for row in rows:

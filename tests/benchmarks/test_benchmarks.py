@@ -367,6 +367,13 @@ def test_rows_with_other_columns_are_refused(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
+def test_rows_end_in_a_line_feed_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    results.append_rows(path, "x", [{"case": "c", "metric": "m", "value": 1, "unit": ""}])
+    for written in (path, ROOT / "benchmarks/results.csv"):
+        assert b"\r" not in written.read_bytes()
+
+
 def test_a_copy_without_history_takes_its_commit_from_the_variable(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError
