@@ -341,7 +341,7 @@ def test_a_page_for_prompts_alone_speaks_of_no_labels(text_pipe):
     assert "· prompts, 3 of style, 2 of genre<" in page.masthead(Gallery(text_pipe))
     for changes, words in (
         ({}, "<b>no prompt</b> · seed 7"),
-        ({"prompt": "a river", "to_labels": {}, "to_seed": 9}, "<b>a river → seed 9</b>"),
+        ({"prompt": "a river", "to_labels": {}, "to_seed": 9}, "<b>a river</b> · seed 7 → 9"),
     ):
         settings = gallery.check(replace(ASKED, labels={}, **changes))
         *_, frame = gallery.paint(settings)

@@ -267,18 +267,17 @@ def file_name(settings: Settings, caption: str | None = None) -> str:
 
 def _status(gallery: Gallery, settings: Settings, frame: Frame) -> str:
     names = " · ".join(settings.labels.values()).replace("_", " ")
-    labelled = bool(gallery.label_names)
     asked = " · ".join(filter(None, (settings.prompt, names)))
-    asked = asked or ("no label" if labelled else "no prompt")
+    asked = asked or ("no label" if gallery.label_names else "no prompt")
     if settings.strip is not None:
         asked = f"every {settings.strip}, from the same noise"
-    elif settings.to_labels is not None:
-        there = " · ".join(settings.to_labels.values()).replace("_", " ")
-        there = there or ("no label" if labelled else f"seed {settings.to_seed}")
+    elif settings.to_labels is not None and gallery.label_names:
+        there = " · ".join(settings.to_labels.values()).replace("_", " ") or "no label"
         asked = f"{asked} → {there}"
     elif settings.image is not None:
         asked = f"{asked}, over a picture at {settings.strength:g}"
-    about = f"<span><b>{html.escape(asked)}</b> · seed {settings.seed}</span>"
+    last = "" if settings.to_seed in (None, settings.seed) else f" → {settings.to_seed}"
+    about = f"<span><b>{html.escape(asked)}</b> · seed {settings.seed}{last}</span>"
     if frame.done:
         sheet = _data(sheet_png(gallery, settings, frame.images), "png")
         name = html.escape(file_name(settings))

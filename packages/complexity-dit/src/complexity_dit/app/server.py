@@ -183,12 +183,10 @@ def build_page(gallery: Gallery, queue_size: int) -> gr.Blocks:
                     "", label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="prompt",
                     visible=reads,
                 )  # fmt: skip
-                gr.HTML(chips(gallery), visible=reads)
+                gr.HTML(chips(gallery), visible=reads and bool(fields))
                 labels = _dropdowns(gallery, "")
-                with gr.Column(elem_classes=f"from-{_NOISE}"):
-                    show = gr.Dropdown(
-                        [_GRID, *strips], value=_GRID, label="Show", visible=bool(strips)
-                    )
+                with gr.Column(elem_classes=f"from-{_NOISE}", visible=bool(strips)):
+                    show = gr.Dropdown([_GRID, *strips], value=_GRID, label="Show")
                 with gr.Column(elem_classes=f"from-{_PICTURE}"):
                     gr.HTML(EASEL, elem_id="easel")
                     # Filled in by the script of the page when a button is pressed.
