@@ -14,6 +14,13 @@ linear κ     One linear-attention step (von Oswald et al., arXiv 2212.07677). T
 softmax κ    A pre-norm block of softmax attention and MLP, width 32, which has to find its own
              algorithm. 4 dimensions, 16 points.
 
+A path in a graph, for the same block: 16 nodes in two chains, each node with its own code and that
+of its successor, and a value of ±1 at the end of each chain. The query points at a node, and is
+asked for the value at the end of that node's chain. A repetition that hands values on by one edge
+takes as many repetitions as the path has edges.
+
+path L       Trained on paths of 1 to L edges, measured on paths of L.
+
 The arms differ in how a repetition uses the output f of the block:
 
 plain        h + f
@@ -37,6 +44,8 @@ import argparse
 import itertools
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from benchmarks.common.memory import parameters
@@ -54,7 +63,7 @@ LONGEST = 512
 """Repetitions within which `SOLVED` must be reached."""
 
 
-def problems(kappa, dimensions, points, batch, generator):
+def regressions(kappa, dimensions, points, batch, generator, training=False):
     """Inputs (batch, points + 1, dimensions) and their values (batch, points + 1, 1), query last.
 
     The covariance of the points has eigenvalues from 1 down to 1 / kappa, evenly in the logarithm.
@@ -70,12 +79,39 @@ def problems(kappa, dimensions, points, batch, generator):
     return x, x @ normal(dimensions, 1) / eigenvalues.sum().sqrt()
 
 
+def paths(length, dimensions, points, batch, generator, training=False):
+    """Codes of nodes and their successors (batch, points + 1, dimensions), and values.
+
+    The values (batch, points + 1, 1) are 0 but at the ends of both chains, and for the query, last,
+    that of the end which is `length` edges away; in training 1 to `length` edges.
+    """
+    bits = torch.arange(dimensions // 2)
+    codes = ((torch.arange(points)[:, None] >> bits) & 1) * 2.0 - 1
+    own = torch.stack([codes[torch.randperm(points, generator=generator)] for _ in range(batch)])
+    edges = torch.full((batch,), length)
+    if training:
+        edges = torch.randint(1, length + 1, (batch,), generator=generator)
+    # The first `length` nodes are a chain, the others the second; an end is its own successor.
+    follower = torch.arange(1, points + 1)
+    follower[[length - 1, points - 1]] = torch.tensor([length - 1, points - 1])
+    first = own[torch.arange(batch), length - edges]
+    query = torch.cat([torch.zeros_like(first), first], -1)[:, None]
+    x = torch.cat([torch.cat([own, own[:, follower]], -1), query], 1)
+    y = torch.zeros(batch, points + 1, 1)
+    ends = torch.randint(0, 2, (batch, 2), generator=generator) * 2.0 - 1
+    y[:, length - 1, 0], y[:, points - 1, 0], y[:, -1, 0] = ends[:, 0], ends[:, 1], ends[:, 0]
+    # In the order of their codes, so that a place says nothing.
+    order = (own > 0).mul(1 << bits).sum(-1).argsort(-1)[..., None]
+    x[:, :-1] = x[:, :-1].gather(1, order.expand(-1, -1, dimensions))
+    y[:, :-1] = y[:, :-1].gather(1, order)
+    return x, y
+
+
 class LinearStep(nn.Module):
     """What a linear-attention step subtracts from the rest h (B, N, 1) of each value."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
-        size = TASKS["linear"].dimensions
         self.product = nn.Parameter(torch.eye(size) + 0.02 * torch.randn(size, size))
 
     def forward(self, h, x):
@@ -123,9 +159,9 @@ class Loop(nn.Module):
 class Linear(nn.Module):
     """The prediction is what has been subtracted from the value 0 of the query."""
 
-    def __init__(self, arm, wider=0):
+    def __init__(self, arm, dimensions, wider=0):
         super().__init__()
-        self.loop = Loop(arm, LinearStep, 1)
+        self.loop = Loop(arm, lambda: LinearStep(dimensions), 1)
 
     def forward(self, x, y, count):
         """Yield predictions (B,) after 1 to `count` repetitions."""
@@ -136,9 +172,9 @@ class Linear(nn.Module):
 class Softmax(nn.Module):
     """Tokens of input and value enter by a linear map, and the query leaves by one."""
 
-    def __init__(self, arm, wider=0):
+    def __init__(self, arm, dimensions, wider=0):
         super().__init__()
-        self.enter = nn.Linear(TASKS["softmax"].dimensions + 1, WIDTH)
+        self.enter = nn.Linear(dimensions + 1, WIDTH)
         self.loop = Loop(arm, lambda: SoftmaxBlock(wider), WIDTH)
         self.leave = nn.Sequential(RMSNorm(WIDTH), nn.Linear(WIDTH, 1))
 
@@ -152,42 +188,54 @@ def _hidden(y):
     return torch.cat([y[:, :-1], torch.zeros_like(y[:, -1:])], 1)
 
 
+@dataclass
 class Task:
-    """A kind of network with the size of its problems and its training."""
+    """A kind of network and problem, the difficulties, the size, and the training."""
 
-    def __init__(self, network, dimensions, points, steps, rate):
-        self.network, self.dimensions, self.points = network, dimensions, points
-        self.steps, self.rate = steps, rate
+    network: type
+    problems: Callable
+    level: str
+    levels: tuple
+    dimensions: int
+    points: int
+    steps: int
+    rate: float
 
 
 TASKS = {
-    "linear": Task(Linear, 8, 32, steps=800, rate=3e-3),
-    "softmax": Task(Softmax, 4, 16, steps=2000, rate=2e-3),
+    "linear": Task(Linear, regressions, " κ=", (10, 100), 8, 32, steps=800, rate=3e-3),
+    "softmax": Task(Softmax, regressions, " κ=", (10, 100), 4, 16, steps=2000, rate=2e-3),
+    "path": Task(Softmax, paths, " ", (4, 8), 8, 16, steps=2000, rate=2e-3),
 }
 BATCH_SIZE = 64
 
 
 def build(kind, arm, seed):
     """The network of an arm, with the parameters of `velocity` as near as an MLP allows."""
-    network = TASKS[kind].network
+    network, size = TASKS[kind].network, TASKS[kind].dimensions
     # A block of its own per repetition has the width of the shared one in `plain`.
     like = "plain" if arm == "unshared" else arm
     wanted, plain, one = (
-        parameters(network(name, wider)) for name, wider in (("velocity", 0), (like, 0), (like, 1))
+        parameters(network(name, size, wider))
+        for name, wider in (("velocity", 0), (like, 0), (like, 1))
     )
     wider = round((wanted - plain) / (one - plain)) if one > plain else 0
     torch.manual_seed(seed)
-    return network(arm, wider)
+    return network(arm, size, wider)
 
 
-def run(kind, kappa, arm, seed):
+def run(kind, level, arm, seed):
     """Train one network and return its metrics."""
     task, model = TASKS[kind], build(kind, arm, seed)
+
+    def drawn(batch, generator, training=False):
+        return task.problems(level, task.dimensions, task.points, batch, generator, training)
+
     optimizer = torch.optim.Adam(model.parameters(), lr=task.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, task.steps, pct_start=0.1)
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     for _ in range(task.steps):
-        x, y = problems(kappa, task.dimensions, task.points, BATCH_SIZE, generator)
+        x, y = drawn(BATCH_SIZE, generator, training=True)
         *_, last = model(x, y, LOOPS)
         loss = nn.functional.mse_loss(last, y[:, -1, 0])
         optimizer.zero_grad()
@@ -196,9 +244,7 @@ def run(kind, kappa, arm, seed):
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - start
-    x, y = problems(
-        kappa, task.dimensions, task.points, 1024, torch.Generator().manual_seed(10_000)
-    )
+    x, y = drawn(1024, torch.Generator().manual_seed(10_000))
     with torch.no_grad():
         errors = []
         for out in model(x, y, LONGEST if kind == "linear" else MEASURED[-1]):
@@ -226,7 +272,6 @@ def main():
     """Run what has no rows yet, print the table of all rows, and draw the figure if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--kappas", nargs="+", type=int, default=[10, 100])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this")
@@ -236,13 +281,13 @@ def main():
     known = known_of(row for row in read_rows(options.rows or "") if row["bench"] == "loops")
     cases = [
         (
-            f"{kind} κ={kappa} / {arm} / seed {seed}",
-            (kind, kappa, arm, seed),
+            f"{kind}{TASKS[kind].level}{level} / {arm} / seed {seed}",
+            (kind, level, arm, seed),
             {"shape": f"{TASKS[kind].steps} steps of {BATCH_SIZE}"},
         )
         for seed in range(options.seeds)
         for kind in options.tasks
-        for kappa in options.kappas
+        for level in TASKS[kind].levels
         for arm in options.arms
         if (kind, arm) != ("linear", "recall")
     ]

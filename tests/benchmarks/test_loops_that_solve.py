@@ -8,8 +8,8 @@ from benchmarks.common.memory import parameters
 from benchmarks.study import loops, loops_report
 
 
-def problems(kappa=10, batch=4, dimensions=8, points=32):
-    return loops.problems(kappa, dimensions, points, batch, torch.Generator().manual_seed(0))
+def regressions(kappa=10, batch=4, dimensions=8, points=32):
+    return loops.regressions(kappa, dimensions, points, batch, torch.Generator().manual_seed(0))
 
 
 def linear(arm):
@@ -23,7 +23,7 @@ def linear(arm):
 
 @pytest.mark.parametrize("kappa", [10, 100])
 def test_points_have_exactly_the_condition_number(kappa):
-    x, y = problems(kappa)
+    x, y = regressions(kappa)
     points = x[:, :-1].double()
     eigenvalues = torch.linalg.eigvalsh(points.mT @ points / 32)
     expected = torch.logspace(-math.log10(kappa), 0, 8).double().expand(4, 8)
@@ -32,9 +32,30 @@ def test_points_have_exactly_the_condition_number(kappa):
     torch.testing.assert_close(x @ weights, y, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_the_end_of_a_path_is_its_length_away(length):
+    """Every query is followed by hand, in training at most as far."""
+    generator, taken, ends = torch.Generator().manual_seed(0), set(), set()
+    for training in (False, True):
+        x, y = loops.paths(length, 8, 16, 64, generator, training)
+        assert (y[:, :-1] != 0).sum() == 2 * 64
+        for nodes, values in zip(x.unflatten(-1, (2, 4)).tolist(), y[..., 0].tolist(), strict=True):
+            followed = {tuple(own): tuple(then) for own, then in nodes[:-1]}
+            assert len(followed) == 16
+            place, edges = tuple(nodes[-1][1]), 1
+            while followed[place] != place:
+                place, edges = followed[place], edges + 1
+            taken.add((training, edges))
+            value = dict(zip((tuple(own) for own, _ in nodes[:-1]), values, strict=False))[place]
+            assert value == values[-1]
+            ends.add(value)
+    expected = {(False, length)} | {(True, edges) for edges in range(1, length + 1)}
+    assert (taken, ends) == (expected, {-1.0, 1.0})
+
+
 @torch.no_grad()
 def test_the_plain_loop_is_gradient_descent():
-    x, y = problems()
+    x, y = regressions()
     points, values = x[:, :-1], y[:, :-1]
     weights = torch.zeros(4, 8, 1)
     for found in linear("plain")(x, y, 5):
@@ -45,7 +66,7 @@ def test_the_plain_loop_is_gradient_descent():
 @torch.no_grad()
 def test_carried_velocity_is_heavy_ball():
     """h' = h + f + alpha (h - h_before), with alpha 0.5 and no spring at the start."""
-    x, y = problems()
+    x, y = regressions()
     plain, before = linear("plain"), None
     h = torch.cat([y[:, :-1], torch.zeros(4, 1, 1)], 1)
     block = plain.loop.blocks[0]
@@ -60,7 +81,7 @@ def test_carried_velocity_is_heavy_ball():
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["step sizes", "no carry", "unshared"])
 def test_other_arms_start_as_the_plain_loop(arm):
-    x, y = problems()
+    x, y = regressions()
     for found, expected in zip(linear(arm)(x, y, 12), linear("plain")(x, y, 12), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -76,7 +97,9 @@ def test_networks_of_softmax_blocks_have_equal_parameters(arm):
 @torch.no_grad()
 def test_a_prediction_does_not_see_the_value_of_its_query():
     for kind, task in loops.TASKS.items():
-        x, y = problems(dimensions=task.dimensions, points=task.points)
+        x, y = task.problems(
+            task.levels[0], task.dimensions, task.points, 4, torch.Generator().manual_seed(0)
+        )
         model, other = loops.build(kind, "velocity", 0), y.clone()
         other[:, -1] = 9.0
         for found, expected in zip(model(x, other, 3), model(x, y, 3), strict=True):
