@@ -194,10 +194,13 @@ def main():
     options.steps = options.steps or model.steps
     scheme, _, path = options.source.partition(":")
     data = Path(path).stem or scheme
-    measured = (
-        f"{options.documents} documents"
+    measured, amounts = (
+        (f"{options.documents} documents", f"--documents {options.documents}")
         if options.model == "lm"
-        else f"n {options.num_images}, {options.evaluations} evaluations"
+        else (
+            f"n {options.num_images}, {options.evaluations} evaluations",
+            f"--num_images {options.num_images} --evaluations {options.evaluations}",
+        )
     )
     known = known_of(row for row in read_rows(options.rows or "") if row["bench"] == bench)
     cases = []
@@ -208,8 +211,12 @@ def main():
             case = f"{', '.join([amount, *options.override])} / {arm} / seed {seed}"
             columns = {"dtype": dtype_of(config.mixed_precision)}
             cases.append((case, (options.model, arm, seed, options), columns))
-    command = f"python -m benchmarks.study.any_time {options.model}"
-    run_missing(bench, run, cases, known, options, command + override_flag(options.override))
+    source = f"{scheme}:{Path(path).name}".rstrip(":")
+    command = (
+        f"python -m benchmarks.study.any_time {options.model} --source {source} "
+        f"--steps {options.steps} {amounts}{override_flag(options.override)}"
+    )
+    run_missing(bench, run, cases, known, options, command)
     print("\n".join(curves(known)))
     if options.figure:
         draw(known, options.figure)
