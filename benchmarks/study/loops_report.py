@@ -71,10 +71,11 @@ def draw(known, path):
     import matplotlib.pyplot as plt
 
     tasks = _runs(known)
+    rows = -(-len(tasks) // 2)  # two difficulties of a task beside each other
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.4 * len(tasks), 4), squeeze=False, constrained_layout=True
+        rows, 2, figsize=(9, 3.6 * rows), squeeze=False, constrained_layout=True
     )
-    for axis, (task, arms) in zip(axes[0], tasks.items(), strict=True):
+    for axis, (task, arms) in zip(axes.flat, tasks.items(), strict=False):
         for number, arm in enumerate(ARMS):
             if arm in arms:
                 means = [
@@ -87,8 +88,9 @@ def draw(known, path):
         axis.set(xscale="log", yscale="log", title=task, xlabel="repetitions")
         axis.set_xticks(MEASURED, [str(k) for k in MEASURED])
         axis.minorticks_off()
-    axes[0, 0].set_ylabel("error / variance of the value")
-    axes[0, -1].legend(fontsize=7)
+    for left in axes[:, 0]:
+        left.set_ylabel("error / variance of the value")
+    axis.legend(fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
