@@ -16,6 +16,7 @@ from complexity_lm import __main__ as lm
 from complexity_lm import config as lm_config
 from inl_core.run.commands import REQUIRED, field_names, group_class
 from inl_core.run.errors import UserError
+from inl_core.run.json_files import fits
 from inl_core.run.settings import MAX_SETTINGS_BYTES, parse_yaml, read_settings
 
 PROGRAMS = {"dit": dit.PROGRAM, "lm": lm.PROGRAM}
@@ -230,6 +231,10 @@ def test_field_names_and_plain_yaml():
     assert parse_yaml("a: 'b'") == {"a": "b"}
 
 
+class Other:
+    """A value that no setting has."""
+
+
 CONFIGS = [
     cls
     for module in (dit_config, lm_config)
@@ -250,3 +255,27 @@ def test_a_number_out_of_range_is_refused_where_it_is_set(cls):
             given = {field.name: (value, 1.0) if tuple in map(get_origin, kinds) else value}
             with pytest.raises(UserError, match=field.name):
                 cls(**given)
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: f"{cls.__module__[:13]}.{cls.__name__}")
+def test_a_value_of_another_type_is_refused_where_it_is_set(cls):
+    """In Python, where no parser reads it: a text for a switch would be true."""
+    for name, kind in get_type_hints(cls).items():
+        if name not in {field.name for field in dataclasses.fields(cls)}:
+            continue
+        takes_text = fits("no such choice", kind)
+        for value in (Other(), *([] if takes_text else ["no such choice"])):
+            with pytest.raises(UserError, match=rf"^{name} is .*; expected \w+"):
+                cls(**{name: value})
+
+
+def test_the_message_of_a_wrong_type_has_the_words_of_the_command_lines():
+    message = "mixed_precision is 'fp8'; expected one of 'auto', 'no', 'bf16'"
+    with pytest.raises(UserError, match=message):
+        lm_config.TrainConfig(out="run", mixed_precision="fp8")
+    with pytest.raises(UserError, match=message):
+        parse("lm", "train", "--mixed_precision", "fp8")
+    with pytest.raises(UserError, match="flip is 'no'; expected bool"):
+        dit_config.DataConfig(flip="no")
+    with pytest.raises(UserError, match="heldout_source is 3; expected str or null"):
+        lm_config.DataConfig(heldout_source=3)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from inl_core.run.errors import UserError
 from inl_core.run.json_files import fits
-from inl_core.run.settings import Setting, check_range
+from inl_core.run.settings import Setting, check_range, check_types
 
 DATA_FILE = "data.json"
 """In a pipeline or adapter folder: the `DataConfig` that it was trained with."""
@@ -119,9 +119,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "[1, inf)", "resolution", "num_images")
-        if self.crop not in ("center", "random"):
-            raise UserError(f"crop {self.crop!r} must be center or random")
         check_range(self, "[0, inf)", "num_workers", "clusters")
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout {self.holdout} must be at least 0 and below 1")
@@ -179,6 +178,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         if not 0 < self.token_drop_until <= 1:
             raise UserError(
                 f"token_drop_until {self.token_drop_until} must be above 0 and at most 1, the "
@@ -256,6 +256,7 @@ class ObjectiveConfig:
             UserError: Also if the network should predict the clean image without an objective that
                 has the velocity it needs.
         """
+        check_types(self)
         check_range(self, "(-inf, inf)", "logit_mean")
         check_range(self, "(0, inf)", "logit_std", "shift", "sampling_shift")
         if self.network_output == "sample" and self.prediction_type != "flow":
@@ -358,6 +359,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "(0, inf)", "muon_lr")
         check_range(self, "[0, inf)", "lr", "weight_decay", "warmup_steps", "grad_clip")
         check_range(self, "[0, 1)", "beta1", "beta2", "muon_momentum")
@@ -393,6 +395,7 @@ class EMAConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "[0, 1)", "decay")
         check_range(self, "(0, inf)", "power")
         check_range(self, "[0, inf)", "snapshot_every")
@@ -433,6 +436,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "(0, inf)", "alpha")
         if self.rank < 0:
             raise UserError(f"lora.rank {self.rank} must be at least 0 (0 is no adapter)")
@@ -467,6 +471,7 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range, or for options that do not go together."""
+        check_types(self)
         kind, _, place = self.source.partition(":")
         if self.source not in ("none", "lm") and (kind not in ("lm", "hf") or not place):
             raise UserError(
@@ -567,6 +572,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Read the switch that `compile` once was; raise a `UserError` for a value out of range."""
+        check_types(self)
         if isinstance(self.compile, bool):
             self.compile = "regional" if self.compile else "no"
         check_range(
@@ -703,6 +709,7 @@ class AutoencoderModelConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "[1, inf)", "latent_channels", "patch_size", "block_out_channels")
         check_range(self, "[0, inf)", "layers_per_block", "decoder_layers_per_block")
         check_range(self, "[0, inf)", "pool_channels")
@@ -831,6 +838,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(self, "[1, inf)", "processes", "train_images", "channels", "cells")
         check_range(self, "[1, inf)", "num_classes")
         check_range(self, "(0, inf)", "images_per_second", "peak_tflops")
@@ -892,6 +900,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(
             self, "[1, inf)", "num_inference_steps", "height", "width", "batch_size", "chunk_size",
             "num_loops",
@@ -931,6 +940,7 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range, or for options that do not go together."""
+        check_types(self)
         check_range(self, "[0, 1]", "strength")
         for name, value, needed in (
             ("mask", self.mask, "image"),
@@ -1053,6 +1063,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a value out of range."""
+        check_types(self)
         check_range(
             self, "[2, inf)", "num_images", "label_min", "memorisation_images", "kid_subset_size"
         )
@@ -1090,6 +1101,7 @@ class Limits:
     """Guidance scale."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "[1, inf)", "max_images", "max_steps", "max_side", "max_guidance")
 
 
@@ -1124,6 +1136,7 @@ class AppConfig:
     """Largest height and width of a request, in pixels."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.port < 65536:
             raise UserError(f"port {self.port} must be from 1 to 65535")
         if self.root_path and not urlsplit(self.root_path).hostname:

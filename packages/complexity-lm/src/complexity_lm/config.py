@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from inl_core.run.errors import UserError
-from inl_core.run.settings import Scalar, Setting, check_range
+from inl_core.run.settings import Scalar, Setting, check_range, check_types
 
 Split = Literal["train", "heldout", "all"]
 
@@ -71,6 +71,7 @@ class DataConfig:
     """hub: number of training documents that the tokenizer and the routing counts are made from."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.holdout is {self.holdout}; expected a fraction in [0, 1)")
         if self.context < 2:
@@ -98,6 +99,7 @@ class TokenizerConfig:
     """Size of the vocabulary to train; a short text may give fewer ids."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "[1, inf)", "vocab_size")
 
 
@@ -133,6 +135,7 @@ class ModelConfig:
     """Data type of the weights; bf16 training usually keeps float32 weights with autocast."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "[0, inf)", "num_experts")
         check_range(self, "[1, inf)", "num_loops")
 
@@ -168,6 +171,7 @@ class OptimConfig:
     """Maximum global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "[0, inf)", "lr", "weight_decay", "warmup_steps", "grad_clip")
         check_range(self, "[0, 1)", "beta1", "beta2")
 
@@ -194,6 +198,7 @@ class LoraOptions:
     """Linear layers that get matrices, by the end of their names."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "(0, inf)", "alpha")
         check_range(self, "[0, inf)", "rank")
         check_range(self, "[0, 1)", "dropout")
@@ -296,6 +301,7 @@ class TrainConfig:
     """An adapter to train in place of the network."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(
             self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "log_every",
             "eval_blocks", "checkpoint_every",
@@ -339,6 +345,7 @@ class GenerateConfig:
     """Device of the model: auto, cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(self, "[1, inf)", "batch_size", "num_loops")
 
 
@@ -389,6 +396,7 @@ class EvalConfig:
     """Print no table at the end."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range(
             self, "[1, inf)", "batch_size", "max_documents", "task_limit", "context", "stride",
             "num_loops",

@@ -26,6 +26,7 @@ from inl_core.run.settings import (
     dump_settings,
     nearest,
     parse_yaml,
+    plain_type,
     settings_text,
 )
 from inl_core.run.threads import set_threads
@@ -399,7 +400,7 @@ def _wrong_value(message: str) -> str:
     given = re.search(r"(?:Given|Got) value: (.*)", message)
     kinds = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", message)
     if key and given and kinds:
-        expected = " or ".join(dict.fromkeys(_plain_type(kind) for kind in kinds))
+        expected = " or ".join(dict.fromkeys(plain_type(kind) for kind in kinds))
         value = repr(given[1].strip())
         value = value if len(value) <= 60 else f"{value[:57]}..."
         return f"{key[1]} is {value}; expected {expected}"
@@ -407,8 +408,3 @@ def _wrong_value(message: str) -> str:
     return (f"{key[1]}: " if key else "") + "; ".join(
         line.strip(" -:") for line in text.splitlines() if line.strip()
     )
-
-
-def _plain_type(kind: str) -> str:
-    kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
-    return re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)

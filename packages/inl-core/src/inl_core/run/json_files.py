@@ -111,6 +111,10 @@ def fits(value: Any, kind: Any) -> bool:
         return any(value == one and type(value) is type(one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and (
+            len(value) == len(inner) and all(map(fits, value, inner))
+        )
     if origin is dict:
         pairs = value.items() if isinstance(value, dict) else ()
         return isinstance(value, dict) and all(

@@ -9,14 +9,17 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from inl_core.run.errors import UserError
 from inl_core.run.files import read_text
-from inl_core.run.json_files import MAX_DEPTH
+from inl_core.run.json_files import MAX_DEPTH, fits
 
 MAX_SETTINGS_BYTES = 2**20
 """1 MiB, a hundred times the longest config of this project."""
@@ -123,6 +126,31 @@ _Dumper.add_implicit_resolver(
 def dump_settings(values: dict[str, Any]) -> str:
     """Settings as the YAML of a config, from which the same values are read."""
     return yaml.dump(values, Dumper=_Dumper)
+
+
+_hints = cache(get_type_hints)
+
+
+def check_types(settings: Any) -> None:
+    """Check that the fields of a dataclass have values of their types, choices among them.
+
+    A config that is made in Python has no parser in front of it, and `flip="no"` would be true.
+
+    Raises:
+        UserError: Naming the field, its value and what was expected.
+    """
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), _hints(type(settings))[field.name]
+        if not fits(value, kind):
+            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            expected = " or ".join(plain_type(str(one)) for one in kinds)
+            raise UserError(f"{field.name} is {value!r}; expected {expected}")
+
+
+def plain_type(kind: str) -> str:
+    """A type as Python prints it, in the words of a message."""
+    kind = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
+    return re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
 
 
 def check_range(settings: object, interval: str, *names: str) -> None:
