@@ -101,7 +101,7 @@ def test_evaluation_takes_the_middle(config) -> None:
 def test_latents_have_one_crop(config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"crop is random, and latents are encoded once"):
         encode(replace(config, vae="anything"), tmp_path / "latents")
-    with pytest.raises(UserError, match="must be center or random"):
+    with pytest.raises(UserError, match="crop is 'left'; expected one of 'center', 'random'"):
         DataConfig(crop="left")
 
 

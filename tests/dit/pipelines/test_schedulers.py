@@ -196,8 +196,16 @@ ALL = sorted(
     if isinstance(getattr(schedulers, name), type) and name.endswith("Scheduler")
 )
 PREDICTIONS = ["flow", "epsilon", "v_prediction", "sample"]
+
 NEEDS_A_PACKAGE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}  # torchsde
 NEEDS_ARGUMENTS = {"AmusedScheduler", "RFD4ProteinaScheduler", "VQDiffusionScheduler"}
+
+
+def scheduler_of(predicts):
+    """The scheduler of a model; networks that predict the clean image are foreign ones."""
+    objective = ObjectiveConfig()
+    objective.prediction_type = predicts
+    return build_scheduler(objective)
 
 
 class ExactNetwork(torch.nn.Module):
@@ -222,7 +230,7 @@ class ExactNetwork(torch.nn.Module):
 
 
 def exact_pipe(pipe, predicts, cls=ComplexityDiTPipeline):
-    scheduler = build_scheduler(ObjectiveConfig(prediction_type=predicts))
+    scheduler = scheduler_of(predicts)
     network = ExactNetwork(pipe.transformer, predicts, getattr(scheduler, "alphas_cumprod", None))
     exact = cls(network, scheduler, id2label=pipe.id2label)
     exact.set_progress_bar_config(disable=True)
@@ -263,7 +271,7 @@ def test_each_scheduler_of_diffusers_samples_the_data_or_is_refused(pipe, name, 
 @pytest.mark.parametrize("predicts", PREDICTIONS)
 def test_a_scheduler_is_fitted_however_it_reaches_the_pipeline(pipe, tmp_path, predicts):
     own = ComplexityDiTPipeline(
-        pipe.transformer, build_scheduler(ObjectiveConfig(prediction_type=predicts)),
+        pipe.transformer, scheduler_of(predicts),
         id2label=pipe.id2label,
     )  # fmt: skip
     own.save_pretrained(tmp_path)
@@ -320,7 +328,7 @@ def test_the_noise_of_a_stochastic_scheduler_is_that_of_the_generators(pipe, nam
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
 def test_the_clean_image_follows_from_an_exact_prediction(kind):
-    scheduler = build_scheduler(ObjectiveConfig(prediction_type=kind))
+    scheduler = scheduler_of(kind)
     set_steps(scheduler, 10, torch.device("cpu"))
     clean, noise = torch.randn(2, 1, 3, 4, 4)
     for step in (0, 4, 9):

@@ -56,6 +56,7 @@ from complexity_dit.training.train import (
 from inl_core.run.csv_log import CsvLog
 from inl_core.run.errors import UserError
 from inl_core.run.files import atomic_file, atomic_folder
+from inl_core.run.launcher import check_launcher
 from inl_core.run.ownership import check_data, table_of_owners
 
 OWNERS = table_of_owners(
@@ -109,9 +110,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     """
     if sharding_plugin() is not None:
         raise UserError("an autoencoder is too small to be sharded: leave FSDP out (DDP is used)")
+    check_launcher(config.mixed_precision, 1, ["bf16"])  # fp16 is too coarse for the critic
     with open_run(config, AUTOENCODER_KIND, foreign=True) as (accelerator, checkpoint, meta):
-        if accelerator.mixed_precision == "fp16":
-            raise UserError("mixed_precision fp16 is too coarse for the critic: use bf16 or no")
         return _train(config, accelerator, checkpoint, meta)
 
 

@@ -141,7 +141,8 @@ def check_types(settings: Any) -> None:
     """
     for field in fields(settings):
         value, kind = getattr(settings, field.name), _hints(type(settings))[field.name]
-        if not fits(value, kind):
+        finite = 0.0 if isinstance(value, float) and not math.isfinite(value) else value
+        if not fits(finite, kind):  # other numbers are for `check_range`
             kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
             expected = " or ".join(plain_type(str(one)) for one in kinds)
             raise UserError(f"{field.name} is {value!r}; expected {expected}")
