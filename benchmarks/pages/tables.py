@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.common.results import current_command, read_rows
 from benchmarks.pages import ops_table, recipe_page
+from benchmarks.study.any_time_report import any_time
 from benchmarks.study.claims_report import claims
 from benchmarks.study.loops_report import loops
 from benchmarks.study.trajectories_report import trajectories
@@ -108,6 +109,7 @@ WRITERS = {
     "physics": rollouts,
     "closed_loop": closed_loop,
     "loops": loops,
+    "any_time_lm": any_time,
     "trajectories": trajectories,
     "claims_dit": claims,
     "ablate_lm": ablation,

@@ -1,6 +1,7 @@
 """Tables and figure of the rows of `any_time_lm` and `any_time_dit`; imports no network."""
 
 import statistics
+import textwrap
 from pathlib import Path
 
 from benchmarks.common.results import made_by
@@ -102,7 +103,8 @@ def draw(known, path):
                 means.keys(), means.values(), ".-", color=f"C{number}", label=arm, linewidth=width
             )
         axis.axvline(LOOPS, color="0.7", linestyle=":")
-        axis.set(xscale="log", title=shape, xlabel="repetitions", ylabel=measure)
+        title = textwrap.fill(shape, 60)
+        axis.set(xscale="log", title=title, xlabel="repetitions", ylabel=measure)
         axis.title.set_fontsize(8)
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()

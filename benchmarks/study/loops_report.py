@@ -90,7 +90,8 @@ def draw(known, path):
         axis.minorticks_off()
     for left in axes[:, 0]:
         left.set_ylabel("error / variance of the value")
-    axis.legend(fontsize=7)
+    named = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    axis.legend(handles=[named[arm] for arm in ARMS if arm in named], fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
