@@ -94,6 +94,7 @@ def test_only_the_adapter_is_trained_and_every_command_opens_it(
         assert (logits - base.model(ids).logits).abs().max() > 1e-3
     assert tuned.data == with_lora.data
 
+    capsys.readouterr()  # what the training printed
     cli.run(["generate", with_lora.out, "--prompt", "Kalo", "--max_new_tokens", "3"])
     assert capsys.readouterr().out.startswith("Kalo")
     measured = json.loads((Path(with_lora.out) / "result.json").read_text())
